@@ -1,0 +1,32 @@
+"""Low-rank kernels for compressed language models: tensors in, tensors out.
+
+Three operations, each with a plain reference, fused backends, autograd and ``torch.compile`` support:
+
+- :func:`low_rank_linear`: ``x @ v.T @ u.T + bias + residual``
+- :func:`low_rank_bridge`: ``h + rmsnorm(h) @ v.T @ u.T + bias``
+- :func:`singular_attribution`: what each singular direction of a weight contributes to a gradient
+
+``backends()`` says which backends are usable here and why the others are not; ``TACO_BACKEND`` or
+:func:`use_backend` force one. ``python -m taco_kernels.env`` prints a full report.
+"""
+
+from __future__ import annotations
+
+from taco_kernels._version import __version__
+from taco_kernels.dispatch import BACKENDS, backends, get_backend, set_backend, use_backend
+from taco_kernels.low_rank_bridge import low_rank_bridge
+from taco_kernels.low_rank_linear import low_rank_linear
+from taco_kernels.singular_attribution import SingularAttribution, singular_attribution
+
+__all__ = [
+    "BACKENDS",
+    "SingularAttribution",
+    "__version__",
+    "backends",
+    "get_backend",
+    "low_rank_bridge",
+    "low_rank_linear",
+    "set_backend",
+    "singular_attribution",
+    "use_backend",
+]

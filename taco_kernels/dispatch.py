@@ -1,0 +1,151 @@
+"""Which backend computes a call: device, dtype and shape in, a backend's name out.
+
+=============  =======================================================================================
+``reference``  plain torch in float32 (float64 for float64); the specification, and always there
+``library``    two ``torch.nn.functional.linear`` calls; fastest where there are many rows
+``cpp``        the extension's CPU kernels (fp32, fp16, bf16)
+``triton``     Triton kernels: CUDA tensors, or CPU tensors under ``TRITON_INTERPRET=1`` for tests
+``cuda``       the extension's CUDA kernels for few rows
+=============  =======================================================================================
+
+The environment variable ``TACO_BACKEND`` (read at import), :func:`set_backend` and :func:`use_backend` force one; a
+forced backend that cannot serve a call raises ``RuntimeError`` with the reason, never falls back in silence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
+
+import torch
+
+from taco_kernels import native
+
+__all__ = ["BACKENDS", "CPP_DTYPES", "backends", "choose", "get_backend", "set_backend", "use_backend"]
+
+BACKENDS = ("reference", "library", "cpp", "triton", "cuda")
+
+CPP_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""dtypes of the native kernels and their codes in ``csrc/``"""
+
+# Rows up to which the native kernels win over two library calls; measured by benchmarks/test_low_rank_cpu.py (CPU).
+# On a GPU a decode kernel serves these rows, and Triton or cuBLAS the rest.
+CPU_MAX_ROWS = {torch.float32: 16, torch.float16: 16, torch.bfloat16: 16}
+CUDA_MAX_ROWS = 16
+TRITON_MAX_ROWS = 16
+
+
+def _from_environment() -> str | None:
+    name = os.environ.get("TACO_BACKEND", "").strip().lower()
+    return None if name in ("", "auto") else name
+
+
+_forced: str | None = _from_environment()
+_reasons: dict[tuple[str, str], str] = {}
+
+
+def _why_not(name: str, device_type: str) -> str:
+    """Why backend ``name`` cannot work on tensors of ``device_type``; empty when it can."""
+    if name in ("reference", "library"):
+        return ""
+    if name == "cpp":
+        if device_type != "cpu":
+            return f"computes CPU tensors only, not {device_type} tensors"
+        return native.reason
+    if name == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if device_type == "cuda":
+            return "" if torch.cuda.is_available() else "no GPU is visible to torch"
+        if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+            return ""
+        return f"no GPU is visible to torch (for {device_type} tensors set TRITON_INTERPRET=1: slow, for tests)"
+    if name == "cuda":
+        if native.module is None:
+            return native.reason
+        if not native.module.HAS_CUDA:
+            return "extension was built without CUDA (no nvcc was found, or TACO_CUDA=0)"
+        if not torch.cuda.is_available():
+            return "no GPU is visible to torch"
+        return "" if device_type == "cuda" else f"computes CUDA tensors only, not {device_type} tensors"
+    return f"there is no such backend; choose one of {', '.join(BACKENDS)}"
+
+
+def why_not(name: str, device_type: str) -> str:
+    """Why backend ``name`` cannot serve tensors of ``device_type``; empty when it can. The answer is remembered."""
+    key = (name, device_type)
+    known = _reasons.get(key)
+    if known is None:
+        known = _reasons[key] = _why_not(name, device_type)
+    return known
+
+
+def backends(device_type: str | None = None) -> dict[str, str]:
+    """Every backend with ``"usable"`` or the reason why it is not.
+
+    ``device_type`` ("cpu", "cuda") asks for tensors of that device; without it, a backend counts as usable when it
+    serves any device of this machine.
+    """
+    devices = [device_type] if device_type else ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    report = {}
+    for name in BACKENDS:
+        reasons = [why_not(name, device) for device in devices]
+        report[name] = "usable" if "" in reasons else reasons[0]
+    return report
+
+
+def get_backend() -> str | None:
+    """The backend that is forced, or None when each call chooses for itself."""
+    return _forced
+
+
+def set_backend(name: str | None) -> None:
+    """Forces one backend for every later call of this process; None gives the choice back to the dispatcher.
+
+    Raises ``RuntimeError`` when the backend is unknown or serves no device of this machine, with the reason.
+    """
+    global _forced
+    if name is not None:
+        if name not in BACKENDS:
+            raise RuntimeError(f"{name}: {_why_not(name, 'cpu')}")
+        state = backends()[name]
+        if state != "usable":
+            raise RuntimeError(f"{name}: {state}")
+    _forced = name
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """``with use_backend("reference"): ...`` forces a backend inside the block (process-wide, not per thread)."""
+    before = _forced
+    set_backend(name)
+    try:
+        yield
+    finally:
+        globals()["_forced"] = before
+
+
+def choose(device_type: str, dtype: torch.dtype, rows: int) -> str:
+    """The backend for one call: ``rows`` vectors of ``dtype`` on ``device_type``.
+
+    Raises ``RuntimeError`` when a backend is forced that cannot serve the call.
+    """
+    if _forced is not None:
+        reason = why_not(_forced, device_type)
+        if not reason and _forced in ("cpp", "triton", "cuda") and dtype not in CPP_DTYPES:
+            reason = f"computes float32, float16 and bfloat16, not {dtype}"
+        if reason:
+            raise RuntimeError(f"{_forced}: {reason}")
+        return _forced
+    if dtype not in CPP_DTYPES:
+        return "reference"
+    if device_type == "cpu":
+        return "cpp" if rows <= CPU_MAX_ROWS[dtype] and native.module is not None else "library"
+    if device_type == "cuda":
+        if rows <= CUDA_MAX_ROWS and not why_not("cuda", "cuda"):
+            return "cuda"
+        if rows <= TRITON_MAX_ROWS and not why_not("triton", "cuda"):
+            return "triton"
+    return "library"

@@ -1,0 +1,253 @@
+"""``low_rank_bridge``: the residual map that stands in for a run of removed layers.
+
+Read top to bottom: reference -> calls into the backends -> registered op, fake, autograd -> public function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from taco_kernels import dispatch, native
+from taco_kernels._library import (
+    FLOATS,
+    below_autograd,
+    computing_dtype,
+    library,
+    needs_grad,
+    register_autocast,
+    rows_of,
+)
+
+__all__ = ["low_rank_bridge", "low_rank_bridge_reference"]
+
+
+# --- reference -------------------------------------------------------------------------------------------------------
+
+
+def low_rank_bridge_reference(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """The specification: same arguments and result as :func:`low_rank_bridge`, in plain torch.
+
+    Everything, the norm and the rank-sized intermediate included, is computed in float32 (float64 for float64) and
+    rounded once.
+    """
+    wide = computing_dtype(h.dtype)
+    rows = h.reshape(h.shape[:-1].numel(), h.shape[-1]).to(wide)
+    normed = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps)
+    y = normed @ v.to(wide).T @ u.to(wide).T
+    y += rows
+    if bias is not None:
+        y += bias
+    return y.to(h.dtype).view(h.shape)
+
+
+# --- backends --------------------------------------------------------------------------------------------------------
+
+
+def _library(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    # The scale goes behind the first product: no normalised copy of h is written. Intermediates have h's dtype.
+    rows = h.reshape(h.shape[:-1].numel(), h.shape[-1])
+    if h.shape[-1] == 0:
+        return rows.clone().view(h.shape)
+    wide = computing_dtype(h.dtype)
+    normed = F.rms_norm(rows.to(wide), (h.shape[-1],), eps=eps).to(h.dtype)
+    return F.linear(F.linear(normed, v), u, bias).add_(rows).view(h.shape)
+
+
+def _cpp(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    y = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    h, rows, h_stride = rows_of(h)
+    if v.stride(1) != 1:
+        v = v.contiguous()
+    if u.stride(1) != 1:
+        u = u.contiguous()
+    bias_ptr = 0
+    if bias is not None:
+        bias = bias.contiguous()
+        bias_ptr = bias.data_ptr()
+    # The names above keep every temporary copy alive until the kernel has returned.
+    native.module.cpu_low_rank_bridge(  # type: ignore[union-attr]
+        h.data_ptr(), h_stride, v.data_ptr(), v.stride(0), u.data_ptr(), u.stride(0), bias_ptr, y.data_ptr(),
+        rows, h.shape[-1], v.shape[0], eps, dispatch.CPP_DTYPES[h.dtype],
+    )  # fmt: skip
+    return y
+
+
+def _triton(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    # Imported here because triton takes a second to import and CPU users never need it.
+    from taco_kernels.triton_kernels.low_rank_bridge import low_rank_bridge as kernel
+
+    flat = h.reshape(h.shape[:-1].numel(), h.shape[-1])
+    return kernel(flat, v, u, bias, eps).view(h.shape)
+
+
+# --- call into csrc/cuda (section of the CUDA kernels' owner) --------------------------------------------------------
+
+
+def _cuda(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    raise RuntimeError("cuda: low_rank_bridge has no CUDA kernel yet")
+
+
+# --- end of the CUDA section -----------------------------------------------------------------------------------------
+
+_BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]] = {
+    "reference": low_rank_bridge_reference,
+    "library": _library,
+    "cpp": _cpp,
+    "triton": _triton,
+    "cuda": _cuda,
+}
+
+
+def _complain(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None) -> None:
+    """Finds what is wrong with arguments that failed the quick check; raises TypeError or ValueError."""
+    if h.dtype not in FLOATS:
+        raise TypeError(f"low_rank_bridge: h has dtype {h.dtype}; float32, float16, bfloat16 and float64 are supported")
+    for name, t in (("v", v), ("u", u), ("bias", bias)):
+        if t is not None and t.dtype != h.dtype:
+            raise TypeError(f"low_rank_bridge: {name} has dtype {t.dtype}, but h has {h.dtype}; all must agree")
+        if t is not None and t.device != h.device:
+            raise ValueError(f"low_rank_bridge: {name} is on {t.device}, but h is on {h.device}; all must agree")
+    if h.dim() < 1:
+        raise ValueError("low_rank_bridge: h must be [..., hidden], but it has no dimensions")
+    for name, t in (("v", v), ("u", u)):
+        if t.dim() != 2:
+            raise ValueError(f"low_rank_bridge: {name} must have 2 dimensions, but its shape is {tuple(t.shape)}")
+    hidden = h.shape[-1]
+    if v.shape[1] != hidden:
+        raise ValueError(
+            f"low_rank_bridge: v {tuple(v.shape)} must be [rank, hidden] with hidden = {hidden}, "
+            f"the last dimension of h {tuple(h.shape)}"
+        )
+    if u.shape != (hidden, v.shape[0]):
+        raise ValueError(f"low_rank_bridge: u {tuple(u.shape)} must be [hidden, rank] = {(hidden, v.shape[0])}")
+    if bias is not None and bias.shape != (hidden,):
+        raise ValueError(f"low_rank_bridge: bias {tuple(bias.shape)} must be [hidden] = ({hidden},)")
+
+
+def _check(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None) -> None:
+    # One quick expression on the hot path; the slow function writes the message.
+    dtype, device = h.dtype, h.device
+    if not (
+        dtype in FLOATS
+        and v.dtype == dtype
+        and u.dtype == dtype
+        and v.device == device
+        and u.device == device
+        and h.dim() > 0
+        and v.dim() == 2
+        and u.dim() == 2
+        and v.shape[1] == h.shape[-1]
+        and u.shape == (v.shape[1], v.shape[0])
+        and (bias is None or (bias.shape == u.shape[:1] and bias.dtype == dtype and bias.device == device))
+    ):
+        _complain(h, v, u, bias)
+
+
+# --- registered op, fake, autograd -----------------------------------------------------------------------------------
+
+library.define("low_rank_bridge(Tensor h, Tensor v, Tensor u, Tensor? bias=None, float eps=1e-06) -> Tensor")
+_op = torch.ops.taco_kernels.low_rank_bridge.default
+
+
+def _compute(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    _check(h, v, u, bias)
+    width = h.shape[-1]
+    rows = h.numel() // width if width else 0
+    return _BACKENDS[dispatch.choose(h.device.type, h.dtype, rows)](h, v, u, bias, eps)
+
+
+library.impl("low_rank_bridge", _compute, "CPU")
+library.impl("low_rank_bridge", _compute, "CUDA")
+
+
+@torch.library.register_fake("taco_kernels::low_rank_bridge", lib=library)
+def _fake(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    _check(h, v, u, bias)
+    return h.new_empty(h.shape)
+
+
+class _LowRankBridge(torch.autograd.Function):
+    """Saves only the op's inputs: norm and rank-sized intermediate are cheaper to compute again than to keep."""
+
+    @staticmethod
+    def forward(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        with below_autograd():
+            return _op(h, v, u, bias, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+        ctx.eps = inputs[4]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        h, v, u = ctx.saved_tensors
+        need_h, need_v, need_u, need_bias, _ = ctx.needs_input_grad
+        grad_h = grad_v = grad_u = grad_bias = None
+        # The norm's part in float32, like the forward pass; the products in the tensors' own dtype.
+        wide = computing_dtype(h.dtype)
+        grad_rows = grad.reshape(grad.shape[:-1].numel(), grad.shape[-1])
+        rows = h.reshape(h.shape[:-1].numel(), h.shape[-1]).to(wide)
+        scale = torch.rsqrt(rows.square().mean(-1, keepdim=True) + ctx.eps)
+        normed = rows * scale
+        if need_h or need_v:
+            grad_t = grad_rows @ u
+            if need_h:
+                # d/dh of n = h s, s = (mean h^2 + eps)^-1/2:  dh = s (dn - n mean(n dn))
+                grad_normed = (grad_t @ v).to(wide)
+                inner = (normed * grad_normed).mean(-1, keepdim=True)
+                grad_h = (grad_rows.to(wide) + scale * (grad_normed - normed * inner)).to(h.dtype).view(h.shape)
+            if need_v:
+                grad_v = grad_t.T @ normed.to(h.dtype)
+        if need_u:
+            grad_u = grad_rows.T @ (normed.to(h.dtype) @ v.T)
+        if need_bias:
+            grad_bias = grad_rows.sum(0)
+        return grad_h, grad_v, grad_u, grad_bias, None
+
+
+def _autograd(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    if needs_grad(h, v, u, bias):
+        return _LowRankBridge.apply(h, v, u, bias, eps)
+    with below_autograd():
+        return _op(h, v, u, bias, eps)
+
+
+library.impl("low_rank_bridge", _autograd, "Autograd")
+register_autocast("low_rank_bridge", _op)
+
+
+# --- public function -------------------------------------------------------------------------------------------------
+
+
+def low_rank_bridge(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """``h + rmsnorm(h) @ v.T @ u.T + bias`` with ``rmsnorm(h) = h / sqrt(mean(h^2) + eps)``, without a weight.
+
+    A norm's weight is folded into ``v`` (``v * weight``), which changes nothing but saves a read.
+
+    Args:
+        h: [..., hidden], the hidden states, any strides.
+        v: [rank, hidden], the right factor.
+        u: [hidden, rank], the left factor.
+        bias: [hidden], optional.
+        eps: added to the mean square.
+
+    Returns:
+        [..., hidden], contiguous, of ``h``'s dtype; a new tensor, never ``h`` itself.
+
+    dtypes, rounding, reproducibility, gradients and errors are those of :func:`taco_kernels.low_rank_linear`.
+
+    Source: RMSNorm without gain (arXiv:1910.07467, equation 4), and a reduced-rank regression of the removed layers'
+    joint residual on it; the map is this project's own.
+    """
+    if torch.compiler.is_compiling():
+        return _op(h, v, u, bias, eps)
+    if needs_grad(h, v, u, bias):
+        return _LowRankBridge.apply(h, v, u, bias, eps)
+    with below_autograd():
+        return _op(h, v, u, bias, eps)

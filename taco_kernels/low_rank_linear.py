@@ -1,0 +1,266 @@
+"""``low_rank_linear``: a linear layer whose weight is the product of two thin factors, ``W = u @ v``.
+
+Read top to bottom: reference -> calls into the backends -> registered op, fake, autograd -> public function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from taco_kernels import dispatch, native
+from taco_kernels._library import (
+    FLOATS,
+    below_autograd,
+    computing_dtype,
+    library,
+    needs_grad,
+    register_autocast,
+    rows_of,
+)
+
+__all__ = ["low_rank_linear", "low_rank_linear_reference"]
+
+
+# --- reference -------------------------------------------------------------------------------------------------------
+
+
+def low_rank_linear_reference(
+    x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """The specification: same arguments and result as :func:`low_rank_linear`, in plain torch.
+
+    Everything, the rank-sized intermediate included, is computed in float32 (float64 for float64) and rounded once.
+    """
+    wide = computing_dtype(x.dtype)
+    y = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(wide) @ v.to(wide).T @ u.to(wide).T
+    y = y.view(*x.shape[:-1], u.shape[0])
+    if bias is not None:
+        y += bias
+    if residual is not None:
+        y += residual
+    return y.to(x.dtype)
+
+
+# --- backends --------------------------------------------------------------------------------------------------------
+
+
+def _library(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    # Rounds the rank-sized intermediate to x's dtype, as any pair of library calls does.
+    flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    y = F.linear(F.linear(flat, v), u, bias).view(*x.shape[:-1], u.shape[0])
+    return y if residual is None else y.add_(residual)
+
+
+def _cpp(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    out_features, rank = u.shape
+    y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
+    x, rows, x_stride = rows_of(x)
+    if v.stride(1) != 1:
+        v = v.contiguous()
+    if u.stride(1) != 1:
+        u = u.contiguous()
+    bias_ptr = residual_ptr = residual_stride = 0
+    if bias is not None:
+        bias = bias.contiguous()
+        bias_ptr = bias.data_ptr()
+    if residual is not None:
+        residual, _, residual_stride = rows_of(residual)
+        residual_ptr = residual.data_ptr()
+    # The names above keep every temporary copy alive until the kernel has returned.
+    native.module.cpu_low_rank_linear(  # type: ignore[union-attr]
+        x.data_ptr(), x_stride, v.data_ptr(), v.stride(0), u.data_ptr(), u.stride(0), bias_ptr, residual_ptr,
+        residual_stride, y.data_ptr(), rows, x.shape[-1], rank, out_features, dispatch.CPP_DTYPES[x.dtype],
+    )  # fmt: skip
+    return y
+
+
+def _triton(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    # Imported here because triton takes a second to import and CPU users never need it.
+    from taco_kernels.triton_kernels.low_rank_linear import low_rank_linear as kernel
+
+    flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    rest = None if residual is None else residual.reshape(flat.shape[0], residual.shape[-1])
+    return kernel(flat, v, u, bias, rest).view(*x.shape[:-1], u.shape[0])
+
+
+# --- call into csrc/cuda (section of the CUDA kernels' owner) --------------------------------------------------------
+
+
+def _cuda(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    raise RuntimeError("cuda: low_rank_linear has no CUDA kernel yet")
+
+
+# --- end of the CUDA section -----------------------------------------------------------------------------------------
+
+_BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]] = {
+    "reference": low_rank_linear_reference,
+    "library": _library,
+    "cpp": _cpp,
+    "triton": _triton,
+    "cuda": _cuda,
+}
+
+
+def _complain(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    """Finds what is wrong with arguments that failed the quick check; raises TypeError or ValueError."""
+    named = {"x": x, "v": v, "u": u, "bias": bias, "residual": residual}
+    if x.dtype not in FLOATS:
+        raise TypeError(f"low_rank_linear: x has dtype {x.dtype}; float32, float16, bfloat16 and float64 are supported")
+    for name, t in named.items():
+        if t is not None and t.dtype != x.dtype:
+            raise TypeError(f"low_rank_linear: {name} has dtype {t.dtype}, but x has {x.dtype}; all must agree")
+        if t is not None and t.device != x.device:
+            raise ValueError(f"low_rank_linear: {name} is on {t.device}, but x is on {x.device}; all must agree")
+    if x.dim() < 1:
+        raise ValueError("low_rank_linear: x must be [..., in], but it has no dimensions")
+    for name, t in (("v", v), ("u", u)):
+        if t.dim() != 2:
+            raise ValueError(f"low_rank_linear: {name} must have 2 dimensions, but its shape is {tuple(t.shape)}")
+    if v.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"low_rank_linear: v {tuple(v.shape)} must be [rank, in] with in = {x.shape[-1]}, "
+            f"the last dimension of x {tuple(x.shape)}"
+        )
+    if u.shape[1] != v.shape[0]:
+        raise ValueError(
+            f"low_rank_linear: u {tuple(u.shape)} must be [out, rank] with rank = {v.shape[0]}, "
+            f"the first dimension of v {tuple(v.shape)}"
+        )
+    if bias is not None and bias.shape != u.shape[:1]:
+        raise ValueError(f"low_rank_linear: bias {tuple(bias.shape)} must be [out] = ({u.shape[0]},)")
+    if residual is not None and residual.shape != (*x.shape[:-1], u.shape[0]):
+        raise ValueError(
+            f"low_rank_linear: residual {tuple(residual.shape)} must be [..., out] = {(*x.shape[:-1], u.shape[0])}"
+        )
+
+
+def _check(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    # One quick expression on the hot path; the slow function writes the message.
+    dtype, device = x.dtype, x.device
+    if not (
+        dtype in FLOATS
+        and v.dtype == dtype
+        and u.dtype == dtype
+        and v.device == device
+        and u.device == device
+        and x.dim() > 0
+        and v.dim() == 2
+        and u.dim() == 2
+        and v.shape[1] == x.shape[-1]
+        and u.shape[1] == v.shape[0]
+        and (bias is None or (bias.shape == u.shape[:1] and bias.dtype == dtype and bias.device == device))
+        and (
+            residual is None
+            or (residual.shape == (*x.shape[:-1], u.shape[0]) and residual.dtype == dtype and residual.device == device)
+        )
+    ):
+        _complain(x, v, u, bias, residual)
+
+
+# --- registered op, fake, autograd -----------------------------------------------------------------------------------
+
+library.define("low_rank_linear(Tensor x, Tensor v, Tensor u, Tensor? bias=None, Tensor? residual=None) -> Tensor")
+_op = torch.ops.taco_kernels.low_rank_linear.default
+
+
+def _compute(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    _check(x, v, u, bias, residual)
+    width = x.shape[-1]
+    rows = x.numel() // width if width else x.shape[:-1].numel()
+    return _BACKENDS[dispatch.choose(x.device.type, x.dtype, rows)](x, v, u, bias, residual)
+
+
+library.impl("low_rank_linear", _compute, "CPU")
+library.impl("low_rank_linear", _compute, "CUDA")
+
+
+@torch.library.register_fake("taco_kernels::low_rank_linear", lib=library)
+def _fake(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    _check(x, v, u, bias, residual)
+    return x.new_empty((*x.shape[:-1], u.shape[0]))
+
+
+class _LowRankLinear(torch.autograd.Function):
+    """Saves only the op's inputs: the rank-sized intermediate is cheaper to compute again than to keep."""
+
+    @staticmethod
+    def forward(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        with below_autograd():
+            return _op(x, v, u, bias, residual)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, v, u = ctx.saved_tensors
+        need_x, need_v, need_u, need_bias, need_residual = ctx.needs_input_grad
+        grad_x = grad_v = grad_u = grad_bias = None
+        grad_rows = grad.reshape(grad.shape[:-1].numel(), grad.shape[-1])
+        x_rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+        if need_x or need_v:
+            grad_t = grad_rows @ u
+            if need_x:
+                grad_x = (grad_t @ v).view(x.shape)
+            if need_v:
+                grad_v = grad_t.T @ x_rows
+        if need_u:
+            grad_u = grad_rows.T @ (x_rows @ v.T)
+        if need_bias:
+            grad_bias = grad_rows.sum(0)
+        return grad_x, grad_v, grad_u, grad_bias, grad if need_residual else None
+
+
+def _autograd(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    if needs_grad(x, v, u, bias, residual):
+        return _LowRankLinear.apply(x, v, u, bias, residual)
+    with below_autograd():
+        return _op(x, v, u, bias, residual)
+
+
+library.impl("low_rank_linear", _autograd, "Autograd")
+register_autocast("low_rank_linear", _op)
+
+
+# --- public function -------------------------------------------------------------------------------------------------
+
+
+def low_rank_linear(
+    x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """``x @ v.T @ u.T + bias + residual``: a linear layer of weight ``u @ v`` without ever forming it.
+
+    Args:
+        x: [..., in], any strides.
+        v: [rank, in], the right factor.
+        u: [out, rank], the left factor.
+        bias: [out], optional.
+        residual: [..., out], added to the result, optional.
+
+    Returns:
+        [..., out], contiguous, of ``x``'s dtype.
+
+    All tensors share one device and one dtype of float32, float16, bfloat16 (accumulated in float32) or float64.
+    The backends ``reference``, ``cpp`` and ``cuda`` keep the rank-sized intermediate ``x @ v.T`` in float32 and round
+    once, at the end; ``library`` rounds the intermediate to the dtype as well. The same input gives the same bits on
+    every call with the same backend and thread count. Differentiable in every tensor argument.
+
+    Raises:
+        TypeError: a dtype that is not supported, or tensors of different dtypes.
+        ValueError: shapes or devices that do not fit together.
+        RuntimeError: a backend was forced (``TACO_BACKEND``) that cannot serve this call.
+
+    Source: truncated SVD of a linear layer as in Taco-SVD (arXiv:2501.00339, equation 2) with both factors kept.
+    """
+    if torch.compiler.is_compiling():
+        return _op(x, v, u, bias, residual)
+    if needs_grad(x, v, u, bias, residual):
+        return _LowRankLinear.apply(x, v, u, bias, residual)
+    with below_autograd():
+        return _op(x, v, u, bias, residual)
