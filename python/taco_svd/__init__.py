@@ -1,0 +1,5 @@
+"""Taco-SVD for Hugging Face language models (arXiv 2501.00339)."""
+
+from .modeling import CompressedModel, register
+
+register()

@@ -1,0 +1,245 @@
+"""Finds the parts of a decoder-only language model that Taco-SVD works on, by structure and not by model name.
+
+A model is handled when it has exactly one stack of alike decoder layers, each with one attention block and
+dense linear maps (`nn.Linear`, or the transposed `Conv1D` of GPT-2). Anything else is refused before any work
+starts, with a sentence that says what was found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .errors import UnsupportedModelError
+
+# Lists in a config that hold one entry per layer and are cut together with the layers.
+PER_LAYER_CONFIG_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
+
+BLOCKS = ("attention", "mlp")
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """One linear map inside a decoder layer.
+
+    Attributes:
+        layer: index of the decoder layer.
+        path: dotted path below the layer, e.g. ``self_attn.q_proj``.
+        block: ``"attention"`` or ``"mlp"``.
+    """
+
+    layer: int
+    path: str
+    block: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.layer}.{self.path}"
+
+
+class Architecture:
+    """A view of a model as a stack of decoder layers, each a set of named linear maps in two blocks.
+
+    Holds no tensors of its own: it looks modules up in `model` each time, so it stays right while modules are
+    being replaced.
+
+    Raises:
+        UnsupportedModelError: when the structure is not one described at the top of this file.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        config = model.config
+        if getattr(config, "is_encoder_decoder", False):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is an encoder-decoder model; only decoder-only language models are supported."
+            )
+        if getattr(config, "quantization_config", None) is not None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is loaded quantised; load it in float32, bfloat16 or float16 to compress it."
+            )
+        if getattr(config, "num_kv_shared_layers", 0):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} shares keys and values between layers (num_kv_shared_layers="
+                f"{config.num_kv_shared_layers}); taking a layer out would break the layers that read from it."
+            )
+        if getattr(config, "scale_attn_by_inverse_layer_idx", False) or getattr(
+            config, "reorder_and_upcast_attn", False
+        ):
+            raise UnsupportedModelError(
+                "scale_attn_by_inverse_layer_idx / reorder_and_upcast_attn make attention depend on the layer's "
+                "number, which changes when layers are taken out."
+            )
+        self.stack_path = self._find_stack(model)
+        self._check_layers()
+        self._attention_path = self._find_attention(self.layers[0])
+        self.paths: tuple[str, ...] = tuple(self._linear_paths(self.layers[0]))
+        self._check_linears()
+
+    # -- finding ---------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _find_stack(model: PreTrainedModel) -> str:
+        depth = getattr(model.config, "num_hidden_layers", None)
+        if not isinstance(depth, int):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} ({model.config.model_type}): its config has no num_hidden_layers; "
+                "only plain decoder-only language models are supported."
+            )
+        stacks = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.ModuleList)
+            and len(module) == depth
+            # a list of bare linear maps or experts inside a layer may have the same length by accident
+            and any(isinstance(child, nn.Module) and len(list(child.children())) > 1 for child in module)
+        ]
+        outer = [name for name in stacks if not any(name.startswith(other + ".") for other in stacks if other != name)]
+        if len(outer) != 1:
+            found = ", ".join(outer) if outer else "none"
+            raise UnsupportedModelError(
+                f"{type(model).__name__} ({model.config.model_type}): looked for one list of {depth} decoder layers, "
+                f"found {len(outer)} ({found})."
+            )
+        return outer[0]
+
+    def _check_layers(self) -> None:
+        kinds = {getattr(type(layer), "taco_base_name", type(layer).__name__) for layer in self.layers}
+        if len(kinds) != 1:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__}: its layers are of different kinds ({', '.join(sorted(kinds))}); "
+                "hybrid stacks are not supported."
+            )
+        config = self.model.config
+        for key, value in vars(config).items():
+            if (
+                isinstance(value, (list, tuple))
+                and len(value) == len(self.layers) > 2
+                and key not in PER_LAYER_CONFIG_LISTS
+                and not key.startswith("_")
+                and ("layer" in key or "block" in key)
+            ):
+                raise UnsupportedModelError(
+                    f"{type(self.model).__name__}: config.{key} has one entry per layer and is not known here, "
+                    "so layers cannot be taken out safely."
+                )
+        for name, parameter in self.layers[0].named_parameters():
+            if parameter.ndim > 2:
+                raise UnsupportedModelError(
+                    f"{type(self.model).__name__}: the layer parameter {name} has {parameter.ndim} dimensions "
+                    f"{tuple(parameter.shape)} (a mixture of experts?); only dense layers are supported so far."
+                )
+
+    def _find_attention(self, layer: nn.Module) -> str:
+        found = [
+            name
+            for name, child in layer.named_children()
+            if (hasattr(child, "layer_idx") or "attention" in type(child).__name__.lower())
+            and any(_is_linear(module) for module in child.modules())
+        ]
+        if len(found) != 1:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__}: looked for one attention block in {type(layer).__name__}, "
+                f"found {len(found)} ({', '.join(found) or 'none'})."
+            )
+        return found[0]
+
+    @staticmethod
+    def _linear_paths(layer: nn.Module) -> Iterator[str]:
+        from .replacement import LowRankLinear  # imported late: replacement builds on this file
+
+        for path, module in layer.named_modules():
+            if _is_linear(module) or isinstance(module, LowRankLinear):
+                yield path
+
+    def _check_linears(self) -> None:
+        blocks = {self.block_of(path) for path in self.paths}
+        if blocks != set(BLOCKS):
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__}: expected linear maps in an attention and in an MLP block, found "
+                f"{', '.join(self.paths) or 'none'}."
+            )
+        for index, layer in enumerate(self.layers):
+            paths = tuple(self._linear_paths(layer))
+            if paths != self.paths:
+                raise UnsupportedModelError(
+                    f"{type(self.model).__name__}: layer {index} has the linear maps {', '.join(paths)} where layer 0 "
+                    f"has {', '.join(self.paths)}; mixed stacks (some layers with experts?) are not supported."
+                )
+            for path in paths:
+                for name, parameter in layer.get_submodule(path).named_parameters():
+                    if not parameter.is_floating_point():
+                        raise UnsupportedModelError(
+                            f"layer {index}, {path}.{name}: {parameter.dtype} weights; load the model in float32, "
+                            "bfloat16 or float16 to compress it."
+                        )
+
+    # -- looking up ------------------------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        stack = self.model.get_submodule(self.stack_path)
+        assert isinstance(stack, nn.ModuleList)
+        return stack
+
+    def block_of(self, path: str) -> str:
+        return "attention" if path == self._attention_path or path.startswith(self._attention_path + ".") else "mlp"
+
+    def sites(self, layers: list[int] | None = None, block: str | None = None) -> list[LinearSite]:
+        """All linear maps of the given layers (default: all), in module order, of one block or of both."""
+        chosen = range(len(self.layers)) if layers is None else layers
+        return [
+            LinearSite(layer, path, self.block_of(path))
+            for layer in chosen
+            for path in self.paths
+            if block in (None, self.block_of(path))
+        ]
+
+    def module(self, site: LinearSite) -> nn.Module:
+        return self.layers[site.layer].get_submodule(site.path)
+
+    def replace(self, site: LinearSite, module: nn.Module) -> None:
+        parent_path, _, name = site.path.rpartition(".")
+        setattr(self.layers[site.layer].get_submodule(parent_path), name, module)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def dense_weight(module: nn.Module) -> torch.Tensor:
+    """The weight of a linear map as [out, in], whatever way the module stores it (no copy)."""
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(out features, in features) of a dense or factorised linear map."""
+    from .replacement import LowRankLinear
+
+    if isinstance(module, LowRankLinear):
+        return module.out_features, module.in_features
+    out_features, in_features = dense_weight(module).shape
+    return out_features, in_features
+
+
+def slice_config(config: PreTrainedConfig, keep: list[int]) -> PreTrainedConfig:
+    """A copy of `config` for the layers `keep` (ascending indices into the layers that `config` describes)."""
+    values = config.to_dict()
+    for key in PER_LAYER_CONFIG_LISTS:
+        if isinstance(values.get(key), list):
+            values[key] = [values[key][index] for index in keep]
+    # GPT-2 and others call it n_layer: write the name that the class serialises
+    depth_key = (config.attribute_map or {}).get("num_hidden_layers", "num_hidden_layers")
+    values[depth_key] = len(keep)
+    sliced = type(config).from_dict(values)
+    sliced._name_or_path = getattr(config, "_name_or_path", "")
+    # to_dict leaves the attention implementation out; the copy must run the same one
+    sliced._attn_implementation = config._attn_implementation
+    return sliced

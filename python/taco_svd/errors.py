@@ -1,0 +1,14 @@
+"""The one exception type that means "the input is wrong, and here is what to do about it"."""
+
+from __future__ import annotations
+
+
+class TacoError(Exception):
+    """A problem the user can mend: a bad argument, file, model or budget.
+
+    The command line prints its message as one line and exits with code 2; it never shows a traceback for it.
+    """
+
+
+class UnsupportedModelError(TacoError):
+    """The model's structure is not one that layers can be taken out of; the message says what was found."""

@@ -1,0 +1,244 @@
+"""Compressed models as ordinary transformers models: config classes, model classes, registration.
+
+For every base class (say `LlamaForCausalLM`) a subclass is made on demand (`TacoLlamaForCausalLM`) that builds the
+kept layers and puts the replacement modules in; loading, saving, generation, device maps, adapters and further
+quantisation are then the base class's own. All of them share one `model_type`, "taco_svd", which transformers does
+not know, so a process that has not imported this package gets an error that names it instead of random weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .errors import TacoError
+from .replacement import LowRankBridge, LowRankLinear, install
+from .structure import Structure
+
+MODEL_TYPE = "taco_svd"
+
+# Stands in config.json where every transformers config expects an integer: a class that reads the file without
+# this package (LlamaForCausalLM.from_pretrained, say) fails its type check and shows this sentence. The real
+# fields are below "base_config", without a model_type, or transformers would read them as a nested config.
+GUARD_FIELD = "vocab_size"
+GUARD = "this is a Taco-SVD checkpoint: `import taco_svd` (pip install taco-kernels) before from_pretrained"
+
+
+class CompressedConfig:
+    """Mixin of the config classes of compressed models: the base model's config plus a `Structure`."""
+
+    base_class: ClassVar[type[PreTrainedConfig]]
+
+    @property
+    def structure(self) -> Structure:
+        return Structure.from_dict(self.taco_svd)  # type: ignore[attr-defined]
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        values = dict(config_dict)
+        if "base_config" in values:
+            values = flatten_config(values)
+        Structure.from_dict(values.get("taco_svd"))
+        return super().from_dict(values, **kwargs)  # type: ignore[misc]
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The form that is written to config.json: base fields nested, a guard where others would read them."""
+        values = super().to_diff_dict()  # type: ignore[misc]
+        return nest_config(values, self.base_class.model_type)
+
+
+def nest_config(values: dict[str, Any], base_model_type: str) -> dict[str, Any]:
+    values = dict(values)
+    nested = {
+        "model_type": MODEL_TYPE,
+        "base_model_type": base_model_type,
+        "taco_svd": values.pop("taco_svd"),
+        GUARD_FIELD: GUARD,
+    }
+    for key in ("architectures", "dtype", "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id"):
+        if key in values:
+            nested[key] = values[key]
+    values.pop("model_type", None)
+    values.pop("architectures", None)
+    values.pop("transformers_version", None)
+    return {**nested, "base_config": values}
+
+
+def flatten_config(values: dict[str, Any]) -> dict[str, Any]:
+    base = values["base_config"]
+    if not isinstance(base, dict):
+        raise TacoError("config.json: `base_config` must be an object; the checkpoint is damaged.")
+    flat = {**base, "taco_svd": values.get("taco_svd"), "architectures": values.get("architectures")}
+    for key, value in values.items():
+        # what from_pretrained's keyword arguments put on top (num_labels, attn_implementation, dtype ...)
+        if key not in flat and key not in ("base_config", "base_model_type", "model_type", GUARD_FIELD):
+            flat[key] = value
+    if values.get("dtype") is not None:
+        flat["dtype"] = values["dtype"]
+    return flat
+
+
+class TacoSVDConfig(PreTrainedConfig):
+    """What `AutoConfig` finds for model type "taco_svd"; makes the config of the right base class.
+
+    Never instantiated itself: `from_dict` returns an instance of a class made for the base model type.
+    """
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        base_model_type = config_dict.get("base_model_type")
+        if base_model_type is None:
+            raise TacoError("config.json: no `base_model_type`; the checkpoint is damaged.")
+        if base_model_type == MODEL_TYPE or base_model_type not in CONFIG_MAPPING:
+            raise TacoError(
+                f"The compressed model's base type {base_model_type!r} is not known to transformers "
+                f"{transformers.__version__}; install the transformers release that it was made with "
+                f"({config_dict.get('transformers_version', 'unknown')})."
+            )
+        return compressed_config_class(CONFIG_MAPPING[base_model_type]).from_dict(config_dict, **kwargs)
+
+
+class CompressedModel:
+    """Mixin of compressed models; ``isinstance(model, CompressedModel)`` tells one from an ordinary model."""
+
+    base_class: ClassVar[type[PreTrainedModel]]
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        install(self, config.structure)  # type: ignore[arg-type]
+
+    @property
+    def structure(self) -> Structure:
+        """Which layers are kept and what replaced the others."""
+        structure: Structure = self.config.structure  # type: ignore[attr-defined]
+        return structure
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (LowRankLinear, LowRankBridge)):
+            # from_pretrained calls this for parameters that the checkpoint lacks; those are reported, see below
+            if not any(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()):
+                module.reset_parameters()
+        else:
+            super()._init_weights(module)  # type: ignore[misc]
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Like `PreTrainedModel.from_pretrained`, and raises where that would leave factors at random values.
+
+        Raises:
+            TacoError: when weights of the kept layers or their replacements are missing from the checkpoint.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
+        lost = [key for key in missing if key.startswith(cls.base_model_prefix + ".")]  # type: ignore[attr-defined]
+        if lost:
+            raise TacoError(
+                f"{path}: {len(lost)} weights are missing or have the wrong shape (first: {lost[0]}); "
+                "the checkpoint is incomplete. Copy it again, or compress again."
+            )
+        return (model, info) if wants_info else model
+
+
+_config_classes: dict[type[PreTrainedConfig], type[PreTrainedConfig]] = {}
+_model_classes: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
+
+
+def compressed_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The config class of compressed models whose base model has config class `base`."""
+    if issubclass(base, CompressedConfig):
+        return base
+    if base not in _config_classes:
+        name = f"Taco{base.__name__}"
+        made = type(
+            name,
+            (CompressedConfig, base),
+            {
+                "__module__": __name__,
+                "__qualname__": name,
+                "model_type": MODEL_TYPE,
+                "base_class": base,
+                "taco_svd": None,
+                "__annotations__": {"taco_svd": "dict | None"},
+            },
+        )
+        _config_classes[base] = made
+        _register_models(base, made)
+    return _config_classes[base]
+
+
+def compressed_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class of compressed models whose base model has class `base`."""
+    if issubclass(base, CompressedModel):
+        return base
+    if base not in _model_classes:
+        name = f"Taco{base.__name__}"
+        assert base.config_class is not None
+        no_split = list(base._no_split_modules or [])
+        _model_classes[base] = type(
+            name,
+            (CompressedModel, base),
+            {
+                "__module__": __name__,
+                "__qualname__": name,
+                "base_class": base,
+                "config_class": compressed_config_class(base.config_class),
+                "_no_split_modules": no_split + [f"Bridged{layer}" for layer in no_split],
+            },
+        )
+    return _model_classes[base]
+
+
+def _register_models(base: type[PreTrainedConfig], made: type[PreTrainedConfig]) -> None:
+    """Tells the Auto classes which compressed model class belongs to a compressed config class."""
+    for auto in (AutoModelForCausalLM, AutoModel, transformers.AutoModelForSequenceClassification):
+        if base in auto._model_mapping:
+            model_class = auto._model_mapping[base]
+            if isinstance(model_class, tuple):
+                model_class = model_class[0]
+            # by config_class, since the model class is made from its base's own config class
+            if model_class.config_class is base:
+                auto.register(made, compressed_model_class(model_class), exist_ok=True)
+
+
+def register() -> None:
+    """Registers model type "taco_svd" with transformers; called by ``import taco_svd``, harmless when repeated."""
+    AutoConfig.register(MODEL_TYPE, TacoSVDConfig, exist_ok=True)
+
+
+def as_compressed(model: PreTrainedModel, config: PreTrainedConfig, structure: Structure) -> PreTrainedModel:
+    """Turns a model whose modules already follow `structure` into a compressed model, in place.
+
+    `config` is the base config for the kept layers (`architectures.slice_config`).
+    """
+    model_class = compressed_model_class(type(model))
+    assert model_class.config_class is not None
+    compressed_config = model_class.config_class.from_dict({**config.to_dict(), "taco_svd": structure.to_dict()})
+    compressed_config._name_or_path = config._name_or_path
+    compressed_config._attn_implementation = config._attn_implementation
+    old_config = model.config
+    model.__class__ = model_class
+    for module in model.modules():
+        # attention blocks and the inner model hold the config too, and read it in forward
+        if getattr(module, "config", None) is old_config:
+            module.config = compressed_config  # type: ignore[assignment]
+    model._no_split_modules = set(model._no_split_modules or ()) | set(model_class._no_split_modules or ())  # type: ignore[assignment]
+    return model
+
+
+def __getattr__(name: str) -> Any:
+    """Finds classes made on demand by name, so that compressed models can be pickled and sent to other processes."""
+    if name.startswith("Taco") and (base := getattr(transformers, name.removeprefix("Taco"), None)) is not None:
+        if isinstance(base, type) and issubclass(base, PreTrainedConfig):
+            return compressed_config_class(base)
+        if isinstance(base, type) and issubclass(base, PreTrainedModel):
+            return compressed_model_class(base)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+

@@ -1,0 +1,206 @@
+"""The modules that stand in for what was taken out, and how they are put into a model.
+
+They call `taco_kernels` and nothing else: which kernel runs is decided there.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+import taco_kernels
+
+from .architectures import Architecture, LinearSite, linear_shape
+from .errors import TacoError
+from .structure import Structure
+
+
+class LowRankLinear(nn.Module):
+    """A linear map in two factors: ``y = u (v x) + bias``.
+
+    Parameters `v` [rank, in_features], `u` [out_features, rank], `bias` [out_features] or None.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.v = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
+        self.u = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        if self.v.device.type != "meta":
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Random factors whose product has the scale of `nn.Linear`'s default (for models built from a config)."""
+        nn.init.normal_(self.v, std=1 / math.sqrt(3 * self.in_features))
+        nn.init.normal_(self.u, std=1 / math.sqrt(self.rank))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return taco_kernels.low_rank_linear(x, self.v, self.u, self.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+class LowRankBridge(nn.Module):
+    """What stands for a run of removed layers: ``h + u (v rmsnorm(h)) + bias``.
+
+    Parameters `v` [rank, hidden], `u` [hidden, rank], `bias` [hidden] or None. The norm has no weight (it is folded
+    into `v`). Starts as the identity, that is as bare removal.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        rank: int,
+        bias: bool,
+        eps: float,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.hidden, self.rank, self.eps = hidden, rank, eps
+        self.v = nn.Parameter(torch.empty(rank, hidden, device=device, dtype=dtype))
+        self.u = nn.Parameter(torch.empty(hidden, rank, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(hidden, device=device, dtype=dtype)) if bias else None
+        if self.v.device.type != "meta":
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.v, std=1 / math.sqrt(self.hidden))
+        nn.init.zeros_(self.u)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return taco_kernels.low_rank_bridge(hidden_states, self.v, self.u, self.bias, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"hidden={self.hidden}, rank={self.rank}, bias={self.bias is not None}, eps={self.eps}"
+
+
+class _BridgedMixin:
+    """A decoder layer that passes its output through `self.bridge`.
+
+    The bridge belongs to the layer before it, so that the model's own loop over layers, its cache numbering and
+    its `num_hidden_layers` stay as they are.
+    """
+
+    bridge: LowRankBridge
+    taco_base_name: str
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)  # type: ignore[misc]
+        if isinstance(output, tuple):  # older transformers return (hidden_states, ...)
+            return (self.bridge(output[0]), *output[1:])
+        return self.bridge(output)
+
+
+_bridged_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def bridged_class(layer_class: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a decoder layer class whose layers carry a bridge (made once per class)."""
+    if layer_class not in _bridged_classes:
+        name = f"Bridged{layer_class.__name__}"
+        _bridged_classes[layer_class] = type(
+            name,
+            (_BridgedMixin, layer_class),
+            {"__module__": __name__, "__qualname__": name, "taco_base_name": layer_class.__name__},
+        )
+    return _bridged_classes[layer_class]
+
+
+def attach_bridge(layer: nn.Module, bridge: LowRankBridge) -> None:
+    """Makes a decoder layer pass its output through `bridge`, in place."""
+    layer.__class__ = bridged_class(type(layer))
+    layer.bridge = bridge
+
+
+def structural_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the module tree that shares every parameter and buffer with `model`.
+
+    Modules of the copy can be replaced and layers taken out while the original stays whole, for no memory.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        memo[id(tensor)] = tensor
+    return copy.deepcopy(model, memo)
+
+
+def drop_layers(architecture: Architecture, keep: tuple[int, ...] | list[int]) -> None:
+    """Takes out all layers but `keep` (ascending) from the module list and renumbers the attention blocks.
+
+    The caller replaces the config (`architectures.slice_config`); without that the key/value cache breaks.
+    """
+    stack = architecture.layers
+    kept = nn.ModuleList([stack[index] for index in keep])
+    parent_path, _, name = architecture.stack_path.rpartition(".")
+    setattr(architecture.model.get_submodule(parent_path), name, kept)
+    for position, layer in enumerate(kept):
+        for module in layer.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx = position  # type: ignore[assignment]
+
+
+def install(model: PreTrainedModel, structure: Structure, device: torch.device | str | None = None) -> None:
+    """Puts empty replacement modules into a model that already has only the kept layers.
+
+    Raises:
+        TacoError: when the structure names a module that the model does not have, or more layers than it has.
+    """
+    architecture = Architecture(model)
+    if len(architecture.layers) != len(structure.kept):
+        raise TacoError(
+            f"The checkpoint's structure keeps {len(structure.kept)} layers, its config describes "
+            f"{len(architecture.layers)}."
+        )
+    for source_layer, ranks in structure.low_rank.items():
+        position = structure.position(source_layer)
+        for path, rank in ranks.items():
+            if path not in architecture.paths:
+                raise TacoError(f"The checkpoint's structure names {path!r}, which {type(model).__name__} has not.")
+            site = LinearSite(position, path, architecture.block_of(path))
+            dense = architecture.module(site)
+            out_features, in_features = linear_shape(dense)
+            if rank > min(out_features, in_features):
+                raise TacoError(f"layer {source_layer}, {path}: rank {rank} of a {out_features} x {in_features} map.")
+            reference = dense.weight
+            assert isinstance(reference, torch.Tensor)
+            architecture.replace(
+                site,
+                LowRankLinear(
+                    in_features,
+                    out_features,
+                    rank,
+                    bias=getattr(dense, "bias", None) is not None,
+                    device=reference.device,
+                    dtype=reference.dtype,
+                ),
+            )
+    hidden = model.config.hidden_size
+    for bridge in structure.bridges:
+        layer = architecture.layers[structure.position(bridge.after)]
+        reference = next(layer.parameters())
+        attach_bridge(
+            layer,
+            LowRankBridge(hidden, bridge.rank, bridge.bias, bridge.eps, device=reference.device, dtype=reference.dtype),
+        )

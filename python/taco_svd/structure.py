@@ -1,0 +1,142 @@
+"""What stands where in a compressed model: the part of a plan that a checkpoint needs to rebuild the modules.
+
+Small, typed, JSON. It goes into `config.json`, so it is read from files that may be damaged or hostile: every
+field is checked before anything is allocated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import TacoError
+
+FORMAT_VERSION = 1
+MAX_RANK = 1 << 20
+MAX_LAYERS = 1 << 16
+
+
+@dataclass(frozen=True)
+class BridgeSpec:
+    """A low-rank residual map that stands for a run of removed layers.
+
+    Attributes:
+        after: index, in the source model, of the kept layer whose output the bridge takes.
+        rank: rank of the map.
+        bias: whether it adds a bias.
+        eps: epsilon of the RMS norm inside the bridge.
+    """
+
+    after: int
+    rank: int
+    bias: bool = True
+    eps: float = 1e-6
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Which layers of the source model are kept, and what replaced their linear maps.
+
+    Attributes:
+        source_layers: number of decoder layers in the source model.
+        kept: source indices of the layers that still exist, ascending.
+        low_rank: for each kept source layer (by index) the rank of each factorised linear map (by dotted path).
+        bridges: what stands for runs of removed layers, ascending by `after`.
+    """
+
+    source_layers: int
+    kept: tuple[int, ...]
+    low_rank: dict[int, dict[str, int]] = field(default_factory=dict)
+    bridges: tuple[BridgeSpec, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 < self.source_layers <= MAX_LAYERS:
+            raise TacoError(f"structure: source_layers must be between 1 and {MAX_LAYERS}, got {self.source_layers}.")
+        if not self.kept or list(self.kept) != sorted(set(self.kept)):
+            raise TacoError("structure: `kept` must list at least one layer, in ascending order, none twice.")
+        if self.kept[0] < 0 or self.kept[-1] >= self.source_layers:
+            raise TacoError(f"structure: `kept` names a layer outside 0..{self.source_layers - 1}.")
+        for layer, ranks in self.low_rank.items():
+            if layer not in self.kept:
+                raise TacoError(f"structure: layer {layer} has factorised linear maps but is not kept.")
+            for path, rank in ranks.items():
+                if not 0 < rank <= MAX_RANK:
+                    raise TacoError(f"structure: layer {layer}, {path}: rank {rank} is not between 1 and {MAX_RANK}.")
+        afters = [bridge.after for bridge in self.bridges]
+        if afters != sorted(set(afters)):
+            raise TacoError("structure: bridges must be ascending, one per place.")
+        for bridge in self.bridges:
+            if bridge.after not in self.kept:
+                raise TacoError(f"structure: a bridge follows layer {bridge.after}, which is not kept.")
+            if not 0 < bridge.rank <= MAX_RANK:
+                raise TacoError(f"structure: bridge after layer {bridge.after}: rank {bridge.rank} is out of range.")
+            if not bridge.eps > 0:
+                raise TacoError(f"structure: bridge after layer {bridge.after}: eps must be positive.")
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        return tuple(sorted(set(range(self.source_layers)) - set(self.kept)))
+
+    def position(self, source_layer: int) -> int:
+        """Where a kept source layer stands in the compressed stack."""
+        return self.kept.index(source_layer)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "format_version": FORMAT_VERSION,
+            "source_layers": self.source_layers,
+            "kept": list(self.kept),
+            "low_rank": {str(layer): dict(ranks) for layer, ranks in sorted(self.low_rank.items())},
+            "bridges": [
+                {"after": bridge.after, "rank": bridge.rank, "bias": bridge.bias, "eps": bridge.eps}
+                for bridge in self.bridges
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Structure:
+        """Reads what `to_dict` wrote.
+
+        Raises:
+            TacoError: for a missing, mistyped or out-of-range field, or a newer format.
+        """
+        if not isinstance(data, dict):
+            raise TacoError("structure: expected a JSON object.")
+        version = data.get("format_version")
+        if version != FORMAT_VERSION:
+            raise TacoError(
+                f"This checkpoint has format version {version!r}; this taco-kernels reads version {FORMAT_VERSION}. "
+                "Install the taco-kernels release that wrote it."
+            )
+        try:
+            return cls(
+                source_layers=_integer(data["source_layers"]),
+                kept=tuple(_integer(index) for index in data["kept"]),
+                low_rank={
+                    int(layer): {_path(path): _integer(rank) for path, rank in ranks.items()}
+                    for layer, ranks in data.get("low_rank", {}).items()
+                },
+                bridges=tuple(
+                    BridgeSpec(
+                        after=_integer(bridge["after"]),
+                        rank=_integer(bridge["rank"]),
+                        bias=bool(bridge["bias"]),
+                        eps=float(bridge["eps"]),
+                    )
+                    for bridge in data.get("bridges", [])
+                ),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise TacoError(f"structure: not readable ({type(error).__name__}: {error}).") from error
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"expected an integer, got {value!r}")
+    return value
+
+
+def _path(value: str) -> str:
+    if not all(part.isidentifier() for part in value.split(".")):
+        raise ValueError(f"not a module path: {value!r}")
+    return value
