@@ -1,0 +1,145 @@
+"""Compiles the launches of a call ahead of time, without a GPU, and reads what the compiler made of them.
+
+Used by tests and by people who change a kernel: registers, shared memory, spills and the instructions chosen answer
+most questions before a GPU is at hand. Not used when the ops run.
+"""
+
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .config import Config
+from .launch import FP_FUSION, Launch, launches
+
+_POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+# Shared memory one block may have, in bytes (CUDA C++ programming guide, table of compute capabilities).
+SHARED_LIMIT = {
+    80: 163 * 1024,
+    86: 99 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler reports for one kernel: ``shared`` and ``stack`` in bytes, ``registers`` per thread.
+
+    ``stack`` counts spilled registers and arrays in local memory: 0 means none. ``ptx`` and ``sass`` are listings.
+    """
+
+    kernel: str
+    shared: int
+    registers: int
+    stack: int
+    ptx: str
+    sass: str
+
+
+def _signature(
+    launch: Launch,
+) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
+    """Types, constants and alignment of the arguments, specialised the way Triton's run time would."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = dict(launch.constants)
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    fixed = set(launch.kernel.do_not_specialize or ())
+    names = launch.kernel.arg_names
+    for position, (name, value) in enumerate(zip(names, launch.args, strict=False)):
+        if isinstance(value, torch.Tensor):
+            signature[name] = _POINTERS[value.dtype]
+            aligned = (value.storage_offset() * value.element_size()) % 16 == 0
+        elif isinstance(value, float):
+            signature[name], aligned = "fp32", False
+        elif value == 1 and name not in fixed:
+            signature[name], aligned = "constexpr", False
+            constants[name] = 1
+        else:
+            signature[name], aligned = "i32", value % 16 == 0 and name not in fixed
+        if aligned:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    for name in launch.constants:
+        signature[name] = "constexpr"
+    return {name: signature[name] for name in names}, constants, attributes
+
+
+def _tool(name: str) -> str:
+    """A CUDA binary utility out of Triton's own wheel."""
+    import triton.backends.nvidia
+
+    root = Path(triton.backends.nvidia.__path__[0])
+    found = root / "bin" / name
+    if not found.exists():
+        raise FileNotFoundError(f"this Triton carries no {name} ({found})")
+    return str(found)
+
+
+def compile_launch(launch: Launch, arch: int) -> Compiled:
+    """Compiles one launch for compute capability ``arch`` (80, 86, 90, ...) and inspects the result."""
+    signature, constants, attributes = _signature(launch)
+    source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
+    options = {
+        "num_warps": launch.warps,
+        "num_stages": launch.stages,
+        "enable_fp_fusion": FP_FUSION,
+    }
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(built.asm["cubin"])
+        usage = subprocess.run(
+            [_tool("cuobjdump"), "-res-usage", str(cubin)],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        sass = subprocess.run(
+            [_tool("cuobjdump"), "-sass", str(cubin)],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    match = re.search(r"REG:(\d+)\s+STACK:(\d+).*?LOCAL:(\d+)", usage)
+    if match is None:
+        raise RuntimeError(f"cuobjdump's resource report could not be read: {usage!r}")
+    registers, stack, local = (int(group) for group in match.groups())
+    return Compiled(
+        launch.kernel.__name__,
+        int(built.metadata.shared),
+        registers,
+        stack + local,
+        built.asm["ptx"],
+        sass,
+    )
+
+
+def call_launches(
+    rows: int,
+    in_size: int,
+    out_size: int,
+    rank: int,
+    dtype: torch.dtype,
+    config: Config,
+    *,
+    bridge: bool = False,
+) -> list[Launch]:
+    """The launches of a call on contiguous tensors of these sizes, with bias and residual, without data.
+
+    ``bridge`` makes it a ``low_rank_bridge`` (then ``in_size`` must equal ``out_size``).
+    """
+    x = torch.empty((rows, in_size), dtype=dtype, device="meta")
+    v = torch.empty((rank, in_size), dtype=dtype, device="meta")
+    u = torch.empty((out_size, rank), dtype=dtype, device="meta")
+    bias = torch.empty(out_size, dtype=dtype, device="meta")
+    y = torch.empty((rows, out_size), dtype=dtype, device="meta")
+    residual = x if bridge else torch.empty_like(y)
+    return launches(x, v, u, bias, residual, y, 1e-6 if bridge else None, config)

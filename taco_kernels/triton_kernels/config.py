@@ -1,0 +1,219 @@
+"""Tile sizes: a table tuned per GPU where there is one, sound defaults elsewhere. Nothing is tuned at run time.
+
+``taco_kernels/tuned/<gpu>.json`` (written by ``benchmarks/gpu_suite.py --part tune``) holds
+``{"gpu": name, "entries": [{"op", "dtype", "in", "out", "rank", "rows", "config": {...}}, ...]}``.
+A call takes the entry of its op, dtype and rows bucket that is nearest in (in, out, rank), if it is near.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TUNED_DIR = Path(__file__).resolve().parent.parent / "tuned"
+ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+PATHS = ("row", "split", "gemm", "fused")
+# A table entry further away than this (sum of |log2| ratios of in, out and rank) says nothing about a shape.
+NEAR = 1.5
+# Shared memory that a block can have on every GPU since sm_80 (sm_86 and sm_89 have least). Defaults stay below it.
+PORTABLE_SHARED_BYTES = 99 * 1024
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one call is cut into programs.
+
+    ``path``: ``row`` (one row, no matrix unit), ``split`` (first product split over ``in``, sums added up by the
+    second kernel), ``gemm`` (two products, an extra ``combine`` launch where ``split > 1``), ``fused`` (one launch).
+    ``block_m`` rows, ``block_r`` ranks, ``block_k`` steps along ``in`` and ``split`` slices of it for the first
+    product; ``block_n`` outputs and ``block_k2`` steps along the rank for the second. ``out_split`` is the number of
+    slices of ``out`` of the fused kernel, which uses ``warps`` and ``stages``.
+    """
+
+    path: str
+    block_m: int
+    block_r: int
+    block_k: int
+    split: int
+    warps: int
+    stages: int
+    block_n: int
+    block_k2: int
+    warps2: int
+    stages2: int
+    out_split: int = 1
+
+    def __post_init__(self) -> None:
+        if self.path not in PATHS:
+            raise ValueError(f"path must be one of {PATHS}, not {self.path!r}")
+        for name in ("block_m", "block_r", "block_k", "block_n", "block_k2"):
+            value = getattr(self, name)
+            if value < 1 or value & (value - 1):
+                raise ValueError(f"{name} must be a power of two, not {value}")
+
+
+def rows_bucket(rows: int) -> int:
+    """The smallest bucket that holds ``rows``, or the largest one."""
+    return next((bucket for bucket in ROW_BUCKETS if rows <= bucket), ROW_BUCKETS[-1])
+
+
+def gpu_slug(name: str) -> str:
+    """File name of a GPU's table: ``NVIDIA H100 80GB HBM3`` -> ``nvidia-h100-80gb-hbm3``."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _power_of_two(value: int, low: int, high: int) -> int:
+    return max(low, min(high, 1 << max(0, value - 1).bit_length()))
+
+
+def _fill(programs: int, wanted: int, steps: int) -> int:
+    """Slices of a loop of ``steps`` that bring ``programs`` up to ``wanted``, no slice empty."""
+    return max(1, min(steps, 64, wanted // max(1, programs)))
+
+
+def default_config(
+    rows: int,
+    in_size: int,
+    out_size: int,
+    rank: int,
+    element_size: int,
+    processors: int,
+) -> Config:
+    """A configuration that compiles, fits and fills the chip on any GPU; chosen by counting, not by measuring.
+
+    ``element_size`` is 2 (float16, bfloat16) or 4 (float32), ``processors`` the number of multiprocessors.
+    """
+    half = element_size == 2
+    if rows <= 1:
+        # 16 rank rows of 1 KB each: enough loads in flight per program, 64 accumulators per thread.
+        block_r, block_k = 16, 512 if half else 256
+        split = _fill(
+            math.ceil(rank / block_r), 2 * processors, math.ceil(in_size / block_k)
+        )
+        block_k2 = _power_of_two(rank, 16, 256)
+        return Config("row", 1, block_r, block_k, split, 4, 2, 16, block_k2, 4, 2)
+    if rows <= 16:
+        # 16 rows is the matrix unit's own height. Small rank blocks: more programs, fewer splits to add up again.
+        block_r, block_k = 16, 256 if half else 64
+        split = _fill(
+            math.ceil(rank / block_r), 2 * processors, math.ceil(in_size / block_k)
+        )
+        # Up to 8 splits are added up by the second product itself (its pipeline holds a tile of each in shared
+        # memory); more of them are worth a launch of their own.
+        path = "split" if split <= 8 else "gemm"
+        return Config(
+            path, 16, block_r, block_k, split, 4, 3, 32, 64 if half else 32, 4, 3
+        )
+    if half and rank <= 128 and math.ceil(rows / 64) >= processors // 2:
+        # One block of 64 rows per multiprocessor; two tiles of 64 x 64 and 128 x 64 in flight fit any GPU.
+        block_r = _power_of_two(rank, 16, 128)
+        out_split = max(1, processors // math.ceil(rows / 64))
+        return Config("fused", 64, block_r, 64, 1, 4, 3, 64, 16, 4, 3, out_split)
+    block_m = _power_of_two(rows, 32, 128) if half else 64
+    m_blocks = math.ceil(rows / block_m)
+    block_r = _power_of_two(rank, 16, 128 if half else 64)
+    block_k = 64 if half else 32
+    split = _fill(
+        m_blocks * math.ceil(rank / block_r),
+        processors,
+        math.ceil(in_size / (4 * block_k)),
+    )
+    warps = 8 if block_m * block_r >= 128 * 128 or not half else 4
+    warps2 = 8 if block_m == 128 or not half else 4
+    return Config(
+        "gemm",
+        block_m,
+        block_r,
+        block_k,
+        split,
+        warps,
+        3,
+        128 if half else 64,
+        block_k,
+        warps2,
+        3,
+    )
+
+
+def load_table(
+    path: Path,
+) -> dict[tuple[str, str, int], list[tuple[tuple[int, int, int], Config]]]:
+    """Entries of a tuned table by (op, dtype, rows bucket). Raises ValueError, naming the file, on a broken table."""
+    try:
+        entries: list[dict[str, Any]] = json.loads(path.read_text())["entries"]
+        table: dict[
+            tuple[str, str, int], list[tuple[tuple[int, int, int], Config]]
+        ] = {}
+        for entry in entries:
+            key = (entry["op"], entry["dtype"], int(entry["rows"]))
+            shape = (int(entry["in"]), int(entry["out"]), int(entry["rank"]))
+            table.setdefault(key, []).append((shape, Config(**entry["config"])))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not a table of tuned configurations: {error!r}"
+        ) from error
+    return table
+
+
+@functools.cache
+def _table_of_gpu(
+    name: str,
+) -> dict[tuple[str, str, int], list[tuple[tuple[int, int, int], Config]]]:
+    path = TUNED_DIR / f"{gpu_slug(name)}.json"
+    return load_table(path) if path.exists() else {}
+
+
+def _distance(a: tuple[int, int, int], b: tuple[int, int, int]) -> float:
+    return sum(abs(math.log2(p / q)) for p, q in zip(a, b, strict=True))
+
+
+@functools.lru_cache(maxsize=4096)
+def config_for(
+    op: str,
+    dtype: str,
+    rows: int,
+    in_size: int,
+    out_size: int,
+    rank: int,
+    gpu: str,
+    processors: int,
+) -> Config:
+    """Configuration of one call.
+
+    ``op`` and ``dtype`` ("float32", "float16", "bfloat16") as in the table; ``rows`` may be any number >= 1;
+    ``gpu`` is the device's name ("" for none), ``processors`` its number of multiprocessors.
+    """
+    shape = (in_size, out_size, rank)
+    near = [
+        (_distance(shape, known), config)
+        for known, config in _table_of_gpu(gpu).get((op, dtype, rows_bucket(rows)), [])
+        # The fused kernel holds one rank block, so a neighbour's tile must be wide enough for this rank as well.
+        if config.path != "fused" or rank <= config.block_r
+    ]
+    if near:
+        distance, config = min(near, key=lambda item: item[0])
+        if distance <= NEAR:
+            return config
+    return default_config(
+        rows, in_size, out_size, rank, 4 if dtype == "float32" else 2, processors
+    )
+
+
+def as_entry(
+    op: str, dtype: str, shape: tuple[int, int, int], rows: int, config: Config
+) -> dict[str, Any]:
+    """One entry of a tuned table, ready for JSON."""
+    in_size, out_size, rank = shape
+    return {
+        "op": op,
+        "dtype": dtype,
+        "in": in_size,
+        "out": out_size,
+        "rank": rank,
+        "rows": rows_bucket(rows),
+        "config": dataclasses.asdict(config),
+    }

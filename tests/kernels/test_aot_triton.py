@@ -1,0 +1,111 @@
+"""Triton kernels compiled for sm_80 and sm_90 without a GPU: do they fit, do they spill, are the instructions those meant?"""
+
+import os
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1",
+    reason="under TRITON_INTERPRET=1 there is nothing to compile",
+)
+
+from taco_kernels.triton_kernels.config import PORTABLE_SHARED_BYTES, default_config
+
+PROCESSORS = {80: 108, 90: 132}
+# Decode, a batch, prefill with small and with large rank: together these reach every kernel of the defaults.
+CALLS = [
+    (1, 4096, 512),
+    (16, 4096, 512),
+    (16, 4096, 64),
+    (512, 4096, 512),
+    (8192, 4096, 128),
+    (8192, 4096, 1024),
+]
+# ptxas gives up a few words to fit one more block on a multiprocessor. A tile that does not fit costs hundreds.
+FEW_WORDS = 32
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Compiled anew, not taken from a cache that another version of the compiler has filled."""
+    before = os.environ.get("TRITON_CACHE_DIR")
+    os.environ["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    yield
+    if before is None:
+        del os.environ["TRITON_CACHE_DIR"]
+    else:
+        os.environ["TRITON_CACHE_DIR"] = before
+
+
+def _compiled(arch, dtype, rows, size, rank, bridge):
+    from taco_kernels.triton_kernels import aot
+
+    config = default_config(rows, size, size, rank, dtype.itemsize, PROCESSORS[arch])
+    calls = aot.call_launches(rows, size, size, rank, dtype, config, bridge=bridge)
+    return config, [aot.compile_launch(launch, arch) for launch in calls]
+
+
+@pytest.mark.parametrize("bridge", [False, True], ids=["linear", "bridge"])
+@pytest.mark.parametrize("rows, size, rank", CALLS)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_bfloat16(arch, rows, size, rank, bridge):
+    config, kernels = _compiled(arch, torch.bfloat16, rows, size, rank, bridge)
+    for kernel in kernels:
+        assert kernel.shared <= PORTABLE_SHARED_BYTES, (
+            f"{kernel.kernel} needs {kernel.shared} bytes"
+        )
+        assert kernel.stack <= FEW_WORDS, f"{kernel.kernel} spills {kernel.stack} bytes"
+        # The factors and activations come in 16 bytes per thread, straight to shared memory or through registers.
+        assert re.search(r"LDGSTS\S*\.128|LDG\.E\S*\.128", kernel.sass), (
+            f"{kernel.kernel} has no 16-byte loads"
+        )
+        if kernel.kernel in ("shrink", "expand", "fused"):
+            warpgroup = arch == 90 and config.block_m >= 64
+            assert ("HGMMA" if warpgroup else "HMMA") in kernel.sass, (
+                f"{kernel.kernel} misses the matrix unit"
+            )
+
+
+@pytest.mark.parametrize(
+    "rows, size, rank", [(1, 4096, 512), (16, 4096, 512), (512, 4096, 512)]
+)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_float32_stays_float32(arch, rows, size, rank):
+    _, kernels = _compiled(arch, torch.float32, rows, size, rank, True)
+    for kernel in kernels:
+        assert kernel.shared <= PORTABLE_SHARED_BYTES
+        assert kernel.stack <= FEW_WORDS, f"{kernel.kernel} spills {kernel.stack} bytes"
+        assert (
+            "tf32" not in kernel.ptx
+            and "FFMA" in kernel.sass
+            or kernel.kernel == "combine"
+        )
+
+
+@pytest.mark.parametrize(
+    "rows, in_size, out_size, rank",
+    [(1, 1, 1, 1), (5, 1, 1, 1), (33, 70, 1, 3), (40, 1, 17, 1)],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_odd_sizes_compile(dtype, rows, in_size, out_size, rank):
+    """Triton turns sizes of 1 into constants, which other code paths of the compiler then see."""
+    from taco_kernels.triton_kernels import aot
+
+    config = default_config(rows, in_size, out_size, rank, dtype.itemsize, 132)
+    for launch in aot.call_launches(rows, in_size, out_size, rank, dtype, config):
+        assert aot.compile_launch(launch, 90).registers > 0
+
+
+def test_odd_fused_sizes_compile():
+    from taco_kernels.triton_kernels import aot
+
+    config = default_config(130, 33, 1, 1, 2, 1)
+    assert config.path == "fused"
+    for rows, in_size, out_size in [(130, 33, 1), (130, 1, 40)]:
+        for launch in aot.call_launches(
+            rows, in_size, out_size, 1, torch.bfloat16, config
+        ):
+            assert aot.compile_launch(launch, 90).registers > 0

@@ -1,0 +1,137 @@
+"""Choice of tile sizes: the tuned table, its neighbours, the defaults."""
+
+import json
+
+import pytest
+
+from taco_kernels.triton_kernels import config as configs
+from taco_kernels.triton_kernels.config import (
+    Config,
+    as_entry,
+    config_for,
+    default_config,
+    load_table,
+    rows_bucket,
+)
+
+SHAPES = [
+    (4096, 4096, 512),
+    (4096, 14336, 1024),
+    (8192, 8192, 64),
+    (128, 344, 17),
+    (1, 1, 1),
+    (70, 3, 300),
+]
+
+
+def _tuned(block_n: int, path: str = "split") -> Config:
+    return Config(path, 16, 32, 128, 4, 4, 3, block_n, 64, 4, 3)
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """A tuned table of a GPU called "Test GPU 9000"."""
+    monkeypatch.setattr(configs, "TUNED_DIR", tmp_path)
+    entries = [
+        as_entry("low_rank_linear", "bfloat16", (4096, 4096, 512), 16, _tuned(64)),
+        as_entry("low_rank_linear", "bfloat16", (4096, 14336, 512), 16, _tuned(128)),
+        as_entry(
+            "low_rank_linear",
+            "bfloat16",
+            (4096, 4096, 64),
+            8192,
+            Config("fused", 64, 64, 64, 1, 4, 3, 64, 16, 4, 3),
+        ),
+    ]
+    path = tmp_path / "test-gpu-9000.json"
+    path.write_text(json.dumps({"gpu": "Test GPU 9000", "entries": entries}))
+    configs._table_of_gpu.cache_clear()
+    configs.config_for.cache_clear()
+    yield path
+    configs._table_of_gpu.cache_clear()
+    configs.config_for.cache_clear()
+
+
+def _ask(
+    rows,
+    in_size,
+    out_size,
+    rank,
+    gpu="Test GPU 9000",
+    dtype="bfloat16",
+    op="low_rank_linear",
+):
+    return config_for(op, dtype, rows, in_size, out_size, rank, gpu, 132)
+
+
+def test_table_gives_the_entry_and_near_shapes_its_neighbour(table):
+    assert _ask(16, 4096, 4096, 512).block_n == 64
+    assert _ask(9, 4096, 4096, 416) == _ask(16, 4096, 4096, 512), (
+        "same bucket, near rank"
+    )
+    assert _ask(16, 4096, 11008, 512).block_n == 128
+
+
+def test_table_is_left_alone_where_it_says_nothing(table):
+    for rows, shape, changes in [
+        (4, (4096, 4096, 512), {}),
+        (16, (4096, 4096, 16), {}),
+        (16, (4096, 4096, 512), {"dtype": "float16"}),
+        (16, (4096, 4096, 512), {"op": "low_rank_bridge"}),
+        (16, (4096, 4096, 512), {"gpu": "Another GPU"}),
+    ]:
+        in_size, out_size, rank = shape
+        assert _ask(rows, *shape, **changes) == default_config(
+            rows, in_size, out_size, rank, 2, 132
+        )
+
+
+def test_fused_neighbour_must_hold_the_rank(table):
+    assert _ask(8192, 4096, 4096, 60).path == "fused"
+    assert _ask(8192, 4096, 4096, 70) == default_config(8192, 4096, 4096, 70, 2, 132)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"entries": [{}]}', '{"entries": [{"op": "x", "dtype": "y", "rows": 1, "in": 1, "out": 1, "rank": 1, "config": {"path": "row"}}]}']
+)  # fmt: skip
+def test_broken_table_is_named(tmp_path, text):
+    path = tmp_path / "gpu.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="gpu.json"):
+        load_table(path)
+
+
+@pytest.mark.parametrize("element_size", [2, 4])
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 64, 512, 8192, 100_000])
+def test_defaults_suit_the_rows(rows, element_size):
+    for in_size, out_size, rank in SHAPES:
+        for processors in (4, 56, 132):
+            config = default_config(
+                rows, in_size, out_size, rank, element_size, processors
+            )
+            assert (config.path == "row") == (rows == 1)
+            assert config.path != "fused" or rank <= config.block_r
+            assert 1 <= config.split <= -(-in_size // config.block_k)
+
+
+def test_shipped_tables_load():
+    for path in configs.TUNED_DIR.glob("*.json"):
+        table = load_table(path)
+        assert table and json.loads(path.read_text())["gpu"]
+        assert configs.gpu_slug(json.loads(path.read_text())["gpu"]) == path.stem
+
+
+def test_rows_buckets_and_bad_configurations():
+    assert [rows_bucket(n) for n in (1, 2, 3, 16, 17, 8192, 10**6)] == [
+        1,
+        2,
+        4,
+        16,
+        32,
+        8192,
+        8192,
+    ]
+    with pytest.raises(ValueError, match="power of two"):
+        _tuned(48)
+    with pytest.raises(ValueError, match="path"):
+        _tuned(64, "fast")
