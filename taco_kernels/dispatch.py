@@ -49,7 +49,7 @@ _reasons: dict[tuple[str, str], str] = {}
 def _why_not(name: str, device_type: str) -> str:
     """Why backend ``name`` cannot work on tensors of ``device_type``; empty when it can."""
     if name in ("reference", "library"):
-        return ""
+        return "no GPU is visible to torch" if device_type == "cuda" and not torch.cuda.is_available() else ""
     if name == "cpp":
         if device_type != "cpu":
             return f"computes CPU tensors only, not {device_type} tensors"

@@ -72,7 +72,7 @@ def _cpp(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, eps: float) -> Te
     # The names above keep every temporary copy alive until the kernel has returned.
     native.module.cpu_low_rank_bridge(  # type: ignore[union-attr]
         h.data_ptr(), h_stride, v.data_ptr(), v.stride(0), u.data_ptr(), u.stride(0), bias_ptr, y.data_ptr(),
-        rows, h.shape[-1], v.shape[0], eps, dispatch.CPP_DTYPES[h.dtype],
+        rows, h.shape[-1], v.shape[0], eps, dispatch.CPP_DTYPES[h.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return y
 

@@ -75,6 +75,7 @@ def _cpp(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, residual: Tensor 
     native.module.cpu_low_rank_linear(  # type: ignore[union-attr]
         x.data_ptr(), x_stride, v.data_ptr(), v.stride(0), u.data_ptr(), u.stride(0), bias_ptr, residual_ptr,
         residual_stride, y.data_ptr(), rows, x.shape[-1], rank, out_features, dispatch.CPP_DTYPES[x.dtype],
+        torch.get_num_threads(),
     )  # fmt: skip
     return y
 

@@ -19,23 +19,22 @@ from types import ModuleType
 
 import torch  # noqa: F401  (its OpenMP runtime must be in the process before the extension looks for one)
 
-__all__ = ["module", "reason"]
+__all__ = ["module", "omp_libraries_in_process", "reason"]
 
 
-def _omp_library_in_process() -> str | None:
-    """Path of the OpenMP runtime that is mapped into this process, or None."""
+def omp_libraries_in_process() -> list[str]:
+    """Paths of the OpenMP runtimes that are mapped into this process; empty where that cannot be known."""
     try:
         with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
             paths = {line.split(None, 5)[-1].strip() for line in maps if "omp" in line}
     except OSError:
-        return None
-    runtimes = ("libgomp", "libiomp5", "libomp")
-    return next((path for path in sorted(paths) if os.path.basename(path).startswith(runtimes)), None)
+        return []
+    return sorted(path for path in paths if os.path.basename(path).startswith(("libgomp", "libiomp5", "libomp")))
 
 
 def _expose_omp() -> str:
     """Makes one OpenMP runtime's symbols visible to the extension; returns what was tried, for the error message."""
-    path = _omp_library_in_process() or "libgomp.so.1"
+    path = next(iter(omp_libraries_in_process()), "libgomp.so.1")
     try:
         ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
     except OSError as error:

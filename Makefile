@@ -1,0 +1,69 @@
+# Sets up its own environment in .venv (tested versions, extension built from csrc/) and runs everything from there.
+# A change of csrc/, setup.py, pyproject.toml or constraints.txt rebuilds at the next call.
+
+PYTHON      ?= python3
+PYTEST_ARGS ?=
+# e.g. TORCH_INDEX=https://download.pytorch.org/whl/cpu where there is no GPU: PyPI's torch brings gigabytes of CUDA
+TORCH_INDEX ?=
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP   := $(BIN)/python -m pip --disable-pip-version-check --no-input -q
+BUILD_INPUTS := setup.py pyproject.toml constraints.txt taco_kernels/_version.py \
+                $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-packaging lint format bench env clean distclean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "taco-kernels needs Python 3.10 or newer; set PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+		{ rm -rf $(VENV); echo "python3 -m venv failed: install python3-venv, or set PYTHON=..." >&2; exit 1; }
+
+# Build tools go into .venv too and the build uses them (--no-build-isolation): one set of versions, nothing downloaded
+# twice, and a rebuild works without a network.
+$(STAMP): $(BIN)/python $(BUILD_INPUTS)
+	@echo "setting up $(VENV) (first time: a few minutes, mostly torch)"
+	@$(PIP) install -c constraints.txt setuptools wheel pybind11 ninja
+	@$(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,plot]'
+	@touch $@
+
+venv: $(STAMP)  ## .venv with the package, its extension and all tools
+
+demo: $(STAMP)  ## compress the model that is in the package, reload it, generate, print the table
+	@$(BIN)/python examples/demo.py
+
+test: $(STAMP)  ## the whole test suite, without the packaging matrix
+	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+test-packaging: $(STAMP)  ## installs in fresh environments in every supported way (minutes, needs a package index)
+	@$(BIN)/python -m pytest -q --slow tests/packaging $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## ruff and mypy
+	@$(BIN)/python -m ruff check .
+	@$(BIN)/python -m ruff format --check .
+	@$(BIN)/python -m mypy taco_kernels python/taco_svd
+
+format: $(STAMP)  ## lets ruff rewrite what it can
+	@$(BIN)/python -m ruff check --fix .
+	@$(BIN)/python -m ruff format .
+
+bench: $(STAMP)  ## CPU benchmarks of the kernels
+	@$(BIN)/python -m pytest -q benchmarks $(PYTEST_ARGS)
+
+env: $(STAMP)  ## what was built, what is usable here, and why the rest is not
+	@$(BIN)/python -m taco_kernels.env
+
+clean:  ## build output, not the environment
+	@rm -rf build dist *.egg-info python/*.egg-info taco_kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -f $(STAMP)
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean  ## everything that make made
+	@rm -rf $(VENV)

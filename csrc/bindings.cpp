@@ -1,0 +1,92 @@
+// The extension taco_kernels._C. The only file that includes pybind11; everything it calls takes raw pointers.
+// No torch headers: the same binary works with every torch version. Pointers come as integers (Tensor.data_ptr()),
+// and taco_kernels' op files, which checked shapes and dtypes, are the only callers.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <string>
+
+#include "cpu/taco_cpu.h"
+#ifdef TACO_WITH_CUDA
+#include "cuda/taco_cuda.h"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T = const void>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+taco::Dtype dtype_of(int code) {
+  if (code < 0 || code > 2) throw py::value_error("dtype code must be 0 (float32), 1 (float16) or 2 (bfloat16)");
+  return static_cast<taco::Dtype>(code);
+}
+
+void cpu_low_rank_linear(std::uintptr_t x, std::int64_t x_stride, std::uintptr_t v, std::int64_t v_stride,
+                         std::uintptr_t u, std::int64_t u_stride, std::uintptr_t bias, std::uintptr_t residual,
+                         std::int64_t residual_stride, std::uintptr_t y, std::int64_t rows, std::int64_t in,
+                         std::int64_t rank, std::int64_t out, int dtype, int threads) {
+  const taco::LowRankArgs args = {dtype_of(dtype), pointer(x), x_stride, pointer(v), v_stride, pointer(u), u_stride,
+                                  pointer(bias), pointer(residual), residual_stride, pointer<void>(y), rows, in, rank,
+                                  out, false, 0.0f};
+  py::gil_scoped_release released;
+  taco::low_rank(args, threads);
+}
+
+void cpu_low_rank_bridge(std::uintptr_t h, std::int64_t h_stride, std::uintptr_t v, std::int64_t v_stride,
+                         std::uintptr_t u, std::int64_t u_stride, std::uintptr_t bias, std::uintptr_t y,
+                         std::int64_t rows, std::int64_t hidden, std::int64_t rank, float eps, int dtype,
+                         int threads) {
+  const taco::LowRankArgs args = {dtype_of(dtype), pointer(h), h_stride, pointer(v), v_stride, pointer(u), u_stride,
+                                  pointer(bias), pointer(h), h_stride, pointer<void>(y), rows, hidden, rank, hidden,
+                                  true, eps};
+  py::gil_scoped_release released;
+  taco::low_rank(args, threads);
+}
+
+void set_cpu_isa(const std::string& name) {
+  if (taco::set_cpu_isa(name)) return;
+  std::string known = "auto";
+  for (const std::string& isa : taco::cpu_isas()) known += ", " + isa;
+  throw py::value_error("cpu instruction set '" + name + "' is not available here; choose one of " + known);
+}
+
+std::uint64_t read_memory(std::uintptr_t data, std::int64_t bytes, int threads) {
+  py::gil_scoped_release released;
+  return taco::read_memory(pointer(data), bytes, threads);
+}
+
+}  // namespace
+
+#if __has_include("taco_build_info.h")
+#include "taco_build_info.h"  // written by setup.py
+#endif
+#ifndef TACO_BUILD_INFO
+#define TACO_BUILD_INFO "{}"
+#endif
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of taco_kernels (raw pointers; use taco_kernels' functions instead)";
+  m.attr("BUILD_INFO") = TACO_BUILD_INFO;  // JSON: compilers and architectures
+
+  m.def("cpu_low_rank_linear", &cpu_low_rank_linear, "y = (x v^T) u^T + bias + residual");
+  m.def("cpu_low_rank_bridge", &cpu_low_rank_bridge, "y = h + (rmsnorm(h) v^T) u^T + bias");
+  m.def("cpu_isas", &taco::cpu_isas, "instruction sets usable here, best first");
+  m.def("compiled_cpu_isas", &taco::compiled_cpu_isas, "instruction sets in this binary, best first");
+  m.def("cpu_isa", &taco::cpu_isa, "the instruction set in use");
+  m.def("set_cpu_isa", &set_cpu_isa, "chooses an instruction set, for tests; \"auto\" is the best");
+  m.def("omp_threads", &taco::omp_threads, "threads of the OpenMP runtime; 0 when built without OpenMP");
+  m.def("read_memory", &read_memory, "reads memory as fast as it goes, for benchmarks");
+
+  // --- CUDA (section of the CUDA kernels' owner) ---
+#ifdef TACO_WITH_CUDA
+  m.attr("HAS_CUDA") = true;
+#else
+  m.attr("HAS_CUDA") = false;
+#endif
+  // --- end of the CUDA section ---
+}

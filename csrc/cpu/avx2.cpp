@@ -1,0 +1,64 @@
+// AVX2 + FMA + F16C: every x86-64 server and desktop since 2013 (Haswell) and 2017 (Zen).
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace taco {
+namespace {
+
+struct Arch {
+  static constexpr int kWidth = 8;
+  static constexpr int kMaxRows = 2;  // 8 sums + 4 of x + 2 of weights = 14 of 16 registers
+  using Vec = __m256;
+  struct Pair {
+    Vec a, b;
+  };
+  static inline Vec zero() { return _mm256_setzero_ps(); }
+  static inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+  static inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+
+  static inline Pair load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static inline Pair load(const F16* p) {
+    const __m128i* q = reinterpret_cast<const __m128i*>(p);
+    return {_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};
+  }
+  static inline Pair load(const BF16* p) {
+    // Two bf16 share a 32-bit lane; a bf16 is the upper half of an fp32. So one shift and one mask widen them, even
+    // elements into a, odd ones into b, without a shuffle. position() lays t out to match.
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16)),
+            _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000u))))};
+  }
+  template <class T>
+  static inline Pair load_tail(const T* p, std::int64_t n) {
+    T padded[2 * kWidth] = {};
+    for (std::int64_t i = 0; i < n; ++i) padded[i] = p[i];
+    return load(padded);
+  }
+  static inline Pair load_pair(const float* p) { return load(p); }
+
+  static inline std::int64_t position(const float*, std::int64_t j) { return j; }
+  static inline std::int64_t position(const F16*, std::int64_t j) { return j; }
+  static inline std::int64_t position(const BF16*, std::int64_t j) {
+    return (j & ~std::int64_t{15}) + ((j & 1) << 3) + ((j & 15) >> 1);
+  }
+
+#include "quad.inl"
+
+  static inline Quad reduce4(Vec a, Vec b, Vec c, Vec d) { return reduce4_256(a, b, c, d); }
+  static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+};
+
+#include "panel.inl"
+
+}  // namespace
+
+const CpuKernels kAvx2Kernels = {
+    "avx2",
+    {{first_product<Converted<float>, float>, second_product<float>, sum_of_squares<float>},
+     {first_product<Converted<F16>, F16>, second_product<F16>, sum_of_squares<F16>},
+     {first_product<Converted<BF16>, BF16>, second_product<BF16>, sum_of_squares<BF16>}}};
+
+}  // namespace taco

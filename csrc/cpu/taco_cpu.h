@@ -1,0 +1,50 @@
+// Low-rank products on the CPU: y = (x v^T) u^T * scale + bias + residual, with its options.
+// Raw pointers and sizes only; no torch, no Python. Strides count elements.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace taco {
+
+enum class Dtype : int { kF32 = 0, kF16 = 1, kBF16 = 2 };
+
+struct LowRankArgs {
+  Dtype dtype;            // of every tensor below; sums and the rank-sized intermediate are fp32
+  const void* x;          // [rows, in], rows x_stride apart, elements contiguous
+  std::int64_t x_stride;
+  const void* v;          // [rank, in]
+  std::int64_t v_stride;
+  const void* u;          // [out, rank]
+  std::int64_t u_stride;
+  const void* bias;       // [out] or null
+  const void* residual;   // [rows, out] or null
+  std::int64_t residual_stride;
+  void* y;                // [rows, out], contiguous; overlaps none of the inputs
+  std::int64_t rows, in, rank, out;
+  bool normalise;         // x is divided by sqrt(mean(x^2) + eps), row by row
+  float eps;
+};
+
+// Computes on at most `threads` threads of the OpenMP runtime that the process already has. A problem too small to
+// pay for waking a thread runs on fewer. The bits of the result depend on the instruction set, not on the threads,
+// nor on how many other rows there are.
+void low_rank(const LowRankArgs& args, int threads);
+
+// Instruction sets this binary holds and this CPU has, best first.
+std::vector<std::string> cpu_isas();
+// All that were compiled, best first.
+std::vector<std::string> compiled_cpu_isas();
+std::string cpu_isa();
+// Chooses one of cpu_isas(), or the best for "auto". False if it is not among them.
+bool set_cpu_isa(const std::string& name);
+
+// Threads OpenMP would use by itself; 0 when this binary was compiled without OpenMP.
+int omp_threads();
+
+// Reads `bytes` bytes with `threads` threads, as fast as plain loads go; for benchmarks that need a yardstick.
+// Returns a checksum so that the reads cannot be dropped.
+std::uint64_t read_memory(const void* data, std::int64_t bytes, int threads);
+
+}  // namespace taco

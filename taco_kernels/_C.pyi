@@ -1,0 +1,47 @@
+"""Types of the compiled extension. Tensors are passed as addresses (``Tensor.data_ptr()``), strides in elements."""
+
+BUILD_INFO: str
+HAS_CUDA: bool
+
+def cpu_low_rank_linear(
+    x: int,
+    x_stride: int,
+    v: int,
+    v_stride: int,
+    u: int,
+    u_stride: int,
+    bias: int,
+    residual: int,
+    residual_stride: int,
+    y: int,
+    rows: int,
+    in_features: int,
+    rank: int,
+    out_features: int,
+    dtype: int,
+    threads: int,
+    /,
+) -> None: ...
+def cpu_low_rank_bridge(
+    h: int,
+    h_stride: int,
+    v: int,
+    v_stride: int,
+    u: int,
+    u_stride: int,
+    bias: int,
+    y: int,
+    rows: int,
+    hidden: int,
+    rank: int,
+    eps: float,
+    dtype: int,
+    threads: int,
+    /,
+) -> None: ...
+def cpu_isas() -> list[str]: ...
+def compiled_cpu_isas() -> list[str]: ...
+def cpu_isa() -> str: ...
+def set_cpu_isa(name: str, /) -> None: ...
+def omp_threads() -> int: ...
+def read_memory(data: int, bytes: int, threads: int, /) -> int: ...
