@@ -1,7 +1,7 @@
-"""``python -m taco_kernels.env``: what was built, what is usable here, and why the rest is not. ``--json`` for programs.
+"""``python -m taco_kernels.env``: what was built, what is usable here, and why the rest is not.
 
-Answers the first questions of a bug report, so it must work on every machine: whatever cannot be found out is
-reported as such, never raised.
+``--json`` prints the same for programs. It answers the first questions of a bug report, so it must work on every
+machine: whatever cannot be found out is reported as such, never raised.
 """
 
 from __future__ import annotations
@@ -147,10 +147,9 @@ def _table(data: dict[str, Any]) -> str:
         section(f"Backends for {device} tensors")
         for name, state in states.items():
             row(name, state if state == "usable" else f"no: {state}")
-    row(
-        "choice",
-        f"forced: {data['forced_backend']}" if data["forced_backend"] else "per call (TACO_BACKEND is not set)",
-    )
+    section("Choice of backend")
+    forced = data["forced_backend"]
+    row("TACO_BACKEND", f"{forced} is forced" if forced else "not set: chosen per call")
 
     if data["environment"]:
         section("Environment variables")

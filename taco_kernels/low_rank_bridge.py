@@ -185,7 +185,7 @@ class _LowRankBridge(torch.autograd.Function):
         ctx.eps = inputs[4]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         h, v, u = ctx.saved_tensors
         need_h, need_v, need_u, need_bias, _ = ctx.needs_input_grad
         grad_h = grad_v = grad_u = grad_bias = None

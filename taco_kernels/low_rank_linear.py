@@ -199,7 +199,7 @@ class _LowRankLinear(torch.autograd.Function):
         ctx.save_for_backward(*inputs[:3])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, v, u = ctx.saved_tensors
         need_x, need_v, need_u, need_bias, need_residual = ctx.needs_input_grad
         grad_x = grad_v = grad_u = grad_bias = None
