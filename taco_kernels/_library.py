@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-__all__ = ["FLOATS", "below_autograd", "computing_dtype", "library", "needs_grad", "register_autocast", "rows_of"]
+__all__ = [
+    "FLOATS",
+    "any_autocast",
+    "apply_function",
+    "below_autograd",
+    "computing_dtype",
+    "library",
+    "needs_grad",
+    "register_autocast",
+    "rows_of",
+]
 
 library = Library("taco_kernels", "DEF")
 
@@ -17,6 +27,21 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # An op that is called where no gradient is needed need not enter its Python autograd kernel at all: that saves a
 # third of the call's overhead under no_grad, which is how `generate` runs.
 below_autograd = torch._C._AutoDispatchBelowAutograd
+
+# True inside torch.autocast of any device type, in one call.
+any_autocast = torch._C._is_any_autocast_enabled
+
+
+def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)``, 10 us faster.
+
+    ``Function.apply`` binds arguments to the signature of ``forward`` at every call, to fill in defaults, when the
+    class has a ``setup_context``. Arguments are complete here, so its base class's method does the rest alone; only
+    torch.func's transforms need the way round.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 def computing_dtype(dtype: torch.dtype) -> torch.dtype:

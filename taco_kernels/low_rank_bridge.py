@@ -15,6 +15,8 @@ from torch import Tensor
 from taco_kernels import dispatch, native
 from taco_kernels._library import (
     FLOATS,
+    any_autocast,
+    apply_function,
     below_autograd,
     computing_dtype,
     library,
@@ -213,7 +215,7 @@ class _LowRankBridge(torch.autograd.Function):
 
 def _autograd(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     if needs_grad(h, v, u, bias):
-        return _LowRankBridge.apply(h, v, u, bias, eps)
+        return apply_function(_LowRankBridge, h, v, u, bias, eps)
     with below_autograd():
         return _op(h, v, u, bias, eps)
 
@@ -248,6 +250,7 @@ def low_rank_bridge(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None,
     if torch.compiler.is_compiling():
         return _op(h, v, u, bias, eps)
     if needs_grad(h, v, u, bias):
-        return _LowRankBridge.apply(h, v, u, bias, eps)
+        # Autocast must cast before autograd records, and it sits in the op's dispatch.
+        return _op(h, v, u, bias, eps) if any_autocast() else apply_function(_LowRankBridge, h, v, u, bias, eps)
     with below_autograd():
         return _op(h, v, u, bias, eps)

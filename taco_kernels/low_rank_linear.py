@@ -15,6 +15,8 @@ from torch import Tensor
 from taco_kernels import dispatch, native
 from taco_kernels._library import (
     FLOATS,
+    any_autocast,
+    apply_function,
     below_autograd,
     computing_dtype,
     library,
@@ -220,7 +222,7 @@ class _LowRankLinear(torch.autograd.Function):
 
 def _autograd(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     if needs_grad(x, v, u, bias, residual):
-        return _LowRankLinear.apply(x, v, u, bias, residual)
+        return apply_function(_LowRankLinear, x, v, u, bias, residual)
     with below_autograd():
         return _op(x, v, u, bias, residual)
 
@@ -262,6 +264,9 @@ def low_rank_linear(
     if torch.compiler.is_compiling():
         return _op(x, v, u, bias, residual)
     if needs_grad(x, v, u, bias, residual):
-        return _LowRankLinear.apply(x, v, u, bias, residual)
+        # Autocast must cast before autograd records, and it sits in the op's dispatch.
+        return (
+            _op(x, v, u, bias, residual) if any_autocast() else apply_function(_LowRankLinear, x, v, u, bias, residual)
+        )
     with below_autograd():
         return _op(x, v, u, bias, residual)

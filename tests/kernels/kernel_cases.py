@@ -1,0 +1,112 @@
+"""Shapes, backends and error bounds shared by the kernel tests. One generator feeds them all."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+import taco_kernels
+from taco_kernels import native
+
+HALF = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, *HALF)
+
+# (in, rank, out): one element, odd sizes, exactly one vector step (32), just beside it, rank larger than in, no rank,
+# no input, more panels than threads
+SHAPES = [
+    (1, 1, 1),
+    (9, 5, 7),
+    (31, 33, 30),
+    (32, 32, 32),
+    (33, 16, 65),
+    (128, 24, 128),
+    (257, 48, 131),
+    (1000, 100, 3),
+    (5, 0, 4),
+    (0, 3, 4),
+    (3, 70, 6),
+]
+# below, at and above every number of rows the kernels handle together, and more than one block of 64
+ROWS = [0, 1, 2, 3, 4, 5, 7, 16, 17, 65, 130]
+
+
+def cpu_backends() -> list[str]:
+    """Every backend of CPU tensors, the C++ one once per instruction set that this CPU has."""
+    names = ["reference", "library"]
+    if native.module is not None:
+        names += [f"cpp:{isa}" for isa in native.module.cpu_isas()]
+    return names
+
+
+@contextlib.contextmanager
+def using(name: str) -> Iterator[None]:
+    """Forces a backend of :func:`cpu_backends`, instruction set included."""
+    backend, _, isa = name.partition(":")
+    if isa:
+        native.module.set_cpu_isa(isa)
+    try:
+        with taco_kernels.use_backend(backend):
+            yield
+    finally:
+        if isa:
+            native.module.set_cpu_isa("auto")
+
+
+def random(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def bound(exact: Tensor, magnitude: Tensor, terms: int, dtype: torch.dtype, backend: str) -> Tensor:
+    """Largest error that rounding explains, elementwise.
+
+    ``magnitude`` is the same expression with every factor replaced by its absolute value; a sum of n fp32 products in
+    any order is off by at most n u32 of it (u: unit roundoff). One rounding to ``dtype`` at the end; two library calls
+    round the input's norm, the intermediate, the second product and each addition as well.
+    """
+    u32 = torch.finfo(torch.float32).eps / 2
+    u = torch.finfo(dtype).eps / 2
+    limits = torch.finfo(dtype)
+    smallest = limits.tiny * limits.eps + torch.finfo(torch.float32).tiny * terms
+    error = (terms + 8) * u32 * magnitude + u * exact.abs() * (1 + u) + smallest
+    if backend == "library":
+        error = error + 4 * u * magnitude * (1 + u)
+    return error
+
+
+def assert_within(actual: Tensor, exact: Tensor, limit: Tensor) -> None:
+    """Fails with the worst element's error as a multiple of what is allowed."""
+    assert actual.shape == exact.shape
+    if exact.numel() == 0:
+        return
+    error = (actual.double() - exact).abs()
+    # written so that a nan fails
+    good = error <= limit
+    assert bool(good.all()), f"error up to {(error / limit).max().item():.2f} times the bound"
+
+
+def linear_exact(
+    x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, residual: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """float64 result of low_rank_linear and the magnitude for :func:`bound`."""
+
+    def formula(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        y = x @ v.T @ u.T
+        y = y if bias is None else y + bias
+        return y if residual is None else y + residual
+
+    wide = [None if t is None else t.double() for t in (x, v, u, bias, residual)]
+    return formula(*wide), formula(*[None if t is None else t.abs() for t in wide])
+
+
+def bridge_exact(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """float64 result of low_rank_bridge and the magnitude for :func:`bound`."""
+    h, v, u = h.double(), v.double(), u.double()
+    scale = 1 / torch.sqrt(h.square().mean(-1, keepdim=True) + eps)
+    y = h + (h * scale) @ v.T @ u.T
+    magnitude = h.abs() + (h.abs() * scale) @ v.abs().T @ u.abs().T
+    if bias is not None:
+        y, magnitude = y + bias.double(), magnitude + bias.double().abs()
+    return y, magnitude

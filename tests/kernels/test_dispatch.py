@@ -1,0 +1,138 @@
+"""Which backend serves a call, how one is forced, and what is said where it is not there."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import taco_kernels
+from taco_kernels import dispatch, native
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if k not in ("TACO_BACKEND", "TRITON_INTERPRET")}
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**clean, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+CALL = "import torch, taco_kernels as t; print(t.low_rank_linear(torch.ones(1, 4), torch.ones(2, 4), torch.ones(3, 2)))"
+
+
+def test_every_backend_is_listed_with_a_reason():
+    states = taco_kernels.backends()
+    assert tuple(states) == taco_kernels.BACKENDS
+    assert states["reference"] == states["library"] == "usable"
+    assert all(states.values())
+    if not torch.cuda.is_available():
+        assert taco_kernels.backends("cuda")["cuda"] != "usable"
+        assert "no GPU is visible to torch" in taco_kernels.backends("cuda")["triton"]
+
+
+def test_choice():
+    few, many = 1, 10**6
+    native_backend = "cpp" if native.module is not None else "library"
+    assert dispatch.choose("cpu", torch.float32, few) == native_backend
+    assert dispatch.choose("cpu", torch.bfloat16, few) == native_backend
+    assert dispatch.choose("cpu", torch.float32, many) == "library"
+    assert dispatch.choose("cpu", torch.float64, few) == "reference"
+    assert dispatch.choose("cuda", torch.float16, many) == "library"
+
+
+@pytest.mark.parametrize("name", ["reference", "library"])
+def test_use_backend_restores(name):
+    assert taco_kernels.get_backend() is None
+    with taco_kernels.use_backend(name):
+        assert taco_kernels.get_backend() == name
+        assert dispatch.choose("cpu", torch.float32, 1) == name
+        with taco_kernels.use_backend(None):
+            assert taco_kernels.get_backend() is None
+        assert taco_kernels.get_backend() == name
+    assert taco_kernels.get_backend() is None
+    with pytest.raises(KeyError), taco_kernels.use_backend(name):
+        raise KeyError
+    assert taco_kernels.get_backend() is None
+
+
+def test_forcing_what_is_not_there_says_why():
+    with pytest.raises(RuntimeError, match="blas: there is no such backend; choose one of reference, library, cpp"):
+        taco_kernels.set_backend("blas")
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match=r"^cuda: "):
+            taco_kernels.set_backend("cuda")
+    assert taco_kernels.get_backend() is None
+
+
+def test_forced_backend_refuses_what_it_cannot_serve(monkeypatch):
+    monkeypatch.setattr(dispatch, "_forced", "cpp")
+    with pytest.raises(RuntimeError, match=r"cpp: computes CPU tensors only, not cuda tensors"):
+        dispatch.choose("cuda", torch.float32, 1)
+
+
+@pytest.mark.parametrize("name", ["reference", "library"])
+def test_environment_variable(name):
+    done = run("import taco_kernels as t; print(t.get_backend())", TACO_BACKEND=name)
+    assert done.stdout.strip() == name, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nonsense", "nonsense: there is no such backend"),
+        pytest.param(
+            "cuda",
+            "cuda: ",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="asks for cuda where there is no GPU"),
+        ),
+        pytest.param(
+            "triton",
+            "triton: ",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="asks for triton where there is no GPU"),
+        ),
+    ],
+)
+def test_environment_variable_errors_on_call_not_on_import(name, message):
+    assert run("import taco_kernels", TACO_BACKEND=name).returncode == 0
+    done = run(CALL, TACO_BACKEND=name)
+    assert done.returncode != 0
+    assert f"RuntimeError: {message}" in done.stderr
+
+
+def test_import_is_light():
+    code = (
+        "import sys, torch; before = set(sys.modules); import taco_kernels; "
+        "new = {m.split('.')[0] for m in set(sys.modules) - before}; print(sorted(new & {'triton', 'transformers'}))"
+    )
+    done = run(code)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_triton_backend_under_the_interpreter():
+    code = (
+        f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})"
+        + """
+import torch, taco_kernels
+from kernel_cases import DTYPES, assert_within, bound, bridge_exact, linear_exact, random
+assert taco_kernels.backends("cpu")["triton"] == "usable"
+torch.manual_seed(0)
+for dtype in DTYPES:
+    # Triton's matrix units take the rank-sized intermediate in the inputs' dtype: as many roundings as two calls
+    rounding = "reference" if dtype == torch.float32 else "library"
+    for lead in ((1,), (2, 3), (0, 2), ()):
+        x, v, u = (random(s, dtype) for s in ((*lead, 40), (17, 40), (33, 17)))
+        b, r, s = (random(s, dtype) for s in ((33,), (*lead, 33), (40, 17)))
+        exact, size = linear_exact(x, v, u, b, r)
+        assert_within(taco_kernels.low_rank_linear(x, v, u, b, r), exact, bound(exact, size, 57, dtype, rounding))
+        exact, size = bridge_exact(x, v, s, None, 1e-6)
+        assert_within(taco_kernels.low_rank_bridge(x, v, s), exact, bound(exact, size, 97, dtype, rounding))
+print("done")
+"""
+    )
+    done = run(code, TRITON_INTERPRET="1", TACO_BACKEND="triton")
+    assert done.stdout.strip() == "done", done.stderr
