@@ -1,0 +1,105 @@
+"""What the build refuses and in which words, what an sdist holds, and the rules csrc/ keeps. Seconds, no network."""
+
+from __future__ import annotations
+
+import os
+import re
+import tarfile
+
+import pytest
+from packaging_tools import COMPILER_TOOLS, ROOT, SHELL_TOOLS, copy_tree, setup_py, tools
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return copy_tree(tmp_path / "tree")
+
+
+def one_sentence(done):
+    """The message of a refusal: one line, no traceback."""
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    return lines[0]
+
+
+def test_cuda_demanded_without_nvcc(tree, tmp_path):
+    path = tools(tmp_path / "bin", (*SHELL_TOOLS, *COMPILER_TOOLS))
+    message = one_sentence(setup_py(tree, "build_ext", TACO_CUDA="1", PATH=path))
+    assert message == (
+        "taco-kernels: TACO_CUDA=1 asks for the CUDA kernels, "
+        "but nvcc was not found on PATH, under CUDA_HOME, or as CUDACXX."
+    )
+
+
+def test_cuda_demanded_without_the_extension(tree, tmp_path):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    done = setup_py(tree, "build_ext", TACO_CUDA="1", TACO_CPP="0", CUDACXX=str(nvcc))
+    assert "the C++ extension that holds them is not built" in one_sentence(done)
+
+
+@pytest.mark.parametrize("name", ["TACO_CUDA", "TACO_CPP"])
+def test_unknown_switch(tree, name):
+    assert f"{name} must be auto, 0 or 1, but it is 'yes'." in one_sentence(
+        setup_py(tree, "--version", **{name: "yes"})
+    )
+
+
+def test_extension_demanded_without_a_compiler(tree, tmp_path):
+    path = tools(tmp_path / "bin", SHELL_TOOLS)
+    assert "no C++ compiler" in one_sentence(setup_py(tree, "build_ext", TACO_CPP="1", PATH=path))
+    named = one_sentence(setup_py(tree, "build_ext", TACO_CPP="1", CXX="no-such-compiler"))
+    assert "CXX=no-such-compiler was not found" in named
+
+
+def test_no_compiler_warns_and_goes_on(tree, tmp_path):
+    path = tools(tmp_path / "bin", SHELL_TOOLS)
+    done = setup_py(tree, "build_ext", PATH=path)
+    assert done.returncode == 0, done.stderr
+    assert "installing WITHOUT the compiled kernels" in done.stderr
+
+
+def test_sdist_holds_all_that_a_build_needs(tree, tmp_path):
+    done = setup_py(tree, "-q", "sdist", "-d", str(tmp_path / "dist"), TACO_CUDA="0")
+    assert done.returncode == 0, done.stderr
+    (archive,) = (tmp_path / "dist").iterdir()
+    with tarfile.open(archive) as tar:
+        names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
+    for folder in ("csrc", "taco_kernels", "python/taco_svd"):
+        for path in (tree / folder).rglob("*"):
+            relative = path.relative_to(tree).as_posix()
+            if path.is_file() and not relative.endswith((".pyc", ".log")) and ".egg-info" not in relative:
+                assert relative in names
+    assert {"LICENSE", "setup.py", "pyproject.toml", "constraints.txt"} <= names
+    assert not [name for name in names if name.endswith((".so", ".o", ".pyc"))]
+
+
+def test_version_and_metadata(tree):
+    import taco_kernels
+
+    done = setup_py(tree, "--version", "--name", TACO_CUDA="0", TACO_CPP="0")
+    assert done.stdout.split() == [taco_kernels.__version__, "taco-kernels"] or done.stdout.split() == [
+        "taco-kernels",
+        taco_kernels.__version__,
+    ]
+
+
+def test_native_code_keeps_its_rules():
+    """No torch header anywhere; pybind11 in one file; no standard containers in files with wide instructions."""
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".h", ".inl", ".cu", ".cuh")]
+    assert len(sources) > 5
+    for path in sources:
+        includes = re.findall(r'#include\s+[<"]([^>"]+)', path.read_text())
+        assert not [name for name in includes if name.startswith(("torch/", "ATen/", "c10/"))], path
+        if path.name != "bindings.cpp":
+            assert not [name for name in includes if name.startswith("pybind11")], path
+        if path.name.startswith("avx"):
+            # an inline function of theirs, compiled with wide instructions, could replace the baseline's copy
+            assert set(includes) <= {"immintrin.h", "cstdint", "isa.h", "panel.inl", "quad.inl", "avx512.inl"}, path
+
+
+def test_ci_script_is_executable():
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
