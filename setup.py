@@ -136,9 +136,10 @@ def plan_cuda(cpp: bool) -> str | None:
         )
     if wanted == "1" and not cpp:
         raise Refusal("TACO_CUDA=1 asks for the CUDA kernels, but the C++ extension that holds them is not built.")
-    if not cpp or not sorted((CSRC / "cuda").glob("*.cu")):
-        return None
-    return nvcc
+    sources = sorted((CSRC / "cuda").glob("*.cu"))
+    if wanted == "1" and not sources:
+        raise Refusal("TACO_CUDA=1 asks for the CUDA kernels, but csrc/cuda holds none.")
+    return nvcc if cpp and sources else None
 
 
 class Build(build_ext):
@@ -289,7 +290,8 @@ class Build(build_ext):
             program = [found]
         command = [*program, "-C", str(work), *(["-j", jobs] if jobs else [])]
         if subprocess.run(command, env=environment, check=False).returncode != 0:
-            raise Refusal("compiling the extension failed; the compiler's messages are above (pip -v shows them).")
+            hint = " TACO_CUDA=0 builds without the CUDA kernels." if nvcc else ""
+            raise Refusal(f"compiling the extension failed; the compiler's messages are above (see pip -v).{hint}")
 
     @staticmethod
     def _write_log(work: Path) -> None:

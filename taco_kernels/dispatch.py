@@ -30,9 +30,19 @@ BACKENDS = ("reference", "library", "cpp", "triton", "cuda")
 CPP_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """dtypes of the native kernels and their codes in ``csrc/``"""
 
-# Rows up to which the native kernels win over two library calls; measured by benchmarks/test_low_rank_cpu.py (CPU).
-# On a GPU a decode kernel serves these rows, and Triton or cuBLAS the rest.
-CPU_MAX_ROWS = {torch.float32: 16, torch.float16: 16, torch.bfloat16: 16}
+
+def _library_has_fp16() -> bool:
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    except (AttributeError, RuntimeError):
+        return True
+
+
+# Rows up to which the native kernels win over two library calls, as benchmarks/test_low_rank_cpu.py measures them (two
+# cores with AVX-512-BF16: bf16 breaks even near 16 rows, fp32 beyond 64). A CPU without fp16 arithmetic leaves torch
+# with a slow path there: ours is several times faster for any number of rows.
+CPU_MAX_ROWS = {torch.float32: 64, torch.float16: 16 if _library_has_fp16() else 2**62, torch.bfloat16: 16}
+# On a GPU a decode kernel serves few rows, and cuBLAS the rest.
 CUDA_MAX_ROWS = 16
 TRITON_MAX_ROWS = 16
 

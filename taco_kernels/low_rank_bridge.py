@@ -61,7 +61,7 @@ def _library(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, eps: float) -
 
 
 def _cpp(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    y = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    y = h.new_empty(h.shape)
     h, rows, h_stride = rows_of(h)
     if v.stride(1) != 1:
         v = v.contiguous()

@@ -60,7 +60,7 @@ def _library(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, residual: Ten
 
 def _cpp(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     out_features, rank = u.shape
-    y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
+    y = x.new_empty((*x.shape[:-1], out_features))
     x, rows, x_stride = rows_of(x)
     if v.stride(1) != 1:
         v = v.contiguous()

@@ -236,16 +236,33 @@ int omp_threads() {
 
 std::uint64_t read_memory(const void* data, std::int64_t bytes, int threads) {
   const std::uint64_t* words = static_cast<const std::uint64_t*>(data);
-  const std::int64_t blocks = bytes / 64;
+  const std::int64_t lines = bytes / 64;
   std::uint64_t total = 0;
+#ifndef _OPENMP
   (void)threads;
-#ifdef _OPENMP
-#pragma omp parallel for num_threads(threads) reduction(+ : total) schedule(static)
+#else
+#pragma omp parallel num_threads(threads) reduction(+ : total)
 #endif
-  for (std::int64_t i = 0; i < blocks; ++i) {
-    std::uint64_t sum = 0;
-    for (int j = 0; j < 8; ++j) sum += words[8 * i + j];
-    total += sum;
+  {
+#ifdef _OPENMP
+    const std::int64_t index = omp_get_thread_num(), count = omp_get_num_threads();
+#else
+    const std::int64_t index = 0, count = 1;
+#endif
+    const std::int64_t begin = lines * index / count, end = lines * (index + 1) / count;
+    // Four streams and a prefetch some lines ahead, like the kernels' own way through the weights: one stream alone
+    // leaves bandwidth unused, and a yardstick that the measured thing can beat is none.
+    const std::int64_t stream = (end - begin + 3) / 4;
+    for (std::int64_t i = 0; i < stream; ++i)
+      for (std::int64_t s = 0; s < 4; ++s) {
+        const std::int64_t line = begin + s * stream + i;
+        if (line >= end) continue;
+        const std::uint64_t* p = words + 8 * line;
+#if defined(__GNUC__)
+        __builtin_prefetch(p + 8 * 16);
+#endif
+        total += (p[0] + p[1]) + (p[2] + p[3]) + ((p[4] + p[5]) + (p[6] + p[7]));
+      }
   }
   return total;
 }

@@ -71,7 +71,8 @@ def test_sdist_holds_all_that_a_build_needs(tree, tmp_path):
     for folder in ("csrc", "taco_kernels", "python/taco_svd"):
         for path in (tree / folder).rglob("*"):
             relative = path.relative_to(tree).as_posix()
-            if path.is_file() and not relative.endswith((".pyc", ".log")) and ".egg-info" not in relative:
+            hidden = path.name.startswith(".") or ".egg-info" in relative
+            if path.is_file() and not hidden and not relative.endswith((".pyc", ".log")):
                 assert relative in names
     assert {"LICENSE", "setup.py", "pyproject.toml", "constraints.txt"} <= names
     assert not [name for name in names if name.endswith((".so", ".o", ".pyc"))]
