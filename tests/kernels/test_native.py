@@ -102,6 +102,30 @@ print(taco_kernels.backends()["cpp"])
     assert "undefined symbol: nothing_like_it" in lines[1]
 
 
+def test_extension_binds_to_whatever_openmp_is_there():
+    """Alone it must fail with a missing symbol, not bring a runtime of its own; with one loaded it must work."""
+    if native.module.omp_threads() == 0:
+        pytest.skip("the extension was built without OpenMP")
+    path = native.module.__file__
+    library = next(iter(native.omp_libraries_in_process()), "libgomp.so.1")
+    code = f"""
+import ctypes, importlib.util
+def load():
+    spec = importlib.util.spec_from_file_location("_C", {path!r})
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+try:
+    load()
+    print("loaded without a runtime")
+except ImportError as error:
+    print("undefined symbol" in str(error))
+ctypes.CDLL({library!r}, mode=ctypes.RTLD_GLOBAL)
+print(load().omp_threads() > 0)
+"""
+    assert run(code).split() == ["True", "True"]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_every_run_and_for_any_number_of_threads(isa, dtype, threads):
     # large enough to be split: 300 * (1000 + 900) weights
