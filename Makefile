@@ -46,9 +46,11 @@ test-packaging: $(STAMP)  ## installs in fresh environments in every supported w
 	@$(BIN)/python -m pytest -q --slow tests/packaging $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
-	@$(BIN)/python -m ruff check .
-	@$(BIN)/python -m ruff format --check .
-	@$(BIN)/python -m mypy taco_kernels python/taco_svd
+	@status=0; \
+	$(BIN)/python -m ruff check . || status=1; \
+	$(BIN)/python -m ruff format --check . || status=1; \
+	$(BIN)/python -m mypy taco_kernels python/taco_svd || status=1; \
+	exit $$status
 
 format: $(STAMP)  ## lets ruff rewrite what it can
 	@$(BIN)/python -m ruff check --fix .
