@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 
 #include "cpu/taco_cpu.h"
@@ -48,6 +49,45 @@ void cpu_low_rank_bridge(std::uintptr_t h, std::int64_t h_stride, std::uintptr_t
   taco::low_rank(args, threads);
 }
 
+#ifdef TACO_WITH_CUDA
+std::int64_t cuda_low_rank_workspace_bytes(std::int64_t rows, std::int64_t in, std::int64_t rank, std::int64_t out,
+                                           int dtype) {
+  const std::int64_t bytes = taco::cuda::low_rank_decode_workspace_bytes(rows, in, rank, out, dtype);
+  if (bytes < 0) throw std::runtime_error(std::string("cuda: ") + taco::cuda::error_string(int(-bytes)));
+  return bytes;
+}
+
+void launch_low_rank(const taco::cuda::LowRankCall& call, std::uintptr_t workspace, std::int64_t workspace_bytes,
+                     std::uintptr_t stream) {
+  int error = 0;
+  {
+    py::gil_scoped_release released;
+    error = taco::cuda::low_rank_decode(call, pointer<void>(workspace), std::size_t(workspace_bytes),
+                                        pointer<void>(stream));
+  }
+  if (error != 0) throw std::runtime_error(std::string("cuda: ") + taco::cuda::error_string(error));
+}
+
+void cuda_low_rank_linear(std::uintptr_t x, std::int64_t x_stride, std::uintptr_t v, std::int64_t v_stride,
+                          std::uintptr_t u, std::int64_t u_stride, std::uintptr_t bias, std::uintptr_t residual,
+                          std::int64_t residual_stride, std::uintptr_t y, std::int64_t rows, std::int64_t in,
+                          std::int64_t rank, std::int64_t out, int dtype, std::uintptr_t workspace,
+                          std::int64_t workspace_bytes, std::uintptr_t stream) {
+  launch_low_rank({pointer(x), x_stride, pointer(v), v_stride, pointer(u), u_stride, pointer(bias), pointer(residual),
+                   residual_stride, pointer<void>(y), rows, in, rank, out, dtype, false, 0.0f},
+                  workspace, workspace_bytes, stream);
+}
+
+void cuda_low_rank_bridge(std::uintptr_t h, std::int64_t h_stride, std::uintptr_t v, std::int64_t v_stride,
+                          std::uintptr_t u, std::int64_t u_stride, std::uintptr_t bias, std::uintptr_t y,
+                          std::int64_t rows, std::int64_t hidden, std::int64_t rank, float eps, int dtype,
+                          std::uintptr_t workspace, std::int64_t workspace_bytes, std::uintptr_t stream) {
+  launch_low_rank({pointer(h), h_stride, pointer(v), v_stride, pointer(u), u_stride, pointer(bias), pointer(h),
+                   h_stride, pointer<void>(y), rows, hidden, rank, hidden, dtype, true, eps},
+                  workspace, workspace_bytes, stream);
+}
+#endif
+
 void set_cpu_isa(const std::string& name) {
   if (taco::set_cpu_isa(name)) return;
   std::string known = "auto";
@@ -85,6 +125,10 @@ PYBIND11_MODULE(_C, m) {
   // --- CUDA (section of the CUDA kernels' owner) ---
 #ifdef TACO_WITH_CUDA
   m.attr("HAS_CUDA") = true;
+  m.attr("CUDA_MAX_ROWS") = taco::cuda::kMaxDecodeRows;
+  m.def("cuda_low_rank_workspace_bytes", &cuda_low_rank_workspace_bytes, "bytes for (rows, in, rank, out, dtype)");
+  m.def("cuda_low_rank_linear", &cuda_low_rank_linear, "y = (x v^T) u^T + bias + residual, at most CUDA_MAX_ROWS rows");
+  m.def("cuda_low_rank_bridge", &cuda_low_rank_bridge, "y = h + (rmsnorm(h) v^T) u^T + bias, at most CUDA_MAX_ROWS rows");
 #else
   m.attr("HAS_CUDA") = false;
 #endif

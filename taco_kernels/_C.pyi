@@ -45,3 +45,48 @@ def cpu_isa() -> str: ...
 def set_cpu_isa(name: str, /) -> None: ...
 def omp_threads() -> int: ...
 def read_memory(data: int, bytes: int, threads: int, /) -> int: ...
+
+# Only where HAS_CUDA is true:
+CUDA_MAX_ROWS: int
+
+def cuda_low_rank_workspace_bytes(rows: int, in_features: int, rank: int, out_features: int, dtype: int, /) -> int: ...
+def cuda_low_rank_linear(
+    x: int,
+    x_stride: int,
+    v: int,
+    v_stride: int,
+    u: int,
+    u_stride: int,
+    bias: int,
+    residual: int,
+    residual_stride: int,
+    y: int,
+    rows: int,
+    in_features: int,
+    rank: int,
+    out_features: int,
+    dtype: int,
+    workspace: int,
+    workspace_bytes: int,
+    stream: int,
+    /,
+) -> None: ...
+def cuda_low_rank_bridge(
+    h: int,
+    h_stride: int,
+    v: int,
+    v_stride: int,
+    u: int,
+    u_stride: int,
+    bias: int,
+    y: int,
+    rows: int,
+    hidden: int,
+    rank: int,
+    eps: float,
+    dtype: int,
+    workspace: int,
+    workspace_bytes: int,
+    stream: int,
+    /,
+) -> None: ...

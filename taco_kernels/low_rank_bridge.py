@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from taco_kernels import dispatch, native
+from taco_kernels._cuda import low_rank as _cuda_call
 from taco_kernels._library import (
     FLOATS,
     any_autocast,
@@ -91,7 +92,9 @@ def _triton(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, eps: float) ->
 
 
 def _cuda(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    raise RuntimeError("cuda: low_rank_bridge has no CUDA kernel yet")
+    if not (h.numel() and v.numel()):
+        return low_rank_bridge_reference(h, v, u, bias, eps)
+    return _cuda_call(h, v, u, bias, None, eps)
 
 
 # --- end of the CUDA section -----------------------------------------------------------------------------------------

@@ -91,23 +91,17 @@ def default_config(
     if rows <= 1:
         # 16 rank rows of 1 KB each: enough loads in flight per program, 64 accumulators per thread.
         block_r, block_k = 16, 512 if half else 256
-        split = _fill(
-            math.ceil(rank / block_r), 2 * processors, math.ceil(in_size / block_k)
-        )
+        split = _fill(math.ceil(rank / block_r), 2 * processors, math.ceil(in_size / block_k))
         block_k2 = _power_of_two(rank, 16, 256)
         return Config("row", 1, block_r, block_k, split, 4, 2, 16, block_k2, 4, 2)
     if rows <= 16:
         # 16 rows is the matrix unit's own height. Small rank blocks: more programs, fewer splits to add up again.
         block_r, block_k = 16, 256 if half else 64
-        split = _fill(
-            math.ceil(rank / block_r), 2 * processors, math.ceil(in_size / block_k)
-        )
+        split = _fill(math.ceil(rank / block_r), 2 * processors, math.ceil(in_size / block_k))
         # Up to 8 splits are added up by the second product itself (its pipeline holds a tile of each in shared
         # memory); more of them are worth a launch of their own.
         path = "split" if split <= 8 else "gemm"
-        return Config(
-            path, 16, block_r, block_k, split, 4, 3, 32, 64 if half else 32, 4, 3
-        )
+        return Config(path, 16, block_r, block_k, split, 4, 3, 32, 64 if half else 32, 4, 3)
     if half and rank <= 128 and math.ceil(rows / 64) >= processors // 2:
         # One block of 64 rows per multiprocessor; two tiles of 64 x 64 and 128 x 64 in flight fit any GPU.
         block_r = _power_of_two(rank, 16, 128)
@@ -145,17 +139,13 @@ def load_table(
     """Entries of a tuned table by (op, dtype, rows bucket). Raises ValueError, naming the file, on a broken table."""
     try:
         entries: list[dict[str, Any]] = json.loads(path.read_text())["entries"]
-        table: dict[
-            tuple[str, str, int], list[tuple[tuple[int, int, int], Config]]
-        ] = {}
+        table: dict[tuple[str, str, int], list[tuple[tuple[int, int, int], Config]]] = {}
         for entry in entries:
             key = (entry["op"], entry["dtype"], int(entry["rows"]))
             shape = (int(entry["in"]), int(entry["out"]), int(entry["rank"]))
             table.setdefault(key, []).append((shape, Config(**entry["config"])))
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is not a table of tuned configurations: {error!r}"
-        ) from error
+        raise ValueError(f"{path} is not a table of tuned configurations: {error!r}") from error
     return table
 
 
@@ -198,14 +188,10 @@ def config_for(
         distance, config = min(near, key=lambda item: item[0])
         if distance <= NEAR:
             return config
-    return default_config(
-        rows, in_size, out_size, rank, 4 if dtype == "float32" else 2, processors
-    )
+    return default_config(rows, in_size, out_size, rank, 4 if dtype == "float32" else 2, processors)
 
 
-def as_entry(
-    op: str, dtype: str, shape: tuple[int, int, int], rows: int, config: Config
-) -> dict[str, Any]:
+def as_entry(op: str, dtype: str, shape: tuple[int, int, int], rows: int, config: Config) -> dict[str, Any]:
     """One entry of a tuned table, ready for JSON."""
     in_size, out_size, rank = shape
     return {

@@ -51,9 +51,7 @@ def _load_tile(base, rows, cols, n_rows, n_cols, stride, EVEN_COLS: tl.constexpr
     # Without the column test the whole 16-byte access is provably in bounds, and the compiler keeps it in one piece.
     if EVEN_COLS:
         return tl.load(pointers, mask=(rows < n_rows)[:, None], other=0.0)
-    return tl.load(
-        pointers, mask=(rows < n_rows)[:, None] & (cols < n_cols)[None, :], other=0.0
-    )
+    return tl.load(pointers, mask=(rows < n_rows)[:, None] & (cols < n_cols)[None, :], other=0.0)
 
 
 @triton.jit
@@ -72,9 +70,7 @@ def _store_output(
 ):  # fmt: skip
     """Epilogue: add bias and residual in float32, round once, store. y is contiguous [n_rows, n_cols]."""
     if HAS_BIAS:
-        acc += tl.load(bias + cols, mask=cols < n_cols, other=0.0).to(tl.float32)[
-            None, :
-        ]
+        acc += tl.load(bias + cols, mask=cols < n_cols, other=0.0).to(tl.float32)[None, :]
     inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
     long_rows = rows.to(tl.int64)[:, None]
     if HAS_RESIDUAL:
@@ -104,9 +100,7 @@ def row_shrink(
     acc = tl.zeros([BLOCK_R, BLOCK_K], dtype=tl.float32)
     squares = tl.zeros([BLOCK_K], dtype=tl.float32)
     start = split * in_per_split
-    for k0 in tl.range(
-        start, min(start + in_per_split, in_size), BLOCK_K, num_stages=STAGES
-    ):
+    for k0 in tl.range(start, min(start + in_per_split, in_size), BLOCK_K, num_stages=STAGES):
         ks = k0 + tl.arange(0, BLOCK_K)
         weights = _load_tile(v, rs, ks, rank, in_size, stride_v, EVEN_IN).to(tl.float32)
         values = tl.load(x + ks, mask=ks < in_size, other=0.0).to(tl.float32)
@@ -131,9 +125,7 @@ def row_expand(
     acc = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
     for r0 in tl.range(0, rank, BLOCK_K, num_stages=STAGES):
         rs = r0 + tl.arange(0, BLOCK_K)
-        weights = _load_tile(u, ns, rs, out_size, rank, stride_u, EVEN_RANK).to(
-            tl.float32
-        )
+        weights = _load_tile(u, ns, rs, out_size, rank, stride_u, EVEN_RANK).to(tl.float32)
         parts = tl.load(
             partial + splits[:, None] * rank + rs[None, :],
             mask=(splits < SPLIT)[:, None] & (rs < rank)[None, :],
@@ -142,9 +134,7 @@ def row_expand(
         acc += weights * tl.sum(parts, axis=0)[None, :]
     result = tl.sum(acc, axis=1)
     if WITH_NORM:
-        squares = tl.sum(
-            tl.load(sumsq + splits, mask=splits < SPLIT, other=0.0), axis=0
-        )
+        squares = tl.sum(tl.load(sumsq + splits, mask=splits < SPLIT, other=0.0), axis=0)
         result = result * (1.0 / tl.sqrt(squares / in_size + eps))
     inside = ns < out_size
     if HAS_BIAS:
@@ -166,9 +156,7 @@ def shrink(
     SPLIT = 1: partial [n_rows, rank] in x's dtype, scaled already (the program has seen whole rows).
     """
     r_blocks = tl.cdiv(rank, BLOCK_R)
-    m_block = (
-        tl.program_id(0) // r_blocks
-    )  # neighbours share rows of x, which are then still in L2
+    m_block = tl.program_id(0) // r_blocks  # neighbours share rows of x, which are then still in L2
     r_block = tl.program_id(0) % r_blocks
     split = tl.program_id(1)
     ms = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -285,9 +273,7 @@ def fused(
     for n0 in range(start, min(start + out_per_program, out_size), BLOCK_N):
         ns = n0 + tl.arange(0, BLOCK_N)
         weights = _load_tile(u, ns, rs, out_size, rank, stride_u, EVEN_RANK)
-        acc = _dot(
-            rounded, tl.trans(weights), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-        )
+        acc = _dot(rounded, tl.trans(weights), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32))
         _store_output(
             y, acc, bias, residual, ms, ns, n_rows, out_size, stride_residual, HAS_BIAS, HAS_RESIDUAL
         )  # fmt: skip

@@ -73,17 +73,19 @@ def low_rank(
     """
     dtype = _DTYPES.get(x.dtype)
     if dtype is None:
-        raise TypeError(
-            f"the Triton backend takes float32, float16 and bfloat16, not {x.dtype}"
-        )
+        raise TypeError(f"the Triton backend takes float32, float16 and bfloat16, not {x.dtype}")
     if not x.is_cuda and not INTERPRETED:
-        raise ValueError(
-            f"the Triton backend needs CUDA tensors (or TRITON_INTERPRET=1), not {x.device}"
-        )
+        raise ValueError(f"the Triton backend needs CUDA tensors (or TRITON_INTERPRET=1), not {x.device}")
     rows, in_size = x.shape
     out_size, rank = u.shape
     y = torch.empty((rows, out_size), dtype=x.dtype, device=x.device)
     if rows == 0 or out_size == 0:
+        return y
+    if in_size == 0 or rank == 0:  # a sum over nothing: no kernel, only what is added to it
+        y.zero_()
+        for extra in (bias, residual):
+            if extra is not None:
+                y += extra
         return y
     x, v, u = _rows_contiguous(x), _rows_contiguous(v), _rows_contiguous(u)
     if residual is not None:
@@ -125,9 +127,7 @@ def launches(
 
     if c.path == "fused":
         if rank > c.block_r:
-            raise ValueError(
-                f"the fused kernel holds one rank block of {c.block_r}, rank is {rank}"
-            )
+            raise ValueError(f"the fused kernel holds one rank block of {c.block_r}, rank is {rank}")
         per_program = slice_length(out_size, c.out_split, c.block_n)
         args = (
             x, v, u, bias_arg, residual_arg, y, rows, in_size, rank, out_size,
@@ -213,9 +213,7 @@ def launches(
     return steps
 
 
-def _partial_sums(
-    x: torch.Tensor, planes: int, rank: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _partial_sums(x: torch.Tensor, planes: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 work space for ``planes`` rows of partial products and their sums of squares, in one allocation."""
     space = torch.empty(planes * (rank + 1), dtype=torch.float32, device=x.device)
     return space[: planes * rank], space[planes * rank :]

@@ -54,35 +54,23 @@ def _compiled(arch, dtype, rows, size, rank, bridge):
 def test_bfloat16(arch, rows, size, rank, bridge):
     config, kernels = _compiled(arch, torch.bfloat16, rows, size, rank, bridge)
     for kernel in kernels:
-        assert kernel.shared <= PORTABLE_SHARED_BYTES, (
-            f"{kernel.kernel} needs {kernel.shared} bytes"
-        )
+        assert kernel.shared <= PORTABLE_SHARED_BYTES, f"{kernel.kernel} needs {kernel.shared} bytes"
         assert kernel.stack <= FEW_WORDS, f"{kernel.kernel} spills {kernel.stack} bytes"
         # The factors and activations come in 16 bytes per thread, straight to shared memory or through registers.
-        assert re.search(r"LDGSTS\S*\.128|LDG\.E\S*\.128", kernel.sass), (
-            f"{kernel.kernel} has no 16-byte loads"
-        )
+        assert re.search(r"LDGSTS\S*\.128|LDG\.E\S*\.128", kernel.sass), f"{kernel.kernel} has no 16-byte loads"
         if kernel.kernel in ("shrink", "expand", "fused"):
             warpgroup = arch == 90 and config.block_m >= 64
-            assert ("HGMMA" if warpgroup else "HMMA") in kernel.sass, (
-                f"{kernel.kernel} misses the matrix unit"
-            )
+            assert ("HGMMA" if warpgroup else "HMMA") in kernel.sass, f"{kernel.kernel} misses the matrix unit"
 
 
-@pytest.mark.parametrize(
-    "rows, size, rank", [(1, 4096, 512), (16, 4096, 512), (512, 4096, 512)]
-)
+@pytest.mark.parametrize("rows, size, rank", [(1, 4096, 512), (16, 4096, 512), (512, 4096, 512)])
 @pytest.mark.parametrize("arch", [80, 90])
 def test_float32_stays_float32(arch, rows, size, rank):
     _, kernels = _compiled(arch, torch.float32, rows, size, rank, True)
     for kernel in kernels:
         assert kernel.shared <= PORTABLE_SHARED_BYTES
         assert kernel.stack <= FEW_WORDS, f"{kernel.kernel} spills {kernel.stack} bytes"
-        assert (
-            "tf32" not in kernel.ptx
-            and "FFMA" in kernel.sass
-            or kernel.kernel == "combine"
-        )
+        assert ("tf32" not in kernel.ptx and "FFMA" in kernel.sass) or kernel.kernel == "combine"
 
 
 @pytest.mark.parametrize(
@@ -105,7 +93,5 @@ def test_odd_fused_sizes_compile():
     config = default_config(130, 33, 1, 1, 2, 1)
     assert config.path == "fused"
     for rows, in_size, out_size in [(130, 33, 1), (130, 1, 40)]:
-        for launch in aot.call_launches(
-            rows, in_size, out_size, 1, torch.bfloat16, config
-        ):
+        for launch in aot.call_launches(rows, in_size, out_size, 1, torch.bfloat16, config):
             assert aot.compile_launch(launch, 90).registers > 0

@@ -66,9 +66,7 @@ def _ask(
 
 def test_table_gives_the_entry_and_near_shapes_its_neighbour(table):
     assert _ask(16, 4096, 4096, 512).block_n == 64
-    assert _ask(9, 4096, 4096, 416) == _ask(16, 4096, 4096, 512), (
-        "same bucket, near rank"
-    )
+    assert _ask(9, 4096, 4096, 416) == _ask(16, 4096, 4096, 512), "same bucket, near rank"
     assert _ask(16, 4096, 11008, 512).block_n == 128
 
 
@@ -81,9 +79,7 @@ def test_table_is_left_alone_where_it_says_nothing(table):
         (16, (4096, 4096, 512), {"gpu": "Another GPU"}),
     ]:
         in_size, out_size, rank = shape
-        assert _ask(rows, *shape, **changes) == default_config(
-            rows, in_size, out_size, rank, 2, 132
-        )
+        assert _ask(rows, *shape, **changes) == default_config(rows, in_size, out_size, rank, 2, 132)
 
 
 def test_fused_neighbour_must_hold_the_rank(table):
@@ -106,9 +102,7 @@ def test_broken_table_is_named(tmp_path, text):
 def test_defaults_suit_the_rows(rows, element_size):
     for in_size, out_size, rank in SHAPES:
         for processors in (4, 56, 132):
-            config = default_config(
-                rows, in_size, out_size, rank, element_size, processors
-            )
+            config = default_config(rows, in_size, out_size, rank, element_size, processors)
             assert (config.path == "row") == (rows == 1)
             assert config.path != "fused" or rank <= config.block_r
             assert 1 <= config.split <= -(-in_size // config.block_k)

@@ -14,18 +14,14 @@ import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed"
-)
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 if not INTERPRETED:
 
     def test_triton_kernels_under_the_interpreter() -> None:
         root = Path(__file__).resolve().parents[2]
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join(
-            filter(None, [str(root), os.environ.get("PYTHONPATH")])
-        )
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
         command = [
             sys.executable,
             "-m",
@@ -46,9 +42,7 @@ if not INTERPRETED:
             check=False,
         )
         assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
-        assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout[
-            -2000:
-        ]
+        assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-2000:]
 
 elif importlib.util.find_spec("triton") is not None:
     from hypothesis import example, given, settings
@@ -104,25 +98,17 @@ elif importlib.util.find_spec("triton") is not None:
         tiny = info.smallest_normal * info.eps / 2
         wide = [None if t is None else t.double() for t in (x, v, u, bias, residual)]
         x, v, u, bias, residual = wide
-        scale = (
-            1.0 if eps is None else torch.rsqrt(x.pow(2).mean(1, keepdim=True) + eps)
-        )
+        scale = 1.0 if eps is None else torch.rsqrt(x.pow(2).mean(1, keepdim=True) + eps)
         middle = scale * (x @ v.T)
         exact = middle @ u.T
         largest = (scale * (x.abs() @ v.abs().T)) @ u.abs().T
         terms = x.shape[1] * (1 if eps is None else 2) + u.shape[1] + 16
-        error = (
-            terms * single * largest
-            + half_step * (middle.abs() @ u.abs().T)
-            + tiny * u.abs().sum(1)
-        )
+        error = terms * single * largest + half_step * (middle.abs() @ u.abs().T) + tiny * u.abs().sum(1)
         for extra in (bias, residual):
             if extra is not None:
                 exact = exact + extra
                 error = error + 2 * single * extra.abs()
-        error = (
-            error + half_step * (exact.abs() + error) + 2 * single * exact.abs() + tiny
-        )
+        error = error + half_step * (exact.abs() + error) + 2 * single * exact.abs() + tiny
         assert y.is_contiguous() and torch.isfinite(y).all()
         worst = ((y.double() - exact).abs() / error).max().item() if y.numel() else 0.0
         assert worst <= 1.0, f"error is {worst:.2f} times what roundoff explains"
@@ -145,16 +131,10 @@ elif importlib.util.find_spec("triton") is not None:
         )
         y = low_rank_linear(x, v, u, config=CONFIGS[name])
         _check(y, x, v, u, None, None)
-        assert torch.equal(y, low_rank_linear(x, v, u, config=CONFIGS[name])), (
-            "same input, other bits"
-        )
+        assert torch.equal(y, low_rank_linear(x, v, u, config=CONFIGS[name])), "same input, other bits"
         v2, u2 = (
             v,
-            u.new_tensor(
-                u.new_zeros(in_size, rank).normal_(
-                    generator=torch.Generator().manual_seed(7)
-                )
-            ),
+            u.new_tensor(u.new_zeros(in_size, rank).normal_(generator=torch.Generator().manual_seed(7))),
         )
         bias2 = x.new_ones(in_size)
         _check(
@@ -168,9 +148,7 @@ elif importlib.util.find_spec("triton") is not None:
         )
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize(
-        "name", [name for name in CONFIGS if not name.startswith("row")]
-    )
+    @pytest.mark.parametrize("name", [name for name in CONFIGS if not name.startswith("row")])
     @pytest.mark.parametrize(
         "rows, in_size, out_size, rank",
         [(16, 64, 32, 32), (37, 70, 45, 33), (2, 200, 3, 64)],
@@ -187,12 +165,8 @@ elif importlib.util.find_spec("triton") is not None:
         )
         y = low_rank_linear(x, v, u, None, residual, config=CONFIGS[name])
         _check(y, x, v, u, None, residual)
-        assert torch.equal(
-            y, low_rank_linear(x, v, u, None, residual, config=CONFIGS[name])
-        ), "same input, other bits"
-        h, v, u, bias, _ = _case(
-            rows, in_size, in_size, rank, dtype, 3, pad=1, bridge=True
-        )
+        assert torch.equal(y, low_rank_linear(x, v, u, None, residual, config=CONFIGS[name])), "same input, other bits"
+        h, v, u, bias, _ = _case(rows, in_size, in_size, rank, dtype, 3, pad=1, bridge=True)
         _check(
             low_rank_bridge(h, v, u, bias, 1e-6, config=CONFIGS[name]),
             h,
@@ -240,9 +214,7 @@ elif importlib.util.find_spec("triton") is not None:
     def test_bridge_with_default_configurations(
         rows, in_size, out_size, rank, dtype, pad, seed, with_bias, with_residual
     ):
-        h, v, u, bias, _ = _case(
-            rows, in_size, in_size, rank, dtype, seed, pad, bridge=True
-        )
+        h, v, u, bias, _ = _case(rows, in_size, in_size, rank, dtype, seed, pad, bridge=True)
         bias = bias if with_bias else None
         _check(low_rank_bridge(h, v, u, bias, 1e-6), h, v, u, bias, h, 1e-6)
 
@@ -274,6 +246,9 @@ elif importlib.util.find_spec("triton") is not None:
         x, v, u, bias, residual = _case(3, 40, 24, 8, torch.float32, 6)
         assert low_rank_linear(x[:0], v, u, bias, residual[:0]).shape == (0, 24)
         assert low_rank_bridge(x[:0], v, x.new_zeros(40, 8)).shape == (0, 40)
+        # A rank of 0, or an empty input, is a sum over nothing.
+        assert torch.equal(low_rank_linear(x, v[:0], u[:, :0], bias, residual), bias + residual)
+        assert torch.equal(low_rank_linear(x[:, :0], v[:, :0], u), torch.zeros(3, 24))
         columns = [t.T.contiguous().T for t in (x, v, u, residual)]
         expected = low_rank_linear(x, v, u, bias, residual)
         assert torch.equal(low_rank_linear(*columns[:3], bias, columns[3]), expected)

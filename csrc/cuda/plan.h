@@ -1,0 +1,114 @@
+// How a decode call is cut into pieces. Plain C++, shared by the launcher and by the emulation that tests the kernels.
+//
+// The first product is cut into units of (16 rows of v) x (a slice of `in`), the second into tiles of 16 outputs; the
+// blocks of one launch take them in turn. Each block keeps as many of its tiles of u in shared memory as fit, since
+// those can travel while the first product is still being computed.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "taco_cuda.h"
+
+namespace taco::cuda {
+
+inline constexpr int kWarps = 8;  // 8 warps x 4 steps x 1 KB of weights in flight: above latency x bandwidth per SM
+inline constexpr int kThreads = 32 * kWarps;
+inline constexpr int kTile = 16;   // rows of a weight tile: the height of mma.m16n8k16
+inline constexpr int kChunk = 32;  // elements along the sum per warp and step: 4 lanes of 16 bytes (half types)
+
+struct DecodePlan {
+  bool matrix_unit;      // half types with 16-byte rows; everything else goes through plain multiply-adds
+  int rows_padded;       // rows the kernel is compiled for
+  int vector;            // elements per load of the plain kernel
+  int blocks;            // one per multiprocessor at most, so that a grid-wide barrier is possible
+  int splits;            // slices of `in`
+  int split_length;      // elements per slice
+  int rank_padded;       // row length of the partial sums
+  int t_capacity;        // ranks of the intermediate that are in shared memory at a time
+  int t_pitch;           // elements from one of its rows to the next
+  int u_pitch;           // bytes from one row of u in shared memory to the next
+  int prefetched_tiles;  // tiles of u per block that travel before the barrier
+  int tile_warps;        // tiles of outputs a block works on at a time (the other factor of kWarps splits the rank)
+  std::int64_t shared_bytes;
+  std::int64_t workspace_bytes;
+};
+
+inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
+
+// Rows 64 bytes apart modulo 128 let the 8 lanes of a quarter-warp (2 rows x 4 lanes x 16 bytes) hit all banks once.
+inline std::int64_t conflict_free_pitch(std::int64_t bytes) {
+  return round_up(bytes, 64) % 128 == 0 ? round_up(bytes, 64) + 64 : round_up(bytes, 64);
+}
+
+// Slices of the first product: the fewest that keep the blocks at least 90% busy, else the best there are. Fewer
+// slices are fewer partial sums for every block to read back.
+inline int choose_splits(std::int64_t tiles, std::int64_t blocks, std::int64_t most) {
+  int best = 1;
+  double best_share = 0;
+  for (std::int64_t splits = 1; splits <= most; ++splits) {
+    const std::int64_t units = tiles * splits;
+    const double share = double(units) / double(ceil_div(units, blocks) * blocks);
+    if (share > best_share + 1e-9) best = int(splits), best_share = share;
+    if (best_share >= 0.9) break;
+  }
+  return best;
+}
+
+// Shared memory in front of the intermediate: partial sums of the warps, row scales, the copy barrier.
+inline constexpr int kScaleBytes = kMaxDecodeRows * 4;
+inline constexpr int kSquaresBytes = kWarps * kMaxDecodeRows * 4;
+inline constexpr int kBarrierBytes = 16;
+inline std::int64_t header_bytes(int rows_padded) {
+  return std::int64_t(kWarps) * kTile * rows_padded * 4 + kScaleBytes + kSquaresBytes + kBarrierBytes;
+}
+
+inline DecodePlan plan_decode(std::int64_t rows, std::int64_t in, std::int64_t rank, std::int64_t out, int dtype,
+                              bool aligned, int processors, std::int64_t shared_limit) {
+  DecodePlan p{};
+  const std::int64_t element = dtype == 0 ? 4 : 2;
+  p.matrix_unit = dtype != 0 && aligned;
+  p.rank_padded = int(round_up(rank, kChunk));
+  const std::int64_t out_tiles = ceil_div(out, kTile);
+  if (p.matrix_unit) {
+    p.rows_padded = rows <= 8 ? 8 : 16;
+    p.vector = 8;
+    const std::int64_t rank_tiles = ceil_div(rank, kTile), chunks = ceil_div(in, kChunk);
+    p.splits = choose_splits(rank_tiles, processors, std::max<std::int64_t>(1, chunks / kWarps));
+    p.split_length = int(ceil_div(chunks, p.splits) * kChunk);
+    p.splits = int(ceil_div(in, p.split_length));
+    p.blocks = int(std::min<std::int64_t>(processors, std::max(rank_tiles * p.splits, out_tiles)));
+    const std::int64_t local = ceil_div(out_tiles, p.blocks);
+    p.tile_warps = 1;
+    while (p.tile_warps < kWarps && p.tile_warps * 2 <= local) p.tile_warps *= 2;
+    // The intermediate (two half-type numbers per element) gets at most half of the shared memory.
+    const std::int64_t free_bytes = shared_limit - header_bytes(p.rows_padded);
+    const std::int64_t most = free_bytes / 2 / (2 * 2 * p.rows_padded) / kChunk * kChunk - kChunk;
+    p.t_capacity = int(std::max<std::int64_t>(kChunk, std::min<std::int64_t>(p.rank_padded, most)));
+    p.t_pitch = int(conflict_free_pitch(p.t_capacity * 2) / 2);
+    p.u_pitch = int(conflict_free_pitch(std::int64_t(p.rank_padded) * 2));
+    const std::int64_t t_bytes = 2 * 2 * std::int64_t(p.rows_padded) * p.t_pitch;
+    const std::int64_t tile_bytes = std::int64_t(kTile) * p.u_pitch;
+    p.prefetched_tiles = int(std::max<std::int64_t>(0, std::min(local, (free_bytes - t_bytes) / tile_bytes)));
+    p.shared_bytes = header_bytes(p.rows_padded) + t_bytes + p.prefetched_tiles * tile_bytes;
+  } else {
+    p.rows_padded = rows == 1 ? 1 : rows <= 4 ? 4 : 16;
+    p.vector = aligned ? int(16 / element) : 1;
+    const std::int64_t step = 32 * p.vector, warps = std::int64_t(processors) * kWarps;
+    const std::int64_t wanted = std::max<std::int64_t>(1, std::min(warps / rank, in / (4 * step)));
+    p.split_length = int(round_up(ceil_div(in, wanted), step));
+    p.splits = int(ceil_div(in, p.split_length));
+    p.blocks = int(std::min<std::int64_t>(processors, ceil_div(std::max(rank * p.splits, out), kWarps)));
+    p.tile_warps = kWarps;
+    const std::int64_t most = (shared_limit - header_bytes(p.rows_padded)) / 2 / (4 * p.rows_padded) / kChunk * kChunk;
+    p.t_capacity = int(std::max<std::int64_t>(kChunk, std::min<std::int64_t>(p.rank_padded, most)));
+    p.t_pitch = p.t_capacity;
+    p.shared_bytes = header_bytes(p.rows_padded) + 4 * std::int64_t(p.rows_padded) * p.t_pitch;
+  }
+  // partial sums [splits][rows][rank_padded], then sums of squares [splits][rows]
+  p.workspace_bytes = std::int64_t(p.splits) * rows * (p.rank_padded + 1) * 4;
+  return p;
+}
+
+}  // namespace taco::cuda

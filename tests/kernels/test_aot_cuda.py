@@ -1,0 +1,69 @@
+"""CUDA kernels compiled by nvcc without a GPU: no spills, and the instructions that were meant."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+NVCC = shutil.which("nvcc")
+pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc was not found on PATH: CUDA sources cannot be compiled")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """(object file, ptxas' report), compiled once."""
+    target = tmp_path_factory.mktemp("nvcc") / "low_rank_decode.o"
+    source = ROOT / "csrc" / "cuda" / "low_rank_decode.cu"
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ("80", "90a")]
+    command = [str(NVCC), "-O3", "-std=c++17", "-Xptxas=-v", f"-I{ROOT / 'csrc'}", *codes, "-c", str(source), "-o"]
+    done = subprocess.run([*command, str(target)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return target, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def listings(built):
+    """Disassembly of each kernel: {(architecture, mangled name): SASS}."""
+    tool = shutil.which("cuobjdump")
+    if tool is None:
+        triton = pytest.importorskip(
+            "triton.backends.nvidia", reason="no cuobjdump: not on PATH, and triton is missing"
+        )
+        tool = str(Path(triton.__path__[0]) / "bin" / "cuobjdump")
+    text = subprocess.run([tool, "-sass", str(built[0])], capture_output=True, text=True, check=True).stdout
+    found = {}
+    arch = ""
+    for part in re.split(r"\n(?=\s*(?:arch = |Function : ))", text):
+        if match := re.match(r"\s*arch = (\w+)", part):
+            arch = match.group(1)
+        if match := re.match(r"\s*Function : (\w+)", part):
+            found[arch, match.group(1)] = part
+    return found
+
+
+def test_nothing_spills(built):
+    report = built[1]
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert len(frames) == 2 * 16, "16 kernels for each of two architectures"
+    assert all(frame == ("0", "0", "0") for frame in frames), report[-4000:]
+    # 256 threads, one block per multiprocessor: the register file has 255 for each of them.
+    assert max(map(int, re.findall(r"Used (\d+) registers", report))) <= 255
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_instructions(listings, arch):
+    kernels = {name: sass for (of, name), sass in listings.items() if of == arch}
+    fast = {name: sass for name, sass in kernels.items() if "decode_mma" in name}
+    assert len(fast) == 4 and len(kernels) == 16
+    for name, sass in fast.items():
+        assert "HMMA.16816.F32" in sass, f"{name} does not use the matrix unit"
+        # v's and u's rows in 16-byte loads, several of them before the first is needed.
+        wide = len(re.findall(r"LDG\.E\S*\.128", sass))
+        assert wide >= 8, f"{name} has only {wide} 16-byte loads"
+        assert not re.search(r"\b(LDL|STL)\b", sass), f"{name} uses local memory"
+        copies = "UBLKCP" if arch == "sm_90a" else r"LDGSTS\S*\.128"
+        assert re.search(copies, sass), f"{name} does not copy u into shared memory beside the computation"
+    assert any(re.search(r"LDG\.E\S*\.128", sass) for name, sass in kernels.items() if "decode_plainIfLi4" in name)

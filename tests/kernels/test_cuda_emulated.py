@@ -1,0 +1,207 @@
+"""The CUDA decode kernels, run on the CPU: the very source of csrc/cuda, every thread a fiber, under sanitizers.
+
+``csrc/cuda/emulation`` replaces only the primitives of ``device.cuh`` (matrix unit, barriers, copies). Shared memory,
+work space and output start as NaN, tensors are allocated without slack, and copies arrive no sooner than waited for.
+"""
+
+import shutil
+import struct
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+HOPPER_SHARED = 232448  # bytes a block may have; less makes the kernels take their slower ways
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. ``pad`` widens every row beyond its elements; ``shared`` is what the device gives a block."""
+
+    rows: int
+    in_size: int
+    out_size: int
+    rank: int
+    dtype: torch.dtype
+    norm: bool = False
+    bias: bool = True
+    residual: bool = True
+    pad: int = 0
+    processors: int = 3
+    shared: int = HOPPER_SHARED
+    scale: float = 1.0
+
+
+def _cases() -> list[Case]:
+    half, brain, single = torch.float16, torch.bfloat16, torch.float32
+    cases = [
+        # matrix unit: one tile, ragged tiles, several tiles per block, both widths, norm with and without bias
+        Case(1, 32, 16, 16, brain, bias=False, residual=False),
+        Case(1, 8, 8, 8, half),
+        Case(5, 328, 136, 40, brain, norm=True, pad=8),
+        Case(8, 1096, 72, 24, half, norm=True, bias=False),
+        Case(9, 264, 40, 72, brain, residual=False, pad=16),
+        Case(16, 616, 264, 104, half, norm=True, pad=8),
+        Case(16, 64, 648, 16, brain, processors=2),
+        Case(2, 4200, 24, 8, brain, norm=True, processors=4),
+        Case(3, 40, 1000, 200, brain, processors=1),
+        Case(12, 48, 304, 136, half, processors=4, norm=True),
+        # too little shared memory: u read from global memory, in part and wholly; the intermediate in pieces
+        Case(3, 96, 304, 264, brain, shared=30_000),
+        Case(13, 96, 304, 264, half, norm=True, shared=26_000),
+        Case(1, 72, 200, 520, brain, shared=16_000),
+        # massive activations: what is not scaled leaves float16's range
+        Case(4, 512, 512, 32, half, norm=True, scale=3000.0),
+        # plain kernel: float32 aligned and not, half types whose rows are not 16-byte multiples
+        Case(1, 300, 44, 20, single, norm=True),
+        Case(1, 301, 43, 19, single, pad=1),
+        Case(4, 517, 70, 33, single, norm=True, residual=False),
+        Case(16, 256, 100, 64, single, norm=True),
+        Case(11, 129, 40, 70, single, shared=13_000),
+        Case(2, 77, 51, 13, half, norm=True),
+        Case(16, 131, 64, 30, brain, pad=3),
+        Case(1, 1, 1, 1, brain, norm=True),
+        Case(1, 1, 1, 1, single, bias=False, residual=False),
+        Case(7, 1, 300, 1, half),
+    ]
+    generator = torch.Generator().manual_seed(0)
+
+    def pick(*options):
+        return options[int(torch.randint(len(options), (1,), generator=generator))]
+
+    def upto(most):
+        return 1 + int(torch.randint(most, (1,), generator=generator))
+
+    for _ in range(30):
+        dtype = pick(half, brain, brain, single)
+        step = pick(8, 8, 1)
+        cases.append(
+            Case(
+                upto(16), step * upto(400 // step), step * upto(300 // step), step * upto(160 // step), dtype,
+                norm=pick(True, False), bias=pick(True, False), residual=pick(True, False), pad=step * pick(0, 1),
+                processors=upto(4), shared=pick(HOPPER_SHARED, 20_000, 40_000),
+            )
+        )  # fmt: skip
+    return cases
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler (g++, clang++) was found to build the emulation with")
+    target = tmp_path_factory.mktemp("emulation") / "decode"
+    source = ROOT / "csrc" / "cuda" / "emulation" / "low_rank_decode.cpp"
+    flags = ["-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    command = [compiler, *flags, f"-I{ROOT / 'csrc'}", str(source), "-o", str(target)]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr[-4000:]
+    return target
+
+
+def _tensor(rows, columns, pad, dtype, generator, factor=1.0):
+    wide = torch.randn(rows, columns + pad, generator=generator) * factor
+    return wide.to(dtype)[:, :columns]
+
+
+def _bytes(tensor):
+    """Bytes from the first to the last element of a row-strided matrix, and not one more."""
+    rows, columns = tensor.shape
+    flat = torch.as_strided(tensor, ((rows - 1) * tensor.stride(0) + columns,), (1,))
+    return flat.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _draw(case: Case, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    out_size = case.in_size if case.norm else case.out_size  # the bridge maps a space to itself
+    x = _tensor(case.rows, case.in_size, case.pad, case.dtype, generator, case.scale)
+    v = _tensor(case.rank, case.in_size, case.pad, case.dtype, generator, case.in_size**-0.5)
+    u = _tensor(out_size, case.rank, case.pad, case.dtype, generator, case.rank**-0.5)
+    bias = _tensor(1, out_size, 0, case.dtype, generator) if case.bias else None
+    residual = _tensor(case.rows, out_size, case.pad, case.dtype, generator) if case.residual else None
+    return x, v, u, bias, residual
+
+
+def _aligned(case: Case, tensors) -> bool:
+    """What the launcher will find: rows of x, v and u that start and end on multiples of 16 bytes."""
+    return all(
+        (t.shape[1] * t.element_size()) % 16 == 0 and (t.stride(0) * t.element_size()) % 16 == 0 for t in tensors
+    )
+
+
+def _check(y, x, v, u, bias, residual, eps):
+    """Elementwise within what roundoff explains: float32 sums, an intermediate good to the square of the dtype's
+    roundoff, one rounding of the result. The intermediate below float16's normal range loses its remainder."""
+    info = torch.finfo(y.dtype)
+    single = torch.finfo(torch.float32).eps
+    half_step = info.eps / 2
+    middle_error = 0.0 if y.dtype == torch.float32 else half_step**2
+    tiny = info.smallest_normal * info.eps / 2
+    x, v, u, bias, residual = (None if t is None else t.double() for t in (x, v, u, bias, residual))
+    scale = 1.0 if eps is None else torch.rsqrt(x.pow(2).mean(1, keepdim=True) + eps)
+    middle = scale * (x @ v.T)
+    exact = middle @ u.T
+    largest = (scale * (x.abs() @ v.abs().T)) @ u.abs().T
+    terms = x.shape[1] * (1 if eps is None else 2) + 2 * u.shape[1] + 16
+    error = terms * single * largest + middle_error * (middle.abs() @ u.abs().T) + tiny * u.abs().sum(1)
+    for extra in (bias, residual):
+        if extra is not None:
+            exact = exact + extra
+            error = error + 2 * single * extra.abs()
+    error = error + half_step * (exact.abs() + error) + 2 * single * exact.abs() + tiny
+    assert torch.isfinite(y).all(), "an element was not written, or came out of memory that nothing had written"
+    worst = ((y.double() - exact).abs() / error).max().item()
+    assert worst <= 1.0, f"error is {worst:.2f} times what roundoff explains"
+
+
+def test_kernels_against_float64(program, tmp_path):
+    eps = 1e-5
+    cases = _cases()
+    drawn = [_draw(case, seed) for seed, case in enumerate(cases)]
+    with open(tmp_path / "calls", "wb") as file:
+        for case, (x, v, u, bias, residual) in zip(cases, drawn, strict=True):
+            header = (
+                case.rows, case.in_size, case.rank, u.shape[0], CODES[case.dtype], case.norm,
+                _aligned(case, (x, v, u)), case.bias, case.residual, case.processors, case.shared,
+                x.stride(0), v.stride(0), u.stride(0), residual.stride(0) if case.residual else 0,
+            )  # fmt: skip
+            file.write(struct.pack("<15qd", *header, eps))
+            for tensor in (x, v, u, bias, residual):
+                if tensor is not None:
+                    file.write(_bytes(tensor))
+    command = [str(program), str(tmp_path / "calls"), str(tmp_path / "results")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+    seen = set()
+    data = bytearray((tmp_path / "results").read_bytes())
+    at = 0
+    for case, (x, v, u, bias, residual) in zip(cases, drawn, strict=True):
+        matrix_unit, splits, prefetched, capacity, tile_warps = struct.unpack_from("<5q", data, at)
+        at += 40
+        count = case.rows * u.shape[0]
+        y = torch.frombuffer(data, dtype=case.dtype, count=count, offset=at).view(case.rows, u.shape[0])
+        at += count * y.element_size()
+        try:
+            _check(y, x, v, u, bias, residual, eps if case.norm else None)
+        except AssertionError as error:
+            raise AssertionError(f"{case}: {error}") from None
+        seen.update(
+            {
+                ("matrix unit", bool(matrix_unit)),
+                ("several splits", splits > 1),
+                ("u prefetched", prefetched > 0),
+                ("intermediate in pieces", capacity < case.rank),
+                ("tiles at a time", tile_warps),
+            }
+        )
+    assert at == len(data)
+    # The cases must have reached every way through the kernels.
+    ways = ("matrix unit", "several splits", "u prefetched", "intermediate in pieces")
+    missing = {(way, value) for way in ways for value in (True, False)} - seen
+    missing |= {("tiles at a time", n) for n in (1, 2, 4, 8)} - seen
+    assert not missing, f"no case covers {missing}"
