@@ -66,4 +66,6 @@ def test_instructions(listings, arch):
         assert not re.search(r"\b(LDL|STL)\b", sass), f"{name} uses local memory"
         copies = "UBLKCP" if arch == "sm_90a" else r"LDGSTS\S*\.128"
         assert re.search(copies, sass), f"{name} does not copy u into shared memory beside the computation"
-    assert any(re.search(r"LDG\.E\S*\.128", sass) for name, sass in kernels.items() if "decode_plainIfLi4" in name)
+    assert any(
+        re.search(r"LDG\.E\S*\.128", sass) for name, sass in kernels.items() if "decode_plain_kernelIfLi4" in name
+    )

@@ -1,4 +1,4 @@
-"""Triton kernels compiled for sm_80 and sm_90 without a GPU: do they fit, do they spill, are the instructions those meant?"""
+"""Triton kernels compiled for sm_80 and sm_90 without a GPU: do they fit or spill, are the instructions those meant?"""
 
 import os
 import re
@@ -6,13 +6,13 @@ import re
 import pytest
 import torch
 
+from taco_kernels.triton_kernels.config import PORTABLE_SHARED_BYTES, default_config
+
 pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1",
     reason="under TRITON_INTERPRET=1 there is nothing to compile",
 )
-
-from taco_kernels.triton_kernels.config import PORTABLE_SHARED_BYTES, default_config
 
 PROCESSORS = {80: 108, 90: 132}
 # Decode, a batch, prefill with small and with large rank: together these reach every kernel of the defaults.

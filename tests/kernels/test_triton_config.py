@@ -87,9 +87,10 @@ def test_fused_neighbour_must_hold_the_rank(table):
     assert _ask(8192, 4096, 4096, 70) == default_config(8192, 4096, 4096, 70, 2, 132)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[]", '{"entries": [{}]}', '{"entries": [{"op": "x", "dtype": "y", "rows": 1, "in": 1, "out": 1, "rank": 1, "config": {"path": "row"}}]}']
-)  # fmt: skip
+INCOMPLETE = {"op": "x", "dtype": "y", "rows": 1, "in": 1, "out": 1, "rank": 1, "config": {"path": "row"}}
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"entries": [{}]}', json.dumps({"entries": [INCOMPLETE]})])
 def test_broken_table_is_named(tmp_path, text):
     path = tmp_path / "gpu.json"
     path.write_text(text)
