@@ -1,0 +1,1 @@
+"""Parts of ``benchmarks/gpu_suite.py``: shapes, checks, timing, tuning, benchmarks. Run the suite, not these."""

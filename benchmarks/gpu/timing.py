@@ -1,0 +1,116 @@
+"""Timing of many versions of one computation: cold weights, CUDA graphs, versions interleaved.
+
+Each version's calls are captured into a graph over input sets that together exceed three times the L2 cache, so every
+call finds its weights in device memory, as the layers of a model do. The versions' graphs are replayed in turn; a
+slow moment of the machine then falls on all of them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .checks import Inputs
+
+Call = Callable[[Inputs], Any]
+
+
+def sets_needed(bytes_per_set: int, cache_bytes: int, memory_bytes: int) -> int:
+    """Input sets so that rotating through them leaves nothing of one in the cache until its turn comes again."""
+    return max(2, min(-(-3 * cache_bytes // bytes_per_set) + 1, memory_bytes // bytes_per_set, 400))
+
+
+def percentiles(samples: list[float]) -> dict[str, float]:
+    """p20, p50 and p80 of samples in microseconds."""
+    ordered = statistics.quantiles(samples, n=10, method="inclusive") if len(samples) > 1 else samples * 9
+    return {"p20": round(ordered[1], 3), "p50": round(ordered[4], 3), "p80": round(ordered[7], 3)}
+
+
+def time_on_gpu(versions: dict[str, Call], sets: list[Inputs], replays: int = 25) -> dict[str, dict[str, float]]:
+    """Microseconds per call of each version. A version that fails to run or to be captured has only ``error``."""
+    graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    results: dict[str, dict[str, Any]] = {}
+    for name, version in versions.items():
+        try:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # compiles, creates handles, before the capture
+                for inputs in sets[:2]:
+                    version(inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for inputs in sets:
+                    version(inputs)
+            graph.replay()
+            torch.cuda.synchronize()
+            graphs[name] = graph
+        except Exception as error:
+            results[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
+    samples: dict[str, list[float]] = {name: [] for name in graphs}
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for _ in range(replays):
+        for name, graph in graphs.items():
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            samples[name].append(start.elapsed_time(end) * 1000 / len(sets))
+    results.update({name: percentiles(values) for name, values in samples.items()})
+    return results
+
+
+def time_on_cpu(versions: dict[str, Call], sets: list[Inputs], replays: int = 3) -> dict[str, dict[str, float]]:
+    """The dry run's stand-in for :func:`time_on_gpu`; its numbers mean nothing."""
+    results: dict[str, dict[str, Any]] = {}
+    for name, version in versions.items():
+        samples = []
+        for _ in range(replays):
+            start = time.perf_counter()
+            for inputs in sets:
+                version(inputs)
+            samples.append((time.perf_counter() - start) * 1e6 / len(sets))
+        results[name] = percentiles(samples)
+    return results
+
+
+def ceilings() -> dict[str, float]:
+    """What this GPU reaches here and now: a 1 GiB copy (read plus write) and a bf16 matrix product on random data."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+
+    def best_of(work: Callable[[], object], repeats: int) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        times = []
+        for _ in range(repeats + 3):
+            start.record()
+            work()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1000)
+        return statistics.median(times[3:])
+
+    copy = best_of(lambda: target.copy_(source), 15)
+    product = best_of(lambda: torch.mm(a, b), 15)
+    return {
+        "copy_gb_s": round(2 * source.numel() / copy / 1e9, 1),
+        "matmul_tflop_s": round(2 * 8192**3 / product / 1e12, 1),
+    }
+
+
+def eager_overhead(version: Call, inputs: Inputs, calls: int = 300) -> float:
+    """Microseconds of host time per eager call: what Python, dispatch and launching cost, the GPU not waited for."""
+    for _ in range(20):
+        version(inputs)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        version(inputs)
+    spent = (time.perf_counter() - start) * 1e6 / calls
+    torch.cuda.synchronize()
+    return round(spent, 2)

@@ -1,0 +1,117 @@
+"""Looks for Triton configurations on this GPU and writes them to ``taco_kernels/tuned/<gpu>.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import shapes
+from .checks import Inputs, draw, worst_error
+from .store import write_json
+from .timing import Call, sets_needed, time_on_cpu, time_on_gpu
+
+
+def candidates(point: shapes.Point, processors: int) -> Iterator[Any]:
+    """The default first, then neighbours of it in the directions that matter for this number of rows."""
+    from taco_kernels.triton_kernels.config import Config, default_config
+
+    size = 4 if point.dtype == "float32" else 2
+    base = default_config(point.rows, point.in_size, point.out_size, point.rank, size, processors)
+    seen = set()
+
+    def fresh(config: Config) -> bool:
+        new = config not in seen
+        seen.add(config)
+        return new
+
+    def vary(config: Config, **changes: Any) -> Iterator[Config]:
+        for name, values in changes.items():
+            for value in values:
+                changed = dataclasses.replace(config, **{name: value})
+                if fresh(changed):
+                    yield changed
+
+    if fresh(base):
+        yield base
+    splits = sorted({max(1, base.split // 2), base.split * 2, base.split * 4} - {base.split})
+    if base.path == "row":
+        yield from vary(base, split=splits, block_r=(8, 32), block_k=(256, 1024), block_n=(8, 32), stages=(3, 4))
+        yield from vary(base, warps=(2, 8), warps2=(2, 8), stages2=(3, 4))
+    elif point.rows <= 16:
+        yield from vary(base, split=splits, block_r=(32,), block_k=(128, 512), block_n=(16, 64), stages=(2, 4))
+        yield from vary(base, block_k2=(32, 128), path=("split", "gemm") if base.split <= 8 else ("gemm",))
+    else:
+        yield from vary(base, split=splits, block_k=(128,), stages=(2, 4), stages2=(2, 4), warps=(4, 8), warps2=(4, 8))
+        yield from vary(base, block_m=(64, 128), block_n=(64, 128, 256))
+        if size == 2 and point.rank <= 256:
+            block_r = max(16, 1 << (point.rank - 1).bit_length())
+            for block_m, warps, block_n in ((64, 4, 64), (64, 4, 128), (128, 8, 64), (128, 8, 128)):
+                blocks = -(-point.rows // block_m)
+                for out_split in sorted({1, max(1, processors // blocks), max(1, 2 * processors // blocks)}):
+                    fused = Config("fused", block_m, block_r, 64, 1, warps, 3, block_n, 16, warps, 3, out_split)
+                    if fresh(fused):
+                        yield fused
+
+
+def run(config: Any, inputs: Inputs) -> torch.Tensor:
+    """The Triton kernel of these inputs' op with this configuration."""
+    from taco_kernels.triton_kernels.low_rank_bridge import low_rank_bridge
+    from taco_kernels.triton_kernels.low_rank_linear import low_rank_linear
+
+    x, v, u, bias, residual, eps = inputs
+    if eps is not None:
+        return low_rank_bridge(x, v, u, bias, eps, config=config)
+    return low_rank_linear(x, v, u, bias, residual, config=config)
+
+
+def tune_point(point: shapes.Point, device: str, processors: int, cache: int, few: bool) -> dict[str, Any]:
+    """Times every candidate; the fastest whose result is right wins."""
+    first = draw(point.op, point.in_size, point.out_size, point.rank, point.rows, point.dtype, device)
+    count = 2 if few else min(60, sets_needed(first.bytes, cache, 8 << 30))
+    sets = [first] + [
+        draw(point.op, point.in_size, point.out_size, point.rank, point.rows, point.dtype, device)
+        for _ in range(count - 1)
+    ]
+    configs = list(candidates(point, processors))[: 3 if few else None]
+    timer = time_on_gpu if device == "cuda" else time_on_cpu
+    versions: dict[str, Call] = {str(i): functools.partial(run, config) for i, config in enumerate(configs)}
+    times = timer(versions, sets, replays=3 if few else 10)
+    failed = {str(configs[int(i)]): t["error"] for i, t in times.items() if "error" in t}
+    ranked = sorted((t["p50"], int(i)) for i, t in times.items() if "p50" in t)
+    wrong: list[dict[str, Any]] = []
+    for microseconds, index in ranked:
+        if worst_error(run(configs[index], first), first, "triton") <= 1.0:
+            return {
+                "config": dataclasses.asdict(configs[index]),
+                "us": microseconds,
+                "default_us": times["0"].get("p50"),
+                "tried": len(configs),
+                "failed": len(failed),
+                "wrong": wrong,
+            }
+        wrong.append(dataclasses.asdict(configs[index]))
+    return {"config": None, "tried": len(configs), "wrong": wrong, "errors": list(failed.values())[:3]}
+
+
+def write_table(path: Path, gpu: str, points: dict[str, dict[str, Any]]) -> int:
+    """The table of all tuned points, each for the buckets it speaks for; returns the number of entries."""
+    from taco_kernels.triton_kernels.config import Config, as_entry, load_table
+
+    entries = []
+    for point in points.values():
+        if point.get("config") is None:
+            continue
+        shape = (point["in"], point["out"], point["rank"])
+        for rows in shapes.TUNED_ROWS.get(point["rows"], (point["rows"],)):
+            config = Config(**point["config"])
+            if (config.path == "row") != (rows == 1):
+                continue
+            entries.append(as_entry(point["op"], point["dtype"], shape, rows, config))
+    write_json(path, {"gpu": gpu, "entries": entries})
+    load_table(path)
+    return len(entries)
