@@ -10,6 +10,7 @@ Exit code 0: nothing found wrong; 1: something is; 2: this cannot run here (the 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -223,7 +224,7 @@ def run_bench(suite: Suite) -> bool:
         store.add(point.key, {**result, "machine": machine})
     if not suite.dry and not suite.budget.spent:
         small = checks.draw("low_rank_linear", 1024, 1024, 64, 1, "bfloat16", "cuda")
-        overhead = {name: timing.eager_overhead(lambda i, n=name: bench.forced(n, i), small) for name in usable}
+        overhead = {name: timing.eager_overhead(functools.partial(bench.forced, name), small) for name in usable}
         overhead["auto"] = timing.eager_overhead(checks.call, small)
         store.save(eager_us=overhead)
     if suite.dry:
