@@ -110,7 +110,7 @@ class CompressedModel:
     base_class: ClassVar[type[PreTrainedModel]]
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         install(self, config.structure)  # type: ignore[arg-type]
 
     @property
@@ -199,7 +199,7 @@ def _register_models(base: type[PreTrainedConfig], made: type[PreTrainedConfig])
     """Tells the Auto classes which compressed model class belongs to a compressed config class."""
     for auto in (AutoModelForCausalLM, AutoModel, transformers.AutoModelForSequenceClassification):
         if base in auto._model_mapping:
-            model_class = auto._model_mapping[base]
+            model_class: Any = auto._model_mapping[base]
             if isinstance(model_class, tuple):
                 model_class = model_class[0]
             # by config_class, since the model class is made from its base's own config class
@@ -228,7 +228,7 @@ def as_compressed(model: PreTrainedModel, config: PreTrainedConfig, structure: S
         # attention blocks and the inner model hold the config too, and read it in forward
         if getattr(module, "config", None) is old_config:
             module.config = compressed_config  # type: ignore[assignment]
-    model._no_split_modules = set(model._no_split_modules or ()) | set(model_class._no_split_modules or ())  # type: ignore[assignment]
+    model._no_split_modules = set(model._no_split_modules or ()) | set(model_class._no_split_modules or ())
     return model
 
 
@@ -240,5 +240,3 @@ def __getattr__(name: str) -> Any:
         if isinstance(base, type) and issubclass(base, PreTrainedModel):
             return compressed_model_class(base)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-

@@ -25,7 +25,9 @@ _GROUPED = {**_COMMON, "num_key_value_heads": 2}
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**_GROUPED, tie_word_embeddings=True),
     "mistral": lambda: transformers.MistralConfig(**_GROUPED, sliding_window=8),
-    "qwen2": lambda: transformers.Qwen2Config(**_GROUPED, use_sliding_window=True, sliding_window=8, max_window_layers=2),
+    "qwen2": lambda: transformers.Qwen2Config(
+        **_GROUPED, use_sliding_window=True, sliding_window=8, max_window_layers=2
+    ),
     "qwen3": lambda: transformers.Qwen3Config(**_GROUPED, head_dim=8),
     "gemma2": lambda: transformers.Gemma2Config(**_GROUPED, head_dim=8, sliding_window=8, query_pre_attn_scalar=8),
     "gemma3": lambda: transformers.Gemma3TextConfig(

@@ -1,0 +1,256 @@
+"""Calibration tokens: windows of text, drawn with a seed from a file, a named corpus, or the model itself."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import TacoError
+
+# Corpora that `datasets` knows how to fetch; (path, name, split, text column).
+NAMED_CORPORA = {
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text"),
+    "c4": ("allenai/c4", "en", "train", "text"),
+}
+NAMED_TEST_CORPORA = {
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "text"),
+    "c4": ("allenai/c4", "en", "validation", "text"),
+}
+# c4 is 800 GB: read only as much as calibration can use
+C4_DOCUMENTS = 4096
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration windows and where they came from.
+
+    Attributes:
+        tokens: int64 [samples, seq_len], on the CPU.
+        source: ``"self"``, a corpus name, or the file's name.
+        seed: seed of the draw.
+        digest: SHA-256 of the tokens, so that a plan can tell whether it is applied to the same calibration.
+    """
+
+    tokens: torch.Tensor
+    source: str
+    seed: int
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.tokens.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        samples, seq_len = self.tokens.shape
+        return {
+            "source": self.source,
+            "samples": samples,
+            "seq_len": seq_len,
+            "tokens": samples * seq_len,
+            "seed": self.seed,
+            "sha256": self.digest,
+        }
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """The longest window the model was made for (position embeddings), or 2048 where its config does not say."""
+    for key in ("max_position_embeddings", "n_positions", "n_ctx"):
+        value = getattr(model.config, key, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return 2048
+
+
+def embedding_weight(model: PreTrainedModel) -> torch.Tensor:
+    """The input embedding: [vocabulary, hidden]."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel) -> None:
+    """Refuses a tokenizer that can produce tokens the model has no embedding for.
+
+    Raises:
+        TacoError: naming both sizes.
+    """
+    if tokenizer is None:
+        return
+    rows = embedding_weight(model).shape[0]
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= rows:
+        raise TacoError(
+            f"The tokenizer does not fit the model: it has token number {largest}, the model's embedding has {rows} "
+            "rows. Pass the tokenizer that the model was trained with."
+        )
+
+
+def read_text(path: str | Path) -> str:
+    """A UTF-8 text file.
+
+    Raises:
+        TacoError: no such file, a directory, not UTF-8, or empty.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise TacoError(f"No such text file: {path}")
+    if path.is_dir():
+        raise TacoError(f"{path} is a directory; pass one text file.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TacoError(f"{path} is not UTF-8 text (byte {error.start}); convert it with iconv first.") from error
+    except OSError as error:
+        raise TacoError(f"{path} cannot be read: {error.strerror}.") from error
+    if not text.strip():
+        raise TacoError(f"{path} is empty.")
+    return text
+
+
+def corpus_text(name: str, *, test: bool) -> str:
+    """The text of a named corpus, fetched by `datasets` (the extra ``taco-kernels[eval]``).
+
+    Raises:
+        TacoError: when `datasets` is not installed or the corpus cannot be reached.
+    """
+    path, subset, split, column = (NAMED_TEST_CORPORA if test else NAMED_CORPORA)[name]
+    try:
+        import datasets
+    except ImportError as error:
+        raise TacoError(
+            f"{name} is fetched with the `datasets` package, which is not installed: "
+            "pip install 'taco-kernels[eval]', or pass a text file."
+        ) from error
+    try:
+        if name == "c4":
+            stream = datasets.load_dataset(path, subset, split=split, streaming=True)
+            rows = [row[column] for row in stream.take(C4_DOCUMENTS)]
+        else:
+            rows = list(datasets.load_dataset(path, subset, split=split)[column])
+    except Exception as error:  # datasets raises a wide family of network and format errors
+        raise TacoError(f"{name} could not be fetched ({type(error).__name__}: {error}); pass a text file.") from error
+    return "\n\n".join(rows)
+
+
+def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """All tokens of a text, without special tokens: int64 [tokens]."""
+    # verbose=False: the warning that the text is longer than the context is no news here
+    ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def random_windows(tokens: torch.Tensor, samples: int, seq_len: int, seed: int, source: str) -> torch.Tensor:
+    """`samples` windows at random places, without overlap as long as the text has room: int64 [samples, seq_len].
+
+    Raises:
+        TacoError: when the text is shorter than one window.
+    """
+    if len(tokens) < seq_len:
+        raise TacoError(
+            f"{source} has {len(tokens)} tokens, less than one window of {seq_len}; pass a longer text or a smaller "
+            "--seq-len."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    slots = len(tokens) // seq_len
+    if slots >= samples:
+        # slots shifted by one common random offset: no window overlaps another, every token can be drawn
+        offset = int(torch.randint(len(tokens) - slots * seq_len + 1, (1,), generator=generator))
+        starts = torch.randperm(slots, generator=generator)[:samples] * seq_len + offset
+    else:
+        starts = torch.randint(len(tokens) - seq_len + 1, (samples,), generator=generator)
+    return torch.stack([tokens[start : start + seq_len] for start in starts.tolist()])
+
+
+@torch.no_grad()
+def sample_from_model(
+    model: PreTrainedModel,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    batch_size: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+) -> torch.Tensor:
+    """Text that the model itself writes, at temperature 1 from its begin-of-text token: int64 [samples, seq_len].
+
+    Ends of text inside a window are kept and writing goes on, so every window is full.
+    """
+    config = model.config
+    start = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
+    if isinstance(start, list):
+        start = start[0]
+    if start is None:
+        start = 0
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    windows = []
+    done = 0
+    for first in range(0, samples, batch_size):
+        rows = min(batch_size, samples - first)
+        ids = torch.full((rows, 1), start, dtype=torch.int64, device=device)
+        written = [ids]
+        cache = None
+        for position in range(seq_len - 1):
+            output = model(input_ids=written[-1], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            # drawn on the CPU so that a seed gives the same text on every device, up to rounding of the logits
+            probabilities = torch.softmax(output.logits[:, -1].float().cpu(), dim=-1)
+            written.append(torch.multinomial(probabilities, 1, generator=generator).to(device))
+            if progress is not None and position % 16 == 0:
+                progress(done + rows * position // seq_len, samples)
+        windows.append(torch.cat(written, dim=1).cpu())
+        done += rows
+        if progress is not None:
+            progress(done, samples)
+    return torch.cat(windows)
+
+
+def load_calibration(
+    source: str | Path | torch.Tensor,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    samples: int = 64,
+    seq_len: int | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Calibration:
+    """Calibration windows from ``"self"``, ``"wikitext2"``, ``"c4"``, a text file, or ready tokens.
+
+    Args:
+        source: what to draw from; an int64 tensor [samples, seq_len] is taken as it is.
+        samples, seq_len: number and length of windows; seq_len defaults to the model's context, at most 2048.
+
+    Raises:
+        TacoError: for each way in which that cannot be done.
+    """
+    limit = context_length(model)
+    if isinstance(source, torch.Tensor):
+        rows = embedding_weight(model).shape[0]
+        if source.ndim != 2 or source.dtype != torch.int64 or 0 in source.shape:
+            raise TacoError("Calibration tokens must be a non-empty int64 tensor of shape [samples, seq_len].")
+        if int(source.min()) < 0 or int(source.max()) >= rows:
+            raise TacoError(f"Calibration tokens must lie in 0..{rows - 1}.")
+        return Calibration(source.cpu(), "tokens", seed)
+    if samples < 1:
+        raise TacoError(f"--samples must be at least 1, got {samples}.")
+    if seq_len is None:
+        seq_len = min(limit, 2048)
+    if seq_len < 2:
+        raise TacoError(f"--seq-len must be at least 2 (a token and the one it predicts), got {seq_len}.")
+    if seq_len > limit:
+        raise TacoError(f"--seq-len {seq_len} is longer than the model's context of {limit} tokens.")
+    if str(source) == "self":
+        return Calibration(sample_from_model(model, samples, seq_len, seed, progress=progress), "self", seed)
+    if tokenizer is None:
+        raise TacoError("Calibrating on text needs the model's tokenizer; pass it, or calibrate on 'self'.")
+    check_vocabulary(tokenizer, model)
+    if str(source) in NAMED_CORPORA:
+        text, name = corpus_text(str(source), test=False), str(source)
+    else:
+        text, name = read_text(source), Path(source).name
+    tokens = tokenize(text, tokenizer)
+    return Calibration(random_windows(tokens, samples, seq_len, seed, name), name, seed)

@@ -1,0 +1,137 @@
+"""Which layers matter least: block influence, angular distance over a run of layers, or greedy calibration loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .architectures import Architecture
+from .suffix import SuffixRunner
+
+MEASURES = ("bi", "angular", "greedy")
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class LayerImportance:
+    """How much each layer matters, and the order in which layers are taken out.
+
+    Attributes:
+        measure: ``"bi"``, ``"angular"`` or ``"greedy"``.
+        scores: one per layer; small means redundant. For "greedy": the calibration loss (nats per token) that
+            removing the layer adds, given those removed before it; for layers that stay, given all that are removed.
+        order: layers from the most redundant on; at least as many as were asked for.
+    """
+
+    measure: str
+    scores: tuple[float, ...]
+    order: tuple[int, ...]
+
+
+def block_influence(runner: SuffixRunner, progress: Progress | None = None) -> list[float]:
+    """BI_i = mean over tokens of 1 - cos(h_i, h_{i+1}), h_i entering layer i (ShortGPT, arXiv 2403.03853, eq. 1)."""
+    depth = len(runner.architecture.layers)
+    sums = [0.0] * depth
+    tokens = 0
+    for index in range(len(runner.batches)):
+        hidden = runner.layer_inputs(index, range(depth + 1))
+        for layer in range(depth):
+            cosine = torch.cosine_similarity(hidden[layer].float(), hidden[layer + 1].float(), dim=-1)
+            sums[layer] += float((1 - cosine).double().sum())
+        tokens += hidden[0].shape[0] * hidden[0].shape[1]
+        if progress is not None:
+            progress(index + 1, len(runner.batches))
+    return [total / tokens for total in sums]
+
+
+def angular_distances(runner: SuffixRunner, length: int, progress: Progress | None = None) -> list[float]:
+    """d_i = mean over windows of arccos(cos(h_i, h_{i+length})) / pi at the last token (arXiv 2403.17887, eq. 7).
+
+    One value per start i of a run of `length` layers.
+    """
+    depth = len(runner.architecture.layers)
+    sums = [0.0] * (depth - length + 1)
+    for index in range(len(runner.batches)):
+        hidden = runner.layer_inputs(index, range(depth + 1))
+        for start in range(len(sums)):
+            cosine = torch.cosine_similarity(
+                hidden[start][:, -1].double(), hidden[start + length][:, -1].double(), dim=-1
+            )
+            sums[start] += float(torch.arccos(cosine.clamp(-1, 1)).sum()) / math.pi
+        if progress is not None:
+            progress(index + 1, len(runner.batches))
+    return [total / runner.samples for total in sums]
+
+
+@contextmanager
+def bypassed(architecture: Architecture, layers: set[int], returns_tuple: bool = False) -> Iterator[None]:
+    """While open, the given layers hand their input through, as if they had been removed."""
+
+    def identity(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden,) if returns_tuple else hidden
+
+    chosen = [architecture.layers[index] for index in sorted(layers)]
+    for layer in chosen:
+        layer.forward = identity
+    try:
+        yield
+    finally:
+        for layer in chosen:
+            del layer.forward
+
+
+def greedy_removal(runner: SuffixRunner, count: int, progress: Progress | None = None) -> tuple[list[int], list[float]]:
+    """Takes out one layer after another, each time the one whose loss on the calibration set rises least (SLEB).
+
+    Returns the layers in the order of removal, and for every layer the loss that it costs (see `LayerImportance`).
+    """
+    depth = len(runner.architecture.layers)
+    removed: list[int] = []
+    scores = [0.0] * depth
+    base = runner.mean_loss()
+    steps = sum(depth - round_ for round_ in range(count))
+    done = 0
+    for _ in range(count):
+        trials: dict[int, float] = {}
+        for layer in range(depth):
+            if layer in removed:
+                continue
+            with bypassed(runner.architecture, {*removed, layer}):
+                trials[layer] = runner.mean_loss()
+            done += 1
+            if progress is not None:
+                progress(done, steps)
+        best = min(trials, key=lambda layer: trials[layer])
+        for layer, loss in trials.items():
+            scores[layer] = loss - base
+        removed.append(best)
+        base = trials[best]
+    return removed, scores
+
+
+def rank_layers(runner: SuffixRunner, measure: str, count: int, progress: Progress | None = None) -> LayerImportance:
+    """Orders layers from the most redundant on, by one of `MEASURES`; `count` is how many will be taken."""
+    depth = len(runner.architecture.layers)
+    if measure == "bi":
+        scores = block_influence(runner, progress)
+        return LayerImportance(measure, tuple(scores), tuple(sorted(range(depth), key=lambda layer: scores[layer])))
+    if measure == "angular":
+        distances = angular_distances(runner, count, progress)
+        start = min(range(len(distances)), key=lambda index: distances[index])
+        # a layer's score: the best run that it is part of
+        scores = [
+            min(distances[first] for first in range(max(0, layer - count + 1), min(layer, depth - count) + 1))
+            for layer in range(depth)
+        ]
+        return LayerImportance(measure, tuple(scores), tuple(range(start, start + count)))
+    if measure == "greedy":
+        order, scores = greedy_removal(runner, count, progress)
+        return LayerImportance(measure, tuple(scores), tuple(order))
+    raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {measure!r}")
