@@ -70,6 +70,13 @@ class SuffixRunner:
             self._hidden = captured
         return self._hidden
 
+    @property
+    def returns_tuple(self) -> bool:
+        """Whether this model's layers return a tuple (older transformers) rather than the hidden states."""
+        if self.first_layer > 0:
+            self._capture()
+        return self._returns_tuple
+
     @contextmanager
     def _skipping(self, index: int) -> Iterator[None]:
         """While open, layers below `first_layer` do nothing and batch `index`'s hidden states come out of them."""

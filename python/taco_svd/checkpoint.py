@@ -1,0 +1,182 @@
+"""Saves compressed models, never half: everything is written beside the target and renamed when it is whole."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import TacoError
+from .modeling import CompressedModel
+from .plan import PLAN_FILE, Plan
+
+DEFAULT_MODEL = Path(__file__).parent / "data" / "classics-16l"
+
+
+def check_output(out: str | Path, force: bool = False, needed_bytes: int = 0) -> Path:
+    """Refuses an output directory before any work is done for it.
+
+    Raises:
+        TacoError: it exists (and not `force`), its parent cannot be written, or the disk is too small.
+    """
+    out = Path(out)
+    if out.exists() and not force:
+        raise TacoError(f"{out} exists; choose another --out, or pass --force to replace it.")
+    if out.exists() and not out.is_dir():
+        raise TacoError(f"{out} is a file, not a directory; choose another --out.")
+    if force and out.exists() and any(out.iterdir()) and not (out / "config.json").exists():
+        raise TacoError(f"{out} is no model directory (it has no config.json); --force will not replace it.")
+    parent = out.resolve().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TacoError(f"{parent} cannot be made: {error.strerror}.") from error
+    if not os.access(parent, os.W_OK):
+        raise TacoError(f"{parent} cannot be written to; choose another --out.")
+    free = shutil.disk_usage(parent).free
+    if free < needed_bytes:
+        raise TacoError(
+            f"The disk of {parent} has {free / 1e9:.2f} GB free, up to {needed_bytes / 1e9:.2f} GB are needed."
+        )
+    return out
+
+
+def write_whole(out: str | Path, write: Callable[[Path], None], force: bool = False) -> None:
+    """Calls `write` with a new directory beside `out` and renames it to `out` once it has returned.
+
+    On any failure, Ctrl-C included, the new directory is taken away and `out` is as it was.
+
+    Raises:
+        TacoError: `out` exists and not `force`, or the disk is full.
+    """
+    out = check_output(out, force).absolute()
+    partial = out.parent / f".{out.name}.{os.getpid()}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        write(partial)
+        if out.exists():
+            replaced = out.parent / f".{out.name}.{os.getpid()}.replaced"
+            out.rename(replaced)
+            try:
+                partial.rename(out)
+            except BaseException:
+                replaced.rename(out)
+                raise
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            partial.rename(out)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if _disk_full(error):
+            raise TacoError(
+                f"No space left on the disk of {out.parent}; nothing was written. Free some and run again."
+            ) from error
+        raise
+
+
+def _disk_full(error: BaseException) -> bool:
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # safetensors wraps the system's error into its own type
+    return full or "No space left" in str(error) or "os error 28" in str(error)
+
+
+def save_compressed(
+    model: PreTrainedModel,
+    plan: Plan,
+    out: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    force: bool = False,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Writes a compressed model as a checkpoint that `from_pretrained` loads after ``import taco_svd``.
+
+    Safetensors and JSON only: weights (sharded), config, generation config, tokenizer, plan.
+
+    Raises:
+        TacoError: see `write_whole`; or the model is not a compressed one.
+    """
+    if not isinstance(model, CompressedModel):
+        raise TacoError(f"{type(model).__name__} is not a compressed model; use its own save_pretrained.")
+
+    def write(directory: Path) -> None:
+        model.save_pretrained(directory, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+        plan.save(directory / PLAN_FILE)
+
+    write_whole(out, write, force)
+
+
+def load_model(
+    name: str | Path, dtype: str | torch.dtype = "auto", device: str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """A dense or compressed model and its tokenizer (None where the directory has none), ready for inference.
+
+    Raises:
+        TacoError: no such model, unreadable files, or weights that are missing or do not fit.
+    """
+    path = Path(name)
+    looks_local = path.exists() or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1
+    if looks_local and not (path / "config.json").is_file():
+        raise TacoError(f"No model at {name}: there is no config.json in it.")
+    try:
+        config = AutoConfig.from_pretrained(name)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
+        model, info = loaded
+    except TacoError:
+        raise
+    except Exception as error:  # transformers, huggingface_hub and safetensors raise many kinds
+        first = str(error).strip().split("\n")[0]
+        raise TacoError(f"The model {name} cannot be loaded: {first}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise TacoError(f"The model {name} lacks {len(missing)} weights (first: {missing[0]}); it is incomplete.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception:  # a model without a tokenizer is usable on tokens
+        tokenizer = None
+    try:
+        model = model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise TacoError(f"Device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    model.eval()
+    return model, tokenizer
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of all parameters, tied ones counted once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def parameter_count(model: PreTrainedModel) -> int:
+    """Number of parameters, tied ones counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def describe(directory: str | Path) -> dict[str, Any]:
+    """What a compressed checkpoint is, from its JSON files alone (no weights are read): see `taco-svd info`."""
+    directory = Path(directory)
+    plan = Plan.load(directory)
+    files = sorted(directory.glob("*.safetensors"))
+    return {
+        "directory": str(directory),
+        "method": plan.method,
+        "source": {key: value for key, value in plan.source.items() if key != "config"},
+        "result": {**plan.result, "file_bytes": sum(file.stat().st_size for file in files)},
+        "redundant_layers": list(plan.redundant),
+        "removed_layers": list(plan.structure.removed),
+        "low_rank": {str(layer): ranks for layer, ranks in sorted(plan.structure.low_rank.items())},
+        "bridges": plan.structure.to_dict()["bridges"],
+        "compression_ratio": plan.compression_ratio,
+        "importance": plan.importance,
+        "calibration": plan.calibration,
+        "options": plan.options,
+        "versions": plan.versions,
+    }
