@@ -177,9 +177,11 @@ def compressed_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]
     """The class of compressed models whose base model has class `base`."""
     if issubclass(base, CompressedModel):
         return base
+    assert base.config_class is not None
+    # first: making the config class registers its model class, which comes back here and may make the class asked for
+    config_class = compressed_config_class(base.config_class)
     if base not in _model_classes:
         name = f"Taco{base.__name__}"
-        assert base.config_class is not None
         no_split = list(base._no_split_modules or [])
         _model_classes[base] = type(
             name,
@@ -188,7 +190,7 @@ def compressed_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]
                 "__module__": __name__,
                 "__qualname__": name,
                 "base_class": base,
-                "config_class": compressed_config_class(base.config_class),
+                "config_class": config_class,
                 "_no_split_modules": no_split + [f"Bridged{layer}" for layer in no_split],
             },
         )

@@ -1,0 +1,5 @@
+"""``python -m taco_svd`` is the command line."""
+
+from .cli import main
+
+main()

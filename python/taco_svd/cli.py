@@ -1,0 +1,422 @@
+"""The command line: reads arguments, calls the pipeline, prints; holds no logic of its own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .evaluation import Perplexity
+    from .progress import Report
+
+app = typer.Typer(
+    name="taco-svd",
+    no_args_is_help=True,
+    add_completion=False,
+    help="Makes Hugging Face language models smaller and faster by Taco-SVD.\n\n"
+    "Start with: taco-svd compress MODEL --out DIR --keep 0.85, then taco-svd info DIR, "
+    "taco-svd eval DIR --text FILE.txt and taco-svd bench DIR. "
+    "Without MODEL, the small model inside the package is used.",
+)
+errors = Console(stderr=True)
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables; no progress bars.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
+DtypeOption = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
+ModelArgument = Annotated[str | None, typer.Argument(help="Model directory or hub name; default: the demo model.")]
+
+
+class Bars:
+    """Progress bars with an ETA on stderr; nothing when quiet."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet or not errors.is_terminal
+
+    @contextmanager
+    def step(self, title: str) -> Iterator[Report]:
+        if self.quiet:
+            yield lambda done, total: None
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+        with Progress(*columns, TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=errors) as bars:
+            task = bars.add_task(title, total=None)
+            yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def _quiet_libraries() -> None:
+    import transformers
+    from transformers.utils import logging as transformers_logging
+
+    transformers.logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+
+
+def _load(name: str | None, dtype: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    from .checkpoint import DEFAULT_MODEL, load_model
+    from .errors import TacoError
+
+    _quiet_libraries()
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise TacoError(f"--dtype must be auto, float32, bfloat16 or float16, got {dtype!r}.")
+    return load_model(name or DEFAULT_MODEL, dtype, device)
+
+
+def _print_json(values: Any) -> None:
+    print(json.dumps(values, indent=2, default=str))
+
+
+def _out() -> Console:
+    # wide enough for the tables when the output is a file or a pipe
+    return Console() if sys.stdout.isatty() else Console(width=140)
+
+
+@app.command()
+def compress(
+    model: ModelArgument = None,
+    out: Annotated[Path, typer.Option(help="Directory to write; must not exist.")] = ...,  # type: ignore[assignment]
+    method: Annotated[
+        str,
+        typer.Option(
+            help="taco: factors weighted by activations and gradients. paper: arXiv 2501.00339 as published. "
+            "svd: largest singular values. removal: layers out. bridge: layers out, one low-rank map per run of them."
+        ),
+    ] = "taco",
+    keep: Annotated[float | None, typer.Option(help="Share of all parameters that may remain, e.g. 0.8.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Number of redundant layers (instead of --keep).")] = None,
+    compression_ratio: Annotated[
+        float | None,
+        typer.Option(help="The paper's c: an m x n matrix of a redundant layer keeps floor(mn(1-c)/(m+n)) directions."),
+    ] = None,
+    calibration: Annotated[
+        str, typer.Option(help="FILE.txt, self (text the model writes itself), wikitext2 or c4.")
+    ] = "self",
+    samples: Annotated[int, typer.Option(help="Number of calibration windows.")] = 64,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens per window; default: the context, at most 2048.")] = None,
+    importance: Annotated[str, typer.Option(help="How redundant layers are found: bi, angular or greedy.")] = "bi",
+    bridge_rank: Annotated[
+        int | None, typer.Option(help="Rank of the bridges; default: 0.3% of the layers that stay, in all.")
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="Carry out this plan (a file or a compressed directory).")] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
+    seed: SeedOption = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace --out if it is a model directory.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compress a model and save it; load it with `import taco_svd` and `from_pretrained`.
+
+    Example: taco-svd compress --layers 4 --compression-ratio 0.7 --out small
+    """
+    from . import compress as run
+    from .checkpoint import check_output, describe, save_compressed, weight_bytes
+    from .errors import TacoError
+    from .plan import Plan
+    from .report import info_table
+
+    check_output(out, force)
+    loaded_plan = Plan.load(plan) if plan is not None else None
+    if loaded_plan is None and keep is None and layers is None:
+        raise TacoError("Say how much to compress: --keep 0.8 (share of parameters), --layers N, or --plan FILE.")
+    dense, tokenizer = _load(model, dtype, device)
+    check_output(out, force, needed_bytes=int(1.05 * weight_bytes(dense)))
+    compressed, made = run(
+        dense,
+        tokenizer,
+        method=method,
+        keep=keep,
+        layers=layers,
+        compression_ratio=compression_ratio,
+        calibration=calibration,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        importance=importance,
+        bridge_rank=bridge_rank,
+        plan=loaded_plan,
+        progress=Bars(as_json),
+    )
+    save_compressed(compressed, made, out, tokenizer, force)
+    if as_json:
+        _print_json(describe(out))
+    else:
+        _out().print(info_table(describe(out)))
+        _out().print(f"Saved to {out}. Load it: import taco_svd; AutoModelForCausalLM.from_pretrained({str(out)!r})")
+
+
+def _text_tokens(
+    text: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, bars: Bars, seed: int
+) -> tuple[Any, str]:
+    """Tokens of a text to evaluate on, and what to call it."""
+    from .calibration import (
+        NAMED_TEST_CORPORA,
+        check_vocabulary,
+        context_length,
+        corpus_text,
+        read_text,
+        sample_from_model,
+        tokenize,
+    )
+    from .errors import TacoError
+
+    if text == "self":
+        # another seed than calibration's: text that calibration never saw
+        with bars.step("text that the dense model writes") as report:
+            windows = sample_from_model(model, 64, min(context_length(model), 512), seed + 1_000_003, progress=report)
+        return windows.flatten(), "self"
+    raw = corpus_text(text, test=True) if text in NAMED_TEST_CORPORA else read_text(text)
+    if tokenizer is None:
+        raise TacoError("The model has no tokenizer; a text cannot be evaluated.")
+    check_vocabulary(tokenizer, model)
+    return tokenize(raw, tokenizer), text if text in NAMED_TEST_CORPORA else Path(text).name
+
+
+def _perplexity(model: PreTrainedModel, tokens: Any, bars: Bars, title: str, **options: Any) -> Perplexity:
+    from .evaluation import perplexity
+
+    with bars.step(title) as report:
+        return perplexity(model, tokens, progress=report, **options)
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelArgument = None,
+    text: Annotated[str, typer.Option(help="FILE.txt, wikitext2, c4, or self (text this model writes).")] = "wikitext2",
+    window: Annotated[int | None, typer.Option(help="Tokens per window; default: the context, at most 2048.")] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens between window starts; default: the window (no overlap).")
+    ] = None,
+    max_windows: Annotated[int | None, typer.Option(help="At most this many windows, spread over the text.")] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Perplexity of a dense or compressed model on a text, with its standard error.
+
+    Example: taco-svd eval small --text book.txt --window 512 --stride 256
+    """
+    bars = Bars(as_json)
+    loaded, tokenizer = _load(model, dtype, device)
+    tokens, name = _text_tokens(text, loaded, tokenizer, bars, seed)
+    score = _perplexity(loaded, tokens, bars, "perplexity", window=window, stride=stride, max_windows=max_windows)
+    if as_json:
+        _print_json({"model": model, "text": name, **score.to_dict()})
+    else:
+        _out().print(
+            f"perplexity {score.perplexity:.3f} ± {score.standard_error:.3f} on {name}: {score.tokens:,} tokens in "
+            f"{score.windows} windows of {score.window}, stride {score.stride}"
+        )
+
+
+@app.command()
+def info(directory: Annotated[Path, typer.Argument(help="Compressed model.")], as_json: JsonOption = False) -> None:
+    """What was removed, what stands there now, ranks, sizes, and how it was calibrated."""
+    from .checkpoint import describe
+    from .report import info_table
+
+    values = describe(directory)
+    if as_json:
+        _print_json(values)
+    else:
+        _out().print(info_table(values))
+
+
+@app.command()
+def bench(
+    directory: Annotated[Path, typer.Argument(help="Compressed model.")],
+    against: Annotated[str, typer.Option(help="dense, removal or both, with a comma.")] = "dense,removal",
+    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    prompt: Annotated[int, typer.Option(help="Prompt tokens per sequence (prefill).")] = 128,
+    decode: Annotated[int, typer.Option(help="Tokens decoded after the prompt.")] = 16,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds; more give a narrower interval.")] = 30,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Prefill and decode latency against the dense model and against bare removal, interleaved in one process.
+
+    The overhead is latency(compressed) / latency(same layers removed, nothing in their place) - 1.
+    """
+    from .errors import TacoError
+    from .export import dense_stand_in, with_layers_removed
+    from .latency import compare_latency
+    from .plan import Plan
+    from .report import latency_table
+
+    others = [name.strip() for name in against.split(",") if name.strip()]
+    if not others or any(name not in ("dense", "removal") for name in others):
+        raise TacoError(f"--against takes dense, removal or dense,removal, got {against!r}.")
+    plan = Plan.load(directory)
+    model, _ = _load(str(directory), dtype, device)
+    models = {"compressed": model}
+    if "removal" in others:
+        models["removal"] = with_layers_removed(model, list(plan.redundant))
+    if "dense" in others:
+        models["dense"] = dense_stand_in(model, plan.source["config"])
+    with Bars(as_json).step("interleaved rounds") as report:
+        result = compare_latency(
+            models, tuple(("compressed", name) for name in others), batch, prompt, decode, rounds, report
+        )
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        _out().print(latency_table(result))
+
+
+@app.command()
+def export(
+    directory: Annotated[Path, typer.Argument(help="Compressed model.")],
+    dense: Annotated[Path, typer.Option(help="Directory for the ordinary checkpoint.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace the directory if it is a model directory.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write an ordinary checkpoint with the factors multiplied out, for tools that know nothing of this package.
+
+    It has the compressed model's outputs (to rounding) and saves no memory over it: the factors become full matrices.
+    """
+    from .checkpoint import check_output, parameter_count, write_whole
+    from .export import to_dense
+
+    check_output(dense, force)
+    model, tokenizer = _load(str(directory), "auto", "cpu")
+    ordinary = to_dense(model)
+
+    def write(path: Path) -> None:
+        ordinary.save_pretrained(path)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(path)
+
+    write_whole(dense, write, force)
+    values = {"directory": str(dense), "architecture": type(ordinary).__name__, "parameters": parameter_count(ordinary)}
+    if as_json:
+        _print_json(values)
+    else:
+        _out().print(
+            f"Saved {values['architecture']} with {values['parameters']:,} parameters to {dense}. The factors are "
+            "multiplied out: it saves no memory over the compressed model, and no time."
+        )
+
+
+@app.command()
+def compare(
+    model: ModelArgument = None,
+    methods: Annotated[str, typer.Option(help="Comma-separated.")] = "removal,bridge,svd,paper,taco",
+    keep: Annotated[float | None, typer.Option(help="Share of all parameters that may remain.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Number of redundant layers (default 4 without --keep).")] = None,
+    compression_ratio: Annotated[float | None, typer.Option(help="The paper's c.")] = None,
+    calibration: Annotated[str, typer.Option(help="As for compress.")] = "self",
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 64,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens per calibration window.")] = None,
+    text: Annotated[str, typer.Option(help="Text to evaluate on; self: what the dense model writes.")] = "self",
+    window: Annotated[int | None, typer.Option(help="Tokens per evaluation window.")] = None,
+    max_windows: Annotated[int | None, typer.Option(help="At most this many evaluation windows.")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences at once, for latency.")] = 1,
+    prompt: Annotated[int, typer.Option(help="Prompt tokens, for latency.")] = 128,
+    rounds: Annotated[int, typer.Option(help="Interleaved latency rounds; 0 leaves latency out.")] = 20,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Dense and compressed models side by side: perplexity, parameters, bytes, prefill and decode latency.
+
+    Example: taco-svd compare --layers 4 --compression-ratio 0.7 --calibration train.txt --text test.txt
+    """
+    from . import compress as run
+    from .calibration import load_calibration
+    from .checkpoint import parameter_count, weight_bytes
+    from .errors import TacoError
+    from .latency import compare_latency
+    from .plan import METHODS
+    from .report import compare_table
+
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    unknown = [name for name in names if name not in METHODS]
+    if unknown or not names:
+        raise TacoError(f"--methods takes {', '.join(METHODS)}, got {methods!r}.")
+    if keep is None and layers is None:
+        layers = 4
+    bars = Bars(as_json)
+    dense, tokenizer = _load(model, dtype, device)
+    tokens, text_name = _text_tokens(text, dense, tokenizer, bars, seed)
+    with bars.step("calibration text") as report:
+        windows = load_calibration(calibration, dense, tokenizer, samples, seq_len, seed, report)
+    models: dict[str, PreTrainedModel] = {"dense": dense}
+    for name in names:
+        ratio = None if name in ("removal", "bridge") else compression_ratio
+        models[name], _ = run(
+            dense,
+            tokenizer,
+            method=name,
+            keep=keep,
+            layers=layers,
+            compression_ratio=ratio,
+            calibration=windows,
+            progress=bars,
+        )
+    rows: list[dict[str, Any]] = []
+    for name, candidate in models.items():
+        score = _perplexity(candidate, tokens, bars, f"perplexity: {name}", window=window, max_windows=max_windows)
+        parameters = parameter_count(candidate)
+        rows.append(
+            {
+                "model": name,
+                "perplexity": score.to_dict(),
+                "parameters": parameters,
+                "share": parameters / parameter_count(dense),
+                "bytes": weight_bytes(candidate),
+            }
+        )
+    values: dict[str, Any] = {"text": text_name, "calibration": windows.describe(), "models": rows}
+    if rounds > 0:
+        with bars.step("latency, interleaved") as report:
+            pairs = tuple((name, "dense") for name in names)
+            latency = compare_latency(models, pairs, batch, prompt, 16, rounds, report)
+        for row in rows:
+            row["latency"] = latency.seconds[row["model"]]
+        values["latency"] = latency.to_dict()
+    if as_json:
+        _print_json(values)
+    else:
+        count, length = windows.tokens.shape
+        title = f"perplexity on {text_name}, calibrated on {windows.source} ({count} x {length} tokens)"
+        _out().print(compare_table(rows, title))
+
+
+def main() -> None:
+    """Entry point: user errors end with one sentence and exit code 2, Ctrl-C with 130."""
+    from .errors import TacoError
+
+    # tokenizers warns about forks that never happen here
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        app()
+    except TacoError as error:
+        print(f"taco-svd: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("taco-svd: stopped; nothing was written.", file=sys.stderr)
+        sys.exit(130)
+    except MemoryError:
+        print("taco-svd: out of memory; fewer --samples or a smaller --seq-len need less.", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Back to ordinary models: factors multiplied out, layers put back or taken out, for export and for comparison."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .architectures import Architecture, slice_config
+from .errors import TacoError
+from .modeling import CompressedModel
+from .replacement import LowRankLinear, drop_layers, structural_copy
+
+
+def base_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """The ordinary config of a compressed model: its kept layers, nothing of ours."""
+    config: Any = model.config
+    values = config.to_dict()
+    values.pop("taco_svd")
+    values["model_type"] = config.base_class.model_type
+    values["architectures"] = [_base_class(model).__name__]
+    plain: PreTrainedConfig = config.base_class.from_dict(values)
+    plain._attn_implementation = config._attn_implementation
+    return plain
+
+
+def _base_class(model: PreTrainedModel) -> type[PreTrainedModel]:
+    assert isinstance(model, CompressedModel)
+    return type(model).base_class
+
+
+def as_ordinary(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """Gives a compressed model whose modules are all ordinary its base class and `config`, in place."""
+    old_config = model.config
+    model.__class__ = _base_class(model)
+    for module in model.modules():
+        if getattr(module, "config", None) is old_config:
+            module.config = config  # type: ignore[assignment]
+    return model
+
+
+def multiply_out(module: LowRankLinear, transposed: bool) -> nn.Module:
+    """The dense linear map of a factorised one; ``transposed`` gives GPT-2's Conv1D. Multiplied in float32."""
+    weight = (module.u.detach().float() @ module.v.detach().float()).to(module.u.dtype)
+    dense: nn.Module
+    if transposed:
+        dense = Conv1D(1, 1)
+        dense.nf, dense.nx = module.out_features, module.in_features
+        dense.weight = nn.Parameter(weight.T.contiguous())
+        bias = weight.new_zeros(weight.shape[0]) if module.bias is None else module.bias.detach().clone()
+        dense.bias = nn.Parameter(bias)
+    else:
+        dense = nn.Linear(1, 1, bias=module.bias is not None)
+        dense.in_features, dense.out_features = module.in_features, module.out_features
+        dense.weight = nn.Parameter(weight)
+        if module.bias is not None:
+            dense.bias = nn.Parameter(module.bias.detach().clone())
+    return dense.train(module.training)
+
+
+def _densify(layer: nn.Module, transposed: bool) -> nn.Module:
+    for path, module in list(layer.named_modules()):
+        if isinstance(module, LowRankLinear):
+            parent_path, _, name = path.rpartition(".")
+            setattr(layer.get_submodule(parent_path), name, multiply_out(module, transposed))
+    return layer
+
+
+def _uses_conv1d(model: PreTrainedModel) -> bool:
+    """Whether the base class stores its linear maps transposed: asked of a skeleton without data."""
+    base_class: Any = _base_class(model)
+    with torch.device("meta"):
+        skeleton = base_class(base_config(model))
+    return any(isinstance(module, Conv1D) for module in skeleton.modules())
+
+
+def _without_bridge(layer: nn.Module) -> nn.Module:
+    if hasattr(type(layer), "taco_base_name"):
+        layer.__class__ = type(layer).__mro__[2]  # Bridged -> mixin -> the model's own layer class
+        del layer.bridge
+    return layer
+
+
+def to_dense(model: PreTrainedModel) -> PreTrainedModel:
+    """An ordinary model with the factors of a compressed one multiplied out; it saves no memory and no time.
+
+    Raises:
+        TacoError: `model` is not compressed, or has bridges (no ordinary architecture has a place for them).
+    """
+    if not isinstance(model, CompressedModel):
+        raise TacoError(f"{type(model).__name__} is an ordinary model already; there is nothing to export.")
+    if model.structure.bridges:
+        raise TacoError(
+            "This model has bridges, and no ordinary architecture has a place for them; it cannot be exported dense."
+        )
+    ordinary = structural_copy(model)
+    transposed = _uses_conv1d(model)
+    for layer in Architecture(ordinary).layers:
+        _densify(layer, transposed)
+    return as_ordinary(ordinary, base_config(model))
+
+
+def with_layers_removed(model: PreTrainedModel, redundant: list[int]) -> PreTrainedModel:
+    """What a compressed model would be had its redundant layers been removed with nothing in their place.
+
+    Shares all weights with `model`: the yardstick of the overhead.
+    """
+    assert isinstance(model, CompressedModel)
+    structure = model.structure
+    stay = [position for position, source in enumerate(structure.kept) if source not in redundant]
+    config = slice_config(base_config(model), stay)
+    bare = structural_copy(model)
+    architecture = Architecture(bare)
+    for layer in architecture.layers:
+        _without_bridge(layer)
+    drop_layers(architecture, stay)
+    return as_ordinary(bare, config)
+
+
+def dense_stand_in(model: PreTrainedModel, source_config: dict[str, Any]) -> PreTrainedModel:
+    """A model of the source's shape for latency: kept layers shared, the others copies of a kept one.
+
+    Its text is nonsense, its cost is the dense model's.
+    """
+    assert isinstance(model, CompressedModel)
+    structure = model.structure
+    config_class: Any = model.config.base_class
+    values = {key: value for key, value in source_config.items() if key != "model_type"}
+    config = config_class.from_dict(values)
+    config._attn_implementation = model.config._attn_implementation
+    dense = structural_copy(model)
+    architecture = Architecture(dense)
+    transposed = _uses_conv1d(model)
+    layers = [_densify(_without_bridge(layer), transposed) for layer in architecture.layers]
+    restored = []
+    for source in range(structure.source_layers):
+        if source in structure.kept:
+            restored.append(layers[structure.position(source)])
+        else:
+            # a deep copy with weights of its own: shared weights would be found in the cache
+            restored.append(copy.deepcopy(layers[min(source, len(layers) - 1)]))
+    parent_path, _, name = architecture.stack_path.rpartition(".")
+    setattr(dense.get_submodule(parent_path), name, nn.ModuleList(restored))
+    for position, layer in enumerate(restored):
+        for module in layer.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx = position
+    return as_ordinary(dense, config)

@@ -1,0 +1,144 @@
+"""Latency of whole models, compared in interleaved pairs.
+
+Every round measures all models one after another, so that drift of the machine hits them alike; what is reported is
+the median over rounds of the ratio within a round, with a bootstrap 95% interval (DESIGN: the 0.3% target).
+"""
+
+from __future__ import annotations
+
+import statistics as stats
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from .errors import TacoError
+
+PHASES = ("prefill", "decode")
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of latencies minus one, as fractions: median over rounds and a bootstrap 95% interval."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class LatencyReport:
+    """Latencies of several models in one interleaved run.
+
+    Attributes:
+        seconds: model name -> phase -> p20, p50, p80 seconds (decode: per step of one token per sequence).
+        overhead: ``"a/b"`` -> phase -> latency(a) / latency(b) - 1.
+    """
+
+    batch: int
+    prompt: int
+    decode_steps: int
+    rounds: int
+    threads: int
+    device: str
+    seconds: dict[str, dict[str, dict[str, float]]]
+    overhead: dict[str, dict[str, Ratio]]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def bootstrap(ratios: list[float], draws: int = 2000, seed: int = 0) -> Ratio:
+    """Median of ratios and the 95% interval of that median, by resampling rounds."""
+    values = torch.tensor(ratios, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(len(values), (draws, len(values)), generator=generator)
+    medians = values[picks].quantile(0.5, dim=1)
+    low, high = medians.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Ratio(float(values.quantile(0.5)), low, high)
+
+
+@torch.inference_mode()
+def _one(model: PreTrainedModel, ids: torch.Tensor, steps: int, wait: Callable[[], None]) -> tuple[float, float]:
+    """(prefill seconds, seconds per decode step) of one prompt batch."""
+    cache = DynamicCache(config=model.config)
+    wait()
+    start = time.perf_counter()
+    output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    wait()
+    prefill = time.perf_counter() - start
+    token = output.logits[:, -1:].argmax(-1)
+    wait()
+    start = time.perf_counter()
+    for _ in range(steps):
+        # a fixed token instead of the argmax: the sampler is no part of what is compared
+        model(input_ids=token, past_key_values=cache, use_cache=True)
+    wait()
+    return prefill, (time.perf_counter() - start) / steps
+
+
+def compare_latency(
+    models: dict[str, PreTrainedModel],
+    against: tuple[tuple[str, str], ...],
+    batch: int = 1,
+    prompt: int = 128,
+    decode_steps: int = 16,
+    rounds: int = 20,
+    progress: Callable[[int, int], None] | None = None,
+) -> LatencyReport:
+    """Measures prefill and decode of all models, interleaved.
+
+    Args:
+        models: name -> model, all on one device, in eval mode.
+        against: pairs of names; for each the ratio of latencies is reported.
+        batch, prompt, decode_steps: sequences at once, prompt tokens each, tokens decoded after it.
+        rounds: measured rounds; two more warm up.
+
+    Raises:
+        TacoError: when prompt and decode steps do not fit the model's context.
+    """
+    from .calibration import context_length
+
+    first = next(iter(models.values()))
+    limit = context_length(first)
+    if prompt < 1 or decode_steps < 1 or batch < 1 or rounds < 1:
+        raise TacoError("Batch, prompt, decode steps and rounds must be at least 1.")
+    if prompt + decode_steps > limit:
+        raise TacoError(f"{prompt} prompt tokens and {decode_steps} decoded ones exceed the context of {limit}.")
+    device = first.device
+    wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    vocabulary = first.get_input_embeddings().weight.shape[0]  # type: ignore[index]
+    generator = torch.Generator().manual_seed(0)
+    names = list(models)
+    times: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in PHASES} for name in names}
+    for round_ in range(-2, rounds):
+        ids = torch.randint(int(vocabulary), (batch, prompt), generator=generator).to(device)
+        # the order turns around each round: no model is always the one that runs first
+        for name in names if round_ % 2 == 0 else reversed(names):
+            prefill, decode = _one(models[name], ids, decode_steps, wait)
+            if round_ >= 0:
+                times[name]["prefill"].append(prefill)
+                times[name]["decode"].append(decode)
+        if progress is not None and round_ >= 0:
+            progress(round_ + 1, rounds)
+    seconds = {
+        name: {phase: _percentiles(values) for phase, values in phases.items()} for name, phases in times.items()
+    }
+    overhead = {
+        f"{one}/{other}": {
+            phase: bootstrap([a / b - 1 for a, b in zip(times[one][phase], times[other][phase], strict=True)])
+            for phase in PHASES
+        }
+        for one, other in against
+    }
+    return LatencyReport(batch, prompt, decode_steps, rounds, torch.get_num_threads(), str(device), seconds, overhead)
+
+
+def _percentiles(values: list[float]) -> dict[str, float]:
+    if len(values) < 2:
+        return {"p20": values[0], "p50": values[0], "p80": values[0]}
+    cuts = stats.quantiles(values, n=10, method="inclusive")
+    return {"p20": cuts[1], "p50": cuts[4], "p80": cuts[7]}
