@@ -1,4 +1,4 @@
-"""`make demo`: the main job on the model inside the package, offline: compress, save, reload elsewhere, generate, table.
+"""`make demo`: the main job on the model inside the package, offline: compress, save, reload, generate, table.
 
 Everything it prints is measured in this run.
 """
@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 OUT = Path(__file__).resolve().parent.parent / "demo-output"
-PROMPT = "It was a dark and stormy night, and "
+PROMPT = "The old man looked at her for a moment, and then"
 
 # Runs in a process of its own, which knows the checkpoint only by its directory.
 RELOAD = """
@@ -31,7 +31,8 @@ with torch.no_grad():
     logits = model(ids).logits.float()
 from safetensors.torch import save_file
 save_file({"logits": logits.contiguous()}, logits_file)
-text = tokenizer.decode(model.generate(ids, max_new_tokens=40, do_sample=False)[0])
+torch.manual_seed(0)
+text = tokenizer.decode(model.generate(ids, max_new_tokens=60, do_sample=True, temperature=0.7)[0])
 print(json.dumps({"class": type(model).__name__, "text": text}))
 """
 
