@@ -17,6 +17,7 @@ from .modeling import CompressedModel
 from .plan import PLAN_FILE, Plan
 
 DEFAULT_MODEL = Path(__file__).parent / "data" / "classics-16l"
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def check_output(out: str | Path, force: bool = False, needed_bytes: int = 0) -> Path:
@@ -138,10 +139,13 @@ def load_model(
     missing = sorted(info["missing_keys"])
     if missing:
         raise TacoError(f"The model {name} lacks {len(missing)} weights (first: {missing[0]}); it is incomplete.")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception:  # a model without a tokenizer is usable on tokens
-        tokenizer = None
+    tokenizer = None
+    # for a directory without tokenizer files transformers makes an empty tokenizer of the model's kind
+    if not path.is_dir() or any((path / file).is_file() for file in TOKENIZER_FILES):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except Exception:  # a model without a tokenizer is usable on tokens
+            tokenizer = None
     try:
         model = model.to(device)
     except (RuntimeError, AssertionError) as error:

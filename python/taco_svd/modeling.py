@@ -93,8 +93,8 @@ class TacoSVDConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         base_model_type = config_dict.get("base_model_type")
-        if base_model_type is None:
-            raise TacoError("config.json: no `base_model_type`; the checkpoint is damaged.")
+        if not isinstance(base_model_type, str) or "base_config" not in config_dict:
+            raise TacoError("config.json: no `base_model_type` or no `base_config`; the checkpoint is damaged.")
         if base_model_type == MODEL_TYPE or base_model_type not in CONFIG_MAPPING:
             raise TacoError(
                 f"The compressed model's base type {base_model_type!r} is not known to transformers "

@@ -113,6 +113,16 @@ class _BridgedMixin:
             return (self.bridge(output[0]), *output[1:])
         return self.bridge(output)
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # the class is made on demand, so a pickle names the layer class that it is made from
+        return _new_bridged, (type(self).__bases__[1],), self.__dict__
+
+
+def _new_bridged(layer_class: type[nn.Module]) -> nn.Module:
+    """An empty bridged layer, for pickle and copy to fill."""
+    made = bridged_class(layer_class)
+    return made.__new__(made)
+
 
 _bridged_classes: dict[type[nn.Module], type[nn.Module]] = {}
 
