@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,15 @@ Compressed = tuple[PreTrainedModel, PreTrainedModel, Plan]
 
 # One run of two layers in the middle (so that a bridge stands for more than one) and the lowest layer kept.
 REPLACED = [2, 3]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The models are tiny: on a busy machine threads that wait for each other cost a hundred times the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
