@@ -1,4 +1,4 @@
-"""Trains a small Llama and its tokenizer from scratch on text files: how the embedded demo model was made.
+"""Trains a small Llama and its tokenizer from scratch on text files, like the embedded demo model.
 
     python examples/train_demo_model.py books/*.txt --out my-model
 
@@ -38,7 +38,11 @@ Report = Callable[[int, float], None]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Shape of the model and course of the training; the defaults are those of the embedded demo model."""
+    """Shape of the model and course of the training.
+
+    Shape, window, batch, learning rate, decay and clipping are those of the embedded demo model's card. The card does
+    not tell the number of steps, the warm-up, the end of the cosine, the betas and the held-out share: those are ours.
+    """
 
     layers: int = 16
     hidden: int = 128
@@ -312,7 +316,7 @@ def main(
 ) -> None:
     """Trains a small Llama and a byte-level BPE tokenizer from scratch on text FILES.
 
-    The defaults are the shape of the embedded demo model. Lower --layers and --steps for a quick try.
+    The defaults give a model of the embedded demo model's shape. Lower --layers and --steps for a quick try.
     """
     recipe = Recipe(
         layers, hidden, feed_forward, heads, key_value_heads, vocabulary, context, steps, batch, window,
