@@ -209,6 +209,38 @@ def sample_from_model(
     return torch.cat(windows)
 
 
+# Characters that surely hold one token; a text this much longer than what is drawn is not tokenised whole.
+CHARACTERS_PER_TOKEN = 16
+LONG_TEXT_FACTOR = 4
+
+
+def text_windows(
+    text: str, tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int, seed: int, source: str
+) -> torch.Tensor:
+    """`samples` random windows of a text: int64 [samples, seq_len].
+
+    A long text is cut into as many excerpts as windows, at random places, and only those are tokenised: calibration
+    on a 12 MB file takes a fraction of a second instead of many.
+
+    Raises:
+        TacoError: when the text is shorter than one window.
+    """
+    length = seq_len * CHARACTERS_PER_TOKEN
+    slots = len(text) // length
+    if slots >= LONG_TEXT_FACTOR * samples:
+        generator = torch.Generator().manual_seed(seed)
+        windows = []
+        for slot in torch.randperm(slots, generator=generator).tolist():
+            # from the first word that begins inside the slot: a word cut in two is no text
+            excerpt = text[slot * length : (slot + 1) * length].partition(" ")[2]
+            ids = tokenize(excerpt, tokenizer)
+            if len(ids) >= seq_len:  # less only where the text is made of very long tokens
+                windows.append(ids[:seq_len])
+            if len(windows) == samples:
+                return torch.stack(windows)
+    return random_windows(tokenize(text, tokenizer), samples, seq_len, seed, source)
+
+
 def load_calibration(
     source: str | Path | torch.Tensor,
     model: PreTrainedModel,
@@ -252,5 +284,4 @@ def load_calibration(
         text, name = corpus_text(str(source), test=False), str(source)
     else:
         text, name = read_text(source), Path(source).name
-    tokens = tokenize(text, tokenizer)
-    return Calibration(random_windows(tokens, samples, seq_len, seed, name), name, seed)
+    return Calibration(text_windows(text, tokenizer, samples, seq_len, seed, name), name, seed)

@@ -212,7 +212,10 @@ def evaluate(
     Example: taco-svd eval small --text book.txt --window 512 --stride 256
     """
     bars = Bars(as_json)
+    from .evaluation import resolve_windows
+
     loaded, tokenizer = _load(model, dtype, device)
+    window, stride = resolve_windows(loaded, window, stride)
     tokens, name = _text_tokens(text, loaded, tokenizer, bars, seed)
     score = _perplexity(loaded, tokens, bars, "perplexity", window=window, stride=stride, max_windows=max_windows)
     if as_json:
@@ -342,6 +345,7 @@ def compare(
     from .calibration import load_calibration
     from .checkpoint import parameter_count, weight_bytes
     from .errors import TacoError
+    from .evaluation import resolve_windows
     from .latency import compare_latency
     from .plan import METHODS
     from .report import compare_table
@@ -354,6 +358,7 @@ def compare(
         layers = 4
     bars = Bars(as_json)
     dense, tokenizer = _load(model, dtype, device)
+    resolve_windows(dense, window, None)
     tokens, text_name = _text_tokens(text, dense, tokenizer, bars, seed)
     with bars.step("calibration text") as report:
         windows = load_calibration(calibration, dense, tokenizer, samples, seq_len, seed, report)

@@ -41,6 +41,22 @@ class Perplexity:
         return asdict(self)
 
 
+def resolve_windows(model: PreTrainedModel, window: int | None, stride: int | None) -> tuple[int, int]:
+    """(window, stride) with defaults filled in; cheap, so that it can be asked before any text is read.
+
+    Raises:
+        TacoError: a window outside 2..context, or a stride outside 1..window.
+    """
+    limit = context_length(model)
+    window = min(limit, 2048) if window is None else window
+    stride = window if stride is None else stride
+    if not 2 <= window <= limit:
+        raise TacoError(f"The window must be between 2 and the model's context of {limit} tokens, got {window}.")
+    if not 1 <= stride <= window:
+        raise TacoError(f"The stride must be between 1 and the window ({window}), got {stride}.")
+    return window, stride
+
+
 @torch.no_grad()
 def perplexity(
     model: PreTrainedModel,
@@ -66,13 +82,7 @@ def perplexity(
     Raises:
         TacoError: text shorter than one window, a stride outside 1..window, or logits that are not finite.
     """
-    limit = context_length(model)
-    window = min(limit, 2048) if window is None else window
-    stride = window if stride is None else stride
-    if not 2 <= window <= limit:
-        raise TacoError(f"The window must be between 2 and the model's context of {limit} tokens, got {window}.")
-    if not 1 <= stride <= window:
-        raise TacoError(f"The stride must be between 1 and the window ({window}), got {stride}.")
+    window, stride = resolve_windows(model, window, stride)
     if len(tokens) < window:
         raise TacoError(f"The text has {len(tokens)} tokens, less than one window of {window}; pass a longer text.")
     starts = list(range(0, len(tokens) - window + 1, stride))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,8 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_source(model: PreTrainedModel) -> dict[str, Any]:
-    config = model.config.to_dict()
+    # as JSON has it (string keys), or a plan would differ from itself once it has been saved
+    config = json.loads(model.config.to_json_string(use_diff=False))
     name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
     return {
         # of a local path only the last part: a plan must not carry its author's directories
