@@ -1,0 +1,77 @@
+"""Budgets: met, and not by far; refused where they cannot be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from taco_svd import TacoError, compress
+from taco_svd.allocation import Sizes, layers_and_ratio, runs
+from taco_svd.architectures import Architecture
+
+from .tiny_models import LAYERS, tiny_model
+
+
+@pytest.mark.parametrize("keep", [0.95, 0.8, 0.6, 0.5])
+@pytest.mark.parametrize("method", ["removal", "svd", "taco", "bridge"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+def test_budget_is_met_and_used(name: str, method: str, keep: float, calibration_tokens: torch.Tensor) -> None:
+    model = tiny_model(name)
+    small, plan = compress(model, method=method, keep=keep, calibration=calibration_tokens)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    share = sum(parameter.numel() for parameter in small.parameters()) / total
+    assert share == plan.result["share"] and share <= keep
+    sizes = Sizes.of(Architecture(model))
+    if method in ("removal", "bridge"):
+        step = sizes.layer  # whole layers; a bridge of the smallest rank may cost another one
+        slack = 1 if method == "removal" else 2
+    else:  # one rank more in every map of every redundant layer
+        step, slack = len(plan.redundant) * sum(m + n for m, n in sizes.linear_shapes), 1
+    assert share > keep - slack * step / total
+
+
+@pytest.mark.parametrize(
+    "method, arguments, says",
+    [
+        ("taco", {"keep": 0.01}, "cannot be reached"),
+        ("removal", {"keep": 0.01}, "cannot be reached"),
+        ("taco", {"keep": 0.8, "layers": 2}, "not both"),
+        ("taco", {}, "--keep"),
+        ("taco", {"keep": 1.0}, "below 1"),
+        ("taco", {"keep": 0.0}, "above 0"),
+        ("taco", {"keep": -3.0}, "above 0"),
+        ("taco", {"layers": 0}, "between 1 and 4"),
+        ("taco", {"layers": LAYERS}, "between 1 and 4"),
+        ("taco", {"layers": 2, "compression_ratio": 1.0}, "below 1"),
+        ("taco", {"layers": 2, "compression_ratio": 0.0}, "above 0"),
+        ("taco", {"keep": 0.8, "compression_ratio": 0.5}, "follows from the budget"),
+        ("removal", {"layers": 2, "compression_ratio": 0.5}, "no meaning"),
+        ("taco", {"layers": [1, 1]}, "different"),
+        ("taco", {"layers": [1, 7]}, "0..4"),
+        ("taco", {"layers": 1, "bridge_rank": 4}, "--method bridge"),
+        ("bridge", {"layers": 1, "bridge_rank": 33}, "between 1 and the hidden size"),
+        ("magic", {"layers": 1}, "--method"),
+        ("taco", {"layers": 1, "importance": "magic"}, "--importance"),
+    ],
+)
+def test_wrong_budgets_are_refused(
+    method: str, arguments: dict[str, Any], says: str, calibration_tokens: torch.Tensor
+) -> None:
+    with pytest.raises(TacoError, match=says):
+        compress(tiny_model("llama"), method=method, calibration=calibration_tokens, **arguments)
+
+
+def test_sizes_count_tied_parameters_once() -> None:
+    model = tiny_model("llama")
+    sizes = Sizes.of(Architecture(model))
+    assert sizes.total == sum(tensor.numel() for tensor in {id(p): p for p in model.parameters()}.values())
+    assert (sizes.depth, len(sizes.linear_shapes)) == (LAYERS, 7)
+    assert layers_and_ratio(sizes, "taco", None, 2, None) == (2, 0.7)
+    assert layers_and_ratio(sizes, "removal", None, 2, None) == (2, None)
+
+
+def test_runs() -> None:
+    assert runs([5, 1, 2, 7, 8, 9]) == [(1, 2), (5, 5), (7, 9)]
+    assert runs([]) == []

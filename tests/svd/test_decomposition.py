@@ -1,0 +1,99 @@
+"""Weighted decompositions: exact at full rank, optimal in their own metric at every other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from taco_svd.decomposition import Decomposition, damped, plain_svd, weighted_svd
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def moment(size: int, samples: int = 200) -> torch.Tensor:
+    rows = torch.randn(samples, size, dtype=torch.float64) * torch.logspace(0, -1.5, size, dtype=torch.float64)
+    return rows.T @ rows / samples
+
+
+def loss(error: torch.Tensor, inputs: torch.Tensor | None, gradients: torch.Tensor | None) -> float:
+    """tr(G D A D^T)"""
+    a = torch.eye(error.shape[1], dtype=torch.float64) if inputs is None else inputs
+    g = torch.eye(error.shape[0], dtype=torch.float64) if gradients is None else gradients
+    return float(torch.trace(g @ error @ a @ error.T))
+
+
+def product(parts: Decomposition, rank: int) -> torch.Tensor:
+    u, v = parts.factors(torch.arange(rank))
+    return u.double() @ v.double()
+
+
+@pytest.mark.parametrize("two_sided", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("shape", [(17, 17), (31, 13), (13, 31), (1, 9), (9, 1)])
+def test_full_rank_is_exact_and_truncation_loses_the_tail(shape: tuple[int, int], two_sided: tuple[bool, bool]) -> None:
+    m, n = shape
+    weight = torch.randn(m, n)
+    inputs = damped(moment(n), 0.01) if two_sided[0] else None
+    gradients = damped(moment(m), 0.01) if two_sided[1] else None
+    parts = weighted_svd(weight, inputs, gradients)
+    full = min(m, n)
+    assert parts.left.shape == (m, full) and parts.right.shape == (full, n)
+    assert bool((parts.sigma.diff() <= 0).all())
+    # the inverse roots amplify the rounding of the stored float32 factors by at most sqrt(cond A cond G)
+    condition = 1.0
+    for matrix in (inputs, gradients):
+        if matrix is not None:
+            condition *= float(torch.linalg.cond(matrix)) ** 0.5
+    exact = product(parts, full)
+    assert float((exact - weight).norm()) <= 8 * condition * EPS * float(weight.norm())
+    for rank in {1, full // 2, full - 1} - {0}:
+        lost = loss(weight.double() - product(parts, rank), inputs, gradients)
+        tail = float(parts.sigma.double()[rank:].pow(2).sum())
+        assert lost == pytest.approx(tail, rel=1e-4, abs=1e-4 * EPS * float(parts.sigma[0]) ** 2)
+
+
+def test_no_other_factors_do_better_in_the_metric() -> None:
+    m, n, rank = 19, 14, 5
+    weight = torch.randn(m, n)
+    inputs, gradients = damped(moment(n), 0.01), damped(moment(m), 0.01)
+    u, v = weighted_svd(weight, inputs, gradients).factors(torch.arange(rank))
+    best = loss(weight.double() - u.double() @ v.double(), inputs, gradients)
+    others = [plain_svd(weight), weighted_svd(weight, inputs), weighted_svd(weight, None, gradients)]
+    assert all(loss(weight.double() - product(parts, rank), inputs, gradients) > best for parts in others)
+    for scale in (1e-3, 1e-2, 1e-1, 1.0):
+        for _ in range(20):
+            near = (u + scale * torch.randn_like(u)).double() @ (v + scale * torch.randn_like(v)).double()
+            assert loss(weight.double() - near, inputs, gradients) > best
+
+
+def test_one_sided_metric_is_the_error_on_the_inputs() -> None:
+    """With G left out the loss is the mean squared error of the outputs, counted on the inputs themselves."""
+    weight, rows = torch.randn(12, 9), torch.randn(300, 9) @ torch.randn(9, 9)
+    parts = weighted_svd(weight, (rows.T @ rows / len(rows)).double())
+    error = rows.double() @ (weight.double() - product(parts, 4)).T
+    assert float(error.pow(2).sum(1).mean()) == pytest.approx(float(parts.sigma.double()[4:].pow(2).sum()), rel=1e-4)
+
+
+def test_plain_svd_is_orthonormal() -> None:
+    parts = plain_svd(torch.randn(23, 11))
+    torch.testing.assert_close(parts.left.T @ parts.left, torch.eye(11), rtol=0, atol=50 * EPS)
+    torch.testing.assert_close(parts.right @ parts.right.T, torch.eye(11), rtol=0, atol=50 * EPS)
+
+
+def test_moments_of_few_tokens_are_handled() -> None:
+    weight, rows = torch.randn(8, 20), torch.randn(3, 20)
+    parts = weighted_svd(weight, (rows.T @ rows).double())
+    assert torch.isfinite(parts.left).all() and torch.isfinite(parts.right).all()
+    # three directions are enough for three tokens, up to the floor under the eigenvalues
+    torch.testing.assert_close(rows @ product(parts, 3).float().T, rows @ weight.T, rtol=0, atol=1e-2)
+
+
+def test_zero_or_broken_moments_are_an_error() -> None:
+    with pytest.raises(ValueError, match="zero or not finite"):
+        weighted_svd(torch.randn(3, 4), torch.zeros(4, 4))
+
+
+def test_damping_keeps_the_trace() -> None:
+    c = moment(7)
+    for share in (0.0, 0.3, 1.0):
+        assert float(damped(c, share).trace()) == pytest.approx(float(c.trace()), rel=1e-12)
+    torch.testing.assert_close(damped(c, 1.0), torch.eye(7, dtype=torch.float64) * c.trace() / 7)

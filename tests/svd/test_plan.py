@@ -1,0 +1,97 @@
+"""Plans: read back as written, compared, edited and applied again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from taco_svd import Plan, TacoError, compress
+from taco_svd.architectures import Architecture
+from taco_svd.replacement import LowRankLinear
+
+from .conftest import Compressed
+from .tiny_models import tiny_model
+
+
+@pytest.mark.parametrize("method", ["removal", "svd", "paper", "taco", "bridge"])
+def test_round_trip_and_second_application(
+    method: str, compressed_tiny: Callable[..., Compressed], calibration_tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    dense, model, plan = compressed_tiny("llama", method)
+    plan.save(tmp_path / "plan.json")
+    again = Plan.load(tmp_path / "plan.json")
+    assert again == plan and again.diff(plan) == {}
+    same, told = compress(dense, plan=again, calibration=calibration_tokens)
+    assert told == plan
+    with torch.no_grad():
+        assert torch.equal(same(calibration_tokens).logits, model(calibration_tokens).logits)
+    assert "/tmp" not in (tmp_path / "plan.json").read_text()
+
+
+def test_edited_rank_is_applied(compressed_tiny: Callable[..., Compressed], calibration_tokens: torch.Tensor) -> None:
+    dense, _, plan = compressed_tiny("llama", "taco")
+    data = json.loads(json.dumps(plan.to_dict()))
+    data["structure"]["low_rank"]["2"]["mlp.up_proj"] = 13
+    edited = Plan.from_dict(data)
+    old = plan.structure.low_rank[2]["mlp.up_proj"]
+    assert plan.diff(edited) == {"structure.low_rank.2.mlp.up_proj": (old, 13)}
+    model, told = compress(dense, plan=edited, calibration=calibration_tokens)
+    module = Architecture(model).layers[2].get_submodule("mlp.up_proj")
+    assert isinstance(module, LowRankLinear) and module.rank == 13
+    assert told.result["parameters"] == plan.result["parameters"] + (13 - old) * (32 + 56)
+
+
+def test_plan_for_another_model_is_refused(
+    compressed_tiny: Callable[..., Compressed], calibration_tokens: torch.Tensor
+) -> None:
+    dense, _, plan = compressed_tiny("llama", "taco")
+    longer = dataclasses.replace(plan, structure=dataclasses.replace(plan.structure, source_layers=6))
+    with pytest.raises(TacoError, match="6 layers"):
+        compress(dense, plan=longer, calibration=calibration_tokens)
+    with pytest.raises(TacoError, match="names"):
+        compress(tiny_model("gpt2"), plan=plan, calibration=calibration_tokens)
+    for rank in (33, 1 << 19):
+        wide = dataclasses.replace(
+            plan, structure=dataclasses.replace(plan.structure, low_rank={2: {"mlp.up_proj": rank}})
+        )
+        with pytest.raises(TacoError, match=f"rank {rank}"):
+            compress(dense, plan=wide, calibration=calibration_tokens)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"method": "magic"},
+        {"structure": None},
+        {"structure": {"format_version": 1}},
+        {"redundant": [3, 2]},
+        {"redundant": [99]},
+        {"redundant": ["2"]},
+        {"redundant": 3},
+        {"compression_ratio": "much"},
+        {"options": [1]},
+        {"surprise": 1},
+    ],
+)
+def test_damaged_plans_are_refused(
+    change: dict[str, Any], compressed_tiny: Callable[..., Compressed], tmp_path: Path
+) -> None:
+    _, _, plan = compressed_tiny("llama", "taco")
+    (tmp_path / "plan.json").write_text(json.dumps({**plan.to_dict(), **change}))
+    with pytest.raises(TacoError, match="plan|structure|format"):
+        Plan.load(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe"])
+def test_files_that_are_no_plans(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_bytes(content)
+    with pytest.raises(TacoError):
+        Plan.load(tmp_path / "plan.json")
+    with pytest.raises(TacoError, match="No plan at"):
+        Plan.load(tmp_path)
