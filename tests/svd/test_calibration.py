@@ -1,0 +1,94 @@
+"""Calibration: reproducible windows, and a sentence for every text that cannot give them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from taco_svd import TacoError
+from taco_svd.calibration import load_calibration, random_windows, sample_from_model
+
+from .tiny_models import VOCABULARY, tiny_model
+
+
+def tokenizer(size: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    """One token per word: "w0", "w1" ..."""
+    words = models.WordLevel({f"w{index}": index for index in range(size)}, unk_token="w0")
+    made = Tokenizer(words)
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+def test_self_sampling_is_reproducible_and_full() -> None:
+    model = tiny_model("llama")
+    first, again, other = (sample_from_model(model, 5, 20, seed, batch_size=2) for seed in (3, 3, 4))
+    assert first.shape == (5, 20) and first.dtype == torch.int64
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert bool((first[:, 0] == model.config.bos_token_id).all())
+    assert int(first.min()) >= 0 and int(first.max()) < VOCABULARY
+    assert len({tuple(row) for row in first.tolist()}) == 5
+
+
+def test_windows_come_from_the_text_without_overlap(tmp_path: Path) -> None:
+    numbers = [3 + index % 90 for index in range(200)]
+    (tmp_path / "text.txt").write_text(" ".join(f"w{number}" for number in numbers))
+    one, again, other = (
+        load_calibration(tmp_path / "text.txt", tiny_model("llama"), tokenizer(), 6, 16, seed) for seed in (1, 1, 2)
+    )
+    assert one.tokens.shape == (6, 16) and one.source == "text.txt"
+    assert one.digest == again.digest != other.digest
+    for row in one.tokens.tolist():
+        assert any(numbers[start : start + 16] == row for start in range(185))
+    places = random_windows(torch.arange(200), 12, 16, 5, "counting")
+    assert len(places.unique()) == 12 * 16
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [(None, "No such"), (b"", "empty"), (b" \n", "empty"), (b"w1 \xff\xfe", "UTF-8"), (b"w1 w2 w3", "token")],
+)
+def test_unusable_files_are_named(content: bytes | None, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(TacoError, match=says):
+        load_calibration(path, tiny_model("llama"), tokenizer(), 4, 16)
+    with pytest.raises(TacoError, match="directory"):
+        load_calibration(tmp_path, tiny_model("llama"), tokenizer(), 4, 16)
+
+
+def test_tokenizer_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("w1 " * 100)
+    with pytest.raises(TacoError, match="does not fit"):
+        load_calibration(tmp_path / "text.txt", tiny_model("llama"), tokenizer(VOCABULARY + 1), 4, 16)
+    with pytest.raises(TacoError, match="needs the model's tokenizer"):
+        load_calibration(tmp_path / "text.txt", tiny_model("llama"), None, 4, 16)
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [({"samples": 0}, "--samples"), ({"seq_len": 1}, "at least 2"), ({"seq_len": 65}, "context of 64")],
+)
+def test_wrong_sizes_are_refused(arguments: dict[str, Any], says: str) -> None:
+    with pytest.raises(TacoError, match=says):
+        load_calibration("self", tiny_model("llama"), None, **arguments)
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        torch.zeros(5, dtype=torch.int64),
+        torch.zeros(2, 5),
+        torch.zeros(0, 5, dtype=torch.int64),
+        torch.full((2, 5), VOCABULARY),
+        torch.full((2, 5), -1),
+    ],
+)
+def test_wrong_tokens_are_refused(tokens: torch.Tensor) -> None:
+    with pytest.raises(TacoError, match="Calibration tokens"):
+        load_calibration(tokens, tiny_model("llama"), None)
