@@ -1,8 +1,10 @@
 """Low-rank kernels for compressed language models: tensors in, tensors out.
 
-Three operations, each with a plain reference, fused backends, autograd and ``torch.compile`` support:
+Five operations, each with a plain reference, fused backends, autograd and ``torch.compile`` support:
 
 - :func:`low_rank_linear`: ``x @ v.T @ u.T + bias + residual``
+- :func:`low_rank_linear_group`: several of these with one ``x``
+- :func:`low_rank_mlp`: a gated MLP of three of them
 - :func:`low_rank_bridge`: ``h + rmsnorm(h) @ v.T @ u.T + bias``
 - :func:`singular_attribution`: what each singular direction of a weight contributes to a gradient
 
@@ -16,6 +18,8 @@ from taco_kernels._version import __version__
 from taco_kernels.dispatch import BACKENDS, backends, get_backend, set_backend, use_backend
 from taco_kernels.low_rank_bridge import low_rank_bridge
 from taco_kernels.low_rank_linear import low_rank_linear
+from taco_kernels.low_rank_linear_group import low_rank_linear_group
+from taco_kernels.low_rank_mlp import low_rank_mlp
 from taco_kernels.singular_attribution import SingularAttribution, singular_attribution
 
 __all__ = [
@@ -26,6 +30,8 @@ __all__ = [
     "get_backend",
     "low_rank_bridge",
     "low_rank_linear",
+    "low_rank_linear_group",
+    "low_rank_mlp",
     "set_backend",
     "singular_attribution",
     "use_backend",

@@ -82,6 +82,8 @@ def register_autocast(name: str, overload: Any) -> None:
             dtype = torch.get_autocast_dtype(device_type)
 
             def cast(value: Any) -> Any:
+                if isinstance(value, (list, tuple)):
+                    return [cast(item) for item in value]
                 cast_it = isinstance(value, Tensor) and value.dtype in FLOATS[:3] and value.device.type == device_type
                 return value.to(dtype) if cast_it else value
 

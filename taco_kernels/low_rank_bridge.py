@@ -14,8 +14,8 @@ from torch import Tensor
 
 from taco_kernels import dispatch, native
 from taco_kernels._cuda import low_rank as _cuda_call
+from taco_kernels._factored import complain, fits, gradients, rows_2d
 from taco_kernels._library import (
-    FLOATS,
     any_autocast,
     apply_function,
     below_autograd,
@@ -39,7 +39,7 @@ def low_rank_bridge_reference(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | No
     rounded once.
     """
     wide = computing_dtype(h.dtype)
-    rows = h.reshape(h.shape[:-1].numel(), h.shape[-1]).to(wide)
+    rows = rows_2d(h).to(wide)
     normed = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps)
     y = normed @ v.to(wide).T @ u.to(wide).T
     y += rows
@@ -53,7 +53,7 @@ def low_rank_bridge_reference(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | No
 
 def _library(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     # The scale goes behind the first product: no normalised copy of h is written. Intermediates have h's dtype.
-    rows = h.reshape(h.shape[:-1].numel(), h.shape[-1])
+    rows = rows_2d(h)
     if h.shape[-1] == 0:
         return rows.clone().view(h.shape)
     wide = computing_dtype(h.dtype)
@@ -84,7 +84,7 @@ def _triton(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, eps: float) ->
     # Imported here because triton takes a second to import and CPU users never need it.
     from taco_kernels.triton_kernels.low_rank_bridge import low_rank_bridge as kernel
 
-    flat = h.reshape(h.shape[:-1].numel(), h.shape[-1])
+    flat = rows_2d(h)
     return kernel(flat, v, u, bias, eps).view(h.shape)
 
 
@@ -108,49 +108,12 @@ _BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Te
 }
 
 
-def _complain(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None) -> None:
-    """Finds what is wrong with arguments that failed the quick check; raises TypeError or ValueError."""
-    if h.dtype not in FLOATS:
-        raise TypeError(f"low_rank_bridge: h has dtype {h.dtype}; float32, float16, bfloat16 and float64 are supported")
-    for name, t in (("v", v), ("u", u), ("bias", bias)):
-        if t is not None and t.dtype != h.dtype:
-            raise TypeError(f"low_rank_bridge: {name} has dtype {t.dtype}, but h has {h.dtype}; all must agree")
-        if t is not None and t.device != h.device:
-            raise ValueError(f"low_rank_bridge: {name} is on {t.device}, but h is on {h.device}; all must agree")
-    if h.dim() < 1:
-        raise ValueError("low_rank_bridge: h must be [..., hidden], but it has no dimensions")
-    for name, t in (("v", v), ("u", u)):
-        if t.dim() != 2:
-            raise ValueError(f"low_rank_bridge: {name} must have 2 dimensions, but its shape is {tuple(t.shape)}")
-    hidden = h.shape[-1]
-    if v.shape[1] != hidden:
-        raise ValueError(
-            f"low_rank_bridge: v {tuple(v.shape)} must be [rank, hidden] with hidden = {hidden}, "
-            f"the last dimension of h {tuple(h.shape)}"
-        )
-    if u.shape != (hidden, v.shape[0]):
-        raise ValueError(f"low_rank_bridge: u {tuple(u.shape)} must be [hidden, rank] = {(hidden, v.shape[0])}")
-    if bias is not None and bias.shape != (hidden,):
-        raise ValueError(f"low_rank_bridge: bias {tuple(bias.shape)} must be [hidden] = ({hidden},)")
-
-
 def _check(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None) -> None:
-    # One quick expression on the hot path; the slow function writes the message.
-    dtype, device = h.dtype, h.device
-    if not (
-        dtype in FLOATS
-        and v.dtype == dtype
-        and u.dtype == dtype
-        and v.device == device
-        and u.device == device
-        and h.dim() > 0
-        and v.dim() == 2
-        and u.dim() == 2
-        and v.shape[1] == h.shape[-1]
-        and u.shape == (v.shape[1], v.shape[0])
-        and (bias is None or (bias.shape == u.shape[:1] and bias.dtype == dtype and bias.device == device))
-    ):
-        _complain(h, v, u, bias)
+    # One quick expression on the hot path; the slow functions write the message.
+    if not (fits(h, v, u, bias) and u.shape[0] == h.shape[-1]):
+        bias = bias if u.shape[:1] == h.shape[-1:] else None  # or it would be called wrong for u's fault
+        complain("low_rank_bridge", h, v, u, bias, x_name="h", in_name="hidden", out_name="hidden")
+        raise ValueError(f"low_rank_bridge: u {tuple(u.shape)} must be [hidden, rank] = {(h.shape[-1], v.shape[0])}")
 
 
 # --- registered op, fake, autograd -----------------------------------------------------------------------------------
@@ -193,27 +156,19 @@ class _LowRankBridge(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         h, v, u = ctx.saved_tensors
         need_h, need_v, need_u, need_bias, _ = ctx.needs_input_grad
-        grad_h = grad_v = grad_u = grad_bias = None
         # The norm's part in float32, like the forward pass; the products in the tensors' own dtype.
         wide = computing_dtype(h.dtype)
-        grad_rows = grad.reshape(grad.shape[:-1].numel(), grad.shape[-1])
-        rows = h.reshape(h.shape[:-1].numel(), h.shape[-1]).to(wide)
+        grad_rows = rows_2d(grad)
+        rows = rows_2d(h).to(wide)
         scale = torch.rsqrt(rows.square().mean(-1, keepdim=True) + ctx.eps)
         normed = rows * scale
-        if need_h or need_v:
-            grad_t = grad_rows @ u
-            if need_h:
-                # d/dh of n = h s, s = (mean h^2 + eps)^-1/2:  dh = s (dn - n mean(n dn))
-                grad_normed = (grad_t @ v).to(wide)
-                inner = (normed * grad_normed).mean(-1, keepdim=True)
-                grad_h = (grad_rows.to(wide) + scale * (grad_normed - normed * inner)).to(h.dtype).view(h.shape)
-            if need_v:
-                grad_v = grad_t.T @ normed.to(h.dtype)
-        if need_u:
-            grad_u = grad_rows.T @ (normed.to(h.dtype) @ v.T)
-        if need_bias:
-            grad_bias = grad_rows.sum(0)
-        return grad_h, grad_v, grad_u, grad_bias, None
+        grad_h, *others = gradients(normed.to(h.dtype), v, u, grad_rows, (need_h, need_v, need_u, need_bias))
+        if grad_h is not None:
+            # d/dh of n = h s, s = (mean h^2 + eps)^-1/2:  dh = s (dn - n mean(n dn))
+            grad_normed = grad_h.to(wide)
+            inner = (normed * grad_normed).mean(-1, keepdim=True)
+            grad_h = (grad_rows.to(wide) + scale * (grad_normed - normed * inner)).to(h.dtype).view(h.shape)
+        return grad_h, *others, None
 
 
 def _autograd(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:

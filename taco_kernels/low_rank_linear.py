@@ -14,8 +14,8 @@ from torch import Tensor
 
 from taco_kernels import dispatch, native
 from taco_kernels._cuda import low_rank as _cuda_call
+from taco_kernels._factored import complain, fits, gradients, rows_2d
 from taco_kernels._library import (
-    FLOATS,
     any_autocast,
     apply_function,
     below_autograd,
@@ -40,7 +40,7 @@ def low_rank_linear_reference(
     Everything, the rank-sized intermediate included, is computed in float32 (float64 for float64) and rounded once.
     """
     wide = computing_dtype(x.dtype)
-    y = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(wide) @ v.to(wide).T @ u.to(wide).T
+    y = rows_2d(x).to(wide) @ v.to(wide).T @ u.to(wide).T
     y = y.view(*x.shape[:-1], u.shape[0])
     if bias is not None:
         y += bias
@@ -54,7 +54,7 @@ def low_rank_linear_reference(
 
 def _library(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     # Rounds the rank-sized intermediate to x's dtype, as any pair of library calls does.
-    flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    flat = rows_2d(x)
     y = F.linear(F.linear(flat, v), u, bias).view(*x.shape[:-1], u.shape[0])
     return y if residual is None else y.add_(residual)
 
@@ -87,7 +87,7 @@ def _triton(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, residual: Tens
     # Imported here because triton takes a second to import and CPU users never need it.
     from taco_kernels.triton_kernels.low_rank_linear import low_rank_linear as kernel
 
-    flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    flat = rows_2d(x)
     rest = None if residual is None else residual.reshape(flat.shape[0], residual.shape[-1])
     return kernel(flat, v, u, bias, rest).view(*x.shape[:-1], u.shape[0])
 
@@ -104,7 +104,7 @@ def _cuda(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, residual: Tensor
 
 # --- end of the CUDA section -----------------------------------------------------------------------------------------
 
-_BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]] = {
+BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]] = {
     "reference": low_rank_linear_reference,
     "library": _library,
     "cpp": _cpp,
@@ -113,60 +113,22 @@ _BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | N
 }
 
 
-def _complain(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
-    """Finds what is wrong with arguments that failed the quick check; raises TypeError or ValueError."""
-    named = {"x": x, "v": v, "u": u, "bias": bias, "residual": residual}
-    if x.dtype not in FLOATS:
-        raise TypeError(f"low_rank_linear: x has dtype {x.dtype}; float32, float16, bfloat16 and float64 are supported")
-    for name, t in named.items():
-        if t is not None and t.dtype != x.dtype:
-            raise TypeError(f"low_rank_linear: {name} has dtype {t.dtype}, but x has {x.dtype}; all must agree")
-        if t is not None and t.device != x.device:
-            raise ValueError(f"low_rank_linear: {name} is on {t.device}, but x is on {x.device}; all must agree")
-    if x.dim() < 1:
-        raise ValueError("low_rank_linear: x must be [..., in], but it has no dimensions")
-    for name, t in (("v", v), ("u", u)):
-        if t.dim() != 2:
-            raise ValueError(f"low_rank_linear: {name} must have 2 dimensions, but its shape is {tuple(t.shape)}")
-    if v.shape[1] != x.shape[-1]:
-        raise ValueError(
-            f"low_rank_linear: v {tuple(v.shape)} must be [rank, in] with in = {x.shape[-1]}, "
-            f"the last dimension of x {tuple(x.shape)}"
-        )
-    if u.shape[1] != v.shape[0]:
-        raise ValueError(
-            f"low_rank_linear: u {tuple(u.shape)} must be [out, rank] with rank = {v.shape[0]}, "
-            f"the first dimension of v {tuple(v.shape)}"
-        )
-    if bias is not None and bias.shape != u.shape[:1]:
-        raise ValueError(f"low_rank_linear: bias {tuple(bias.shape)} must be [out] = ({u.shape[0]},)")
-    if residual is not None and residual.shape != (*x.shape[:-1], u.shape[0]):
-        raise ValueError(
-            f"low_rank_linear: residual {tuple(residual.shape)} must be [..., out] = {(*x.shape[:-1], u.shape[0])}"
-        )
-
-
 def _check(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
-    # One quick expression on the hot path; the slow function writes the message.
-    dtype, device = x.dtype, x.device
+    # One quick expression on the hot path; the slow functions write the message.
     if not (
-        dtype in FLOATS
-        and v.dtype == dtype
-        and u.dtype == dtype
-        and v.device == device
-        and u.device == device
-        and x.dim() > 0
-        and v.dim() == 2
-        and u.dim() == 2
-        and v.shape[1] == x.shape[-1]
-        and u.shape[1] == v.shape[0]
-        and (bias is None or (bias.shape == u.shape[:1] and bias.dtype == dtype and bias.device == device))
+        fits(x, v, u, bias)
         and (
             residual is None
-            or (residual.shape == (*x.shape[:-1], u.shape[0]) and residual.dtype == dtype and residual.device == device)
+            or (
+                residual.shape == (*x.shape[:-1], u.shape[0])
+                and residual.dtype == x.dtype
+                and residual.device == x.device
+            )
         )
     ):
-        _complain(x, v, u, bias, residual)
+        complain("low_rank_linear", x, v, u, bias, others={"residual": residual})
+        shape = () if residual is None else tuple(residual.shape)
+        raise ValueError(f"low_rank_linear: residual {shape} must be [..., out] = {(*x.shape[:-1], u.shape[0])}")
 
 
 # --- registered op, fake, autograd -----------------------------------------------------------------------------------
@@ -179,7 +141,7 @@ def _compute(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, residu
     _check(x, v, u, bias, residual)
     width = x.shape[-1]
     rows = x.numel() // width if width else x.shape[:-1].numel()
-    return _BACKENDS[dispatch.choose(x.device.type, x.dtype, rows)](x, v, u, bias, residual)
+    return BACKENDS[dispatch.choose(x.device.type, x.dtype, rows)](x, v, u, bias, residual)
 
 
 library.impl("low_rank_linear", _compute, "CPU")
@@ -207,21 +169,9 @@ class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, v, u = ctx.saved_tensors
-        need_x, need_v, need_u, need_bias, need_residual = ctx.needs_input_grad
-        grad_x = grad_v = grad_u = grad_bias = None
-        grad_rows = grad.reshape(grad.shape[:-1].numel(), grad.shape[-1])
-        x_rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-        if need_x or need_v:
-            grad_t = grad_rows @ u
-            if need_x:
-                grad_x = (grad_t @ v).view(x.shape)
-            if need_v:
-                grad_v = grad_t.T @ x_rows
-        if need_u:
-            grad_u = grad_rows.T @ (x_rows @ v.T)
-        if need_bias:
-            grad_bias = grad_rows.sum(0)
-        return grad_x, grad_v, grad_u, grad_bias, grad if need_residual else None
+        *needs, need_residual = ctx.needs_input_grad
+        grad_x, *others = gradients(rows_2d(x), v, u, rows_2d(grad), tuple(needs))
+        return None if grad_x is None else grad_x.view(x.shape), *others, grad if need_residual else None
 
 
 def _autograd(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import taco_kernels
 from taco_kernels import native
+from taco_kernels.low_rank_mlp import ACTIVATIONS, Projection
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALF)
@@ -110,3 +111,53 @@ def bridge_exact(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, eps: floa
     if bias is not None:
         y, magnitude = y + bias.double(), magnitude + bias.double().abs()
     return y, magnitude
+
+
+def mlp_exact(x: Tensor, gate: Projection, up: Projection, down: Projection, act: str) -> Tensor:
+    """float64 result of low_rank_mlp."""
+    opened, raised = (linear_exact(x, *member, None)[0] for member in (gate, up))
+    return linear_exact(ACTIVATIONS[act](opened) * raised, *down, None)[0]
+
+
+def _linear_and_error(
+    x: Tensor, x_error: Tensor | float, v: Tensor, u: Tensor, bias: Tensor | None, middle_step: float, step: float
+) -> tuple[Tensor, Tensor]:
+    """A factorised linear of ``x`` (float64) known to within ``x_error``: its exact result and how far off it may be.
+
+    ``middle_step`` and ``step`` are the unit roundoffs of what the intermediate and the result are stored in.
+    """
+    u32 = torch.finfo(torch.float32).eps / 2
+    v, u = v.double(), u.double()
+    middle = x @ v.T
+    middle_error = (x.shape[-1] + 4) * u32 * (x.abs() @ v.abs().T) + middle_step * middle.abs()
+    if isinstance(x_error, Tensor):
+        middle_error = middle_error + x_error @ v.abs().T * (1 + middle_step)
+    y = middle @ u.T
+    error = middle_error @ u.abs().T + (v.shape[0] + 4) * u32 * ((middle.abs() + middle_error) @ u.abs().T)
+    if bias is not None:
+        y = y + bias.double()
+    return y, error * (1 + step) + (step + 2 * u32) * y.abs()
+
+
+def mlp_bound(x: Tensor, gate: Projection, up: Projection, down: Projection, act: str, backend: str) -> Tensor:
+    """Largest error of low_rank_mlp that rounding explains, elementwise, carried through step by step.
+
+    The activations have a slope of at most 1.13 and are computed to a few units of their value or, near their zero,
+    of their argument. Where the backend rounds intermediates, an activation's result and the product with the other
+    side are rounded once more each; ``library`` also rounds each rank-sized intermediate.
+    """
+    kind = torch.finfo(x.dtype)
+    u32, u = torch.finfo(torch.float32).eps / 2, kind.eps / 2
+    step = u32 if backend == "reference" else u
+    middle_step = u if backend in ("library", "triton") else u32
+    (opened, opened_error), (raised, raised_error) = (
+        _linear_and_error(x.double(), 0.0, *member, middle_step, step) for member in (gate, up)
+    )
+    activated = ACTIVATIONS[act](opened)
+    activated_error = 1.13 * opened_error + step * activated.abs() + 16 * u32 * (activated.abs() + opened.abs())
+    hidden = activated * raised
+    hidden_error = activated_error * (raised.abs() + raised_error) + (activated.abs() + activated_error) * raised_error
+    hidden_error = hidden_error + step * (hidden.abs() + hidden_error) + kind.tiny * kind.eps
+    _, error = _linear_and_error(hidden, hidden_error, *down, middle_step, u)
+    reach = 1 + down[1].double().abs().sum(-1) * (1 + down[0].double().abs().sum(-1).amax() if down[0].numel() else 1)
+    return error + u * error + kind.tiny * kind.eps * reach

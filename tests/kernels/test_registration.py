@@ -2,64 +2,142 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 import torch
 from kernel_cases import DTYPES, random
 
 import taco_kernels
-from taco_kernels import low_rank_bridge, low_rank_linear, native
+from taco_kernels import low_rank_bridge, low_rank_linear, low_rank_linear_group, low_rank_mlp, native
 from taco_kernels.low_rank_bridge import low_rank_bridge_reference
 from taco_kernels.low_rank_linear import low_rank_linear_reference
+from taco_kernels.low_rank_linear_group import low_rank_linear_group_reference
+from taco_kernels.low_rank_mlp import ACTIVATIONS, low_rank_mlp_reference
 
 needs_cpp = pytest.mark.skipif(native.module is None, reason=f"cpp backend: {native.reason}")
 
 
-def linear_inputs(dtype, requires_grad=False, lead=(2, 3)):
-    shapes = ((*lead, 9), (4, 9), (7, 4), (7,), (*lead, 7))
-    return tuple(random(shape, dtype).requires_grad_(requires_grad) for shape in shapes)
+@dataclass(frozen=True)
+class Op:
+    """One op as these tests see it: a function of tensors, some of which may be None, with one tensor as result."""
+
+    overload: Any
+    function: Any
+    reference: Any
+    shapes: Any  # leading dimensions -> shapes of all tensors
+    optional: tuple[int, ...]  # positions of tensors that may be None
+    bias: int  # position of a bias that is added to the result as it is
+    frozen: tuple[int, ...] = (1, 2)
+    pack: Any = None  # the tensors as the overload takes them, where that is not one after the other
+    roundings: int = 8  # what separates half-precision gradients from exact ones, in units of the largest entry
+
+    def make(self, dtype, requires_grad=False, lead=(2, 3)):
+        return tuple(random(shape, dtype).requires_grad_(requires_grad) for shape in self.shapes(lead))
+
+    def arguments(self, *tensors):
+        return tensors if self.pack is None else self.pack(*tensors)
+
+    def required(self, inputs):
+        return tuple(None if i in self.optional else t for i, t in enumerate(inputs))
 
 
-def bridge_inputs(dtype, requires_grad=False, lead=(2, 3)):
-    return tuple(random(shape, dtype).requires_grad_(requires_grad) for shape in ((*lead, 9), (4, 9), (9, 4), (9,)))
+def _members(x, *tensors):
+    return x, list(tensors[0::3]), list(tensors[1::3]), list(tensors[2::3])
+
+
+def _group(x, *tensors):
+    return torch.cat(low_rank_linear_group(*_members(x, *tensors)), dim=-1)
+
+
+def _group_reference(x, *tensors):
+    return torch.cat(low_rank_linear_group_reference(*_members(x, *tensors)), dim=-1)
+
+
+def _mlp(*tensors, act="silu", function=low_rank_mlp):
+    x, *factors = tensors
+    return function(x, tuple(factors[:3]), tuple(factors[3:6]), tuple(factors[6:]), act)
+
+
+def _mlp_with(act):
+    return Op(
+        torch.ops.taco_kernels.low_rank_mlp.default,
+        functools.partial(_mlp, act=act),
+        functools.partial(_mlp, act=act, function=low_rank_mlp_reference),
+        lambda lead: [(*lead, 9), (4, 9), (8, 4), (8,), (3, 9), (8, 3), (8,), (5, 8), (7, 5), (7,)],
+        optional=(3, 6, 9), bias=9, frozen=(1, 2, 5, 7), pack=lambda *tensors: (*tensors, act),
+        # three products in a row where the others have one, and a product of two rounded factors
+        roundings=24,
+    )  # fmt: skip
 
 
 OPS = {
-    "linear": (torch.ops.taco_kernels.low_rank_linear.default, low_rank_linear, linear_inputs),
-    "bridge": (torch.ops.taco_kernels.low_rank_bridge.default, low_rank_bridge, bridge_inputs),
-}
+    "linear": Op(
+        torch.ops.taco_kernels.low_rank_linear.default, low_rank_linear, low_rank_linear_reference,
+        lambda lead: [(*lead, 9), (4, 9), (7, 4), (7,), (*lead, 7)], optional=(3, 4), bias=3,
+    ),
+    "bridge": Op(
+        torch.ops.taco_kernels.low_rank_bridge.default, low_rank_bridge, low_rank_bridge_reference,
+        lambda lead: [(*lead, 9), (4, 9), (9, 4), (9,)], optional=(3,), bias=3,
+    ),
+    "group": Op(
+        torch.ops.taco_kernels.low_rank_linear_group.default, _group, _group_reference,
+        lambda lead: [(*lead, 9), (4, 9), (7, 4), (7,), (2, 9), (5, 2), (5,)], optional=(3, 6), bias=3,
+        pack=_members,
+    ),
+    "mlp": _mlp_with("silu"),
+}  # fmt: skip
+# What differs between activations is their gradient alone.
+WITH_GRADIENTS = OPS | {f"mlp-{act}": _mlp_with(act) for act in ACTIVATIONS if act != "silu"}
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(name, dtype, requires_grad):
-    op, _, make = OPS[name]
-    inputs = make(dtype, requires_grad)
+    op = OPS[name]
+    inputs = op.make(dtype, requires_grad)
     # half-precision gradients of the eager and the traced graph differ by their roundings
     tolerances = {} if dtype in (torch.float32, torch.float64) else {"rtol": 2e-2, "atol": 2e-2}
-    torch.library.opcheck(op, inputs, **tolerances)
-    torch.library.opcheck(op, inputs[:3], **tolerances)
-    torch.library.opcheck(op, (inputs[0][:0], *inputs[1:3]), **tolerances)
-    torch.library.opcheck(op, (inputs[0][:, ::2], *inputs[1:3]), **tolerances)
+    torch.library.opcheck(op.overload, op.arguments(*inputs), **tolerances)
+    x, *others = op.required(inputs)
+    for rows in (x, x[:0], x[:, ::2]):
+        torch.library.opcheck(op.overload, op.arguments(rows, *others), **tolerances)
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", WITH_GRADIENTS)
 def test_gradcheck(name):
-    _, function, make = OPS[name]
-    inputs = make(torch.float64, True)
-    assert torch.autograd.gradcheck(function, inputs)
-    assert torch.autograd.gradgradcheck(function, inputs)
-    assert torch.autograd.gradcheck(function, inputs[:3])
-    frozen = tuple(t.detach() if i in (1, 2) else t for i, t in enumerate(inputs))
-    assert torch.autograd.gradcheck(function, frozen)
+    op = WITH_GRADIENTS[name]
+    inputs = op.make(torch.float64, True)
+    assert torch.autograd.gradcheck(op.function, inputs)
+    assert torch.autograd.gradgradcheck(op.function, inputs)
+    assert torch.autograd.gradcheck(op.function, op.required(inputs))
+    # only some gradients asked for, each alone and all but each
+    for i in range(len(inputs)):
+        alone = tuple(t if j == i else t.detach() for j, t in enumerate(inputs))
+        assert torch.autograd.gradcheck(op.function, alone)
+    frozen = tuple(t.detach() if i in op.frozen else t for i, t in enumerate(inputs))
+    assert torch.autograd.gradcheck(op.function, frozen)
+
+
+def test_group_gradients_of_unused_outputs():
+    x, v, u, w, t = (random(s, torch.float64).requires_grad_() for s in ((3, 9), (4, 9), (7, 4), (2, 9), (5, 2)))
+    used, _ = low_rank_linear_group(x, [v, w], [u, t])
+    grads = torch.autograd.grad(used.sum(), (x, v, u, w, t), allow_unused=True)
+    expected = torch.autograd.grad(low_rank_linear(x, v, u).sum(), (x, v, u))
+    for a, e in zip(grads, expected, strict=False):
+        torch.testing.assert_close(a, e)
+    assert grads[3:] == (None, None)
 
 
 @needs_cpp
 @pytest.mark.parametrize("name", OPS)
 def test_gradients_with_the_cpp_forward(name):
     """The backward pass recomputes from the inputs, so that it must not depend on who computed the forward pass."""
-    _, function, make = OPS[name]
-    inputs = make(torch.float32, True)
+    op = OPS[name]
+    function, inputs = op.function, op.make(torch.float32, True)
     with taco_kernels.use_backend("cpp"):
         actual = torch.autograd.grad(function(*inputs).square().sum(), inputs)
     wide = tuple(t.detach().double().requires_grad_() for t in inputs)
@@ -69,28 +147,28 @@ def test_gradients_with_the_cpp_forward(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", WITH_GRADIENTS)
 def test_half_precision_gradients(name, dtype):
-    _, function, make = OPS[name]
-    inputs = make(dtype, True)
-    reference = low_rank_linear_reference if name == "linear" else low_rank_bridge_reference
+    op = WITH_GRADIENTS[name]
+    function, inputs = op.function, op.make(dtype, True)
     wide = tuple(t.detach().double().requires_grad_() for t in inputs)
     weight = random(function(*inputs).shape, dtype)
     actual = torch.autograd.grad(function(*inputs), inputs, weight)
-    exact = torch.autograd.grad(reference(*wide), wide, weight.double())
+    exact = torch.autograd.grad(op.reference(*wide), wide, weight.double())
     for a, e in zip(actual, exact, strict=True):
         assert a.dtype == dtype
         # two products with a rounded intermediate: a few units of the largest entry
-        assert (a.double() - e).abs().max() <= 8 * torch.finfo(dtype).eps * e.abs().max()
+        assert (a.double() - e).abs().max() <= op.roundings * torch.finfo(dtype).eps * e.abs().max()
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_compiles_whole_forward_and_backward(name):
-    _, function, make = OPS[name]
+    op = OPS[name]
+    function = op.function
     torch.compiler.reset()
     compiled = torch.compile(lambda *a: function(*a).square(), fullgraph=True)
     for lead in ((2, 3), (5, 3), (1, 1)):
-        inputs = make(torch.float64, True, lead)
+        inputs = op.make(torch.float64, True, lead)
         eager = function(*inputs).square()
         torch.testing.assert_close(compiled(*inputs), eager)
         expected = torch.autograd.grad(eager.sum(), inputs)
@@ -105,59 +183,68 @@ def test_compiles_whole_forward_and_backward(name):
 
 @pytest.mark.parametrize("name", OPS)
 def test_exports(name):
-    op, function, make = OPS[name]
+    op = OPS[name]
+    x, *factors = op.required(op.make(torch.float32))
 
     class Module(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.v, self.u = (torch.nn.Parameter(t) for t in make(torch.float32)[1:3])
+            kept = [t for t in factors if t is not None]
+            self.factors = torch.nn.ParameterList(torch.nn.Parameter(t) for t in kept)
 
         def forward(self, x):
-            return function(x, self.v, self.u)
+            kept = iter(self.factors)
+            return op.function(x, *(None if t is None else next(kept) for t in factors))
 
-    module, x = Module(), make(torch.float32)[0]
+    module = Module()
     program = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
-    assert any(node.target == op for node in program.graph.nodes)
-    longer = make(torch.float32, lead=(6, 3))[0]
+    assert any(node.target == op.overload for node in program.graph.nodes)
+    longer = op.make(torch.float32, lead=(6, 3))[0]
     torch.testing.assert_close(program.module()(longer), module(longer))
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_grad_modes(name):
-    op, function, make = OPS[name]
-    inputs = make(torch.float32, True)
+    op = OPS[name]
+    function, inputs = op.function, op.make(torch.float32, True)
+
+    def raw():
+        result = op.overload(*op.arguments(*inputs))
+        return result[0] if isinstance(result, (list, tuple)) else result
+
     assert function(*inputs).grad_fn is not None
-    assert op(*inputs).grad_fn is not None
+    assert raw().grad_fn is not None
     with torch.no_grad():
         assert not function(*inputs).requires_grad
-        assert not op(*inputs).requires_grad
+        assert not raw().requires_grad
     with torch.inference_mode():
         assert function(*inputs).is_inference()
     assert not function(*(t.detach() for t in inputs)).requires_grad
     only_bias = [t.detach() for t in inputs]
-    only_bias[3].requires_grad_()
-    (grad,) = torch.autograd.grad(function(*only_bias).sum(), only_bias[3])
+    only_bias[op.bias].requires_grad_()
+    (grad,) = torch.autograd.grad(function(*only_bias).sum(), only_bias[op.bias])
     torch.testing.assert_close(grad, torch.full_like(grad, 6.0))
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_func_transforms(name):
-    _, function, make = OPS[name]
-    x, v, u = make(torch.float64)[:3]
+    op = OPS[name]
+    tensors = op.required(op.make(torch.float64))
+    places = tuple(i for i, t in enumerate(tensors) if t is not None)
 
-    def loss(x, v, u):
-        return function(x, v, u).square().sum()
+    def loss(*tensors):
+        return op.function(*tensors).square().sum()
 
-    actual = torch.func.grad(loss, argnums=(0, 1, 2))(x, v, u)
-    leaves = tuple(t.clone().requires_grad_() for t in (x, v, u))
-    for a, e in zip(actual, torch.autograd.grad(loss(*leaves), leaves), strict=True):
+    actual = torch.func.grad(loss, argnums=places)(*tensors)
+    leaves = tuple(None if t is None else t.clone().requires_grad_() for t in tensors)
+    for a, e in zip(actual, torch.autograd.grad(loss(*leaves), [leaves[i] for i in places]), strict=True):
         torch.testing.assert_close(a, e)
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_autocast_casts_as_linear_does(name):
-    _, function, make = OPS[name]
-    inputs = make(torch.float32, True)
+    op = OPS[name]
+    function, inputs = op.function, op.make(torch.float32, True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = function(*inputs)
     assert y.dtype == torch.bfloat16

@@ -1,0 +1,206 @@
+"""``low_rank_linear_group``: several factorised linears of one input (q, k and v; gate and up) as one op.
+
+Read top to bottom: reference -> calls into the backends -> registered op, fake, autograd -> public function.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from taco_kernels import dispatch
+from taco_kernels._factored import complain, fits, gradients, rows_2d
+from taco_kernels._library import any_autocast, apply_function, below_autograd, library, needs_grad, register_autocast
+from taco_kernels.low_rank_linear import BACKENDS as MEMBER_BACKENDS
+from taco_kernels.low_rank_linear import low_rank_linear_reference
+
+__all__ = ["low_rank_linear_group", "low_rank_linear_group_reference"]
+
+
+# --- reference -------------------------------------------------------------------------------------------------------
+
+
+def low_rank_linear_group_reference(
+    x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """The specification: each member is :func:`low_rank_linear_reference` of the same ``x``."""
+    return [low_rank_linear_reference(x, *member) for member in zip(vs, us, biases, strict=True)]
+
+
+# --- backends --------------------------------------------------------------------------------------------------------
+
+_Backend = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], Sequence["Tensor | None"]], list[Tensor]]
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor | None:
+    """The matrix that ``parts`` are consecutive slices of rows of, as a view; None where they are no such thing."""
+    first = parts[0]
+    stride, width = first.stride(0), first.shape[1]
+    if first.stride(1) != 1 or not stride:
+        return None
+    expected = first.data_ptr()
+    storage = first.untyped_storage().data_ptr()
+    for part in parts:
+        if (
+            part.stride() != (stride, 1)
+            or part.data_ptr() != expected
+            or part.untyped_storage().data_ptr() != storage
+            or not part.shape[0]
+        ):
+            return None
+        expected += part.shape[0] * stride * part.element_size()
+    return first.as_strided((sum(part.shape[0] for part in parts), width), (stride, 1))
+
+
+def _library(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    rows = rows_2d(x)
+    # One first product for all members costs one launch and one pass over x instead of several; gluing the factors
+    # together for it at every call would cost more than it saves, so that is left to whoever keeps them.
+    together = joined(vs)
+    if together is None:
+        middles = [F.linear(rows, v) for v in vs]
+    else:
+        middles = list(F.linear(rows, together).split([v.shape[0] for v in vs], dim=1))
+    return [
+        F.linear(middle, u, bias).view(*x.shape[:-1], u.shape[0])
+        for middle, u, bias in zip(middles, us, biases, strict=True)
+    ]
+
+
+def _one_by_one(
+    backend: str, x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> list[Tensor]:
+    return [MEMBER_BACKENDS[backend](x, *member, None) for member in zip(vs, us, biases, strict=True)]
+
+
+BACKENDS: dict[str, _Backend] = {
+    "reference": low_rank_linear_group_reference,
+    "library": _library,
+    "cpp": functools.partial(_one_by_one, "cpp"),
+    "triton": functools.partial(_one_by_one, "triton"),
+    "cuda": functools.partial(_one_by_one, "cuda"),
+}
+
+
+def _check(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
+    if not (len(vs) == len(us) == len(biases) > 0):
+        raise ValueError(
+            f"low_rank_linear_group: {len(vs)} vs, {len(us)} us and {len(biases)} biases; "
+            "there must be equally many, and at least one"
+        )
+    for i, (v, u, bias) in enumerate(zip(vs, us, biases, strict=True)):
+        if not fits(x, v, u, bias):
+            complain("low_rank_linear_group", x, v, u, bias, names=(f"vs[{i}]", f"us[{i}]", f"biases[{i}]"))
+
+
+# --- registered op, fake, autograd -----------------------------------------------------------------------------------
+
+library.define("low_rank_linear_group(Tensor x, Tensor[] vs, Tensor[] us, Tensor?[] biases) -> Tensor[]")
+_op = torch.ops.taco_kernels.low_rank_linear_group.default
+
+
+def _compute(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    _check(x, vs, us, biases)
+    width = x.shape[-1]
+    rows = x.numel() // width if width else x.shape[:-1].numel()
+    return BACKENDS[dispatch.choose(x.device.type, x.dtype, rows)](x, vs, us, biases)
+
+
+library.impl("low_rank_linear_group", _compute, "CPU")
+library.impl("low_rank_linear_group", _compute, "CUDA")
+
+
+@torch.library.register_fake("taco_kernels::low_rank_linear_group", lib=library)
+def _fake(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    _check(x, vs, us, biases)
+    return [x.new_empty((*x.shape[:-1], u.shape[0])) for u in us]
+
+
+class _LowRankLinearGroup(torch.autograd.Function):
+    """Saves only the op's inputs. Arguments are flat (x, all vs, all us, all biases): autograd sees tensors only."""
+
+    @staticmethod
+    def forward(x: Tensor, *flat: Tensor | None) -> tuple[Tensor, ...]:
+        count = len(flat) // 3
+        with below_autograd():
+            return tuple(_op(x, flat[:count], flat[count : 2 * count], flat[2 * count :]))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        # An output that nobody used must not cost three products with zeros.
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[: 1 + 2 * len(output)])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, *factors = ctx.saved_tensors
+        count = len(grads)
+        rows = rows_2d(x)
+        need_x, *needs = ctx.needs_input_grad
+        grad_x: Tensor | None = None
+        found: list[Tensor | None] = [None] * (3 * count)
+        for i, grad in enumerate(grads):
+            if grad is None:
+                continue
+            wanted = (need_x, *needs[i::count])
+            part, *found[i::count] = gradients(rows, factors[i], factors[count + i], rows_2d(grad), wanted)
+            if part is not None:
+                grad_x = part if grad_x is None else grad_x + part
+        return None if grad_x is None else grad_x.view(x.shape), *found
+
+
+def _autograd(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    if needs_grad(x, *vs, *us, *biases):
+        return list(apply_function(_LowRankLinearGroup, x, *vs, *us, *biases))
+    with below_autograd():
+        return _op(x, vs, us, biases)
+
+
+library.impl("low_rank_linear_group", _autograd, "Autograd")
+register_autocast("low_rank_linear_group", _op)
+
+
+# --- public function -------------------------------------------------------------------------------------------------
+
+
+def low_rank_linear_group(
+    x: Tensor,
+    vs: Sequence[Tensor],
+    us: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+) -> list[Tensor]:
+    """``[x @ v.T @ u.T + bias for v, u, bias in zip(vs, us, biases)]``: factorised linears that share their input.
+
+    At decode one call is one or two launches instead of two for each member, and ``x`` is read once for all.
+
+    Args:
+        x: [..., in], any strides.
+        vs: one right factor [rank_i, in] for each member; ranks may differ.
+        us: one left factor [out_i, rank_i] for each member.
+        biases: one [out_i] or None for each member; None stands for no bias anywhere.
+
+    Returns:
+        one tensor [..., out_i] for each member, contiguous, of ``x``'s dtype.
+
+    dtypes, rounding, reproducibility and errors are those of :func:`taco_kernels.low_rank_linear`; differentiable in
+    every tensor. With torch's own products the members' first products become one where ``vs`` are consecutive slices
+    of rows of one tensor (``torch.cat(vs).split(ranks)``).
+
+    Source: as :func:`taco_kernels.low_rank_linear`.
+    """
+    if biases is None:
+        biases = [None] * len(vs)
+    if torch.compiler.is_compiling():
+        return _op(x, vs, us, biases)
+    if needs_grad(x, *vs, *us, *biases):
+        # Autocast must cast before autograd records, and it sits in the op's dispatch.
+        if any_autocast():
+            return _op(x, vs, us, biases)
+        return list(apply_function(_LowRankLinearGroup, x, *vs, *us, *biases))
+    with below_autograd():
+        return _op(x, vs, us, biases)
