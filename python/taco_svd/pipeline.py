@@ -22,26 +22,20 @@ from .allocation import (
     runs,
     structure_parameters,
 )
-from .architectures import Architecture, LinearSite, dense_weight, linear_shape, slice_config
-from .attribution import SigmaGradients, top_directions
+from .architectures import Architecture, LinearSite, slice_config
 from .bridging import BridgeMoments, fit_bridge
 from .calibration import Calibration, load_calibration
 from .checkpoint import parameter_count, weight_bytes
-from .decomposition import Decomposition, damped, plain_svd, weighted_svd
+from .decomposition import damped
 from .errors import TacoError
+from .factorise import GRADIENT_DAMPING, INPUT_DAMPING, check_ranks, factorise
 from .importance import MEASURES, bypassed, rank_layers
 from .modeling import CompressedModel, as_compressed
 from .plan import METHODS, Plan
 from .progress import Progress, Silent
-from .replacement import LowRankBridge, LowRankLinear, attach_bridge, drop_layers, structural_copy
-from .statistics import SecondMoments
-from .structure import Structure
+from .replacement import LowRankBridge, attach_bridge, drop_layers, structural_copy
 from .suffix import SuffixRunner
 
-# Shrinkage of the second moments in taco mode: on classics-16l's validation text 0.1 / 0.01 was the best of
-# {0, 0.01, 0.1} x {0.01, 0.1, 0.3}, within 0.1 perplexity of each other.
-INPUT_DAMPING = 0.1
-GRADIENT_DAMPING = 0.01
 # Output gradients for bridges: one matrix of the hidden size, fewer effective samples.
 BRIDGE_GRADIENT_DAMPING = 0.1
 # Greedy removal runs the set once per candidate: a part of it orders the layers as well.
@@ -185,12 +179,9 @@ def apply_plan(
         raise TacoError(f"The plan is for a model of {plan.structure.source_layers} layers, this one has {depth}.")
     working = structural_copy(model)
     architecture = Architecture(working)
-    _check_ranks(architecture, plan.structure)
+    check_ranks(architecture, plan.structure)
     if plan.structure.low_rank:
         runner = SuffixRunner(architecture, calibration.tokens, min(plan.structure.low_rank))
-        factorise = {"svd": _factorise_plain, "paper": _factorise_paper, "taco": _factorise_weighted}.get(plan.method)
-        if factorise is None:
-            raise TacoError(f"The plan has low-rank layers, which method {plan.method!r} does not make.")
         factorise(architecture, plan, runner, progress)
     if plan.structure.bridges:
         _build_bridges(model, architecture, plan, calibration, progress)
@@ -272,94 +263,7 @@ def compress(
     return compressed, plan
 
 
-# -- the ways to factorise ------------------------------------------------------------------------------------
-
-
-def _check_ranks(architecture: Architecture, structure: Structure) -> None:
-    for layer, ranks in structure.low_rank.items():
-        for path, rank in ranks.items():
-            if path not in architecture.paths:
-                raise TacoError(f"The plan names {path!r}; this model has {', '.join(architecture.paths)}.")
-            shape = linear_shape(architecture.module(LinearSite(layer, path, "")))
-            if rank > min(shape):
-                raise TacoError(f"The plan wants rank {rank} for layer {layer}, {path}, a {shape[0]} x {shape[1]} map.")
-
-
-def _put_factors(architecture: Architecture, site: LinearSite, parts: Decomposition, directions: torch.Tensor) -> None:
-    dense = architecture.module(site)
-    weight = dense_weight(dense)
-    bias = getattr(dense, "bias", None)
-    u, v = parts.factors(directions)
-    module = LowRankLinear(
-        weight.shape[1], weight.shape[0], len(directions), bias is not None, device="meta", dtype=weight.dtype
-    ).to_empty(device=weight.device)
-    with torch.no_grad():
-        module.u.copy_(u)
-        module.v.copy_(v)
-        if module.bias is not None and isinstance(bias, torch.Tensor):
-            module.bias.copy_(bias)
-    module.train(dense.training)
-    architecture.replace(site, module)
-
-
-def _rank_of(plan: Plan, site: LinearSite) -> int:
-    return plan.structure.low_rank[site.layer][site.path]
-
-
-def _planned_sites(architecture: Architecture, plan: Plan) -> list[LinearSite]:
-    return [site for site in architecture.sites() if site.path in plan.structure.low_rank.get(site.layer, {})]
-
-
-def _factorise_plain(architecture: Architecture, plan: Plan, runner: SuffixRunner, progress: Progress) -> None:
-    """Largest singular values of each weight."""
-    sites = _planned_sites(architecture, plan)
-    with progress.step("singular value decomposition") as report:
-        for done, site in enumerate(sites):
-            parts = plain_svd(dense_weight(architecture.module(site)).detach())
-            _put_factors(architecture, site, parts, torch.arange(_rank_of(plan, site), device=parts.sigma.device))
-            report(done + 1, len(sites))
-
-
-def _factorise_paper(architecture: Architecture, plan: Plan, runner: SuffixRunner, progress: Progress) -> None:
-    """arXiv 2501.00339, algorithm 1: layers from the top down, MLP then attention, |sigma dL/dsigma|."""
-    steps = [
-        (layer, block) for layer in sorted(plan.structure.low_rank, reverse=True) for block in ("mlp", "attention")
-    ]
-    batches = len(runner.batches)
-    with progress.step("gradient attribution, layer by layer") as report:
-        for done, (layer, block) in enumerate(steps):
-            sites = [site for site in _planned_sites(architecture, plan) if (site.layer, site.block) == (layer, block)]
-            if not sites:
-                continue
-            parts = {site: plain_svd(dense_weight(architecture.module(site)).detach()) for site in sites}
-            gradients = SigmaGradients(parts)
-
-            def within(part: int, _: int, done: int = done) -> None:
-                report(done * batches + part, len(steps) * batches)
-
-            runner.backward(sites, gradients, within)
-            for site in sites:
-                directions = top_directions(gradients.importance(site), _rank_of(plan, site))
-                _put_factors(architecture, site, parts[site], directions)
-
-
-def _factorise_weighted(architecture: Architecture, plan: Plan, runner: SuffixRunner, progress: Progress) -> None:
-    """Truncation in the K-FAC metric: one backward pass for the statistics of every module of every layer."""
-    sites = _planned_sites(architecture, plan)
-    moments = SecondMoments()
-    with progress.step("activation and gradient statistics") as report:
-        runner.backward(sites, moments, report)
-    input_damping = float(plan.options.get("input_damping", INPUT_DAMPING))
-    gradient_damping = float(plan.options.get("gradient_damping", GRADIENT_DAMPING))
-    with progress.step("weighted singular value decomposition") as report:
-        for done, site in enumerate(sites):
-            parts = weighted_svd(
-                dense_weight(architecture.module(site)).detach(),
-                damped(moments.inputs(site), input_damping),
-                damped(moments.gradients(site), gradient_damping),
-            )
-            _put_factors(architecture, site, parts, torch.arange(_rank_of(plan, site), device=parts.sigma.device))
-            report(done + 1, len(sites))
+# -- bridges -------------------------------------------------------------------------------------------------
 
 
 def _build_bridges(
