@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .cli_eval import evaluate
+from .cli_eval import perplexity_of as _perplexity
+from .cli_eval import text_tokens as _text_tokens
+from .cli_shared import Bars, DeviceOption, DtypeOption, JsonOption, ModelArgument, SeedOption
+from .cli_shared import load as _load
+from .cli_shared import out_console as _out
+from .cli_shared import print_json as _print_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from .evaluation import Perplexity
-    from .progress import Report
+    from transformers import PreTrainedModel
 
 app = typer.Typer(
     name="taco-svd",
@@ -31,59 +29,6 @@ app = typer.Typer(
     "taco-svd eval DIR --text FILE.txt and taco-svd bench DIR. "
     "Without MODEL, the small model inside the package is used.",
 )
-errors = Console(stderr=True)
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables; no progress bars.")]
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
-DtypeOption = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
-ModelArgument = Annotated[str | None, typer.Argument(help="Model directory or hub name; default: the demo model.")]
-
-
-class Bars:
-    """Progress bars with an ETA on stderr; nothing when quiet."""
-
-    def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet or not errors.is_terminal
-
-    @contextmanager
-    def step(self, title: str) -> Iterator[Report]:
-        if self.quiet:
-            yield lambda done, total: None
-            return
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-        with Progress(*columns, TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=errors) as bars:
-            task = bars.add_task(title, total=None)
-            yield lambda done, total: bars.update(task, completed=done, total=total)
-
-
-def _quiet_libraries() -> None:
-    import transformers
-    from transformers.utils import logging as transformers_logging
-
-    transformers.logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
-
-
-def _load(name: str | None, dtype: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    from .checkpoint import DEFAULT_MODEL, load_model
-    from .errors import TacoError
-
-    _quiet_libraries()
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise TacoError(f"--dtype must be auto, float32, bfloat16 or float16, got {dtype!r}.")
-    return load_model(name or DEFAULT_MODEL, dtype, device)
-
-
-def _print_json(values: Any) -> None:
-    print(json.dumps(values, indent=2, default=str))
-
-
-def _out() -> Console:
-    # wide enough for the tables when the output is a file or a pipe
-    return Console() if sys.stdout.isatty() else Console(width=140)
 
 
 @app.command()
@@ -159,72 +104,7 @@ def compress(
         _out().print(f"Saved to {out}. Load it: import taco_svd; AutoModelForCausalLM.from_pretrained({str(out)!r})")
 
 
-def _text_tokens(
-    text: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, bars: Bars, seed: int
-) -> tuple[Any, str]:
-    """Tokens of a text to evaluate on, and what to call it."""
-    from .calibration import (
-        NAMED_TEST_CORPORA,
-        check_vocabulary,
-        context_length,
-        corpus_text,
-        read_text,
-        sample_from_model,
-        tokenize,
-    )
-    from .errors import TacoError
-
-    if text == "self":
-        # another seed than calibration's: text that calibration never saw
-        with bars.step("text that the dense model writes") as report:
-            windows = sample_from_model(model, 64, min(context_length(model), 512), seed + 1_000_003, progress=report)
-        return windows.flatten(), "self"
-    raw = corpus_text(text, test=True) if text in NAMED_TEST_CORPORA else read_text(text)
-    if tokenizer is None:
-        raise TacoError("The model has no tokenizer; a text cannot be evaluated.")
-    check_vocabulary(tokenizer, model)
-    return tokenize(raw, tokenizer), text if text in NAMED_TEST_CORPORA else Path(text).name
-
-
-def _perplexity(model: PreTrainedModel, tokens: Any, bars: Bars, title: str, **options: Any) -> Perplexity:
-    from .evaluation import perplexity
-
-    with bars.step(title) as report:
-        return perplexity(model, tokens, progress=report, **options)
-
-
-@app.command("eval")
-def evaluate(
-    model: ModelArgument = None,
-    text: Annotated[str, typer.Option(help="FILE.txt, wikitext2, c4, or self (text this model writes).")] = "wikitext2",
-    window: Annotated[int | None, typer.Option(help="Tokens per window; default: the context, at most 2048.")] = None,
-    stride: Annotated[
-        int | None, typer.Option(help="Tokens between window starts; default: the window (no overlap).")
-    ] = None,
-    max_windows: Annotated[int | None, typer.Option(help="At most this many windows, spread over the text.")] = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "cpu",
-    seed: SeedOption = 0,
-    as_json: JsonOption = False,
-) -> None:
-    """Perplexity of a dense or compressed model on a text, with its standard error.
-
-    Example: taco-svd eval small --text book.txt --window 512 --stride 256
-    """
-    bars = Bars(as_json)
-    from .evaluation import resolve_windows
-
-    loaded, tokenizer = _load(model, dtype, device)
-    window, stride = resolve_windows(loaded, window, stride)
-    tokens, name = _text_tokens(text, loaded, tokenizer, bars, seed)
-    score = _perplexity(loaded, tokens, bars, "perplexity", window=window, stride=stride, max_windows=max_windows)
-    if as_json:
-        _print_json({"model": model, "text": name, **score.to_dict()})
-    else:
-        _out().print(
-            f"perplexity {score.perplexity:.3f} ± {score.standard_error:.3f} on {name}: {score.tokens:,} tokens in "
-            f"{score.windows} windows of {score.window}, stride {score.stride}"
-        )
+app.command("eval")(evaluate)
 
 
 @app.command()

@@ -1,0 +1,74 @@
+"""What all commands share: options, progress bars, loading, printing."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .progress import Report
+
+errors = Console(stderr=True)
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables; no progress bars.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
+DtypeOption = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
+ModelArgument = Annotated[str | None, typer.Argument(help="Model directory or hub name; default: the demo model.")]
+
+
+class Bars:
+    """Progress bars with an ETA on stderr; nothing when quiet."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet or not errors.is_terminal
+
+    @contextmanager
+    def step(self, title: str) -> Iterator[Report]:
+        if self.quiet:
+            yield lambda done, total: None
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+        with Progress(*columns, TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=errors) as bars:
+            task = bars.add_task(title, total=None)
+            yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def _quiet_libraries() -> None:
+    import transformers
+    from transformers.utils import logging as transformers_logging
+
+    transformers.logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+
+
+def load(name: str | None, dtype: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    from .checkpoint import DEFAULT_MODEL, load_model
+    from .errors import TacoError
+
+    _quiet_libraries()
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise TacoError(f"--dtype must be auto, float32, bfloat16 or float16, got {dtype!r}.")
+    return load_model(name or DEFAULT_MODEL, dtype, device)
+
+
+def print_json(values: Any) -> None:
+    print(json.dumps(values, indent=2, default=str))
+
+
+def out_console() -> Console:
+    # wide enough for the tables when the output is a file or a pipe
+    return Console() if sys.stdout.isatty() else Console(width=140)
