@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/sketch.h"
 #include "cpu/taco_cpu.h"
 #ifdef TACO_WITH_CUDA
 #include "cuda/taco_cuda.h"
@@ -47,6 +48,16 @@ void cpu_low_rank_bridge(std::uintptr_t h, std::int64_t h_stride, std::uintptr_t
                                   true, eps};
   py::gil_scoped_release released;
   taco::low_rank(args, threads);
+}
+
+void cpu_sketch(std::uintptr_t out, std::int64_t out_stride, std::int64_t first_row, std::int64_t rows,
+                std::int64_t first_column, std::int64_t columns, std::uint64_t seed, int dtype, int threads) {
+  const taco::Dtype kind = dtype_of(dtype);
+  if (kind == taco::Dtype::kF16) throw py::value_error("the sketch is written as float32 or bfloat16");
+  if (first_column % taco::kSketchBlock) throw py::value_error("first_column must be a multiple of the sketch's block");
+  py::gil_scoped_release released;
+  taco::sketch({pointer<void>(out), out_stride, first_row, rows, first_column, columns, seed,
+                kind == taco::Dtype::kBF16}, threads);
 }
 
 #ifdef TACO_WITH_CUDA
@@ -115,6 +126,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("cpu_low_rank_linear", &cpu_low_rank_linear, "y = (x v^T) u^T + bias + residual");
   m.def("cpu_low_rank_bridge", &cpu_low_rank_bridge, "y = h + (rmsnorm(h) v^T) u^T + bias");
+  m.def("cpu_sketch", &cpu_sketch, "rows of the randomized SVD's test matrix, out of Philox");
   m.def("cpu_isas", &taco::cpu_isas, "instruction sets usable here, best first");
   m.def("compiled_cpu_isas", &taco::compiled_cpu_isas, "instruction sets in this binary, best first");
   m.def("cpu_isa", &taco::cpu_isa, "the instruction set in use");

@@ -39,6 +39,18 @@ def cpu_low_rank_bridge(
     threads: int,
     /,
 ) -> None: ...
+def cpu_sketch(
+    out: int,
+    out_stride: int,
+    first_row: int,
+    rows: int,
+    first_column: int,
+    columns: int,
+    seed: int,
+    dtype: int,
+    threads: int,
+    /,
+) -> None: ...
 def cpu_isas() -> list[str]: ...
 def compiled_cpu_isas() -> list[str]: ...
 def cpu_isa() -> str: ...
