@@ -7,7 +7,7 @@ from torch import Tensor
 
 from taco_kernels._library import FLOATS
 
-__all__ = ["complain", "factors_fit", "fits", "gradients", "rows_2d"]
+__all__ = ["complain", "factors_fit", "fits", "gradients", "rows_2d", "turned"]
 
 
 def fits(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None) -> bool:
@@ -77,6 +77,11 @@ def complain(
         raise ValueError(f"{op}: {bias_name} {tuple(bias.shape)} must be [{out_name}] = ({u.shape[0]},)")
 
 
+def turned(factor: Tensor) -> bool:
+    """Whether ``factor`` is a transposed view: its columns, not its rows, lie in one piece."""
+    return factor.stride(1) != 1 and factor.stride(0) == 1
+
+
 def rows_2d(x: Tensor) -> Tensor:
     """x [..., width] as [rows, width]; right for empty dimensions too, where -1 would be ambiguous."""
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
@@ -92,10 +97,14 @@ def gradients(
     """
     need_x, need_v, need_u, need_bias = needs
     grad_x = grad_v = grad_u = None
-    if need_x or need_v:
+    if need_v:
         grad_t = grad_rows @ u
         grad_x = grad_t @ v if need_x else None
-        grad_v = grad_t.T @ x_rows if need_v else None
+        grad_v = grad_t.T @ x_rows
+    elif need_x:
+        # Towards x alone nobody else needs the rank-sized intermediate, and the gradient is a factorised linear
+        # itself, with the factors' transposes in each other's place.
+        grad_x = torch.ops.taco_kernels.low_rank_linear.default(grad_rows, u.T, v.T)
     if need_u:
         grad_u = grad_rows.T @ (x_rows @ v.T)
     return grad_x, grad_v, grad_u, grad_rows.sum(0) if need_bias else None

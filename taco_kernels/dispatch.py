@@ -137,8 +137,11 @@ def use_backend(name: str | None) -> Iterator[None]:
         globals()["_forced"] = before
 
 
-def choose(device_type: str, dtype: torch.dtype, rows: int) -> str:
+def choose(device_type: str, dtype: torch.dtype, rows: int, turned: bool = False) -> str:
     """The backend for one call: ``rows`` vectors of ``dtype`` on ``device_type``.
+
+    ``turned`` says that a factor is a transposed view (as in a gradient): the C++ and CUDA kernels would have to copy
+    it, which costs more than they save.
 
     Raises ``RuntimeError`` when a backend is forced that cannot serve the call.
     """
@@ -152,9 +155,9 @@ def choose(device_type: str, dtype: torch.dtype, rows: int) -> str:
     if dtype not in CPP_DTYPES:
         return "reference"
     if device_type == "cpu":
-        return "cpp" if rows <= CPU_MAX_ROWS[dtype] and native.module is not None else "library"
+        return "cpp" if not turned and rows <= CPU_MAX_ROWS[dtype] and native.module is not None else "library"
     if device_type == "cuda":
-        if rows <= CUDA_MAX_ROWS and not why_not("cuda", "cuda"):
+        if not turned and rows <= CUDA_MAX_ROWS and not why_not("cuda", "cuda"):
             return "cuda"
         if rows <= TRITON_MAX_ROWS and not why_not("triton", "cuda"):
             return "triton"

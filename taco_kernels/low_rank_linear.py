@@ -14,7 +14,7 @@ from torch import Tensor
 
 from taco_kernels import dispatch, native
 from taco_kernels._cuda import low_rank as _cuda_call
-from taco_kernels._factored import complain, fits, gradients, rows_2d
+from taco_kernels._factored import complain, fits, gradients, rows_2d, turned
 from taco_kernels._library import (
     any_autocast,
     apply_function,
@@ -141,7 +141,8 @@ def _compute(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, residu
     _check(x, v, u, bias, residual)
     width = x.shape[-1]
     rows = x.numel() // width if width else x.shape[:-1].numel()
-    return BACKENDS[dispatch.choose(x.device.type, x.dtype, rows)](x, v, u, bias, residual)
+    backend = dispatch.choose(x.device.type, x.dtype, rows, turned(v) or turned(u))
+    return BACKENDS[backend](x, v, u, bias, residual)
 
 
 library.impl("low_rank_linear", _compute, "CPU")

@@ -78,11 +78,18 @@ def _one_by_one(
     return [MEMBER_BACKENDS[backend](x, *member, None) for member in zip(vs, us, biases, strict=True)]
 
 
+def _triton(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    # Imported here because triton takes a second to import and CPU users never need it.
+    from taco_kernels.triton_kernels.low_rank_linear_group import low_rank_linear_group as kernel
+
+    return [y.view(*x.shape[:-1], y.shape[1]) for y in kernel(rows_2d(x), vs, us, biases)]
+
+
 BACKENDS: dict[str, _Backend] = {
     "reference": low_rank_linear_group_reference,
     "library": _library,
     "cpp": functools.partial(_one_by_one, "cpp"),
-    "triton": functools.partial(_one_by_one, "triton"),
+    "triton": _triton,
     "cuda": functools.partial(_one_by_one, "cuda"),
 }
 

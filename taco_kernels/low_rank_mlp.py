@@ -86,6 +86,13 @@ def _composed(two: Callable[..., list[Tensor]], one: Callable[..., Tensor], x: T
     return one(ACTIVATIONS[act](opened).mul_(raised), *down, None)
 
 
+def _triton(x: Tensor, gate: Projection, up: Projection, down: Projection, act: str) -> Tensor:
+    # Imported here because triton takes a second to import and CPU users never need it.
+    from taco_kernels.triton_kernels.low_rank_mlp import low_rank_mlp as kernel
+
+    return kernel(rows_2d(x), gate, up, down, act).view(*x.shape[:-1], down[1].shape[0])
+
+
 _BACKENDS: dict[str, Callable[[Tensor, Projection, Projection, Projection, str], Tensor]] = {
     "reference": low_rank_mlp_reference,
     **{name: functools.partial(_composed, GROUP[name], LINEAR[name]) for name in ("library", "cpp", "triton", "cuda")},

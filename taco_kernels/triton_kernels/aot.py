@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .config import Config
-from .launch import FP_FUSION, Launch, launches
+from .launch import FP_FUSION, Launch, Member, launches
 
 _POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 # Shared memory one block may have, in bytes (CUDA C++ programming guide, table of compute capabilities).
@@ -45,30 +45,32 @@ class Compiled:
     sass: str
 
 
-def _signature(
-    launch: Launch,
-) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
+def _signature(launch: Launch) -> tuple[dict[str, Any], dict[Any, Any], dict[tuple[int, ...], list[list[Any]]]]:
     """Types, constants and alignment of the arguments, specialised the way Triton's run time would."""
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = dict(launch.constants)
-    attributes: dict[tuple[int], list[list[Any]]] = {}
+    constants: dict[Any, Any] = dict(launch.constants)
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     fixed = set(launch.kernel.do_not_specialize or ())
-    names = launch.kernel.arg_names
-    for position, (name, value) in enumerate(zip(names, launch.args, strict=False)):
+
+    def describe(name: str, value: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(value, tuple):
+            return tuple(describe(name, item, (*path, i)) for i, item in enumerate(value))
         if isinstance(value, torch.Tensor):
-            signature[name] = _POINTERS[value.dtype]
-            aligned = (value.storage_offset() * value.element_size()) % 16 == 0
+            kind, aligned = _POINTERS[value.dtype], (value.storage_offset() * value.element_size()) % 16 == 0
         elif isinstance(value, float):
-            signature[name], aligned = "fp32", False
+            kind, aligned = "fp32", False
         elif value == 1 and name not in fixed:
-            signature[name], aligned = "constexpr", False
-            constants[name] = 1
+            kind, aligned = "constexpr", False
+            constants[name if len(path) == 1 else path] = 1
         else:
-            signature[name], aligned = "i32", value % 16 == 0 and name not in fixed
+            kind, aligned = "i32", value % 16 == 0 and name not in fixed
         if aligned:
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    for name in launch.constants:
-        signature[name] = "constexpr"
+            attributes[path] = [["tt.divisibility", 16]]
+        return kind
+
+    names = launch.kernel.arg_names
+    given = zip(names, launch.args, strict=False)
+    signature = {name: describe(name, value, (position,)) for position, (name, value) in enumerate(given)}
+    signature |= dict.fromkeys(launch.constants, "constexpr")
     return {name: signature[name] for name in names}, constants, attributes
 
 
@@ -131,15 +133,27 @@ def call_launches(
     config: Config,
     *,
     bridge: bool = False,
+    members: int = 1,
+    act: str | None = None,
+    transposed: bool = False,
 ) -> list[Launch]:
     """The launches of a call on contiguous tensors of these sizes, with bias and residual, without data.
 
-    ``bridge`` makes it a ``low_rank_bridge`` (then ``in_size`` must equal ``out_size``).
+    ``bridge`` makes it a ``low_rank_bridge`` (then ``in_size`` must equal ``out_size``), ``members`` a group of alike
+    linears, ``act`` the gated form of two, ``transposed`` a product with factors that are stored the other way round
+    (the gradient towards x).
     """
+
+    def empty(rows: int, columns: int) -> torch.Tensor:
+        if transposed:
+            return torch.empty((columns, rows), dtype=dtype, device="meta").T
+        return torch.empty((rows, columns), dtype=dtype, device="meta")
+
     x = torch.empty((rows, in_size), dtype=dtype, device="meta")
-    v = torch.empty((rank, in_size), dtype=dtype, device="meta")
-    u = torch.empty((out_size, rank), dtype=dtype, device="meta")
-    bias = torch.empty(out_size, dtype=dtype, device="meta")
-    y = torch.empty((rows, out_size), dtype=dtype, device="meta")
-    residual = x if bridge else torch.empty_like(y)
-    return launches(x, v, u, bias, residual, y, 1e-6 if bridge else None, config)
+    ys = [torch.empty((rows, out_size), dtype=dtype, device="meta") for _ in range(members)]
+    parts = [
+        Member(empty(rank, in_size), empty(out_size, rank), torch.empty(out_size, dtype=dtype, device="meta"), y)
+        for y in (ys if act is None else [ys[0]] * members)
+    ]
+    residual = None if members > 1 else x if bridge else torch.empty_like(ys[0])
+    return launches(x, parts, residual, 1e-6 if bridge else None, config, act, 132)

@@ -31,7 +31,8 @@ class Config:
     second kernel), ``gemm`` (two products, an extra ``combine`` launch where ``split > 1``), ``fused`` (one launch).
     ``block_m`` rows, ``block_r`` ranks, ``block_k`` steps along ``in`` and ``split`` slices of it for the first
     product; ``block_n`` outputs and ``block_k2`` steps along the rank for the second. ``out_split`` is the number of
-    slices of ``out`` of the fused kernel, which uses ``warps`` and ``stages``.
+    slices of ``out`` of the fused kernel, which uses ``warps`` and ``stages``. ``persistent`` programs per
+    multiprocessor take the tiles of ``split`` and ``gemm`` in turn; 0 is one program for each tile.
     """
 
     path: str
@@ -46,6 +47,7 @@ class Config:
     warps2: int
     stages2: int
     out_split: int = 1
+    persistent: int = 0
 
     def __post_init__(self) -> None:
         if self.path not in PATHS:
@@ -82,10 +84,12 @@ def default_config(
     rank: int,
     element_size: int,
     processors: int,
+    gated: bool = False,
 ) -> Config:
     """A configuration that compiles, fits and fills the chip on any GPU; chosen by counting, not by measuring.
 
-    ``element_size`` is 2 (float16, bfloat16) or 4 (float32), ``processors`` the number of multiprocessors.
+    ``element_size`` is 2 (float16, bfloat16) or 4 (float32), ``processors`` the number of multiprocessors. For several
+    members ``out_size`` and ``rank`` are their sums. ``gated`` is the form of two members and one result.
     """
     half = element_size == 2
     if rows <= 1:
@@ -102,7 +106,7 @@ def default_config(
         # memory); more of them are worth a launch of their own.
         path = "split" if split <= 8 else "gemm"
         return Config(path, 16, block_r, block_k, split, 4, 3, 32, 64 if half else 32, 4, 3)
-    if half and rank <= 128 and math.ceil(rows / 64) >= processors // 2:
+    if half and not gated and rank <= 128 and math.ceil(rows / 64) >= processors // 2:
         # One block of 64 rows per multiprocessor; two tiles of 64 x 64 and 128 x 64 in flight fit any GPU.
         block_r = _power_of_two(rank, 16, 128)
         out_split = max(1, processors // math.ceil(rows / 64))
@@ -126,7 +130,8 @@ def default_config(
         split,
         warps,
         3,
-        128 if half else 64,
+        # Two accumulators side by side in the gated form.
+        (128 if half else 64) // (2 if gated else 1),
         block_k,
         warps2,
         3,
@@ -188,7 +193,8 @@ def config_for(
         distance, config = min(near, key=lambda item: item[0])
         if distance <= NEAR:
             return config
-    return default_config(rows, in_size, out_size, rank, 4 if dtype == "float32" else 2, processors)
+    element_size = 4 if dtype == "float32" else 2
+    return default_config(rows, in_size, out_size, rank, element_size, processors, op == "low_rank_mlp")
 
 
 def as_entry(op: str, dtype: str, shape: tuple[int, int, int], rows: int, config: Config) -> dict[str, Any]:

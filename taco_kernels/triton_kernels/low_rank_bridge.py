@@ -21,4 +21,4 @@ def low_rank_bridge(
     ``low_rank_linear``. The norm is never materialised: its scale is one number per row and multiplies the
     rank-sized intermediate, while the sum of squares comes from the pass over h that the first product makes anyway.
     """
-    return low_rank("low_rank_bridge", h2d, v, u, bias, h2d, eps, config)
+    return low_rank("low_rank_bridge", h2d, [(v, u, bias)], h2d, eps, config)[0]

@@ -22,4 +22,4 @@ def low_rank_linear(
     Up to 16 rows the rank-sized intermediate is float32; above, it is rounded to the dtype once, as two library
     calls would do. Raises TypeError for other dtypes and ValueError for tensors that are not on a GPU.
     """
-    return low_rank("low_rank_linear", x2d, v, u, bias, residual2d, None, config)
+    return low_rank("low_rank_linear", x2d, [(v, u, bias)], residual2d, None, config)[0]

@@ -1,5 +1,6 @@
 """Triton kernels compiled for sm_80 and sm_90 without a GPU: do they fit or spill, are the instructions those meant?"""
 
+import dataclasses
 import os
 import re
 
@@ -54,13 +55,38 @@ def _compiled(arch, dtype, rows, size, rank, bridge):
 def test_bfloat16(arch, rows, size, rank, bridge):
     config, kernels = _compiled(arch, torch.bfloat16, rows, size, rank, bridge)
     for kernel in kernels:
-        assert kernel.shared <= PORTABLE_SHARED_BYTES, f"{kernel.kernel} needs {kernel.shared} bytes"
-        assert kernel.stack <= FEW_WORDS, f"{kernel.kernel} spills {kernel.stack} bytes"
-        # The factors and activations come in 16 bytes per thread, straight to shared memory or through registers.
-        assert re.search(r"LDGSTS\S*\.128|LDG\.E\S*\.128", kernel.sass), f"{kernel.kernel} has no 16-byte loads"
-        if kernel.kernel in ("shrink", "expand", "fused"):
-            warpgroup = arch == 90 and config.block_m >= 64
-            assert ("HGMMA" if warpgroup else "HMMA") in kernel.sass, f"{kernel.kernel} misses the matrix unit"
+        _judge(kernel, config, arch)
+
+
+def _judge(kernel, config, arch):
+    assert kernel.shared <= PORTABLE_SHARED_BYTES, f"{kernel.kernel} needs {kernel.shared} bytes"
+    assert kernel.stack <= FEW_WORDS, f"{kernel.kernel} spills {kernel.stack} bytes"
+    # The factors and activations come in 16 bytes per thread, straight to shared memory or through registers.
+    assert re.search(r"LDGSTS\S*\.128|LDG\.E\S*\.128", kernel.sass), f"{kernel.kernel} has no 16-byte loads"
+    if kernel.kernel in ("shrink", "expand", "expand_gated", "fused"):
+        warpgroup = arch == 90 and config.block_m >= 64
+        assert ("HGMMA" if warpgroup else "HMMA") in kernel.sass, f"{kernel.kernel} misses the matrix unit"
+
+
+# q/k/v of one size, gate/up of an MLP, and the gradient towards the input, at decode and at prefill
+FORMS = {"group": {"members": 3}, "gated": {"members": 2, "act": "silu"}, "gradient": {"transposed": True}}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "arch, rows, rank, persistent",
+    [(80, 16, 512, 0), (80, 512, 512, 0), (90, 1, 512, 0), (90, 16, 512, 0), (90, 512, 512, 2), (90, 8192, 1024, 0)],
+)
+def test_forms_in_bfloat16(arch, rows, rank, persistent, form):
+    from taco_kernels.triton_kernels import aot
+
+    how = FORMS[form]
+    members, processors = how.get("members", 1), PROCESSORS[arch]
+    config = default_config(rows, 4096, members * 4096, members * rank, 2, processors, "act" in how)
+    config = dataclasses.replace(config, persistent=persistent)
+    calls = aot.call_launches(rows, 4096, 4096, rank, torch.bfloat16, config, **how)
+    for kernel in (aot.compile_launch(launch, arch) for launch in calls):
+        _judge(kernel, config, arch)
 
 
 @pytest.mark.parametrize("rows, size, rank", [(1, 4096, 512), (16, 4096, 512), (512, 4096, 512)])

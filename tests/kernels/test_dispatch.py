@@ -40,6 +40,7 @@ def test_choice():
     assert dispatch.choose("cpu", torch.float32, few) == native_backend
     assert dispatch.choose("cpu", torch.bfloat16, few) == native_backend
     assert dispatch.choose("cpu", torch.float32, many) == "library"
+    assert dispatch.choose("cpu", torch.float32, few, turned=True) == "library"
     assert dispatch.choose("cpu", torch.float64, few) == "reference"
     assert dispatch.choose("cuda", torch.float16, many) == "library"
 
@@ -57,6 +58,16 @@ def test_use_backend_restores(name):
     with pytest.raises(KeyError), taco_kernels.use_backend(name):
         raise KeyError
     assert taco_kernels.get_backend() is None
+
+
+def test_transposed_factors_are_recognised(monkeypatch):
+    op_file = sys.modules["taco_kernels.low_rank_linear"]
+    seen = []
+    monkeypatch.setattr(op_file.dispatch, "choose", lambda *a: seen.append(a[-1]) or "reference")
+    x, v, u = torch.ones(1, 4), torch.ones(2, 4), torch.ones(3, 2)
+    for v_, u_ in ((v, u), (v.T.contiguous().T, u), (v, u.T.contiguous().T), (torch.ones(2, 9)[:, ::2][:, :4], u)):
+        taco_kernels.low_rank_linear(x, v_, u_)
+    assert seen == [False, True, True, False]
 
 
 def test_forcing_what_is_not_there_says_why():

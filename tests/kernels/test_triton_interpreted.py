@@ -1,7 +1,8 @@
 """The Triton kernels on the CPU, through Triton's interpreter, against float64.
 
 Triton reads ``TRITON_INTERPRET`` when it is imported, so an ordinary run of this file starts one child pytest with
-the variable set, which runs the cases below; ``TRITON_INTERPRET=1 pytest`` runs them directly.
+the variable set, which runs the cases below and those of ``triton_interpreted_group.py``; ``TRITON_INTERPRET=1 pytest``
+runs them directly.
 """
 
 import importlib.metadata
@@ -46,6 +47,7 @@ if not INTERPRETED:
             "-p",
             "no:cacheprovider",
             str(Path(__file__).resolve()),
+            str(Path(__file__).resolve().with_name("triton_interpreted_group.py")),
         ]
         done = subprocess.run(
             command,
