@@ -17,7 +17,7 @@ import triton.language as tl
 
 from taco_kernels.svd.sketch import RUN
 
-from .kernels import _dot, _round
+from .device import dot, round
 from .launch import FP_FUSION, INTERPRETED, Launch, _on_device, _rows_contiguous
 
 __all__ = ["sketch_launch", "sketch_product"]
@@ -79,10 +79,10 @@ def sketch_gemm(
             if HAS_SCALE:
                 tile = tile.to(tl.float32) * tl.load(scale + columns, mask=columns < size, other=0.0)[None, :]
             if LOW:
-                tile = _round(tile.to(tl.float32), tl.bfloat16)
-                acc = _dot(omega.to(tl.bfloat16), tl.trans(tile), acc)
+                tile = round(tile.to(tl.float32), tl.bfloat16)
+                acc = dot(omega.to(tl.bfloat16), tl.trans(tile), acc)
             else:
-                acc = _dot(omega, tl.trans(tile.to(tl.float32)), acc)
+                acc = dot(omega, tl.trans(tile.to(tl.float32)), acc)
     out = y + vectors.to(tl.int64)[:, None] * n_rows + rows[None, :]
     tl.store(out, acc, mask=(vectors < n_vectors)[:, None] & (rows < n_rows)[None, :])
 
