@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cpu/sketch.h"
 #include "cpu/taco_cpu.h"
@@ -32,22 +33,55 @@ void cpu_low_rank_linear(std::uintptr_t x, std::int64_t x_stride, std::uintptr_t
                          std::uintptr_t u, std::int64_t u_stride, std::uintptr_t bias, std::uintptr_t residual,
                          std::int64_t residual_stride, std::uintptr_t y, std::int64_t rows, std::int64_t in,
                          std::int64_t rank, std::int64_t out, int dtype, int threads) {
-  const taco::LowRankArgs args = {dtype_of(dtype), pointer(x), x_stride, pointer(v), v_stride, pointer(u), u_stride,
-                                  pointer(bias), pointer(residual), residual_stride, pointer<void>(y), rows, in, rank,
-                                  out, false, 0.0f};
+  const taco::LowRankInput input = {dtype_of(dtype), pointer(x), x_stride, rows, in, false, 0.0f};
+  const taco::LowRankMap map = {pointer(v), v_stride, pointer(u), u_stride, pointer(bias), pointer<void>(y), rank, out,
+                                pointer(residual), residual_stride};
   py::gil_scoped_release released;
-  taco::low_rank(args, threads);
+  taco::low_rank(input, &map, 1, threads);
 }
 
 void cpu_low_rank_bridge(std::uintptr_t h, std::int64_t h_stride, std::uintptr_t v, std::int64_t v_stride,
                          std::uintptr_t u, std::int64_t u_stride, std::uintptr_t bias, std::uintptr_t y,
                          std::int64_t rows, std::int64_t hidden, std::int64_t rank, float eps, int dtype,
                          int threads) {
-  const taco::LowRankArgs args = {dtype_of(dtype), pointer(h), h_stride, pointer(v), v_stride, pointer(u), u_stride,
-                                  pointer(bias), pointer(h), h_stride, pointer<void>(y), rows, hidden, rank, hidden,
-                                  true, eps};
+  const taco::LowRankInput input = {dtype_of(dtype), pointer(h), h_stride, rows, hidden, true, eps};
+  const taco::LowRankMap map = {pointer(v), v_stride, pointer(u), u_stride, pointer(bias), pointer<void>(y), rank, hidden,
+                                pointer(h), h_stride};
   py::gil_scoped_release released;
-  taco::low_rank(args, threads);
+  taco::low_rank(input, &map, 1, threads);
+}
+
+// (v, v_stride, u, u_stride, bias, y, rank, out): one map of a group
+taco::LowRankMap map_of(const py::handle& numbers) {
+  const py::tuple t = py::reinterpret_borrow<py::tuple>(numbers);
+  if (!PyTuple_Check(numbers.ptr()) || t.size() != 8)
+    throw py::value_error("a map is a tuple of 8 integers: v, v_stride, u, u_stride, bias, y, rank, out");
+  const auto address = [&](int i) { return t[static_cast<py::size_t>(i)].cast<std::uintptr_t>(); };
+  const auto number = [&](int i) { return t[static_cast<py::size_t>(i)].cast<std::int64_t>(); };
+  return {pointer(address(0)), number(1), pointer(address(2)), number(3), pointer(address(4)), pointer<void>(address(5)),
+          number(6), number(7), nullptr, 0};
+}
+
+void cpu_low_rank_linear_group(std::uintptr_t x, std::int64_t x_stride, std::int64_t rows, std::int64_t in,
+                               const py::tuple& members, int dtype, int threads) {
+  const taco::LowRankInput input = {dtype_of(dtype), pointer(x), x_stride, rows, in, false, 0.0f};
+  std::vector<taco::LowRankMap> maps;
+  maps.reserve(members.size());
+  for (const py::handle& member : members) maps.push_back(map_of(member));
+  py::gil_scoped_release released;
+  taco::low_rank(input, maps.data(), static_cast<int>(maps.size()), threads);
+}
+
+void cpu_low_rank_mlp(std::uintptr_t x, std::int64_t x_stride, std::int64_t rows, std::int64_t in,
+                      const py::tuple& gate, const py::tuple& up, const py::tuple& down, int activation, int dtype,
+                      int threads) {
+  if (activation < 0 || activation > 3)
+    throw py::value_error("activation must be 0 (silu), 1 (gelu_tanh), 2 (gelu) or 3 (relu)");
+  const taco::LowRankInput input = {dtype_of(dtype), pointer(x), x_stride, rows, in, false, 0.0f};
+  const taco::LowRankMap maps[3] = {map_of(gate), map_of(up), map_of(down)};
+  if (maps[0].out != maps[1].out) throw py::value_error("gate and up must have the same number of outputs");
+  py::gil_scoped_release released;
+  taco::low_rank_mlp(input, maps[0], maps[1], maps[2], static_cast<taco::Activation>(activation), threads);
 }
 
 void cpu_sketch(std::uintptr_t out, std::int64_t out_stride, std::int64_t first_row, std::int64_t rows,
@@ -127,6 +161,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_low_rank_linear", &cpu_low_rank_linear, "y = (x v^T) u^T + bias + residual");
   m.def("cpu_low_rank_bridge", &cpu_low_rank_bridge, "y = h + (rmsnorm(h) v^T) u^T + bias");
   m.def("cpu_sketch", &cpu_sketch, "rows of the randomized SVD's test matrix, out of Philox");
+  m.def("cpu_low_rank_linear_group", &cpu_low_rank_linear_group, "several low-rank linears of one x");
+  m.def("cpu_low_rank_mlp", &cpu_low_rank_mlp, "down(act(gate(x)) * up(x)), three low-rank linears");
   m.def("cpu_isas", &taco::cpu_isas, "instruction sets usable here, best first");
   m.def("compiled_cpu_isas", &taco::compiled_cpu_isas, "instruction sets in this binary, best first");
   m.def("cpu_isa", &taco::cpu_isa, "the instruction set in use");

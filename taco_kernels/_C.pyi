@@ -51,6 +51,26 @@ def cpu_sketch(
     threads: int,
     /,
 ) -> None: ...
+
+# (v, v_stride, u, u_stride, bias or 0, y, rank, out); y is 0 for the gate and up of an MLP
+_Map = tuple[int, int, int, int, int, int, int, int]
+
+def cpu_low_rank_linear_group(
+    x: int, x_stride: int, rows: int, in_features: int, members: tuple[_Map, ...], dtype: int, threads: int, /
+) -> None: ...
+def cpu_low_rank_mlp(
+    x: int,
+    x_stride: int,
+    rows: int,
+    in_features: int,
+    gate: _Map,
+    up: _Map,
+    down: _Map,
+    activation: int,
+    dtype: int,
+    threads: int,
+    /,
+) -> None: ...
 def cpu_isas() -> list[str]: ...
 def compiled_cpu_isas() -> list[str]: ...
 def cpu_isa() -> str: ...

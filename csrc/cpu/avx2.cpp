@@ -1,7 +1,9 @@
 // AVX2 + FMA + F16C: every x86-64 server and desktop since 2013 (Haswell) and 2017 (Zen).
 #include <immintrin.h>
 
+#include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "isa.h"
 
@@ -52,13 +54,15 @@ struct Arch {
 };
 
 #include "panel.inl"
+#include "gating.inl"
 
 }  // namespace
 
 const CpuKernels kAvx2Kernels = {
     "avx2",
-    {{first_product<Converted<float>, float>, second_product<float>, sum_of_squares<float>},
-     {first_product<Converted<F16>, F16>, second_product<F16>, sum_of_squares<F16>},
-     {first_product<Converted<BF16>, BF16>, second_product<BF16>, sum_of_squares<BF16>}}};
+    0,
+    {{first_product<Converted<float>, float>, second_product<float>, sum_of_squares<float>, gating<float>},
+     {first_product<Converted<F16>, F16>, second_product<F16>, sum_of_squares<F16>, gating<F16>},
+     {first_product<Converted<BF16>, BF16>, second_product<BF16>, sum_of_squares<BF16>, gating<BF16>}}};
 
 }  // namespace taco

@@ -1,7 +1,9 @@
 // AVX-512 without bf16 instructions (Skylake-X to Ice Lake).
 #include <immintrin.h>
 
+#include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "isa.h"
 
@@ -10,13 +12,16 @@ namespace {
 
 #include "avx512.inl"
 #include "panel.inl"
+#include "staged.inl"
+#include "gating.inl"
 
 }  // namespace
 
 const CpuKernels kAvx512Kernels = {
     "avx512",
-    {{first_product<Converted<float>, float>, second_product<float>, sum_of_squares<float>},
-     {first_product<Converted<F16>, F16>, second_product<F16>, sum_of_squares<F16>},
-     {first_product<Converted<BF16>, BF16>, second_product<BF16>, sum_of_squares<BF16>}}};
+    16,
+    {{first_product<Converted<float>, float>, second_product_either<float>, sum_of_squares<float>, gating<float>},
+     {first_product<Converted<F16>, F16>, second_product_either<F16>, sum_of_squares<F16>, gating<F16>},
+     {first_product<Converted<BF16>, BF16>, second_product_either<BF16>, sum_of_squares<BF16>, gating<BF16>}}};
 
 }  // namespace taco

@@ -51,5 +51,72 @@ struct Arch {
     return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
   }
   static inline Quad reduce4(Vec a, Vec b, Vec c, Vec d) { return reduce4_256(fold(a), fold(b), fold(c), fold(d)); }
+
+  static inline Vec load16(const float* p) { return _mm512_loadu_ps(p); }
+  static inline Vec load16(const F16* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static inline Vec load16(const BF16* p) {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+  }
+  static inline void store16(float* p, Vec a) { _mm512_storeu_ps(p, a); }
+  static inline void store16(F16* p, Vec a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  static inline void store16(BF16* p, Vec a) {
+    // As quad_store does it: on the integer side, because the conversion instruction drops subnormal numbers.
+    const __m512i bits = _mm512_castps_si512(a);
+    const __m512i upper = _mm512_srli_epi32(bits, 16);
+    const __m512i odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
+    const __m512i rounded =
+        _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+    const __m512i quiet = _mm512_or_si512(upper, _mm512_set1_epi32(0x40));
+    const __m512i chosen = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), quiet);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(chosen));
+  }
+  template <class Y, class T>
+  static inline void finish16(Y* y, const float* values, float scale, const T* bias, const T* residual) {
+    Vec a = _mm512_mul_ps(_mm512_loadu_ps(values), _mm512_set1_ps(scale));
+    if (bias) a = add(a, load16(bias));
+    if (residual) a = add(a, load16(residual));
+    store16(y, a);
+  }
+
+  // rows become columns, by pairs, fours, eights and sixteens
+  static inline void transpose(Vec (&a)[16]) {
+    __m512d b[16];
+    for (int i = 0; i < 16; i += 2) {
+      b[i] = _mm512_castps_pd(_mm512_unpacklo_ps(a[i], a[i + 1]));
+      b[i + 1] = _mm512_castps_pd(_mm512_unpackhi_ps(a[i], a[i + 1]));
+    }
+    // after the next step c[4 i + j] holds column j of each 128-bit lane, of rows 4 i to 4 i + 3
+    Vec c[16];
+    for (int i = 0; i < 16; i += 4) {
+      c[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(b[i], b[i + 2]));
+      c[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(b[i], b[i + 2]));
+      c[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b[i + 1], b[i + 3]));
+      c[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b[i + 1], b[i + 3]));
+    }
+    for (int j = 0; j < 4; ++j) {
+      const Vec even_low = _mm512_shuffle_f32x4(c[j], c[j + 4], 0x88), odd_low = _mm512_shuffle_f32x4(c[j], c[j + 4], 0xdd);
+      const Vec even_high = _mm512_shuffle_f32x4(c[j + 8], c[j + 12], 0x88);
+      const Vec odd_high = _mm512_shuffle_f32x4(c[j + 8], c[j + 12], 0xdd);
+      a[j] = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
+      a[j + 8] = _mm512_shuffle_f32x4(even_low, even_high, 0xdd);
+      a[j + 4] = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
+      a[j + 12] = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
+    }
+  }
+  // `fold` neighbouring floats, repeated over the vector
+  template <int kFold>
+  static inline Vec broadcast(const float* p) {
+    if constexpr (kFold == 1) return _mm512_set1_ps(*p);
+    static_assert(kFold == 1 || kFold == 2, "one or two");
+    double two;
+    __builtin_memcpy(&two, p, 8);
+    return _mm512_castpd_ps(_mm512_set1_pd(two));
+  }
   static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 };

@@ -1,4 +1,5 @@
 // The instruction set every CPU has: plain C++, vectorised by the compiler as far as the target allows.
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -117,13 +118,15 @@ struct Arch {
 };
 
 #include "panel.inl"
+#include "gating.inl"
 
 }  // namespace
 
 const CpuKernels kBaselineKernels = {
     "baseline",
-    {{first_product<Converted<float>, float>, second_product<float>, sum_of_squares<float>},
-     {first_product<Converted<F16>, F16>, second_product<F16>, sum_of_squares<F16>},
-     {first_product<Converted<BF16>, BF16>, second_product<BF16>, sum_of_squares<BF16>}}};
+    0,
+    {{first_product<Converted<float>, float>, second_product<float>, sum_of_squares<float>, gating<float>},
+     {first_product<Converted<F16>, F16>, second_product<F16>, sum_of_squares<F16>, gating<F16>},
+     {first_product<Converted<BF16>, BF16>, second_product<BF16>, sum_of_squares<BF16>, gating<BF16>}}};
 
 }  // namespace taco

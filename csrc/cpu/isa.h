@@ -13,45 +13,84 @@ struct F16 {
   std::uint16_t bits;
 };
 
-// t = x v^T for rows [begin, end) of v. t is fp32, rows t_stride apart, laid out as the second product reads it.
+// How the rank-sized intermediate t lies in memory, chosen by the driver for both products of a call. Column j of t
+// sits at place p = position(j), an order within each step that suits the unpacking of 16-bit weights.
+//   lanes == 0: rows of `stride` floats, t[r * stride + p]; the second product is a sweep of dot products.
+//   lanes > 0:  batch rows are the lanes of a vector. Groups of lanes / fold rows; in a group each vector holds `fold`
+//               consecutive places of every row: t[group * stride * (lanes / fold) + p / fold * lanes + row * fold
+//               + p % fold]. The second product multiplies such vectors by broadcast weights and needs no sums across
+//               a vector, which cost more than the products themselves when the rank is small.
+struct Layout {
+  std::int64_t stride;  // places per row: the rank, rounded up to whole steps, filled up with zeros
+  int lanes, fold;
+
+  std::int64_t rows_per_group() const { return lanes ? lanes / fold : 1; }
+  std::int64_t floats(std::int64_t rows) const {
+    const std::int64_t group = rows_per_group();
+    return (rows + group - 1) / group * group * stride;
+  }
+  std::int64_t index(std::int64_t row, std::int64_t place) const {
+    if (lanes == 0) return row * stride + place;
+    const std::int64_t group = rows_per_group();
+    return row / group * group * stride + place / fold * lanes + row % group * fold + place % fold;
+  }
+};
+
+// t = x v^T for rows [begin, end) of v; t is fp32.
 struct FirstProduct {
   const void* x;
   std::int64_t x_stride;
   const void* v;
   std::int64_t v_stride;
   float* t;
-  std::int64_t t_stride;
+  Layout layout;
   std::int64_t rows, in;
 };
 
 // y = t u^T * scale + bias + residual for rows [begin, end) of u.
 struct SecondProduct {
   const float* t;
-  std::int64_t t_stride;  // t's rows are zero from `rank` up to t_stride
+  Layout layout;
   const void* u;
   std::int64_t u_stride;
   const float* scale;  // [rows] or null
   const void* bias;
   const void* residual;
   std::int64_t residual_stride;
-  void* y;
-  std::int64_t y_stride;
+  void* y;      // of the weights' dtype, or null:
+  float* wide;  // then the result goes here in fp32, without scale and residual
+  std::int64_t y_stride;  // of y or wide
   std::int64_t rows, rank;
+};
+
+// hidden = act(gate) * up, columns [begin, end), rounded to the dtype
+struct Gating {
+  const float* gate;
+  const float* up;
+  std::int64_t stride;  // of gate and up
+  void* hidden;
+  std::int64_t hidden_stride;
+  std::int64_t rows;
+  int activation;
 };
 
 struct DtypeKernels {
   void (*first)(const FirstProduct&, std::int64_t begin, std::int64_t end);
   void (*second)(const SecondProduct&, std::int64_t begin, std::int64_t end);
   float (*sum_of_squares)(const void* x, std::int64_t n);
+  void (*gating)(const Gating&, std::int64_t begin, std::int64_t end);
 };
 
-// t_stride must be a multiple of this on every instruction set: two of the widest vectors.
+// Layout::stride must be a multiple of this on every instruction set: two of the widest vectors.
 constexpr std::int64_t kStepMultiple = 32;
-// Weight rows that are computed together; ranges given to threads are multiples of it.
-constexpr std::int64_t kPanel = 4;
+// Results leave a sweep in runs of so many neighbours; ranges given to threads are multiples of it.
+constexpr std::int64_t kTile = 16;
+// Batch rows that go through a sweep together at most.
+constexpr std::int64_t kRowBlock = 64;
 
 struct CpuKernels {
   const char* name;
+  int lanes;  // for Layout; 0 where the second product knows dot products only
   DtypeKernels by_dtype[3];  // indexed by Dtype
 };
 

@@ -76,6 +76,10 @@ std::atomic<const CpuKernels*>& active() {
 class Scratch {
  public:
   ~Scratch() { std::free(data_); }
+  // Small, and of the driver's own: kept for the same reason.
+  std::vector<FirstProduct> first;
+  std::vector<SecondProduct> second;
+
   float* get(std::size_t floats) {
     if (floats > size_) {
       std::free(data_);
@@ -95,98 +99,236 @@ class Scratch {
 };
 thread_local Scratch scratch;
 
-// Rows that go through both products before the next ones: bounds t, and keeps x in the cache of one core.
-constexpr std::int64_t kRowBlock = 64;
 // Bytes of weights (times the work the rows add) that make one more thread worth waking.
 constexpr std::int64_t kBytesPerThread = 96 * 1024;
+// Rows of x from which the second product has the batch rows as lanes, where the instruction set offers that.
+constexpr std::int64_t kStagedRows = 5;
 
 struct Range {
   std::int64_t begin, end;
 };
 
-// Thread `index`'s share of `n` rows, in whole panels.
-Range share(std::int64_t n, int index, int threads) {
-  const std::int64_t panels = (n + kPanel - 1) / kPanel;
-  return {std::min(n, panels * index / threads * kPanel), std::min(n, panels * (index + 1) / threads * kPanel)};
-}
+// Shares several ranges among threads, in proportion to cost. Each thread gets consecutive pieces, in whole tiles (so
+// that no two threads write to one line of the cache) while there are tiles enough.
+class Shares {
+ public:
+  Shares(int index, int threads) : index_(index), threads_(threads) {}
+  void expect(std::int64_t rows, std::int64_t cost) { total_ += rows * cost; }
+  // To be called in the order of expect(), after all of them.
+  Range next(std::int64_t rows, std::int64_t cost) {
+    const std::int64_t unit = rows >= 4 * kTile * threads_ ? kTile : 4;
+    const Range range = {cut(index_, rows, cost, unit), cut(index_ + 1, rows, cost, unit)};
+    passed_ += rows * cost;
+    return range;
+  }
 
-int threads_for(const LowRankArgs& a, int threads) {
-  const std::int64_t size = a.dtype == Dtype::kF32 ? 4 : 2;
-  const std::int64_t work = a.rank * (a.in + a.out) * size * (1 + std::min(a.rows, kRowBlock) / 4);
-  const std::int64_t panels = (std::max(a.rank, a.out) + kPanel - 1) / kPanel;
-  return static_cast<int>(std::max<std::int64_t>(1, std::min({std::int64_t{threads}, work / kBytesPerThread, panels})));
-}
+ private:
+  std::int64_t cut(int index, std::int64_t rows, std::int64_t cost, std::int64_t unit) const {
+    if (index <= 0) return 0;
+    if (index >= threads_) return rows;
+    const std::int64_t at = total_ * index / threads_ - passed_;
+    return at <= 0 ? 0 : std::min(rows, (at / cost + unit / 2) / unit * unit);
+  }
+  int index_, threads_;
+  std::int64_t total_ = 0, passed_ = 0;
+};
+
+std::int64_t size_of(Dtype dtype) { return dtype == Dtype::kF32 ? 4 : 2; }
 
 const void* offset(const void* p, std::int64_t elements, std::int64_t size) {
   return p ? static_cast<const char*>(p) + elements * size : nullptr;
 }
+void* offset(void* p, std::int64_t elements, std::int64_t size) {
+  return p ? static_cast<char*>(p) + elements * size : nullptr;
+}
 
-struct Block {
-  FirstProduct first;
-  SecondProduct second;
-  float* scale;  // null without normalisation
+Layout layout_for(std::int64_t rank, std::int64_t rows, int lanes) {
+  const std::int64_t stride = (rank + kStepMultiple - 1) / kStepMultiple * kStepMultiple;
+  if (lanes == 0 || rows < kStagedRows) return {stride, 0, 1};
+  return {stride, lanes, rows <= lanes / 2 ? 2 : 1};
+}
+
+// The filling behind the last column of t must be zero: it meets the zeros that stand for missing weights. Positions
+// are permuted only within a step, so the last step holds all of it.
+void zero_filling(float* t, const Layout& layout, std::int64_t rank, std::int64_t rows) {
+  if (layout.stride == rank) return;
+  const std::int64_t group = layout.rows_per_group();
+  for (std::int64_t r = 0; r < rows; r += group)
+    std::memset(t + (r + group) * layout.stride - group * kStepMultiple, 0,
+                static_cast<std::size_t>(group * kStepMultiple) * sizeof(float));
+}
+
+// What one more output costs beside its dot products, in columns of weights: small ranks are not free.
+constexpr std::int64_t kOutputCost = 16;
+
+// One input block and the maps that share it, between two barriers each.
+struct Stage {
   const DtypeKernels* kernels;
-  std::int64_t element, rank, out;
-  float eps;
+  FirstProduct* first;
+  SecondProduct* second;
+  const LowRankMap* maps;
+  int count;
 
-  void before_barrier(int index, int threads) const {
-    if (scale)
-      for (std::int64_t r = index; r < first.rows; r += threads) {
-        const float squares = kernels->sum_of_squares(offset(first.x, r * first.x_stride, element), first.in);
-        scale[r] = 1.0f / std::sqrt(squares / static_cast<float>(first.in) + eps);
-      }
-    const Range mine = share(rank, index, threads);
-    kernels->first(first, mine.begin, mine.end);
+  void first_products(int index, int threads) const {
+    Shares shares(index, threads);
+    for (int i = 0; i < count; ++i) shares.expect(maps[i].rank, 1);
+    for (int i = 0; i < count; ++i) {
+      const Range mine = shares.next(maps[i].rank, 1);
+      if (mine.begin < mine.end) kernels->first(first[i], mine.begin, mine.end);
+    }
   }
-  void after_barrier(int index, int threads) const {
-    const Range mine = share(out, index, threads);
-    kernels->second(second, mine.begin, mine.end);
+  void second_products(int index, int threads) const {
+    Shares shares(index, threads);
+    for (int i = 0; i < count; ++i) shares.expect(maps[i].out, maps[i].rank + kOutputCost);
+    for (int i = 0; i < count; ++i) {
+      const Range mine = shares.next(maps[i].out, maps[i].rank + kOutputCost);
+      if (mine.begin < mine.end) kernels->second(second[i], mine.begin, mine.end);
+    }
   }
 };
 
+int threads_for(std::int64_t weights, const LowRankInput& input, int threads) {
+  const std::int64_t work = weights * size_of(input.dtype) * (1 + std::min(input.rows, kRowBlock) / 4);
+  return static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, work / kBytesPerThread)));
+}
+
+#ifdef _OPENMP
+#define TACO_BARRIER _Pragma("omp barrier")
+#else
+#define TACO_BARRIER
+#endif
+
+// body(index, threads) on `team` threads at once; alone where that is one, without a region.
+template <class Body>
+void on_team(int team, const Body& body) {
+#ifdef _OPENMP
+  if (team > 1) {
+#pragma omp parallel num_threads(team)
+    body(omp_get_thread_num(), omp_get_num_threads());
+    return;
+  }
+#endif
+  body(0, 1);
+}
+
+// The only meeting point of the threads of a region. An orphaned barrier binds to the region it is called from; with
+// one thread there is none, and it returns at once.
+void meet() {
+  TACO_BARRIER
+}
+
 }  // namespace
 
-void low_rank(const LowRankArgs& a, int threads) {
-  if (a.rows <= 0 || a.out <= 0) return;
+void low_rank(const LowRankInput& input, const LowRankMap* maps, int count, int threads) {
+  if (input.rows <= 0 || count <= 0) return;
   const CpuKernels* isa = active().load(std::memory_order_relaxed);
-  const std::int64_t t_stride = (a.rank + kStepMultiple - 1) / kStepMultiple * kStepMultiple;
-  const std::int64_t block_rows = std::min(a.rows, kRowBlock);
-  float* t = scratch.get(static_cast<std::size_t>(block_rows * t_stride + block_rows));
-  float* scale = a.normalise && a.in > 0 ? t + block_rows * t_stride : nullptr;
-  // Padding must be zero. Positions are permuted only within a step, so the last step of each row holds all of it.
-  if (t_stride > a.rank)
-    for (std::int64_t r = 0; r < block_rows; ++r)
-      std::memset(t + (r + 1) * t_stride - kStepMultiple, 0, kStepMultiple * sizeof(float));
+  const DtypeKernels* kernels = &isa->by_dtype[static_cast<int>(input.dtype)];
+  const std::int64_t element = size_of(input.dtype), most = std::min(input.rows, kRowBlock);
+  std::int64_t weights = 0, floats = most;  // the norms' scales first
+  for (int i = 0; i < count; ++i) {
+    weights += maps[i].rank * (input.in + maps[i].out);
+    floats += layout_for(maps[i].rank, most, isa->lanes).floats(most);
+  }
+  floats += kStepMultiple;  // what rounds the scales up, so that vectors of t are aligned
+  const int team = threads_for(weights, input, threads);
+  float* const scales = scratch.get(static_cast<std::size_t>(floats));
+  float* const scale = input.normalise && input.in > 0 ? scales : nullptr;
 
-  const int team = threads_for(a, threads);
-  for (std::int64_t start = 0; start < a.rows; start += kRowBlock) {
-    Block block;
-    block.kernels = &isa->by_dtype[static_cast<int>(a.dtype)];
-    block.element = a.dtype == Dtype::kF32 ? 4 : 2;
-    block.rank = a.rank;
-    block.out = a.out;
-    block.eps = a.eps;
-    block.scale = scale;
-    const std::int64_t rows = std::min(kRowBlock, a.rows - start);
-    block.first = {offset(a.x, start * a.x_stride, block.element), a.x_stride, a.v, a.v_stride, t, t_stride, rows, a.in};
-    block.second = {t, t_stride, a.u, a.u_stride, scale, a.bias,
-                    offset(a.residual, start * a.residual_stride, block.element), a.residual_stride,
-                    const_cast<void*>(offset(a.y, start * a.out, block.element)), a.out, rows, a.rank};
-#ifdef _OPENMP
-    if (team > 1) {
-      // One region for both products; the barrier is the only meeting point of the threads.
-#pragma omp parallel num_threads(team)
-      {
-        const int index = omp_get_thread_num(), count = omp_get_num_threads();
-        block.before_barrier(index, count);
-#pragma omp barrier
-        block.after_barrier(index, count);
-      }
-      continue;
+  std::vector<FirstProduct>& first = scratch.first;
+  std::vector<SecondProduct>& second = scratch.second;
+  first.resize(static_cast<std::size_t>(count));
+  second.resize(static_cast<std::size_t>(count));
+  for (std::int64_t start = 0; start < input.rows; start += kRowBlock) {
+    const std::int64_t rows = std::min(kRowBlock, input.rows - start);
+    const void* const x = offset(input.x, start * input.x_stride, element);
+    float* t = scales + (most + kStepMultiple - 1) / kStepMultiple * kStepMultiple;
+    for (int i = 0; i < count; ++i) {
+      const LowRankMap& map = maps[i];
+      const Layout layout = layout_for(map.rank, rows, isa->lanes);
+      const std::size_t k = static_cast<std::size_t>(i);
+      zero_filling(t, layout, map.rank, rows);
+      first[k] = {x, input.x_stride, map.v, map.v_stride, t, layout, rows, input.in};
+      second[k] = {t, layout, map.u, map.u_stride, scale, map.bias,
+                   offset(map.residual, start * map.residual_stride, element), map.residual_stride,
+                   offset(map.y, start * map.out, element), nullptr, map.out, rows, map.rank};
+      t += layout.floats(rows);
     }
-#endif
-    block.before_barrier(0, 1);
-    block.after_barrier(0, 1);
+    const Stage stage = {kernels, first.data(), second.data(), maps, count};
+    on_team(team, [&](int index, int members) {
+      if (scale)
+        for (std::int64_t r = index; r < rows; r += members) {
+          const float squares = kernels->sum_of_squares(offset(x, r * input.x_stride, element), input.in);
+          scale[r] = 1.0f / std::sqrt(squares / static_cast<float>(input.in) + input.eps);
+        }
+      stage.first_products(index, members);
+      meet();
+      stage.second_products(index, members);
+    });
+  }
+}
+
+void low_rank_mlp(const LowRankInput& input, const LowRankMap& gate, const LowRankMap& up, const LowRankMap& down,
+                  Activation activation, int threads) {
+  if (input.rows <= 0) return;
+  const CpuKernels* isa = active().load(std::memory_order_relaxed);
+  const DtypeKernels* kernels = &isa->by_dtype[static_cast<int>(input.dtype)];
+  const std::int64_t element = size_of(input.dtype), most = std::min(input.rows, kRowBlock);
+  const std::int64_t width = gate.out;
+  const std::int64_t stride = (width + kStepMultiple - 1) / kStepMultiple * kStepMultiple;
+  const LowRankMap open[2] = {gate, up};
+  const LowRankMap* const all[3] = {&gate, &up, &down};
+  std::int64_t floats = 3 * most * stride;  // gate, up and their product, which may need half of its share
+  for (const LowRankMap* map : all) floats += layout_for(map->rank, most, isa->lanes).floats(most);
+  const std::int64_t weights =
+      gate.rank * (input.in + width) + up.rank * (input.in + width) + down.rank * (width + down.out);
+  const int team = threads_for(weights, input, threads);
+  float* const gate_out = scratch.get(static_cast<std::size_t>(floats));
+  float* const up_out = gate_out + most * stride;
+  float* const hidden = up_out + most * stride;
+
+  for (std::int64_t start = 0; start < input.rows; start += kRowBlock) {
+    const std::int64_t rows = std::min(kRowBlock, input.rows - start);
+    const void* const x = offset(input.x, start * input.x_stride, element);
+    float* t = hidden + most * stride;
+    float* ts[3];
+    Layout layouts[3];
+    for (int i = 0; i < 3; ++i) {
+      layouts[i] = layout_for(all[i]->rank, rows, isa->lanes);
+      ts[i] = t;
+      zero_filling(t, layouts[i], all[i]->rank, rows);
+      t += layouts[i].floats(rows);
+    }
+    FirstProduct first[2];
+    SecondProduct second[2];
+    float* const wide[2] = {gate_out, up_out};
+    for (int i = 0; i < 2; ++i) {
+      first[i] = {x, input.x_stride, open[i].v, open[i].v_stride, ts[i], layouts[i], rows, input.in};
+      second[i] = {ts[i], layouts[i], open[i].u, open[i].u_stride, nullptr, open[i].bias, nullptr, 0, nullptr, wide[i],
+                   stride, rows, open[i].rank};
+    }
+    const Gating gating = {gate_out, up_out, stride, hidden, stride, rows, static_cast<int>(activation)};
+    FirstProduct down_first = {hidden, stride, down.v, down.v_stride, ts[2], layouts[2], rows, width};
+    SecondProduct down_second = {ts[2], layouts[2], down.u, down.u_stride, nullptr, down.bias, nullptr, 0,
+                                 offset(down.y, start * down.out, element), nullptr, down.out, rows, down.rank};
+    const Stage opening = {kernels, first, second, open, 2};
+    const Stage closing = {kernels, &down_first, &down_second, &down, 1};
+    on_team(team, [&](int index, int members) {
+      opening.first_products(index, members);
+      meet();
+      // The same outputs of gate and up, so that their product needs no meeting in between.
+      Shares shares(index, members);
+      shares.expect(width, 1);
+      const Range mine = shares.next(width, 1);
+      if (mine.begin < mine.end) {
+        kernels->second(second[0], mine.begin, mine.end);
+        kernels->second(second[1], mine.begin, mine.end);
+        kernels->gating(gating, mine.begin, mine.end);
+      }
+      meet();
+      closing.first_products(index, members);
+      meet();
+      closing.second_products(index, members);
+    });
   }
 }
 

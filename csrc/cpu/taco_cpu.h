@@ -10,27 +10,41 @@ namespace taco {
 
 enum class Dtype : int { kF32 = 0, kF16 = 1, kBF16 = 2 };
 
-struct LowRankArgs {
-  Dtype dtype;            // of every tensor below; sums and the rank-sized intermediate are fp32
-  const void* x;          // [rows, in], rows x_stride apart, elements contiguous
-  std::int64_t x_stride;
-  const void* v;          // [rank, in]
+// One factorised linear map of an input that it may share with others.
+struct LowRankMap {
+  const void* v;  // [rank, in], rows v_stride apart, elements contiguous
   std::int64_t v_stride;
-  const void* u;          // [out, rank]
+  const void* u;  // [out, rank]
   std::int64_t u_stride;
-  const void* bias;       // [out] or null
-  const void* residual;   // [rows, out] or null
+  const void* bias;  // [out] or null
+  void* y;           // [rows, out], contiguous; overlaps none of the inputs
+  std::int64_t rank, out;
+  const void* residual;  // [rows, out] or null
   std::int64_t residual_stride;
-  void* y;                // [rows, out], contiguous; overlaps none of the inputs
-  std::int64_t rows, in, rank, out;
-  bool normalise;         // x is divided by sqrt(mean(x^2) + eps), row by row
+};
+
+struct LowRankInput {
+  Dtype dtype;    // of every tensor of the call; sums and the rank-sized intermediate are fp32
+  const void* x;  // [rows, in], rows x_stride apart, elements contiguous
+  std::int64_t x_stride;
+  std::int64_t rows, in;
+  bool normalise;  // x is divided by sqrt(mean(x^2) + eps), row by row
   float eps;
 };
 
-// Computes on at most `threads` threads of the OpenMP runtime that the process already has. A problem too small to
-// pay for waking a thread runs on fewer. The bits of the result depend on the instruction set, not on the threads,
-// nor on how many other rows there are.
-void low_rank(const LowRankArgs& args, int threads);
+enum class Activation : int { kSilu = 0, kGeluTanh = 1, kGelu = 2, kRelu = 3 };
+
+// All of these compute on at most `threads` threads of the OpenMP runtime that the process already has, in one parallel
+// region for each 64 rows. A problem too small to pay for waking a thread runs on fewer. The bits of the result depend
+// on the instruction set, and on whether the rows are 1 to 4, 5 to 8 or more, but not on the threads.
+
+// y = (x v^T) u^T + bias + residual for each of `count` maps of the same input
+void low_rank(const LowRankInput& input, const LowRankMap* maps, int count, int threads);
+
+// down(act(gate(x)) * up(x)); the product in the middle is rounded to the dtype. `gate` and `up` have the same `out`,
+// which is down's `in`; only down has a y, and none has a residual.
+void low_rank_mlp(const LowRankInput& input, const LowRankMap& gate, const LowRankMap& up, const LowRankMap& down,
+                  Activation activation, int threads);
 
 // Instruction sets this binary holds and this CPU has, best first.
 std::vector<std::string> cpu_isas();
