@@ -45,8 +45,8 @@ void cpu_low_rank_bridge(std::uintptr_t h, std::int64_t h_stride, std::uintptr_t
                          std::int64_t rows, std::int64_t hidden, std::int64_t rank, float eps, int dtype,
                          int threads) {
   const taco::LowRankInput input = {dtype_of(dtype), pointer(h), h_stride, rows, hidden, true, eps};
-  const taco::LowRankMap map = {pointer(v), v_stride, pointer(u), u_stride, pointer(bias), pointer<void>(y), rank, hidden,
-                                pointer(h), h_stride};
+  const taco::LowRankMap map = {pointer(v), v_stride, pointer(u), u_stride, pointer(bias), pointer<void>(y), rank,
+                                hidden, pointer(h), h_stride};
   py::gil_scoped_release released;
   taco::low_rank(input, &map, 1, threads);
 }
@@ -58,8 +58,8 @@ taco::LowRankMap map_of(const py::handle& numbers) {
     throw py::value_error("a map is a tuple of 8 integers: v, v_stride, u, u_stride, bias, y, rank, out");
   const auto address = [&](int i) { return t[static_cast<py::size_t>(i)].cast<std::uintptr_t>(); };
   const auto number = [&](int i) { return t[static_cast<py::size_t>(i)].cast<std::int64_t>(); };
-  return {pointer(address(0)), number(1), pointer(address(2)), number(3), pointer(address(4)), pointer<void>(address(5)),
-          number(6), number(7), nullptr, 0};
+  return {pointer(address(0)), number(1), pointer(address(2)), number(3), pointer(address(4)),
+          pointer<void>(address(5)), number(6), number(7), nullptr, 0};
 }
 
 void cpu_low_rank_linear_group(std::uintptr_t x, std::int64_t x_stride, std::int64_t rows, std::int64_t in,

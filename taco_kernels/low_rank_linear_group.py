@@ -13,9 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from taco_kernels import dispatch
+from taco_kernels import dispatch, native
+from taco_kernels._cpu import map_of
 from taco_kernels._factored import complain, fits, gradients, rows_2d
-from taco_kernels._library import any_autocast, apply_function, below_autograd, library, needs_grad, register_autocast
+from taco_kernels._library import (
+    any_autocast,
+    apply_function,
+    below_autograd,
+    library,
+    needs_grad,
+    register_autocast,
+    rows_of,
+)
 from taco_kernels.low_rank_linear import BACKENDS as MEMBER_BACKENDS
 from taco_kernels.low_rank_linear import low_rank_linear_reference
 
@@ -78,6 +87,17 @@ def _one_by_one(
     return [MEMBER_BACKENDS[backend](x, *member, None) for member in zip(vs, us, biases, strict=True)]
 
 
+def _cpp(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    ys = [x.new_empty((*x.shape[:-1], u.shape[0])) for u in us]
+    x, rows, x_stride = rows_of(x)
+    keep: list[Tensor] = []
+    members = tuple(map_of(*member, keep) for member in zip(vs, us, biases, ys, strict=True))
+    native.module.cpu_low_rank_linear_group(  # type: ignore[union-attr]
+        x.data_ptr(), x_stride, rows, x.shape[-1], members, dispatch.CPP_DTYPES[x.dtype], torch.get_num_threads()
+    )
+    return ys
+
+
 def _triton(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
     # Imported here because triton takes a second to import and CPU users never need it.
     from taco_kernels.triton_kernels.low_rank_linear_group import low_rank_linear_group as kernel
@@ -88,7 +108,7 @@ def _triton(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Seque
 BACKENDS: dict[str, _Backend] = {
     "reference": low_rank_linear_group_reference,
     "library": _library,
-    "cpp": functools.partial(_one_by_one, "cpp"),
+    "cpp": _cpp,
     "triton": _triton,
     "cuda": functools.partial(_one_by_one, "cuda"),
 }

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from taco_kernels import dispatch
+from taco_kernels import dispatch, native
+from taco_kernels._cpu import map_of
 from taco_kernels._factored import complain, factors_fit, fits, gradients, rows_2d
 from taco_kernels._library import (
     any_autocast,
@@ -23,6 +24,7 @@ from taco_kernels._library import (
     library,
     needs_grad,
     register_autocast,
+    rows_of,
 )
 from taco_kernels.low_rank_linear import BACKENDS as LINEAR
 from taco_kernels.low_rank_linear_group import BACKENDS as GROUP
@@ -86,6 +88,22 @@ def _composed(two: Callable[..., list[Tensor]], one: Callable[..., Tensor], x: T
     return one(ACTIVATIONS[act](opened).mul_(raised), *down, None)
 
 
+_CPP_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
+
+
+def _cpp(x: Tensor, gate: Projection, up: Projection, down: Projection, act: str) -> Tensor:
+    # Only the product in the middle is rounded to x's dtype; gate, up and all rank-sized intermediates stay float32.
+    y = x.new_empty((*x.shape[:-1], down[1].shape[0]))
+    x, rows, x_stride = rows_of(x)
+    keep: list[Tensor] = []
+    maps = (map_of(*gate, None, keep), map_of(*up, None, keep), map_of(*down, y, keep))
+    native.module.cpu_low_rank_mlp(  # type: ignore[union-attr]
+        x.data_ptr(), x_stride, rows, x.shape[-1], *maps, _CPP_ACTIVATIONS[act], dispatch.CPP_DTYPES[x.dtype],
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
 def _triton(x: Tensor, gate: Projection, up: Projection, down: Projection, act: str) -> Tensor:
     # Imported here because triton takes a second to import and CPU users never need it.
     from taco_kernels.triton_kernels.low_rank_mlp import low_rank_mlp as kernel
@@ -95,7 +113,8 @@ def _triton(x: Tensor, gate: Projection, up: Projection, down: Projection, act: 
 
 _BACKENDS: dict[str, Callable[[Tensor, Projection, Projection, Projection, str], Tensor]] = {
     "reference": low_rank_mlp_reference,
-    **{name: functools.partial(_composed, GROUP[name], LINEAR[name]) for name in ("library", "cpp", "triton", "cuda")},
+    **{name: functools.partial(_composed, GROUP[name], LINEAR[name]) for name in ("library", "triton", "cuda")},
+    "cpp": _cpp,
 }
 
 

@@ -100,7 +100,8 @@ struct Arch {
       c[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b[i + 1], b[i + 3]));
     }
     for (int j = 0; j < 4; ++j) {
-      const Vec even_low = _mm512_shuffle_f32x4(c[j], c[j + 4], 0x88), odd_low = _mm512_shuffle_f32x4(c[j], c[j + 4], 0xdd);
+      const Vec even_low = _mm512_shuffle_f32x4(c[j], c[j + 4], 0x88);
+      const Vec odd_low = _mm512_shuffle_f32x4(c[j], c[j + 4], 0xdd);
       const Vec even_high = _mm512_shuffle_f32x4(c[j + 8], c[j + 12], 0x88);
       const Vec odd_high = _mm512_shuffle_f32x4(c[j + 8], c[j + 12], 0xdd);
       a[j] = _mm512_shuffle_f32x4(even_low, even_high, 0x88);

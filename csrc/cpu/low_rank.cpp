@@ -142,6 +142,7 @@ void* offset(void* p, std::int64_t elements, std::int64_t size) {
   return p ? static_cast<char*>(p) + elements * size : nullptr;
 }
 
+// By all rows of the call, not by those of a block: a row's bits must not depend on where it stands.
 Layout layout_for(std::int64_t rank, std::int64_t rows, int lanes) {
   const std::int64_t stride = (rank + kStepMultiple - 1) / kStepMultiple * kStepMultiple;
   if (lanes == 0 || rows < kStagedRows) return {stride, 0, 1};
@@ -227,7 +228,7 @@ void low_rank(const LowRankInput& input, const LowRankMap* maps, int count, int 
   std::int64_t weights = 0, floats = most;  // the norms' scales first
   for (int i = 0; i < count; ++i) {
     weights += maps[i].rank * (input.in + maps[i].out);
-    floats += layout_for(maps[i].rank, most, isa->lanes).floats(most);
+    floats += layout_for(maps[i].rank, input.rows, isa->lanes).floats(most);
   }
   floats += kStepMultiple;  // what rounds the scales up, so that vectors of t are aligned
   const int team = threads_for(weights, input, threads);
@@ -244,7 +245,7 @@ void low_rank(const LowRankInput& input, const LowRankMap* maps, int count, int 
     float* t = scales + (most + kStepMultiple - 1) / kStepMultiple * kStepMultiple;
     for (int i = 0; i < count; ++i) {
       const LowRankMap& map = maps[i];
-      const Layout layout = layout_for(map.rank, rows, isa->lanes);
+      const Layout layout = layout_for(map.rank, input.rows, isa->lanes);
       const std::size_t k = static_cast<std::size_t>(i);
       zero_filling(t, layout, map.rank, rows);
       first[k] = {x, input.x_stride, map.v, map.v_stride, t, layout, rows, input.in};
@@ -278,7 +279,7 @@ void low_rank_mlp(const LowRankInput& input, const LowRankMap& gate, const LowRa
   const LowRankMap open[2] = {gate, up};
   const LowRankMap* const all[3] = {&gate, &up, &down};
   std::int64_t floats = 3 * most * stride;  // gate, up and their product, which may need half of its share
-  for (const LowRankMap* map : all) floats += layout_for(map->rank, most, isa->lanes).floats(most);
+  for (const LowRankMap* map : all) floats += layout_for(map->rank, input.rows, isa->lanes).floats(most);
   const std::int64_t weights =
       gate.rank * (input.in + width) + up.rank * (input.in + width) + down.rank * (width + down.out);
   const int team = threads_for(weights, input, threads);
@@ -293,7 +294,7 @@ void low_rank_mlp(const LowRankInput& input, const LowRankMap& gate, const LowRa
     float* ts[3];
     Layout layouts[3];
     for (int i = 0; i < 3; ++i) {
-      layouts[i] = layout_for(all[i]->rank, rows, isa->lanes);
+      layouts[i] = layout_for(all[i]->rank, input.rows, isa->lanes);
       ts[i] = t;
       zero_filling(t, layouts[i], all[i]->rank, rows);
       t += layouts[i].floats(rows);

@@ -121,7 +121,8 @@ inline void sweep(const T* weights, std::int64_t stride, std::int64_t begin, std
     const int count = static_cast<int>(quarter - i < kTile ? quarter - i : kTile);
     for (int j = 0; j < count; ++j) {
       const T* const first = weights + (begin + i + j) * stride;
-      const T* const w[4] = {first, first + quarter * stride, first + 2 * quarter * stride, first + 3 * quarter * stride};
+      const T* const w[4] = {first, first + quarter * stride, first + 2 * quarter * stride,
+                             first + 3 * quarter * stride};
       all_rows<Ops>(w, x, x_stride, rows, k, out + j);
     }
     for (std::int64_t r = 0; r < rows; ++r)
@@ -195,7 +196,8 @@ inline void finish(const SecondProduct& p, std::int64_t r, std::int64_t m, const
     return;
   }
   const T* residual = p.residual ? static_cast<const T*>(p.residual) + r * p.residual_stride + m : nullptr;
-  finish_run<T, T>(static_cast<T*>(p.y) + r * p.y_stride + m, values, count, p.scale ? p.scale[r] : 1.0f, bias, residual);
+  T* y = static_cast<T*>(p.y) + r * p.y_stride + m;
+  finish_run<T, T>(y, values, count, p.scale ? p.scale[r] : 1.0f, bias, residual);
 }
 
 template <class T>
