@@ -113,8 +113,9 @@ def _triton(x: Tensor, gate: Projection, up: Projection, down: Projection, act: 
 
 _BACKENDS: dict[str, Callable[[Tensor, Projection, Projection, Projection, str], Tensor]] = {
     "reference": low_rank_mlp_reference,
-    **{name: functools.partial(_composed, GROUP[name], LINEAR[name]) for name in ("library", "triton", "cuda")},
+    **{name: functools.partial(_composed, GROUP[name], LINEAR[name]) for name in ("library", "cuda")},
     "cpp": _cpp,
+    "triton": _triton,
 }
 
 
