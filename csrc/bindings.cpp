@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/isa.h"
 #include "cpu/sketch.h"
 #include "cpu/taco_cpu.h"
 #ifdef TACO_WITH_CUDA
@@ -94,6 +95,20 @@ void cpu_sketch(std::uintptr_t out, std::int64_t out_stride, std::int64_t first_
                 kind == taco::Dtype::kBF16}, threads);
 }
 
+// totals: five rows of `directions` doubles (signed, absolute, squares, token squares, the open sequence's sum)
+void cpu_attribution(std::uintptr_t a, std::int64_t a_stride, std::uintptr_t b, std::int64_t b_stride,
+                     std::uintptr_t totals, std::int64_t rows, std::int64_t directions, std::int64_t tokens,
+                     std::int64_t position, int dtype, int threads) {
+  if (tokens < 1 || position < 0 || position >= tokens) throw py::value_error("0 <= position < tokens must hold");
+  double* const sums = pointer<double>(totals);
+  const taco::AttributionBlock block = {pointer(a), a_stride, pointer(b), b_stride, rows, tokens, position, sums,
+                                        sums + directions, sums + 2 * directions, sums + 3 * directions,
+                                        sums + 4 * directions};
+  const taco::AttributionArgs args = {dtype_of(dtype), block, rows, directions};
+  py::gil_scoped_release released;
+  taco::attribution(args, threads);
+}
+
 #ifdef TACO_WITH_CUDA
 std::int64_t cuda_low_rank_workspace_bytes(std::int64_t rows, std::int64_t in, std::int64_t rank, std::int64_t out,
                                            int dtype) {
@@ -163,6 +178,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_sketch", &cpu_sketch, "rows of the randomized SVD's test matrix, out of Philox");
   m.def("cpu_low_rank_linear_group", &cpu_low_rank_linear_group, "several low-rank linears of one x");
   m.def("cpu_low_rank_mlp", &cpu_low_rank_mlp, "down(act(gate(x)) * up(x)), three low-rank linears");
+  m.def("cpu_attribution", &cpu_attribution, "per-direction sums of a * b: signed, absolute, squares");
   m.def("cpu_isas", &taco::cpu_isas, "instruction sets usable here, best first");
   m.def("compiled_cpu_isas", &taco::compiled_cpu_isas, "instruction sets in this binary, best first");
   m.def("cpu_isa", &taco::cpu_isa, "the instruction set in use");

@@ -71,6 +71,20 @@ def cpu_low_rank_mlp(
     threads: int,
     /,
 ) -> None: ...
+def cpu_attribution(
+    a: int,
+    a_stride: int,
+    b: int,
+    b_stride: int,
+    totals: int,
+    rows: int,
+    directions: int,
+    tokens: int,
+    position: int,
+    dtype: int,
+    threads: int,
+    /,
+) -> None: ...
 def cpu_isas() -> list[str]: ...
 def compiled_cpu_isas() -> list[str]: ...
 def cpu_isa() -> str: ...

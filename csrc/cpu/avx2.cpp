@@ -20,6 +20,9 @@ struct Arch {
   static inline Vec zero() { return _mm256_setzero_ps(); }
   static inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
   static inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+  static inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+  static inline Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+  static inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a); }
 
   static inline Pair load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
   static inline Pair load(const F16* p) {
@@ -55,14 +58,18 @@ struct Arch {
 
 #include "panel.inl"
 #include "gating.inl"
+#include "attribution.inl"
 
 }  // namespace
 
 const CpuKernels kAvx2Kernels = {
     "avx2",
     0,
-    {{first_product<Converted<float>, float>, second_product<float>, sum_of_squares<float>, gating<float>},
-     {first_product<Converted<F16>, F16>, second_product<F16>, sum_of_squares<F16>, gating<F16>},
-     {first_product<Converted<BF16>, BF16>, second_product<BF16>, sum_of_squares<BF16>, gating<BF16>}}};
+    {{first_product<Converted<float>, float>, second_product<float>, sum_of_squares<float>, gating<float>,
+      attribution<float>},
+     {first_product<Converted<F16>, F16>, second_product<F16>, sum_of_squares<F16>, gating<F16>,
+      attribution<F16>},
+     {first_product<Converted<BF16>, BF16>, second_product<BF16>, sum_of_squares<BF16>, gating<BF16>,
+      attribution<BF16>}}};
 
 }  // namespace taco

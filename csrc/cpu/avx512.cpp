@@ -14,14 +14,18 @@ namespace {
 #include "panel.inl"
 #include "staged.inl"
 #include "gating.inl"
+#include "attribution.inl"
 
 }  // namespace
 
 const CpuKernels kAvx512Kernels = {
     "avx512",
     16,
-    {{first_product<Converted<float>, float>, second_product_either<float>, sum_of_squares<float>, gating<float>},
-     {first_product<Converted<F16>, F16>, second_product_either<F16>, sum_of_squares<F16>, gating<F16>},
-     {first_product<Converted<BF16>, BF16>, second_product_either<BF16>, sum_of_squares<BF16>, gating<BF16>}}};
+    {{first_product<Converted<float>, float>, second_product_either<float>, sum_of_squares<float>, gating<float>,
+      attribution<float>},
+     {first_product<Converted<F16>, F16>, second_product_either<F16>, sum_of_squares<F16>, gating<F16>,
+      attribution<F16>},
+     {first_product<Converted<BF16>, BF16>, second_product_either<BF16>, sum_of_squares<BF16>, gating<BF16>,
+      attribution<BF16>}}};
 
 }  // namespace taco

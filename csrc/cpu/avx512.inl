@@ -10,6 +10,9 @@ struct Arch {
   static inline Vec zero() { return _mm512_setzero_ps(); }
   static inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
   static inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+  static inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+  static inline Vec abs(Vec a) { return _mm512_andnot_ps(_mm512_set1_ps(-0.0f), a); }
+  static inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a); }
 
   static inline __mmask32 first_of_32(std::int64_t n) { return static_cast<__mmask32>((std::uint64_t{1} << n) - 1); }
 

@@ -14,6 +14,7 @@ namespace {
 #include "panel.inl"
 #include "staged.inl"
 #include "gating.inl"
+#include "attribution.inl"
 
 // bf16 weights against bf16 vectors: one instruction multiplies 32 pairs and adds them to 16 fp32 sums, nothing to
 // widen. Only for the first product: the second one's vector stays fp32, since rounding it would cost accuracy, and
@@ -36,8 +37,11 @@ struct DotBf16 {
 const CpuKernels kAvx512Bf16Kernels = {
     "avx512bf16",
     16,
-    {{first_product<Converted<float>, float>, second_product_either<float>, sum_of_squares<float>, gating<float>},
-     {first_product<Converted<F16>, F16>, second_product_either<F16>, sum_of_squares<F16>, gating<F16>},
-     {first_product<DotBf16, BF16>, second_product_either<BF16>, sum_of_squares<BF16>, gating<BF16>}}};
+    {{first_product<Converted<float>, float>, second_product_either<float>, sum_of_squares<float>, gating<float>,
+      attribution<float>},
+     {first_product<Converted<F16>, F16>, second_product_either<F16>, sum_of_squares<F16>, gating<F16>,
+      attribution<F16>},
+     {first_product<DotBf16, BF16>, second_product_either<BF16>, sum_of_squares<BF16>, gating<BF16>,
+      attribution<BF16>}}};
 
 }  // namespace taco

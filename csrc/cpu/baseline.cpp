@@ -76,6 +76,17 @@ struct Arch {
     for (int i = 0; i < kWidth; ++i) d.v[i] = a.v[i] * b.v[i] + c.v[i];
     return d;
   }
+  static inline Vec mul(const Vec& a, const Vec& b) {
+    Vec c;
+    for (int i = 0; i < kWidth; ++i) c.v[i] = a.v[i] * b.v[i];
+    return c;
+  }
+  static inline Vec abs(const Vec& a) {
+    Vec c;
+    for (int i = 0; i < kWidth; ++i) c.v[i] = as_float(as_bits(a.v[i]) & 0x7fffffffu);
+    return c;
+  }
+  static inline void store(float* p, const Vec& a) { std::memcpy(p, a.v, sizeof(a.v)); }
   template <class T>
   static inline Pair load(const T* p) {
     Pair out;
@@ -119,14 +130,18 @@ struct Arch {
 
 #include "panel.inl"
 #include "gating.inl"
+#include "attribution.inl"
 
 }  // namespace
 
 const CpuKernels kBaselineKernels = {
     "baseline",
     0,
-    {{first_product<Converted<float>, float>, second_product<float>, sum_of_squares<float>, gating<float>},
-     {first_product<Converted<F16>, F16>, second_product<F16>, sum_of_squares<F16>, gating<F16>},
-     {first_product<Converted<BF16>, BF16>, second_product<BF16>, sum_of_squares<BF16>, gating<BF16>}}};
+    {{first_product<Converted<float>, float>, second_product<float>, sum_of_squares<float>, gating<float>,
+      attribution<float>},
+     {first_product<Converted<F16>, F16>, second_product<F16>, sum_of_squares<F16>, gating<F16>,
+      attribution<F16>},
+     {first_product<Converted<BF16>, BF16>, second_product<BF16>, sum_of_squares<BF16>, gating<BF16>,
+      attribution<BF16>}}};
 
 }  // namespace taco

@@ -74,11 +74,28 @@ struct Gating {
   int activation;
 };
 
+// Two products [rows, directions] and what is kept of them per direction; see attribution.inl.
+struct AttributionBlock {
+  const void* a;
+  std::int64_t a_stride;
+  const void* b;
+  std::int64_t b_stride;
+  std::int64_t rows;
+  std::int64_t tokens;    // rows of one sequence
+  std::int64_t position;  // rows of the first sequence that came in earlier calls
+  double* signed_sum;     // every sum below is added to
+  double* absolute;
+  double* squares;
+  double* token_squares;
+  double* open;           // the sum over the sequence that has not ended yet; not part of signed_sum
+};
+
 struct DtypeKernels {
   void (*first)(const FirstProduct&, std::int64_t begin, std::int64_t end);
   void (*second)(const SecondProduct&, std::int64_t begin, std::int64_t end);
   float (*sum_of_squares)(const void* x, std::int64_t n);
   void (*gating)(const Gating&, std::int64_t begin, std::int64_t end);
+  void (*attribution)(const AttributionBlock&, std::int64_t begin, std::int64_t end);
 };
 
 // Layout::stride must be a multiple of this on every instruction set: two of the widest vectors.
@@ -93,6 +110,9 @@ struct CpuKernels {
   int lanes;  // for Layout; 0 where the second product knows dot products only
   DtypeKernels by_dtype[3];  // indexed by Dtype
 };
+
+// The instruction set in use.
+const CpuKernels& active_kernels();
 
 extern const CpuKernels kBaselineKernels;
 #ifdef TACO_HAVE_AVX2

@@ -333,6 +333,8 @@ void low_rank_mlp(const LowRankInput& input, const LowRankMap& gate, const LowRa
   }
 }
 
+const CpuKernels& active_kernels() { return *active().load(std::memory_order_relaxed); }
+
 std::vector<std::string> cpu_isas() {
   std::vector<std::string> names;
   for (const CpuKernels* kernels : usable_once()) names.emplace_back(kernels->name);

@@ -13,7 +13,7 @@
 // Arch provides: kWidth (floats in a vector), kMaxRows (R's limit: 4R sums + 2R vectors + 2 weights must fit the
 // registers), Vec, Pair (two vectors), Quad (four floats), zero(), fma(a, b, c) = a * b + c, add(), load(const T*),
 // load_tail(const T*, n), load_pair(const float*), reduce4(), quad operations, prefetch(), and finish16() where kWidth
-// is 16.
+// is 16; for attribution.inl mul(), abs() and store(float*, v) as well.
 
 template <class T>
 struct Converted {  // weights and x of storage type T, both widened to fp32

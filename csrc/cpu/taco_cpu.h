@@ -46,6 +46,16 @@ void low_rank(const LowRankInput& input, const LowRankMap* maps, int count, int 
 void low_rank_mlp(const LowRankInput& input, const LowRankMap& gate, const LowRankMap& up, const LowRankMap& down,
                   Activation activation, int threads);
 
+struct AttributionBlock;
+struct AttributionArgs {
+  Dtype dtype;  // of the two products
+  const AttributionBlock& block;
+  std::int64_t rows, directions;
+};
+
+// Adds the per-direction sums of p = a b to the block's doubles. The bits of the result do not depend on the threads.
+void attribution(const AttributionArgs& args, int threads);
+
 // Instruction sets this binary holds and this CPU has, best first.
 std::vector<std::string> cpu_isas();
 // All that were compiled, best first.
