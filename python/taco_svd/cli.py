@@ -57,6 +57,12 @@ def compress(
     bridge_rank: Annotated[
         int | None, typer.Option(help="Rank of the bridges; default: 0.3% of the layers that stay, in all.")
     ] = None,
+    one_shot: Annotated[
+        bool,
+        typer.Option(
+            "--one-shot", help="--method paper in one pass over the dense model, instead of one per block in turn."
+        ),
+    ] = False,
     plan: Annotated[Path | None, typer.Option(help="Carry out this plan (a file or a compressed directory).")] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
@@ -93,6 +99,7 @@ def compress(
         seed=seed,
         importance=importance,
         bridge_rank=bridge_rank,
+        one_shot=one_shot,
         plan=loaded_plan,
         progress=Bars(as_json),
     )

@@ -84,21 +84,25 @@ def _factorise_plain(architecture: Architecture, plan: Plan, runner: SuffixRunne
 
 
 def _factorise_paper(architecture: Architecture, plan: Plan, runner: SuffixRunner, progress: Progress) -> None:
-    """arXiv 2501.00339, algorithm 1: layers from the top down, MLP then attention, |sigma dL/dsigma|."""
-    steps = [
-        (layer, block) for layer in sorted(plan.structure.low_rank, reverse=True) for block in ("mlp", "attention")
+    """arXiv 2501.00339, algorithm 1: layers from the top down, MLP then attention, |sigma dL/dsigma|.
+
+    With the option `one_shot` the gradients of all maps come from one pass over the dense model instead.
+    """
+    planned = _planned_sites(architecture, plan)
+    groups = [
+        [site for site in planned if (site.layer, site.block) == (layer, block)]
+        for layer in sorted(plan.structure.low_rank, reverse=True)
+        for block in ("mlp", "attention")
     ]
+    groups = [planned] if plan.options.get("one_shot") else [sites for sites in groups if sites]
     batches = len(runner.batches)
-    with progress.step("gradient attribution, layer by layer") as report:
-        for done, (layer, block) in enumerate(steps):
-            sites = [site for site in _planned_sites(architecture, plan) if (site.layer, site.block) == (layer, block)]
-            if not sites:
-                continue
+    with progress.step("gradient attribution" + ("" if len(groups) == 1 else ", layer by layer")) as report:
+        for done, sites in enumerate(groups):
             parts = {site: plain_svd(dense_weight(architecture.module(site)).detach()) for site in sites}
             gradients = SigmaGradients(parts)
 
             def within(part: int, _: int, done: int = done) -> None:
-                report(done * batches + part, len(steps) * batches)
+                report(done * batches + part, len(groups) * batches)
 
             runner.backward(sites, gradients, within)
             for site in sites:

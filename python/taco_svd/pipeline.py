@@ -85,6 +85,7 @@ def make_plan(
     importance: str = "bi",
     bridge_rank: int | None = None,
     progress: Progress | None = None,
+    one_shot: bool = False,
     _architecture: Architecture | None = None,
 ) -> Plan:
     """Decides which layers are redundant and what replaces them; arguments as in `compress`."""
@@ -95,6 +96,8 @@ def make_plan(
         raise TacoError(f"--importance must be one of {', '.join(MEASURES)}, got {importance!r}.")
     if bridge_rank is not None and method != "bridge":
         raise TacoError("--bridge-rank goes with --method bridge.")
+    if one_shot and method != "paper":
+        raise TacoError("--one-shot goes with --method paper (the other methods need one pass at most anyway).")
     architecture = _architecture or check_model(model)
     chosen = list(layers) if isinstance(layers, (list, tuple)) else None
     count, ratio = layers_and_ratio(Sizes.of(architecture), method, keep, _how_many(layers), compression_ratio)
@@ -118,6 +121,8 @@ def make_plan(
     options: dict[str, Any] = {}
     if method == "taco":
         options = {"input_damping": INPUT_DAMPING, "gradient_damping": GRADIENT_DAMPING}
+    if one_shot:
+        options = {"one_shot": True}
     if method == "bridge":
         options = {"gradient_damping": BRIDGE_GRADIENT_DAMPING}
     parameters = structure_parameters(architecture, structure)
@@ -181,7 +186,8 @@ def apply_plan(
     architecture = Architecture(working)
     check_ranks(architecture, plan.structure)
     if plan.structure.low_rank:
-        runner = SuffixRunner(architecture, calibration.tokens, min(plan.structure.low_rank))
+        factorised = sorted(plan.structure.low_rank)
+        runner = SuffixRunner(architecture, calibration.tokens, factorised[0], starts=factorised)
         factorise(architecture, plan, runner, progress)
     if plan.structure.bridges:
         _build_bridges(model, architecture, plan, calibration, progress)
@@ -208,6 +214,7 @@ def compress(
     seed: int = 0,
     importance: str = "bi",
     bridge_rank: int | None = None,
+    one_shot: bool = False,
     plan: Plan | None = None,
     progress: Progress | None = None,
 ) -> tuple[PreTrainedModel, Plan]:
@@ -227,6 +234,8 @@ def compress(
         samples, seq_len, seed: number and length of calibration windows, and the seed of their draw.
         importance: how redundant layers are found: "bi", "angular" or "greedy".
         bridge_rank: rank of the bridges; default: all of them cost 0.3% of the layers that stay.
+        one_shot: paper method only: one pass over the dense model attributes all maps, instead of one pass per block
+            on the model compressed so far.
         plan: carries out this plan instead of making one (method, keep, layers ... are then not looked at).
 
     Returns:
@@ -246,7 +255,17 @@ def compress(
             calibration = load_calibration(calibration, model, tokenizer, samples, seq_len, seed, report)
     if plan is None:
         plan = make_plan(
-            model, calibration, method, keep, layers, compression_ratio, importance, bridge_rank, progress, architecture
+            model,
+            calibration,
+            method,
+            keep,
+            layers,
+            compression_ratio,
+            importance,
+            bridge_rank,
+            progress,
+            one_shot,
+            architecture,
         )
     compressed = apply_plan(model, plan, calibration, progress)
     plan = dataclasses.replace(

@@ -9,17 +9,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
-from .architectures import Architecture, LinearSite
+from .architectures import Architecture, LinearSite, linear_shape
 from .calibration import embedding_weight
+from .loss import next_token_loss
 
 # x [batch, tokens, in] and the gradient of the loss with respect to the output, [batch, tokens, out]
 SiteCallback = Callable[[LinearSite, torch.Tensor, torch.Tensor], None]
+
+# Tokens per run. A CPU is faster with activations that stay in its caches (classics-16l, bfloat16, backward through 11
+# layers: 1024 tokens at once take three quarters of the time of 4096), a GPU with more to do per launch.
+CPU_BATCH_TOKENS = 1024
+GPU_BATCH_TOKENS = 4096
+# Kept hidden states of further layers may take this share of the model's bytes; beyond it they are computed again.
+KEPT_SHARE = 0.05
+# On a CPU and in 16 bits, explicit attention beats the flash kernel on short windows (its backward pass takes three
+# times as long: bfloat16, 256 tokens, 4 heads of 32), as long as the probabilities that it keeps are few.
+EAGER_SEQ_LEN = 512
+EAGER_BYTES = 256 << 20
+# Activations kept for one backward pass; beyond it each layer's are computed again when its turn comes.
+ACTIVATION_BYTES = 128 << 20
 
 
 class SuffixRunner:
@@ -29,29 +44,52 @@ class SuffixRunner:
         architecture: the model; its modules at or above `first_layer` may be replaced between runs.
         tokens: int64 [samples, seq_len].
         first_layer: the lowest layer that will ever be replaced.
-        batch_tokens: at most this many tokens are run at once (never less than one window).
+        batch_tokens: at most this many tokens are run at once (never less than one window); by default what suits
+            the model's device.
+        starts: further layers at which `backward` may begin, provided that nothing below the layer is replaced before
+            its last run. Their hidden states are kept as far as memory allows (`KEPT_SHARE`).
+        recompute: whether a layer's activations are computed again in the backward pass instead of kept; by default
+            where they would exceed `ACTIVATION_BYTES`.
     """
 
     def __init__(
-        self, architecture: Architecture, tokens: torch.Tensor, first_layer: int, batch_tokens: int = 4096
+        self,
+        architecture: Architecture,
+        tokens: torch.Tensor,
+        first_layer: int,
+        batch_tokens: int | None = None,
+        starts: Sequence[int] = (),
+        recompute: bool | None = None,
     ) -> None:
         self.architecture = architecture
         self.first_layer = first_layer
-        self.device = embedding_weight(architecture.model).device
+        weight = embedding_weight(architecture.model)
+        self.device = weight.device
+        if batch_tokens is None:
+            batch_tokens = CPU_BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS
         rows = max(1, batch_tokens // tokens.shape[1])
         self.batches: tuple[torch.Tensor, ...] = tokens.split(rows)
-        self.samples = tokens.shape[0]
-        self._hidden: list[torch.Tensor] | None = None
+        self.samples, self.seq_len = tokens.shape
+        self.recompute = recompute
+        kept = tokens.numel() * weight.shape[1] * weight.element_size()
+        allowed = KEPT_SHARE * sum(p.numel() * p.element_size() for p in architecture.model.parameters())
+        further = sorted({layer for layer in starts if layer > first_layer})
+        # from the top: a run that begins there saves the most layers
+        self._starts = [first_layer, *further[max(0, len(further) - int(allowed // kept)) :]]
+        self._hidden: list[dict[int, torch.Tensor]] | None = None
         self._returns_tuple = False
 
-    def _capture(self) -> list[torch.Tensor]:
-        """Hidden states that enter `first_layer`, per batch."""
+    def _capture(self) -> list[dict[int, torch.Tensor]]:
+        """Hidden states that enter `first_layer` and the other kept layers, per batch."""
         if self._hidden is None:
-            captured: list[torch.Tensor] = []
+            captured: list[dict[int, torch.Tensor]] = []
 
-            def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                captured.append(_hidden_argument(args, kwargs).detach())
-                raise _Enough
+            def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], layer: int) -> None:
+                if layer == self._starts[0]:
+                    captured.append({})
+                captured[-1][layer] = _hidden_argument(args, kwargs).detach()
+                if layer == self._starts[-1]:
+                    raise _Enough
 
             def after(_: nn.Module, __: Any, output: Any) -> None:
                 self._returns_tuple = isinstance(output, tuple)
@@ -59,8 +97,10 @@ class SuffixRunner:
             layers = self.architecture.layers
             with ExitStack() as stack:
                 stack.callback(layers[0].register_forward_hook(after).remove)
-                hook = layers[self.first_layer].register_forward_pre_hook(before, with_kwargs=True)
-                stack.callback(hook.remove)
+                for layer in self._starts:
+                    hook = layers[layer].register_forward_pre_hook(partial(before, layer=layer), with_kwargs=True)
+                    stack.callback(hook.remove)
+                stack.enter_context(self._attention())
                 for batch in self.batches:
                     try:
                         with torch.no_grad():
@@ -78,13 +118,13 @@ class SuffixRunner:
         return self._returns_tuple
 
     @contextmanager
-    def _skipping(self, index: int) -> Iterator[None]:
-        """While open, layers below `first_layer` do nothing and batch `index`'s hidden states come out of them."""
-        if self.first_layer == 0:
+    def _skipping(self, index: int, start: int) -> Iterator[None]:
+        """While open, layers below `start` do nothing and batch `index`'s hidden states come out of them."""
+        if start == 0:
             yield
             return
-        hidden = self._capture()[index]
-        silenced = list(self.architecture.layers[: self.first_layer])
+        hidden = self._capture()[index][start]
+        silenced = list(self.architecture.layers[:start])
 
         def passing(*args: Any, **kwargs: Any) -> Any:
             return (hidden,) if self._returns_tuple else hidden
@@ -97,17 +137,62 @@ class SuffixRunner:
             for layer in silenced:
                 del layer.forward  # the instance attribute; the class's forward shows again
 
-    def logits(self, index: int) -> torch.Tensor:
-        """Logits of batch `index`: [batch, seq_len, vocabulary]."""
-        with self._skipping(index):
+    @contextmanager
+    def _attention(self) -> Iterator[None]:
+        """While open, short windows of 16-bit models go through explicit attention on a CPU (see `EAGER_SEQ_LEN`)."""
+        config = self.architecture.model.config
+        heads = getattr(config, "num_attention_heads", 0)
+        rows = max(len(batch) for batch in self.batches)
+        # probabilities in float32 and in 16 bits, per layer
+        kept = 6 * len(self.architecture.layers) * rows * heads * self.seq_len**2
+        if not (
+            self.device.type == "cpu"
+            and self.architecture.model.dtype in (torch.bfloat16, torch.float16)
+            and self.seq_len <= EAGER_SEQ_LEN
+            and kept <= EAGER_BYTES
+            and getattr(config, "_attn_implementation", None) == "sdpa"
+        ):
+            yield
+            return
+        config._attn_implementation = "eager"
+        try:
+            yield
+        finally:
+            config._attn_implementation = "sdpa"
+
+    @contextmanager
+    def _recomputing(self, lowest: int) -> Iterator[None]:
+        """While open, layers from `lowest` on keep only their inputs for the backward pass, if `recompute` says so."""
+        layers = list(self.architecture.layers[lowest:])
+        wanted = self.recompute
+        if wanted is None:
+            # what the layer's linear maps read and give; norms and activation functions keep about as much again
+            widths = sum(sum(linear_shape(layers[0].get_submodule(path))) for path in self.architecture.paths)
+            tokens = max(batch.numel() for batch in self.batches)
+            element = embedding_weight(self.architecture.model).element_size()
+            wanted = 2 * widths * tokens * element * len(layers) > ACTIVATION_BYTES
+        if not wanted:
+            yield
+            return
+        for layer in layers:
+            layer.forward = partial(_recomputed, layer.forward)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward
+
+    def logits(self, index: int, start: int | None = None) -> torch.Tensor:
+        """Logits of batch `index`, run from a kept layer (default: the first): [batch, seq_len, vocabulary]."""
+        with self._skipping(index, self.first_layer if start is None else start), self._attention():
             output = self.architecture.model(input_ids=self.batches[index].to(self.device), use_cache=False)
         logits: torch.Tensor = output.logits
         return logits
 
-    def loss(self, index: int) -> torch.Tensor:
+    def loss(self, index: int, start: int | None = None) -> torch.Tensor:
         """Next-token cross-entropy (nats) of batch `index`, weighted so that the batches' sum is the set's mean."""
         share = len(self.batches[index]) / self.samples
-        return next_token_loss(self.logits(index), self.batches[index].to(self.device)) * share
+        return next_token_loss(self.logits(index, start), self.batches[index].to(self.device), share)
 
     @torch.no_grad()
     def mean_loss(self) -> float:
@@ -156,6 +241,13 @@ class SuffixRunner:
         """
         model = self.architecture.model
         lowest = min([site.layer for site in sites] + list(residual_layers))
+        start = max((layer for layer in self._starts if layer <= lowest), default=self.first_layer)
+        # a float16 gradient of the mean over all tokens would be subnormal; hooks take the factor out again
+        scale = float(self.samples * self.seq_len) if model.dtype == torch.float16 else 1.0
+
+        def unscaled(gradient: torch.Tensor) -> torch.Tensor:
+            return gradient.detach() if scale == 1 else gradient.detach().float() / scale
+
         was_training = model.training
         frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
         seen: set[LinearSite] = set()
@@ -175,9 +267,11 @@ class SuffixRunner:
                     def watch(
                         _: nn.Module, args: tuple[Any, ...], output: torch.Tensor, site: LinearSite = site
                     ) -> None:
+                        if not output.requires_grad:  # the first of two runs: `_recomputed` comes back later
+                            return
                         x = args[0].detach()
                         seen.add(site)
-                        output.register_hook(lambda gradient: callback(site, x, gradient.detach()))
+                        output.register_hook(lambda gradient: callback(site, x, unscaled(gradient)))
 
                     stack.callback(self.architecture.module(site).register_forward_hook(watch).remove)
                 for layer in residual_layers:
@@ -186,12 +280,14 @@ class SuffixRunner:
                         hidden = output[0] if isinstance(output, tuple) else output
                         kept = hidden.detach()
                         assert residual_callback is not None
-                        hidden.register_hook(lambda gradient: residual_callback(layer, kept, gradient.detach()))
+                        hidden.register_hook(lambda gradient: residual_callback(layer, kept, unscaled(gradient)))
 
                     stack.callback(self.architecture.layers[layer].register_forward_hook(watch_residual).remove)
+                stack.enter_context(self._recomputing(lowest))
+                stack.enter_context(self._attention())  # the backward pass may run layers again
                 for index in range(len(self.batches)):
-                    loss = self.loss(index)
-                    loss.backward()
+                    loss = self.loss(index, start)
+                    (loss * scale).backward() if scale != 1 else loss.backward()
                     total += float(loss.detach())
                     if progress is not None:
                         progress(index + 1, len(self.batches))
@@ -205,12 +301,18 @@ class SuffixRunner:
         return total
 
 
-def next_token_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy (nats) of each token given those before it; labels are shifted here and nowhere else.
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Runs a layer now without a graph, and again, with one, when its gradient is asked for."""
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    if args:
+        return checkpoint(partial(forward, **kwargs), *args, use_reentrant=True, preserve_rng_state=False)
+    rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
 
-    logits [batch, seq_len, vocabulary], tokens int64 [batch, seq_len]; computed in float32.
-    """
-    return functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten())
+    def named(hidden: torch.Tensor) -> Any:
+        return forward(hidden_states=hidden, **rest)
+
+    return checkpoint(named, kwargs["hidden_states"], use_reentrant=True, preserve_rng_state=False)
 
 
 class _Enough(Exception):

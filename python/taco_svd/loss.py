@@ -1,0 +1,63 @@
+"""Next-token cross-entropy in bounded memory: the gradient is formed in the forward pass, a slice of rows at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+# Logits that are widened to float32 at once: a few megabytes, which stay in a CPU's cache. On a GPU a launch should
+# have more to do.
+CPU_SLICE = 1 << 19
+GPU_SLICE = 1 << 24
+
+
+def next_token_loss(logits: torch.Tensor, tokens: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
+    """Mean cross-entropy (nats) of each token given those before it; labels are shifted here and nowhere else.
+
+    logits [batch, seq_len, vocabulary], tokens int64 [batch, seq_len]; computed in float32 (float64 for float64).
+    `weight` multiplies the loss, and its gradient before that is rounded to the logits' dtype.
+    """
+    loss: torch.Tensor = _NextTokenLoss.apply(logits, tokens, weight)
+    return loss
+
+
+class _NextTokenLoss(torch.autograd.Function):
+    """Autograd's own way holds four float32 copies of the logits at its peak, this one a slice of one.
+
+    The gradient of a mean loss is ``softmax - onehot`` times a constant that is known before the backward pass, so it
+    is formed while the softmax is at hand, and stored in the logits' dtype as autograd would hand it over.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, tokens: torch.Tensor, weight: float) -> torch.Tensor:
+        batch, length, vocabulary = logits.shape
+        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        scale = weight / (batch * (length - 1))
+        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        if gradient is not None:
+            gradient[:, -1] = 0  # nothing follows the last token
+        step = max(1, (CPU_SLICE if logits.device.type == "cpu" else GPU_SLICE) // vocabulary)
+        total = torch.zeros((), dtype=torch.float64, device=logits.device)
+        for row in range(batch):
+            for start in range(0, length - 1, step):
+                stop = min(start + step, length - 1)
+                labels = tokens[row, start + 1 : stop + 1]
+                logs = functional.log_softmax(logits[row, start:stop], dim=-1, dtype=wide)
+                total -= logs.gather(1, labels[:, None]).sum(dtype=torch.float64)
+                if gradient is not None:
+                    share = logs.exp_()
+                    share.scatter_add_(1, labels[:, None], share.new_full((stop - start, 1), -1.0))
+                    gradient[row, start:stop] = share.mul_(scale)
+        ctx.gradient = gradient
+        return (total * scale).to(wide)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            raise RuntimeError("the loss was differentiated twice; its gradient is handed out once")
+        return gradient if bool(outer == 1) else gradient.mul_(outer), None, None
