@@ -13,7 +13,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import pairs_of, ratio, read_cold, spread
+from cpu.timing import pairs_of, ratio, read_cold, spread
 
 import taco_kernels
 from taco_kernels import low_rank_bridge, low_rank_linear, native

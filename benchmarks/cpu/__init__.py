@@ -1,0 +1,1 @@
+"""Parts of the CPU suite, ``benchmarks/cpu_suite.py``."""
