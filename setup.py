@@ -340,7 +340,7 @@ def main() -> None:
         package_dir={"": "python", "taco_kernels": "taco_kernels"},
         package_data={
             "taco_kernels": ["py.typed", "_C.pyi", "tuned/*.json"],
-            "taco_svd": ["py.typed", "data/**/*"],
+            "taco_svd": ["py.typed", "data/**/*", "lm_eval_tasks/*"],
         },
         include_package_data=False,
         ext_modules=modules,

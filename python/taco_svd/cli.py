@@ -12,6 +12,7 @@ import typer
 from .cli_eval import evaluate
 from .cli_eval import perplexity_of as _perplexity
 from .cli_eval import text_tokens as _text_tokens
+from .cli_heal import heal
 from .cli_shared import Bars, DeviceOption, DtypeOption, JsonOption, ModelArgument, SeedOption
 from .cli_shared import load as _load
 from .cli_shared import out_console as _out
@@ -112,6 +113,7 @@ def compress(
 
 
 app.command("eval")(evaluate)
+app.command()(heal)
 
 
 @app.command()

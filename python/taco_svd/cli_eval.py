@@ -29,27 +29,9 @@ def text_tokens(
     text: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, bars: Bars, seed: int
 ) -> tuple[Any, str]:
     """Tokens of a text to evaluate on, and what to call it."""
-    from .calibration import (
-        NAMED_TEST_CORPORA,
-        check_vocabulary,
-        context_length,
-        corpus_text,
-        read_text,
-        sample_from_model,
-        tokenize,
-    )
-    from .errors import TacoError
+    from .evaluation_run import evaluation_tokens
 
-    if text == "self":
-        # another seed than calibration's: text that calibration never saw
-        with bars.step("text that the dense model writes") as report:
-            windows = sample_from_model(model, 64, min(context_length(model), 512), seed + 1_000_003, progress=report)
-        return windows.flatten(), "self"
-    raw = corpus_text(text, test=True) if text in NAMED_TEST_CORPORA else read_text(text)
-    if tokenizer is None:
-        raise TacoError("The model has no tokenizer; a text cannot be evaluated.")
-    check_vocabulary(tokenizer, model)
-    return tokenize(raw, tokenizer), text if text in NAMED_TEST_CORPORA else Path(text).name
+    return evaluation_tokens(text, model, tokenizer, seed, bars)
 
 
 def perplexity_of(model: PreTrainedModel, tokens: Any, bars: Bars, title: str, **options: Any) -> Perplexity:
@@ -61,7 +43,24 @@ def perplexity_of(model: PreTrainedModel, tokens: Any, bars: Bars, title: str, *
 
 def evaluate(
     model: ModelArgument = None,
-    text: Annotated[str, typer.Option(help="FILE.txt, wikitext2, c4, or self (text this model writes).")] = "wikitext2",
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="FILE.txt, wikitext2, ptb, c4, or self (text this model writes). Default: wikitext2; with tasks, none."
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Dense model for the KL divergence, or none; default: the one a compressed model came from, if found."
+        ),
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, comma-separated.")] = None,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(help="Minimal pairs as JSON lines (sentence_good, sentence_bad, UID), run through the harness."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="At most this many documents per task.")] = None,
     window: Annotated[int | None, typer.Option(help="Tokens per window; default: the context, at most 2048.")] = None,
     stride: Annotated[
         int | None, typer.Option(help="Tokens between window starts; default: the window (no overlap).")
@@ -72,21 +71,34 @@ def evaluate(
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Perplexity of a dense or compressed model on a text, with its standard error.
+    """Perplexity of a dense or compressed model on a text, its KL divergence from the dense model, and task accuracy.
 
-    Example: taco-svd eval small --text book.txt --window 512 --stride 256
+    Every value has its standard error; --json also gives the versions, seeds and settings that made it.
+
+    Examples: taco-svd eval small --text book.txt --window 512 --stride 256;
+    taco-svd eval small --tasks arc_easy,hellaswag; taco-svd eval small --pairs blimp.jsonl
     """
-    bars = Bars(as_json)
-    from .evaluation import resolve_windows
+    from .evaluation_run import evaluate_model
+    from .report import evaluation_lines
 
     loaded, tokenizer = load(model, dtype, device)
-    window, stride = resolve_windows(loaded, window, stride)
-    tokens, name = text_tokens(text, loaded, tokenizer, bars, seed)
-    score = perplexity_of(loaded, tokens, bars, "perplexity", window=window, stride=stride, max_windows=max_windows)
+    values = evaluate_model(
+        loaded,
+        tokenizer,
+        model,
+        text=text,
+        against=against,
+        tasks=[task.strip() for task in (tasks or "").split(",") if task.strip()],
+        pairs=pairs,
+        limit=limit,
+        window=window,
+        stride=stride,
+        max_windows=max_windows,
+        seed=seed,
+        progress=Bars(as_json),
+    )
     if as_json:
-        print_json({"model": model, "text": name, **score.to_dict()})
+        print_json(values)
     else:
-        out_console().print(
-            f"perplexity {score.perplexity:.3f} ± {score.standard_error:.3f} on {name}: {score.tokens:,} tokens in "
-            f"{score.windows} windows of {score.window}, stride {score.stride}"
-        )
+        for line in evaluation_lines(values):
+            out_console().print(line, highlight=False, markup=False)

@@ -45,7 +45,7 @@ class Bars:
             yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     import transformers
     from transformers.utils import logging as transformers_logging
 
@@ -55,13 +55,18 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore")
 
 
-def load(name: str | None, dtype: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    from .checkpoint import DEFAULT_MODEL, load_model
+def check_dtype(dtype: str) -> None:
     from .errors import TacoError
 
-    _quiet_libraries()
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise TacoError(f"--dtype must be auto, float32, bfloat16 or float16, got {dtype!r}.")
+
+
+def load(name: str | None, dtype: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    from .checkpoint import DEFAULT_MODEL, load_model
+
+    quiet_libraries()
+    check_dtype(dtype)
     return load_model(name or DEFAULT_MODEL, dtype, device)
 
 

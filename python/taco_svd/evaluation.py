@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -57,6 +57,78 @@ def resolve_windows(model: PreTrainedModel, window: int | None, stride: int | No
     return window, stride
 
 
+@dataclass(frozen=True)
+class WindowBatch:
+    """Some windows of a text, to run at once.
+
+    Attributes:
+        ids: int64 [rows, window].
+        counted: per row, which of its `window - 1` predictions are counted.
+        done: number of windows up to and with this batch.
+    """
+
+    ids: torch.Tensor
+    counted: list[slice]
+    done: int
+
+
+class WindowBatches:
+    """A text cut into windows for evaluation; iterates over batches of them.
+
+    Windows of `window` tokens start every `stride` tokens. Each token is counted once: in every window but the
+    first, only the last `stride` predictions are.
+
+    Raises:
+        TacoError: text shorter than one window, or what `resolve_windows` refuses.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokens: torch.Tensor,
+        window: int | None,
+        stride: int | None,
+        max_windows: int | None,
+        batch_tokens: int,
+    ) -> None:
+        self.window, self.stride = resolve_windows(model, window, stride)
+        if len(tokens) < self.window:
+            raise TacoError(
+                f"The text has {len(tokens)} tokens, less than one window of {self.window}; pass a longer text."
+            )
+        starts = list(range(0, len(tokens) - self.window + 1, self.stride))
+        if max_windows is not None and max_windows < len(starts):
+            starts = [starts[i * len(starts) // max_windows] for i in range(max_windows)]
+        self._starts, self._tokens = starts, tokens
+        self._rows = max(1, batch_tokens // self.window)
+
+    @property
+    def windows(self) -> int:
+        return len(self._starts)
+
+    def __iter__(self) -> Iterator[WindowBatch]:
+        whole = slice(None)
+        # overlapping windows after the first count only what no earlier window has counted
+        rest = whole if self.stride == self.window else slice(-self.stride, None)
+        for first in range(0, len(self._starts), self._rows):
+            chunk = self._starts[first : first + self._rows]
+            ids = torch.stack([self._tokens[start : start + self.window] for start in chunk])
+            yield WindowBatch(ids, [whole if start == 0 else rest for start in chunk], first + len(chunk))
+
+
+def ratio_mean(sums: list[float], counts: list[int]) -> tuple[float, float]:
+    """Mean per item and its standard error from sums and counts per window (ratio estimator over windows).
+
+    The error is NaN for a single window.
+    """
+    count = sum(counts)
+    mean = math.fsum(sums) / count
+    if len(sums) < 2:
+        return mean, float("nan")
+    spread = math.fsum((s - mean * c) ** 2 for s, c in zip(sums, counts, strict=True))
+    return mean, math.sqrt(spread * len(sums) / (len(sums) - 1)) / count
+
+
 @torch.no_grad()
 def perplexity(
     model: PreTrainedModel,
@@ -82,44 +154,28 @@ def perplexity(
     Raises:
         TacoError: text shorter than one window, a stride outside 1..window, or logits that are not finite.
     """
-    window, stride = resolve_windows(model, window, stride)
-    if len(tokens) < window:
-        raise TacoError(f"The text has {len(tokens)} tokens, less than one window of {window}; pass a longer text.")
-    starts = list(range(0, len(tokens) - window + 1, stride))
-    if max_windows is not None and max_windows < len(starts):
-        starts = [starts[i * len(starts) // max_windows] for i in range(max_windows)]
+    batches = WindowBatches(model, tokens, window, stride, max_windows, batch_tokens)
     device = embedding_weight(model).device
-    rows = max(1, batch_tokens // window)
     sums: list[float] = []
     counts: list[int] = []
     was_training = model.training
     model.eval()
     try:
-        for first in range(0, len(starts), rows):
-            chunk = starts[first : first + rows]
-            batch = torch.stack([tokens[start : start + window] for start in chunk]).to(device)
-            logits = model(input_ids=batch, use_cache=False).logits
+        for batch in batches:
+            ids = batch.ids.to(device)
+            logits = model(input_ids=ids, use_cache=False).logits
             nll = functional.cross_entropy(
-                logits[:, :-1].float().flatten(0, 1), batch[:, 1:].flatten(), reduction="none"
-            ).view(len(chunk), window - 1)
-            for start, row in zip(chunk, nll, strict=True):
-                # overlapping windows after the first count only what no earlier window has counted
-                counted = row if start == 0 or stride == window else row[-stride:]
-                sums.append(float(counted.double().sum()))
-                counts.append(counted.numel())
+                logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+            ).view(ids.shape[0], -1)
+            for row, counted in zip(nll, batch.counted, strict=True):
+                sums.append(float(row[counted].double().sum()))
+                counts.append(row[counted].numel())
             if progress is not None:
-                progress(first + len(chunk), len(starts))
+                progress(batch.done, batches.windows)
     finally:
         model.train(was_training)
-    total, count = math.fsum(sums), sum(counts)
-    if not math.isfinite(total):
+    if not math.isfinite(math.fsum(sums)):
         raise TacoError("The model's logits are not finite on this text; its perplexity is undefined.")
-    mean = total / count
-    # ratio estimator over windows
-    if len(sums) > 1:
-        spread = math.fsum((s - mean * c) ** 2 for s, c in zip(sums, counts, strict=True))
-        error = math.sqrt(spread * len(sums) / (len(sums) - 1)) / count
-    else:
-        error = float("nan")
+    mean, error = ratio_mean(sums, counts)
     value = math.exp(mean) if mean < 700 else float("inf")
-    return Perplexity(value, mean, error, value * error, count, len(starts), window, stride)
+    return Perplexity(value, mean, error, value * error, sum(counts), batches.windows, batches.window, batches.stride)

@@ -78,3 +78,32 @@ def info_table(info: dict[str, Any]) -> Table:
     table.add_row("layer importance", str(info["importance"].get("measure")))
     table.add_row("made with", ", ".join(f"{name} {version}" for name, version in info["versions"].items()))
     return table
+
+
+def evaluation_lines(values: dict[str, Any]) -> list[str]:
+    """What `taco-svd eval` says about a model, a line per thing measured."""
+    lines = []
+    if "perplexity" in values:
+        lines.append(
+            f"perplexity {values['perplexity']:.3f} ± {values['standard_error']:.3f} on {values['text']}: "
+            f"{values['tokens']:,} tokens in {values['windows']} windows of {values['window']}, "
+            f"stride {values['stride']}"
+        )
+    if "divergence" in values:
+        found = values["divergence"]
+        lines.append(
+            f"KL({found['against']} || this) {found['kl']:.5f} ± {found['kl_standard_error']:.5f} nats per token; "
+            f"{found['same_top_token']:.1%} of the most likely tokens are the same"
+        )
+    harness = values.get("harness", {})
+    for task, metrics in harness.get("tasks", {}).items():
+        for metric, found in metrics.items():
+            line = f"{task} {metric} {found['value']:.4f}"
+            if found["low"] is not None:
+                line += f" (95%: {found['low']:.4f} to {found['high']:.4f})"
+            lines.append(line)
+    if "phenomena" in harness:
+        worst = sorted(harness["phenomena"].items(), key=lambda item: item[1]["value"])[:3]
+        told = ", ".join(f"{uid} {found['value']:.1%}" for uid, found in worst)
+        lines.append(f"{len(harness['correct']):,} pairs of {len(harness['phenomena'])} phenomena; lowest: {told}")
+    return lines

@@ -1,0 +1,107 @@
+"""How far a compressed model's predictions are from the dense model's: KL divergence per token.
+
+Perplexity sees only the probability of the token that came; the KL divergence sees the whole distribution, so it tells
+small changes apart on far less text (its standard error on the same tokens is much smaller), and it cannot be improved
+by luck on a text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from .calibration import embedding_weight
+from .errors import TacoError
+from .evaluation import WindowBatches, ratio_mean
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """KL(dense || compressed) on a text.
+
+    Attributes:
+        kl: mean over predicted tokens, nats.
+        kl_standard_error: over windows (tokens within a window are not independent).
+        same_top_token: share of positions where both models find the same token most likely.
+        tokens, windows, window, stride: as in `evaluation.Perplexity`; the same positions are counted.
+    """
+
+    kl: float
+    kl_standard_error: float
+    same_top_token: float
+    tokens: int
+    windows: int
+    window: int
+    stride: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def kl_per_token(dense_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """KL(dense || compressed) in nats at every position.
+
+    Args:
+        dense_logits, logits: [..., vocabulary], any floating dtype; computed in float32 (float64 for float64).
+
+    Returns:
+        [...], with a graph to `logits` where it has one.
+    """
+    wide = torch.promote_types(torch.promote_types(dense_logits.dtype, logits.dtype), torch.float32)
+    target = functional.log_softmax(dense_logits.to(wide), dim=-1)
+    found = functional.log_softmax(logits.to(wide), dim=-1)
+    return functional.kl_div(found, target, log_target=True, reduction="none").sum(-1)
+
+
+@torch.no_grad()
+def divergence(
+    dense: PreTrainedModel,
+    compressed: PreTrainedModel,
+    tokens: torch.Tensor,
+    window: int | None = None,
+    stride: int | None = None,
+    max_windows: int | None = None,
+    batch_tokens: int = 4096,
+    progress: Callable[[int, int], None] | None = None,
+) -> Divergence:
+    """KL(dense || compressed) on the positions that `evaluation.perplexity` counts with the same arguments.
+
+    Raises:
+        TacoError: as `evaluation.perplexity`, or models of different vocabularies.
+    """
+    if embedding_weight(dense).shape[0] != embedding_weight(compressed).shape[0]:
+        raise TacoError("The two models have vocabularies of different size; their predictions cannot be compared.")
+    batches = WindowBatches(compressed, tokens, window, stride, max_windows, batch_tokens)
+    sums: list[float] = []
+    counts: list[int] = []
+    agreeing = 0
+    modes = dense.training, compressed.training
+    dense.eval()
+    compressed.eval()
+    try:
+        for batch in batches:
+            target = dense(input_ids=batch.ids.to(dense.device), use_cache=False).logits[:, :-1]
+            found = compressed(input_ids=batch.ids.to(compressed.device), use_cache=False).logits[:, :-1]
+            target = target.to(found.device)
+            values = kl_per_token(target, found)
+            same = target.argmax(-1) == found.argmax(-1)
+            for row, (kl, top) in enumerate(zip(values, same, strict=True)):
+                counted = batch.counted[row]
+                sums.append(float(kl[counted].double().sum()))
+                counts.append(kl[counted].numel())
+                agreeing += int(top[counted].sum())
+            if progress is not None:
+                progress(batch.done, batches.windows)
+    finally:
+        dense.train(modes[0])
+        compressed.train(modes[1])
+    if not math.isfinite(math.fsum(sums)):
+        raise TacoError("The models' logits are not finite on this text; their divergence is undefined.")
+    mean, error = ratio_mean(sums, counts)
+    return Divergence(mean, error, agreeing / sum(counts), sum(counts), batches.windows, batches.window, batches.stride)

@@ -1,0 +1,163 @@
+"""Evaluates a model as `taco-svd eval` does: a text, the dense model, tasks; one record with what made the values."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import taco_kernels
+
+from .calibration import (
+    NAMED_TEST_CORPORA,
+    check_vocabulary,
+    context_length,
+    corpus_text,
+    read_text,
+    sample_from_model,
+    tokenize,
+)
+from .checkpoint import load_model, parameter_count, weight_bytes
+from .divergence import divergence
+from .errors import TacoError
+from .evaluation import perplexity, resolve_windows
+from .harness import require_harness, run_tasks
+from .modeling import CompressedModel
+from .plan import Plan
+from .progress import Progress, Silent
+from .source_model import check_source, source_path
+
+DEFAULT_TEXT = "wikitext2"
+# `self` for evaluation draws from another seed than calibration does: text that calibration never saw.
+SELF_SEED = 1_000_003
+
+
+def evaluation_tokens(
+    text: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[torch.Tensor, str]:
+    """(int64 tokens, name) of a text to evaluate on: a file, a corpus in `NAMED_TEST_CORPORA`, or "self".
+
+    Raises:
+        TacoError: unreadable text, no tokenizer, or one that does not fit the model.
+    """
+    if text == "self":
+        with (progress or Silent()).step("text that the model writes") as report:
+            length = min(context_length(model), 512)
+            windows = sample_from_model(model, 64, length, seed + SELF_SEED, progress=report)
+        return windows.flatten(), "self"
+    raw = corpus_text(text, test=True) if text in NAMED_TEST_CORPORA else read_text(text)
+    if tokenizer is None:
+        raise TacoError("The model has no tokenizer; a text cannot be evaluated.")
+    check_vocabulary(tokenizer, model)
+    return tokenize(raw, tokenizer), text if text in NAMED_TEST_CORPORA else Path(text).name
+
+
+def evaluate_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    name: str | None = None,
+    *,
+    text: str | None = None,
+    against: str | None = None,
+    tasks: list[str] | None = None,
+    pairs: str | Path | None = None,
+    limit: int | None = None,
+    window: int | None = None,
+    stride: int | None = None,
+    max_windows: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Perplexity, KL divergence from the dense model and task accuracies, as one JSON object.
+
+    Args:
+        model, tokenizer, name: a dense or compressed model and the directory or hub name it was loaded from.
+        text: see `evaluation_tokens`; default: wikitext2, or no text where tasks or pairs are given.
+        against: dense model for the KL divergence; "none" leaves it out. Default: for a compressed model the one its
+            plan names, where it is found (`source_model.source_path`).
+        tasks, pairs, limit: see `harness.run_tasks`.
+        window, stride, max_windows: see `evaluation.perplexity`.
+
+    Returns:
+        ``model``, ``parameters``, ``bytes``, ``dtype``, ``device``, ``seed``, ``versions``; with a text the fields of
+        `Perplexity`, ``text``, ``text_sha256`` (of the tokens) and ``divergence`` (the fields of `Divergence` and
+        ``against``), or ``divergence_missing`` with the reason; with tasks ``harness``.
+
+    Raises:
+        TacoError: whatever is wrong with the arguments, before long work.
+    """
+    progress = progress or Silent()
+    asked = [task for task in tasks or [] if task]
+    wants_tasks = bool(asked) or pairs is not None
+    if text is None and not wants_tasks:
+        text = DEFAULT_TEXT
+    if wants_tasks:
+        require_harness()
+    values: dict[str, Any] = {
+        "model": name,
+        "parameters": parameter_count(model),
+        "bytes": weight_bytes(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "threads": torch.get_num_threads(),
+        "seed": seed,
+        "versions": versions(),
+    }
+    if text is not None:
+        window, stride = resolve_windows(model, window, stride)
+        dense, origin = _dense(model, name, against)
+        tokens, text_name = evaluation_tokens(text, model, tokenizer, seed, progress)
+        digest = hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
+        with progress.step("perplexity") as report:
+            score = perplexity(model, tokens, window, stride, max_windows, progress=report)
+        values |= {"text": text_name, "text_sha256": digest, **score.to_dict()}
+        if dense is None:
+            values["divergence_missing"] = origin
+        else:
+            with progress.step("KL divergence") as report:
+                found = divergence(dense, model, tokens, window, stride, max_windows, progress=report)
+            values["divergence"] = {"against": origin, **found.to_dict()}
+    if wants_tasks:
+        with progress.step("tasks"):
+            values["harness"] = run_tasks(model, tokenizer, asked, pairs, limit, seed=seed)
+    return values
+
+
+def _dense(model: PreTrainedModel, name: str | None, against: str | None) -> tuple[PreTrainedModel | None, str]:
+    """(dense model or None, its name or why there is none)."""
+    if against == "none":
+        return None, "not asked for"
+    compressed = isinstance(model, CompressedModel)
+    if against is None:
+        if not compressed or name is None:
+            return None, "this is a dense model; --against MODEL compares it with another one"
+        try:
+            against = source_path(Plan.load(name), name)
+            dense, _ = load_model(against, model.dtype, str(model.device))
+        except TacoError as error:
+            return None, str(error)
+    else:
+        dense, _ = load_model(against, model.dtype, str(model.device))
+    if compressed:
+        check_source(model, dense, against)
+    # of a local path only its last part, as in plans
+    return dense, Path(against).name if Path(against).exists() else against
+
+
+def versions() -> dict[str, str]:
+    """What made a result: this package and what it computes with."""
+    return {
+        "taco_kernels": taco_kernels.__version__,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }

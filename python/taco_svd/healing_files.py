@@ -1,0 +1,189 @@
+"""The files of a healing run: training windows, and a state that a killed run goes on from.
+
+Safetensors and JSON in a directory beside the output. A state is written to a new file first and `state.json`, which
+names it, replaced after that: whenever a run is killed, `state.json` names a whole state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .calibration import (
+    CHARACTERS_PER_TOKEN,
+    LONG_TEXT_FACTOR,
+    NAMED_CORPORA,
+    check_vocabulary,
+    corpus_text,
+    random_windows,
+    read_text,
+    sample_from_model,
+    text_windows,
+    tokenize,
+)
+from .errors import TacoError
+from .healing import HealingOptions, HealingState, trainable_names
+from .progress import Report
+
+# A kill costs about this much work at most, or 50 times what writing a state takes (2% of the run) where that is more.
+SECONDS_BETWEEN_STATES = 10.0
+STATE_SHARE = 50
+
+
+def healing_windows(
+    text: str,
+    dense: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    options: HealingOptions,
+    progress: Report | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(training, held-out) windows, int64 [count, seq_len], drawn with the run's seed; no token is in both.
+
+    Args:
+        text: a file, "wikitext2", "c4", or "self" for text that the dense model writes.
+
+    Raises:
+        TacoError: no tokenizer, an unreadable text, or one of fewer than two windows.
+    """
+    wanted = options.steps * options.batch + options.held_out
+    length, seed = options.seq_len, options.seed
+    if text == "self":
+        windows = sample_from_model(dense, wanted, length, seed, progress=progress)
+    else:
+        raw = corpus_text(text, test=False) if text in NAMED_CORPORA else read_text(text)
+        if tokenizer is None:
+            raise TacoError("Healing on text needs the model's tokenizer, and the checkpoint has none.")
+        check_vocabulary(tokenizer, dense)
+        if len(raw) // (length * CHARACTERS_PER_TOKEN) >= LONG_TEXT_FACTOR * wanted:
+            windows = text_windows(raw, tokenizer, wanted, length, seed, text)
+        else:
+            tokens = tokenize(raw, tokenizer)
+            slots = len(tokens) // length
+            if slots < 2:
+                raise TacoError(f"{Path(text).name} has fewer than two windows of {length} tokens; pass a longer text.")
+            # no more windows than fit side by side: an overlap would show held-out tokens to the training
+            windows = random_windows(tokens, min(wanted, slots), length, seed, Path(text).name)
+    held_out = max(1, min(options.held_out, len(windows) // 10))
+    return windows[held_out:].contiguous(), windows[:held_out].contiguous()
+
+
+def start_digest(model: PreTrainedModel, names: list[str]) -> str:
+    """SHA-256 of the parameters that a run starts from."""
+    digest = hashlib.sha256()
+    parameters = dict(model.named_parameters())
+    for name in names:
+        digest.update(name.encode())
+        digest.update(parameters[name].detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class HealingFiles:
+    """The work directory of a run.
+
+    Raises:
+        TacoError: it belongs to a run with other options, another model or another text, or is damaged.
+    """
+
+    def __init__(self, path: Path, options: HealingOptions, student: PreTrainedModel, text: str) -> None:
+        self.path = path
+        # names of files only, as everywhere: records must not carry their author's directories
+        name = text if text in NAMED_CORPORA or text == "self" else Path(text).name
+        self.identity: dict[str, Any] = {
+            "options": options.to_dict(),
+            "text": name,
+            "start": start_digest(student, trainable_names(student, options.norms)),
+        }
+        self._last, self._cost = time.monotonic(), 0.0
+        if (path / "run.json").is_file():
+            found = self._json("run.json")
+            if found != self.identity:
+                differs = [key for key in self.identity if found.get(key) != self.identity[key]]
+                raise TacoError(
+                    f"{path} holds a healing run with another {' and '.join(differs)}; give the same arguments to go "
+                    "on with it, or delete the directory to start anew."
+                )
+        elif path.exists() and any(path.iterdir()):
+            raise TacoError(f"{path} is not the work directory of a healing run; choose another --work.")
+
+    def windows(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The windows of the run that is gone on with, or None where none began."""
+        if not (self.path / "run.json").is_file():
+            return None
+        tensors = self._tensors("windows.safetensors")
+        return tensors["train"], tensors["held_out"]
+
+    def begin(self, train: torch.Tensor, held_out: torch.Tensor) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        save_file({"train": train, "held_out": held_out}, self.path / "windows.safetensors")
+        self._write_json("run.json", self.identity)
+
+    def state(self) -> HealingState | None:
+        """The last whole state, or None."""
+        if not (self.path / "state.json").is_file():
+            return None
+        record: dict[str, Any] = self._json("state.json")
+        try:
+            tensors = self._tensors(Path(record.pop("file")).name)
+            groups: dict[str, Any] = {"factors": {}, "first": {}, "second": {}, "best": {}}
+            for name, tensor in tensors.items():
+                group, _, parameter = name.partition("/")
+                groups[group][parameter] = tensor
+            return HealingState(**record, **groups)
+        except (KeyError, TypeError) as error:
+            raise TacoError(f"{self.path} is damaged ({error}); delete it and start anew.") from error
+
+    def keep(self, state: HealingState) -> None:
+        """Writes the state when the last one is old enough."""
+        if time.monotonic() - self._last >= max(SECONDS_BETWEEN_STATES, STATE_SHARE * self._cost):
+            self.write(state)
+
+    def write(self, state: HealingState) -> None:
+        start = time.monotonic()
+        tensors = {}
+        for group in ("factors", "first", "second", "best"):
+            for name, tensor in getattr(state, group).items():
+                tensors[f"{group}/{name}"] = tensor.detach().cpu().contiguous()
+        file = f"state-{state.step}.safetensors"
+        partial = self.path / f"{file}.partial"
+        save_file(tensors, partial)
+        os.replace(partial, self.path / file)
+        record = {key: getattr(state, key) for key in ("step", "best_step", "curve", "losses")}
+        self._write_json("state.json", {"file": file, **record})
+        for old in self.path.glob("state-*.safetensors*"):
+            if old.name != file:
+                old.unlink()
+        self._last = time.monotonic()
+        self._cost = self._last - start
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _write_json(self, name: str, values: dict[str, Any]) -> None:
+        partial = self.path / f"{name}.partial"
+        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, self.path / name)
+
+    def _json(self, name: str) -> dict[str, Any]:
+        try:
+            values = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise TacoError(f"{self.path / name} is not readable ({error}); delete {self.path}.") from error
+        if not isinstance(values, dict):
+            raise TacoError(f"{self.path / name} is not an object; delete {self.path}.")
+        return values
+
+    def _tensors(self, name: str) -> dict[str, torch.Tensor]:
+        try:
+            return load_file(self.path / name)
+        except (OSError, SafetensorError) as error:
+            raise TacoError(f"{self.path / name} is not readable ({error}); delete {self.path}.") from error

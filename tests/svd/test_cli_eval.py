@@ -1,0 +1,117 @@
+"""`taco-svd eval` as a person meets it: what is in its JSON, what it prints, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+
+import pytest
+
+from taco_svd import cli
+from taco_svd.checkpoint import DEFAULT_MODEL
+
+
+@pytest.fixture
+def invoke(capsys, monkeypatch):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["taco-svd", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return (code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The demo model with a layer removed; its source is found in the package."""
+    out = tmp_path_factory.mktemp("cli_eval") / "small"
+    arguments = [
+        "--layers",
+        "1",
+        "--method",
+        "removal",
+        "--samples",
+        "2",
+        "--seq-len",
+        "8",
+        "--out",
+        str(out),
+        "--json",
+    ]
+    cli.app(["compress", *arguments], standalone_mode=False)
+    return out
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog, and the dog does not mind. " * 20)
+    return path
+
+
+def test_json_has_values_errors_versions_and_seed(small, text, invoke):
+    code, stdout, _ = invoke("eval", small, "--text", text, "--window", "32", "--json")
+    values = json.loads(stdout)
+    assert code == 0
+    assert values["text"] == "text.txt" and len(values["text_sha256"]) == 64 and values["seed"] == 0
+    assert {"taco_kernels", "torch", "transformers", "python"} <= set(values["versions"])
+    found = values["divergence"]
+    assert found["against"] == DEFAULT_MODEL.name
+    assert found["kl"] > 0 and found["kl_standard_error"] > 0 and found["tokens"] == values["tokens"]
+    assert str(text.parent) not in json.dumps({key: values[key] for key in values if key != "model"})
+
+    code, stdout, _ = invoke("eval", small, "--text", text, "--window", "32")
+    assert code == 0 and "perplexity" in stdout and f"KL({DEFAULT_MODEL.name} || this)" in stdout
+
+
+def test_divergence_can_be_left_out_or_taken_from_another_model(small, text, invoke):
+    common = ("--text", text, "--window", "32", "--json")
+    assert "divergence" not in json.loads(invoke("eval", small, *common, "--against", "none")[1])
+    dense = json.loads(invoke("eval", DEFAULT_MODEL, *common)[1])
+    assert "divergence" not in dense and "--against" in dense["divergence_missing"]
+    same = json.loads(invoke("eval", DEFAULT_MODEL, *common, "--against", DEFAULT_MODEL)[1])
+    assert same["divergence"]["kl"] == pytest.approx(0, abs=1e-6)
+    code, _, stderr = invoke("eval", small, *common, "--against", small)
+    assert code == 2 and "compressed model" in stderr
+
+
+@pytest.mark.parametrize(
+    "name, path, joined",
+    [("wikitext2", "Salesforce/wikitext", "a\n\nb"), ("ptb", "parquet", "a b"), ("c4", "allenai/c4", "a\n\nb")],
+)
+def test_named_corpora_are_fetched_by_datasets(name, path, joined, monkeypatch):
+    """What `datasets` is asked for, without a network: the module is a stand-in."""
+    from taco_svd.calibration import corpus_text
+
+    asked = []
+
+    class Rows(list):
+        def __getitem__(self, key):
+            return [row[key] for row in self] if isinstance(key, str) else super().__getitem__(key)
+
+        def take(self, count):
+            return self[:count]
+
+    def load_dataset(*arguments, **options):
+        asked.append((arguments, options))
+        column = "sentence" if name == "ptb" else "text"
+        return Rows([{column: "a"}, {column: "b"}])
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert corpus_text(name, test=True) == joined
+    arguments, options = asked[0]
+    assert arguments[0] == path
+    assert "test" in str(options) or "validation" in str(options)
+
+
+def test_without_the_harness_tasks_are_refused_before_work(small, invoke, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    for arguments in (("--tasks", "arc_easy"), ("--pairs", tmp_path / "pairs.jsonl")):
+        code, stdout, stderr = invoke("eval", small, *arguments)
+        assert code == 2 and "taco-kernels[eval]" in stderr and stdout == ""

@@ -1,0 +1,368 @@
+"""Healing: its objectives against plain formulas, what it may change, and that a killed run gives the same bits."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+from taco_svd import TacoError, cli, save_compressed
+from taco_svd.cli_heal import token_count
+from taco_svd.healing import (
+    HealingOptions,
+    Objective,
+    balance,
+    heal,
+    prepare,
+    replacements,
+    trainable_names,
+    window_order,
+)
+from taco_svd.healing_files import HealingFiles
+from taco_svd.healing_run import heal_checkpoint
+from taco_svd.replacement import LowRankBridge, LowRankLinear, structural_copy
+
+from .tiny_models import VOCABULARY, tiny_model
+
+SMALL = HealingOptions(tokens=6 * 4 * 8, batch=4, seq_len=8, held_out=4, evaluations=3, lr=0.05)
+
+
+def windows_for(options: HealingOptions, count: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(3, VOCABULARY, (count + options.held_out, options.seq_len), generator=generator)
+    return tokens[options.held_out :], tokens[: options.held_out]
+
+
+def own_copy(model):
+    """A copy with parameters of its own: healing trains in place, the cached model must stay as it is."""
+    copied = structural_copy(model)
+    for module in copied.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                module._parameters[name] = torch.nn.Parameter(parameter.detach().clone())
+    copied.tie_weights()
+    return copied
+
+
+# -- objectives ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, method", [("llama", "bridge"), ("gpt2", "taco"), ("gemma2", "bridge")])
+def test_logits_objective_is_the_mean_kl(compressed_tiny, name, method):
+    dense, compressed, _ = compressed_tiny(name, method)
+    ids = torch.randint(3, VOCABULARY, (3, 9))
+    with torch.no_grad():
+        p, q = (model(ids).logits.double().softmax(-1) for model in (dense, compressed))
+        found = Objective(compressed, dense, "logits")(ids)
+    slow = (p * (p / q).log()).sum(-1).mean()
+    # float32 logits: the divergence is a difference of logarithms, each with a rounding error of its size
+    torch.testing.assert_close(found.double(), slow, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name, method", [("llama", "bridge"), ("gpt2", "taco"), ("llama", "removal")])
+def test_hidden_objective_compares_states_behind_every_layer_from_the_first_replacement(compressed_tiny, name, method):
+    dense, compressed, plan = compressed_tiny(name, method)
+    ids = torch.randint(3, VOCABULARY, (3, 9))
+    with torch.no_grad():
+        theirs = dense(ids, output_hidden_states=True).hidden_states  # [i + 1] leaves layer i; the last is normed
+        ours = compressed(ids, output_hidden_states=True).hidden_states
+        found = Objective(compressed, dense, "hidden")(ids)
+    kept = plan.structure.kept
+    # behind kept layer p stands what layer kept[p + 1] of the dense model takes in
+    if method == "bridge":
+        positions = range(kept.index(1), len(kept) - 1)  # the bridge follows layer 1, the last before the removed
+    elif method == "taco":
+        positions = range(2, len(kept) - 1)
+    else:
+        positions = range(len(kept) - 1)
+    errors = [
+        ((ours[position + 1] - theirs[kept[position + 1]]) ** 2).sum() / (theirs[kept[position + 1]] ** 2).sum()
+        for position in positions
+    ]
+    errors.append(last_layer_error(dense, compressed, ids))
+    torch.testing.assert_close(found, torch.stack(errors).mean(), rtol=1e-4, atol=1e-7)
+
+
+@torch.no_grad()
+def last_layer_error(dense, compressed, ids):
+    """Relative squared error of what the last layers give, before the final norm."""
+    states = []
+    for model in (compressed, dense):
+        layers = model.transformer.h if hasattr(model, "transformer") else model.model.layers
+        hook = layers[-1].register_forward_hook(
+            lambda _, __, output: states.append(output[0] if isinstance(output, tuple) else output)
+        )
+        model(ids)
+        hook.remove()
+    return ((states[0] - states[1]) ** 2).sum() / (states[1] ** 2).sum()
+
+
+# -- what is trained -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["linear", "bridge"])
+def test_balanced_factors_have_the_same_product(kind):
+    made = LowRankLinear(13, 9, 4, True) if kind == "linear" else LowRankBridge(11, 3, True, 1e-6)
+    made = made.double()
+    with torch.no_grad():
+        made.u.copy_(torch.randn_like(made.u) * 100)
+        made.v.copy_(torch.randn_like(made.v) / 100)
+    product = made.u @ made.v
+    balance(made)
+    scale = float(product.detach().abs().max())
+    eps = torch.finfo(torch.float64).eps
+    torch.testing.assert_close(made.u @ made.v, product, rtol=0, atol=100 * eps * scale)
+    torch.testing.assert_close(made.u.T @ made.u, made.v @ made.v.T, rtol=0, atol=1000 * eps * scale)
+
+
+@pytest.mark.parametrize("objective", ["logits", "hidden"])
+@pytest.mark.parametrize("name, method", [("llama", "bridge"), ("gpt2", "taco"), ("phi3", "taco")])
+def test_only_replacements_change_and_held_out_improves(compressed_tiny, name, method, objective):
+    dense, cached, _ = compressed_tiny(name, method)
+    student = own_copy(cached)
+    before = {key: value.detach().clone() for key, value in student.named_parameters()}
+    options = HealingOptions(
+        tokens=40 * 8 * 8, batch=8, seq_len=8, held_out=16, evaluations=4, lr=0.03, objective=objective
+    )
+    train, held_out = windows_for(options, 400)
+    state = heal(student, dense, train, held_out, options, torch.float32)
+    names = set(state.best)
+    owners = set(replacements(student))
+    assert names == {key for key in before if key.rpartition(".")[0] in owners}
+    for key, value in student.named_parameters():
+        assert torch.equal(value, before[key]) != (key in names), key
+    assert all(parameter.requires_grad == (key in names) for key, parameter in student.named_parameters())
+    first, best = state.curve[0], min(point["objective"] for point in state.curve)
+    assert best < 0.95 * first["objective"]
+    assert [point["step"] for point in state.curve] == [0, 10, 20, 30, 40] and first["train"] is None
+    assert next(p for p in state.curve if p["step"] == state.best_step)["objective"] == best
+
+
+def test_norms_are_trained_when_asked(compressed_tiny):
+    _, compressed, _ = compressed_tiny("llama", "bridge")
+    more = set(trainable_names(compressed, norms=True)) - set(trainable_names(compressed))
+    assert more == {
+        f"model.layers.{index}.{norm}.weight"
+        for index in range(3)
+        for norm in ("input_layernorm", "post_attention_layernorm")
+    }
+
+
+def test_there_is_nothing_to_heal_after_bare_removal(compressed_tiny):
+    with pytest.raises(TacoError, match="nothing to heal"):
+        trainable_names(compressed_tiny("llama", "removal")[1])
+
+
+def test_the_best_and_not_the_last_parameters_are_kept(compressed_tiny):
+    dense, cached, _ = compressed_tiny("llama", "bridge")
+    student = own_copy(cached)
+    start = {name: student.get_parameter(name).detach().clone() for name in trainable_names(student)}
+    prepare(copy := own_copy(cached), list(start))  # balanced, as the run starts
+    options = HealingOptions(tokens=10 * 32, batch=4, seq_len=8, held_out=4, evaluations=2, lr=9.0)
+    state = heal(student, dense, *windows_for(options), options, torch.float32)
+    assert state.curve[-1]["objective"] > state.curve[0]["objective"]  # that step size does harm
+    assert state.best_step == 0
+    for name, value in state.best.items():
+        assert torch.equal(value, copy.get_parameter(name))
+
+
+def test_sixteen_bit_models_train_float32_factors_and_keep_rounded_ones(compressed_tiny):
+    dense, cached, _ = compressed_tiny("llama", "bridge", torch.bfloat16)
+    student = own_copy(cached)
+    state = heal(student, dense, *windows_for(SMALL), SMALL, torch.bfloat16)
+    assert all(value.dtype == torch.float32 for value in state.factors.values())
+    assert all(value.dtype == torch.bfloat16 for value in state.best.values())
+    assert student.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+
+
+def test_windows_come_once_before_any_comes_again():
+    options = HealingOptions(tokens=5 * 4 * 8, batch=4, seq_len=8, seed=3)
+    order = window_order(7, options)
+    assert len(order) == 20 and sorted(order[:7].tolist()) == list(range(7)) == sorted(order[7:14].tolist())
+    assert torch.equal(order, window_order(7, options))
+    assert not torch.equal(order, window_order(7, HealingOptions(tokens=5 * 4 * 8, batch=4, seq_len=8, seed=4)))
+
+
+def test_the_learning_rate_warms_up_and_falls_to_nothing():
+    options = HealingOptions(tokens=1000 * 8, batch=1, seq_len=8, lr=0.5)
+    rates = [options.learning_rate(step) for step in range(options.steps)]
+    top = rates.index(max(rates))
+    assert max(rates) == 0.5 and top in (19, 20)
+    assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
+    assert 0 < rates[-1] < 1e-5 * 0.5
+
+
+# -- files and runs ------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """As SIGKILL: nothing in the package catches it."""
+
+
+class KillAt:
+    def __init__(self, step):
+        self.step_count = step
+
+    def step(self, title):
+        from contextlib import contextmanager
+
+        @contextmanager
+        def opened():
+            def report(done, total):
+                if title == "healing" and done == self.step_count:
+                    raise Killed
+
+            yield report
+
+        return opened()
+
+
+@pytest.fixture
+def saved(compressed_tiny, tmp_path):
+    """A bridged tiny llama on disk; its dense model lies beside it under the plan's name."""
+    dense, compressed, plan = compressed_tiny("llama", "bridge")
+    save_compressed(compressed, plan, tmp_path / "small")
+    dense.save_pretrained(tmp_path / "dense")
+    return tmp_path
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(saved, monkeypatch):
+    monkeypatch.setattr("taco_svd.healing_files.SECONDS_BETWEEN_STATES", 0.0)
+    monkeypatch.setattr("taco_svd.healing_files.STATE_SHARE", 0)
+    arguments = (saved / "small", saved / "straight", "self", SMALL, saved / "dense")
+    straight = heal_checkpoint(*arguments)
+    assert not (saved / "straight.healing").exists()
+    for step in (1, 4):
+        with pytest.raises(Killed):
+            heal_checkpoint(saved / "small", saved / "killed", "self", SMALL, saved / "dense", progress=KillAt(step))
+        assert not (saved / "killed").exists() and (saved / "killed.healing").is_dir()
+        assert not list((saved / "killed.healing").glob("*.pt")) and not list(saved.glob("**/*.pkl"))
+    # what was kept last is the state after step 3: the run must not begin anew
+    assert json.loads((saved / "killed.healing" / "state.json").read_text())["step"] >= 3
+    resumed = heal_checkpoint(saved / "small", saved / "killed", "self", SMALL, saved / "dense")
+    assert resumed == straight
+    for file in ("model.safetensors", "healing.json", "taco_plan.json"):
+        assert (saved / "killed" / file).read_bytes() == (saved / "straight" / file).read_bytes(), file
+    assert not (saved / "killed.healing").exists()
+
+
+def test_a_run_goes_on_only_as_it_began(saved, monkeypatch):
+    monkeypatch.setattr("taco_svd.healing_files.SECONDS_BETWEEN_STATES", 0.0)
+    monkeypatch.setattr("taco_svd.healing_files.STATE_SHARE", 0)
+    with pytest.raises(Killed):
+        heal_checkpoint(saved / "small", saved / "out", "self", SMALL, saved / "dense", progress=KillAt(3))
+    other = HealingOptions(**{**SMALL.to_dict(), "lr": 0.01})
+    with pytest.raises(TacoError, match="another options"):
+        heal_checkpoint(saved / "small", saved / "out", "self", other, saved / "dense")
+    (saved / "text.txt").write_text("some words")
+    with pytest.raises(TacoError, match="another text"):
+        heal_checkpoint(saved / "small", saved / "out", str(saved / "text.txt"), SMALL, saved / "dense")
+    state = next((saved / "out.healing").glob("state-*.safetensors"))
+    state.write_bytes(state.read_bytes()[:50])
+    with pytest.raises(TacoError, match="not readable"):
+        heal_checkpoint(saved / "small", saved / "out", "self", SMALL, saved / "dense")
+    assert not (saved / "out").exists()
+    with pytest.raises(TacoError, match="not the work directory"):
+        heal_checkpoint(saved / "small", saved / "out", "self", SMALL, saved / "dense", work=saved / "dense")
+
+
+def test_a_state_is_whole_or_not_there(compressed_tiny, tmp_path, monkeypatch):
+    """A crash between writing the tensors and naming them leaves the state before."""
+    dense, cached, _ = compressed_tiny("llama", "bridge")
+    student = own_copy(cached)
+    files = HealingFiles(tmp_path / "work", SMALL, student, "self")
+    files.begin(*windows_for(SMALL))
+    states = []
+
+    def keep(state):
+        if state.step == 4:
+            monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("crash")))
+        states.append(state.step)
+        files.write(state)
+
+    with pytest.raises(OSError, match="crash"):
+        heal(student, dense, *windows_for(SMALL), SMALL, torch.float32, keep=keep)
+    monkeypatch.undo()
+    assert states == [1, 2, 3, 4] and files.state().step == 3
+
+
+@pytest.fixture
+def invoke(capsys, monkeypatch):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["taco-svd", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return (code, *capsys.readouterr())
+
+    return run
+
+
+def test_command_line(saved, invoke):
+    common = ("--text", "self", "--tokens", "256", "--batch", "4", "--seq-len", "8", "--dense", saved / "dense")
+    code, stdout, stderr = invoke("heal", saved / "small", "--out", saved / "healed", *common, "--json")
+    assert code == 0, stderr
+    made = json.loads(stdout)
+    assert made["after"]["kl"] <= made["before"]["kl"] and made["tokens"] == 256
+    record = json.loads((saved / "healed" / "taco_plan.json").read_text())["result"]["healing"]
+    assert record["after"] == made["after"] and "curve" not in record
+    assert json.loads((saved / "healed" / "healing.json").read_text())["curve"][0]["step"] == 0
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib, the extra taco-kernels[plot]")
+    assert (saved / "healed" / "healing.png").read_bytes().startswith(b"\x89PNG")
+    code, stdout, _ = invoke("eval", saved / "healed", "--text", "self", "--window", "8", "--against", saved / "dense")
+    assert code == 0 and "KL(dense || this)" in stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--tokens", "many"], "--tokens"),
+        (["--tokens", "0"], "--tokens"),
+        (["--objective", "magic"], "--objective"),
+        (["--lr", "0"], "--lr"),
+        (["--seq-len", "1"], "--seq-len"),
+        (["--seq-len", "65"], "context"),
+        (["--batch", "0"], "at least 1"),
+        (["--text", "missing.txt"], "No such text"),
+        (["--dtype", "int8"], "--dtype"),
+        (["--dense", "SMALL"], "compressed model"),
+        (["--out", "SMALL"], "exists"),
+        ([], "was not found"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_any_work(saved, invoke, arguments, says):
+    given = {"--text": "self", "--out": saved / "out", "--seq-len": "8"}
+    given.update(zip(arguments[::2], arguments[1::2], strict=True))
+    words = [str(saved / "small") if word == "SMALL" else str(word) for pair in given.items() for word in pair]
+    code, stdout, stderr = invoke("heal", saved / "small", *words)
+    assert code == 2 and says in stderr and len(stderr.strip().splitlines()) == 1 and stdout == ""
+    assert sorted(path.name for path in saved.iterdir()) == ["dense", "small"]
+
+
+@pytest.mark.parametrize("text, count", [("1M", 1_000_000), ("500k", 500_000), ("0.5m", 500_000), ("2048", 2048)])
+def test_token_counts(text, count):
+    assert token_count(text) == count
+
+
+def test_a_short_text_shares_no_token_between_training_and_held_out(tmp_path):
+    from taco_svd.checkpoint import DEFAULT_MODEL, load_model
+    from taco_svd.healing_files import healing_windows
+
+    model, tokenizer = load_model(DEFAULT_MODEL)
+    words = [f"word{index} and {index * 7} more" for index in range(400)]
+    (tmp_path / "text.txt").write_text(" ".join(words))
+    options = HealingOptions(tokens=100_000, batch=2, seq_len=32, held_out=1000)
+    train, held_out = healing_windows(str(tmp_path / "text.txt"), model, tokenizer, options)
+    assert len(held_out) == (len(train) + len(held_out)) // 10
+    rows = [tuple(row.tolist()) for row in torch.cat([train, held_out])]
+    assert len(set(rows)) == len(rows)  # numbers make every window different, so equal rows would be overlaps
+    (tmp_path / "tiny.txt").write_text("three words only")
+    with pytest.raises(TacoError, match="two windows"):
+        healing_windows(str(tmp_path / "tiny.txt"), model, tokenizer, options)
+    with pytest.raises(TacoError, match="tokenizer"):
+        healing_windows(str(tmp_path / "text.txt"), tiny_model("llama"), None, options)
