@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from .architectures import Architecture, LinearSite, dense_weight, linear_shape
 from .errors import TacoError
+from .plan import REMOVING_METHODS
 from .structure import BridgeSpec, Structure
 
 DEFAULT_COMPRESSION_RATIO = 0.7
@@ -64,7 +65,7 @@ def layers_and_ratio(
     Raises:
         TacoError: out of range, contradictory, or not reachable; says what is.
     """
-    removes = method in ("removal", "bridge")
+    removes = method in REMOVING_METHODS
     if keep is not None and layers is not None:
         raise TacoError("Give --keep or --layers, not both.")
     if keep is None and layers is None:
@@ -176,5 +177,12 @@ def structure_parameters(architecture: Architecture, structure: Structure) -> in
         for path, rank in ranks.items():
             m, n = dense_weight(architecture.module(LinearSite(0, path, ""))).shape
             total += rank * (m + n) - m * n
+    for specs in structure.narrow.values():
+        for path, spec in specs.items():
+            dense = architecture.module(LinearSite(0, path, ""))
+            m, n = dense_weight(dense).shape
+            stored = {"rows": spec.rows, "columns": spec.columns, "none": 0}[spec.spread]
+            lost_bias = (m - spec.rows) * (getattr(dense, "bias", None) is not None)
+            total += spec.rows * spec.columns + stored - m * n - lost_bias
     hidden = architecture.model.config.hidden_size
     return total + sum(bridge.rank * 2 * hidden + hidden * bridge.bias for bridge in structure.bridges)

@@ -140,7 +140,7 @@ class Architecture:
             name
             for name, child in layer.named_children()
             if (hasattr(child, "layer_idx") or "attention" in type(child).__name__.lower())
-            and any(_is_linear(module) for module in child.modules())
+            and any(_is_map(module) for module in child.modules())
         ]
         if len(found) != 1:
             raise UnsupportedModelError(
@@ -151,10 +151,8 @@ class Architecture:
 
     @staticmethod
     def _linear_paths(layer: nn.Module) -> Iterator[str]:
-        from .replacement import LowRankLinear  # imported late: replacement builds on this file
-
         for path, module in layer.named_modules():
-            if _is_linear(module) or isinstance(module, LowRankLinear):
+            if _is_map(module):
                 yield path
 
     def _check_linears(self) -> None:
@@ -212,6 +210,13 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
 
 
+def _is_map(module: nn.Module) -> bool:
+    """A dense linear map, or what stands in for one."""
+    from .replacement import LowRankLinear, NarrowLinear  # imported late: replacement builds on this file
+
+    return _is_linear(module) or isinstance(module, (LowRankLinear, NarrowLinear))
+
+
 def dense_weight(module: nn.Module) -> torch.Tensor:
     """The weight of a linear map as [out, in], whatever way the module stores it (no copy)."""
     weight = module.weight
@@ -221,9 +226,9 @@ def dense_weight(module: nn.Module) -> torch.Tensor:
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """(out features, in features) of a dense or factorised linear map."""
-    from .replacement import LowRankLinear
+    from .replacement import LowRankLinear, NarrowLinear
 
-    if isinstance(module, LowRankLinear):
+    if isinstance(module, (LowRankLinear, NarrowLinear)):
         return module.out_features, module.in_features
     out_features, in_features = dense_weight(module).shape
     return out_features, in_features

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from .errors import TacoError
 from .modeling import CompressedModel
 from .plan import PLAN_FILE, Plan
+from .replacement import NarrowLinear
 
 DEFAULT_MODEL = Path(__file__).parent / "data" / "classics-16l"
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -156,12 +157,17 @@ def load_model(
 
 def weight_bytes(model: PreTrainedModel) -> int:
     """Bytes of all parameters, tied ones counted once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return sum(tensor.numel() * tensor.element_size() for tensor in _stored(model))
 
 
 def parameter_count(model: PreTrainedModel) -> int:
-    """Number of parameters, tied ones counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Number of parameters, tied ones counted once; entries of an index count, since they are stored like weights."""
+    return sum(tensor.numel() for tensor in _stored(model))
+
+
+def _stored(model: PreTrainedModel) -> list[torch.Tensor]:
+    narrow = [module for module in model.modules() if isinstance(module, NarrowLinear)]
+    return [*model.parameters(), *(module.index for module in narrow if module.index is not None)]
 
 
 def describe(directory: str | Path) -> dict[str, Any]:

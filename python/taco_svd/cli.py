@@ -5,21 +5,17 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
+from .cli_compare import compare
 from .cli_eval import evaluate
-from .cli_eval import perplexity_of as _perplexity
-from .cli_eval import text_tokens as _text_tokens
 from .cli_heal import heal
 from .cli_shared import Bars, DeviceOption, DtypeOption, JsonOption, ModelArgument, SeedOption
 from .cli_shared import load as _load
 from .cli_shared import out_console as _out
 from .cli_shared import print_json as _print_json
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 app = typer.Typer(
     name="taco-svd",
@@ -114,6 +110,7 @@ def compress(
 
 app.command("eval")(evaluate)
 app.command()(heal)
+app.command()(compare)
 
 
 @app.command()
@@ -203,94 +200,6 @@ def export(
             f"Saved {values['architecture']} with {values['parameters']:,} parameters to {dense}. The factors are "
             "multiplied out: it saves no memory over the compressed model, and no time."
         )
-
-
-@app.command()
-def compare(
-    model: ModelArgument = None,
-    methods: Annotated[str, typer.Option(help="Comma-separated.")] = "removal,bridge,svd,paper,taco",
-    keep: Annotated[float | None, typer.Option(help="Share of all parameters that may remain.")] = None,
-    layers: Annotated[int | None, typer.Option(help="Number of redundant layers (default 4 without --keep).")] = None,
-    compression_ratio: Annotated[float | None, typer.Option(help="The paper's c.")] = None,
-    calibration: Annotated[str, typer.Option(help="As for compress.")] = "self",
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 64,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens per calibration window.")] = None,
-    text: Annotated[str, typer.Option(help="Text to evaluate on; self: what the dense model writes.")] = "self",
-    window: Annotated[int | None, typer.Option(help="Tokens per evaluation window.")] = None,
-    max_windows: Annotated[int | None, typer.Option(help="At most this many evaluation windows.")] = None,
-    batch: Annotated[int, typer.Option(help="Sequences at once, for latency.")] = 1,
-    prompt: Annotated[int, typer.Option(help="Prompt tokens, for latency.")] = 128,
-    rounds: Annotated[int, typer.Option(help="Interleaved latency rounds; 0 leaves latency out.")] = 20,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "cpu",
-    seed: SeedOption = 0,
-    as_json: JsonOption = False,
-) -> None:
-    """Dense and compressed models side by side: perplexity, parameters, bytes, prefill and decode latency.
-
-    Example: taco-svd compare --layers 4 --compression-ratio 0.7 --calibration train.txt --text test.txt
-    """
-    from . import compress as run
-    from .calibration import load_calibration
-    from .checkpoint import parameter_count, weight_bytes
-    from .errors import TacoError
-    from .evaluation import resolve_windows
-    from .latency import compare_latency
-    from .plan import METHODS
-    from .report import compare_table
-
-    names = [name.strip() for name in methods.split(",") if name.strip()]
-    unknown = [name for name in names if name not in METHODS]
-    if unknown or not names:
-        raise TacoError(f"--methods takes {', '.join(METHODS)}, got {methods!r}.")
-    if keep is None and layers is None:
-        layers = 4
-    bars = Bars(as_json)
-    dense, tokenizer = _load(model, dtype, device)
-    resolve_windows(dense, window, None)
-    tokens, text_name = _text_tokens(text, dense, tokenizer, bars, seed)
-    with bars.step("calibration text") as report:
-        windows = load_calibration(calibration, dense, tokenizer, samples, seq_len, seed, report)
-    models: dict[str, PreTrainedModel] = {"dense": dense}
-    for name in names:
-        ratio = None if name in ("removal", "bridge") else compression_ratio
-        models[name], _ = run(
-            dense,
-            tokenizer,
-            method=name,
-            keep=keep,
-            layers=layers,
-            compression_ratio=ratio,
-            calibration=windows,
-            progress=bars,
-        )
-    rows: list[dict[str, Any]] = []
-    for name, candidate in models.items():
-        score = _perplexity(candidate, tokens, bars, f"perplexity: {name}", window=window, max_windows=max_windows)
-        parameters = parameter_count(candidate)
-        rows.append(
-            {
-                "model": name,
-                "perplexity": score.to_dict(),
-                "parameters": parameters,
-                "share": parameters / parameter_count(dense),
-                "bytes": weight_bytes(candidate),
-            }
-        )
-    values: dict[str, Any] = {"text": text_name, "calibration": windows.describe(), "models": rows}
-    if rounds > 0:
-        with bars.step("latency, interleaved") as report:
-            pairs = tuple((name, "dense") for name in names)
-            latency = compare_latency(models, pairs, batch, prompt, 16, rounds, report)
-        for row in rows:
-            row["latency"] = latency.seconds[row["model"]]
-        values["latency"] = latency.to_dict()
-    if as_json:
-        _print_json(values)
-    else:
-        count, length = windows.tokens.shape
-        title = f"perplexity on {text_name}, calibrated on {windows.source} ({count} x {length} tokens)"
-        _out().print(compare_table(rows, title))
 
 
 def main() -> None:

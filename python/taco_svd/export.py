@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from .architectures import Architecture, slice_config
 from .errors import TacoError
 from .modeling import CompressedModel
-from .replacement import LowRankLinear, drop_layers, structural_copy
+from .replacement import LowRankLinear, NarrowLinear, drop_layers, structural_copy
 
 
 def base_config(model: PreTrainedModel) -> PreTrainedConfig:
@@ -62,11 +62,25 @@ def multiply_out(module: LowRankLinear, transposed: bool) -> nn.Module:
     return dense.train(module.training)
 
 
+def widen(module: NarrowLinear) -> nn.Linear:
+    """The dense linear map of the model's own size that does what a narrower one does."""
+    bias = module.full_bias()
+    dense = nn.Linear(1, 1, bias=bias is not None)
+    dense.in_features, dense.out_features = module.in_features, module.out_features
+    dense.weight = nn.Parameter(module.full_weight())
+    if bias is not None:
+        dense.bias = nn.Parameter(bias)
+    return dense.train(module.training)
+
+
 def _densify(layer: nn.Module, transposed: bool) -> nn.Module:
     for path, module in list(layer.named_modules()):
         if isinstance(module, LowRankLinear):
             parent_path, _, name = path.rpartition(".")
             setattr(layer.get_submodule(parent_path), name, multiply_out(module, transposed))
+        elif isinstance(module, NarrowLinear):
+            parent_path, _, name = path.rpartition(".")
+            setattr(layer.get_submodule(parent_path), name, widen(module))
     return layer
 
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .errors import TacoError
-from .replacement import LowRankBridge, LowRankLinear, install
+from .replacement import LowRankBridge, LowRankLinear, NarrowLinear, install
 from .structure import Structure
 
 MODEL_TYPE = "taco_svd"
@@ -120,7 +120,7 @@ class CompressedModel:
         return structure
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (LowRankLinear, LowRankBridge)):
+        if isinstance(module, (LowRankLinear, LowRankBridge, NarrowLinear)):
             # from_pretrained calls this for parameters that the checkpoint lacks; those are reported, see below
             if not any(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()):
                 module.reset_parameters()

@@ -23,6 +23,7 @@ from .allocation import (
     structure_parameters,
 )
 from .architectures import Architecture, LinearSite, slice_config
+from .baselines import BASELINES, Workspace, choose_run, everywhere, make_budget, uniform_budget
 from .bridging import BridgeMoments, fit_bridge
 from .calibration import Calibration, load_calibration
 from .checkpoint import parameter_count, weight_bytes
@@ -86,6 +87,7 @@ def make_plan(
     bridge_rank: int | None = None,
     progress: Progress | None = None,
     one_shot: bool = False,
+    workspace: Workspace | None = None,
     _architecture: Architecture | None = None,
 ) -> Plan:
     """Decides which layers are redundant and what replaces them; arguments as in `compress`."""
@@ -100,25 +102,38 @@ def make_plan(
         raise TacoError("--one-shot goes with --method paper (the other methods need one pass at most anyway).")
     architecture = _architecture or check_model(model)
     chosen = list(layers) if isinstance(layers, (list, tuple)) else None
-    count, ratio = layers_and_ratio(Sizes.of(architecture), method, keep, _how_many(layers), compression_ratio)
+    measured: dict[str, Any]
+    count, ratio = _count_and_ratio(architecture, method, keep, _how_many(layers), compression_ratio)
+    baseline = BASELINES.get(method)
+    workspace = workspace or Workspace(model, calibration)
+    depth = len(architecture.layers)
     if chosen is not None:
-        depth = len(architecture.layers)
         if len(set(chosen)) != len(chosen) or not all(0 <= layer < depth for layer in chosen):
             raise TacoError(f"The layers to replace must be different and in 0..{depth - 1}, got {chosen}.")
         redundant, measured = sorted(chosen), {"measure": "given"}
+    elif everywhere(method, keep):
+        redundant, measured = list(range(depth)), {"measure": "all layers"}
+    elif method == "replaceme":
+        redundant, distances = choose_run(workspace, count, progress)
+        measured = {"measure": "cosine distance of runs", "scores": distances}
     else:
+        importance = (baseline and baseline.importance) or importance
         tokens = calibration.tokens[:GREEDY_SAMPLES] if importance == "greedy" else calibration.tokens
         with progress.step(f"layer importance ({importance})") as report:
             ranking = rank_layers(SuffixRunner(architecture, tokens, 0), importance, count, report)
         redundant, measured = sorted(ranking.order[:count]), dataclasses.asdict(ranking)
-    if method == "removal":
+    options: dict[str, Any] = {}
+    if method == "removal" or (baseline is not None and baseline.removes):
         structure = removal_structure(architecture, redundant)
     elif method == "bridge":
         structure = bridge_structure(architecture, redundant, bridge_rank)
+    elif baseline is not None and baseline.allocate is not None:
+        budget = make_budget(architecture, method, keep, redundant, ratio)
+        decision = baseline.allocate(workspace, budget, progress)
+        structure, options = decision.structure, decision.options
     else:
         assert ratio is not None
         structure = low_rank_structure(architecture, redundant, ratio)
-    options: dict[str, Any] = {}
     if method == "taco":
         options = {"input_damping": INPUT_DAMPING, "gradient_damping": GRADIENT_DAMPING}
     if one_shot:
@@ -142,6 +157,21 @@ def make_plan(
             "transformers": transformers.__version__,
         },
     )
+
+
+def _count_and_ratio(
+    architecture: Architecture, method: str, keep: float | None, layers: int | None, compression_ratio: float | None
+) -> tuple[int, float | None]:
+    """As `layers_and_ratio`; a baseline that compresses all layers alike has no ratio.
+
+    Raises:
+        TacoError: out of range, contradictory, or not reachable.
+    """
+    if everywhere(method, keep) and layers is None and compression_ratio is None:
+        assert keep is not None
+        uniform_budget(architecture, keep, method)
+        return len(architecture.layers), None
+    return layers_and_ratio(Sizes.of(architecture), method, keep, layers, compression_ratio)
 
 
 def _how_many(layers: int | list[int] | None) -> int | None:
@@ -171,7 +201,11 @@ def describe_source(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def apply_plan(
-    model: PreTrainedModel, plan: Plan, calibration: Calibration, progress: Progress | None = None
+    model: PreTrainedModel,
+    plan: Plan,
+    calibration: Calibration,
+    progress: Progress | None = None,
+    workspace: Workspace | None = None,
 ) -> PreTrainedModel:
     """Carries a plan out: a compressed model that shares every untouched weight with `model`, which stays as it is.
 
@@ -185,7 +219,10 @@ def apply_plan(
     working = structural_copy(model)
     architecture = Architecture(working)
     check_ranks(architecture, plan.structure)
-    if plan.structure.low_rank:
+    baseline = BASELINES.get(plan.method)
+    if baseline is not None and baseline.carry_out is not None:
+        baseline.carry_out(workspace or Workspace(model, calibration), architecture, plan, progress)
+    elif plan.structure.low_rank:
         factorised = sorted(plan.structure.low_rank)
         runner = SuffixRunner(architecture, calibration.tokens, factorised[0], starts=factorised)
         factorise(architecture, plan, runner, progress)
@@ -217,6 +254,7 @@ def compress(
     one_shot: bool = False,
     plan: Plan | None = None,
     progress: Progress | None = None,
+    workspace: Workspace | None = None,
 ) -> tuple[PreTrainedModel, Plan]:
     """Compresses a language model.
 
@@ -225,7 +263,8 @@ def compress(
             compressed model shares the weights of its untouched layers.
         tokenizer: needed when calibrating on text.
         method: "taco" (factors weighted on both sides), "paper" (arXiv 2501.00339), "svd" (plain), "removal"
-            (layers out, nothing in their place) or "bridge" (layers out, one low-rank map per run of them).
+            (layers out, nothing in their place) or "bridge" (layers out, one low-rank map per run of them); or a
+            published method to compare with (`baselines.BASELINES`), which with `keep` compresses all layers alike.
         keep: share of all parameters that may remain; or
         layers: number of redundant layers, or which ones; with
         compression_ratio: the paper's c for their matrices (default 0.7).
@@ -236,6 +275,7 @@ def compress(
         bridge_rank: rank of the bridges; default: all of them cost 0.3% of the layers that stay.
         one_shot: paper method only: one pass over the dense model attributes all maps, instead of one pass per block
             on the model compressed so far.
+        workspace: statistics of the dense model, to be shared by calls on the same model and calibration.
         plan: carries out this plan instead of making one (method, keep, layers ... are then not looked at).
 
     Returns:
@@ -249,10 +289,14 @@ def compress(
     if plan is None:  # what the arguments alone can tell, before calibration takes its time
         if method not in METHODS:
             raise TacoError(f"--method must be one of {', '.join(METHODS)}, got {method!r}.")
-        layers_and_ratio(Sizes.of(architecture), method, keep, _how_many(layers), compression_ratio)
+        _count_and_ratio(architecture, method, keep, _how_many(layers), compression_ratio)
     if not isinstance(calibration, Calibration):
         with progress.step("calibration text") as report:
             calibration = load_calibration(calibration, model, tokenizer, samples, seq_len, seed, report)
+    if workspace is None:
+        workspace = Workspace(model, calibration)
+    elif not workspace.is_for(model, calibration):
+        raise TacoError("The workspace belongs to another model or another calibration set.")
     if plan is None:
         plan = make_plan(
             model,
@@ -265,9 +309,10 @@ def compress(
             bridge_rank,
             progress,
             one_shot,
+            workspace,
             architecture,
         )
-    compressed = apply_plan(model, plan, calibration, progress)
+    compressed = apply_plan(model, plan, calibration, progress, workspace)
     plan = dataclasses.replace(
         plan,
         calibration=calibration.describe(),

@@ -16,7 +16,13 @@ from .errors import TacoError
 from .structure import Structure
 
 PLAN_FILE = "taco_plan.json"
-METHODS = ("taco", "paper", "removal", "svd", "bridge")
+# Ours and the paper's first, then published methods to compare with (`baselines`).
+METHODS = (
+    "taco", "paper", "removal", "svd", "bridge",
+    "sleb", "fwsvd", "asvd", "svd-llm", "zs-svd", "kfac", "modegpt", "replaceme",
+)  # fmt: skip
+# Methods that take layers out whole: no compression ratio applies to them.
+REMOVING_METHODS = ("removal", "bridge", "sleb", "replaceme")
 
 
 @dataclass(frozen=True)

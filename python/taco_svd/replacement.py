@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 import taco_kernels
 
 from .architectures import Architecture, LinearSite, linear_shape
 from .errors import TacoError
-from .structure import Structure
+from .structure import NarrowSpec, Structure
 
 
 class LowRankLinear(nn.Module):
@@ -57,6 +58,84 @@ class LowRankLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"bias={self.bias is not None}"
+        )
+
+
+class NarrowLinear(nn.Module):
+    """A dense linear map of fewer rows or columns than the model's own (see `structure.NarrowSpec`).
+
+    Parameters `weight` [rows, columns] and `bias` [rows] or None. With ``spread == "rows"`` the buffer `index` [rows]
+    (int64) tells where the outputs go in a vector of `out_features`, zero elsewhere; with ``"columns"`` the buffer
+    `index` [columns] tells which of the `in_features` inputs are read. With ``"none"`` the input has `columns` and the
+    output `rows` features.
+    """
+
+    index: torch.Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        spec: NarrowSpec,
+        bias: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.spec = in_features, out_features, spec
+        self.weight = nn.Parameter(torch.empty(spec.rows, spec.columns, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(spec.rows, device=device, dtype=dtype)) if bias else None
+        length = {"rows": spec.rows, "columns": spec.columns, "none": 0}[spec.spread]
+        self.register_buffer("index", torch.empty(length, dtype=torch.int64, device=device) if length else None)
+        if self.weight.device.type != "meta":
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Like `nn.Linear`'s default, on the first of the places (for models built from a config)."""
+        nn.init.normal_(self.weight, std=1 / math.sqrt(3 * self.spec.columns))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        if self.index is not None:
+            self.index.copy_(torch.arange(len(self.index)))
+
+    @torch.no_grad()
+    def fill(self, weight: torch.Tensor, bias: torch.Tensor | None, index: torch.Tensor | None) -> None:
+        """Copies weight [rows, columns], bias [rows] and index in, rounded to this module's dtype."""
+        self.weight.copy_(weight)
+        if self.bias is not None and bias is not None:
+            self.bias.copy_(bias)
+        if self.index is not None and index is not None:
+            self.index.copy_(index)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.spec.spread == "columns":
+            return functional.linear(x[..., self.index], self.weight, self.bias)
+        y = functional.linear(x, self.weight, self.bias)
+        if self.spec.spread == "rows":
+            assert self.index is not None
+            return y.new_zeros(*y.shape[:-1], self.out_features).index_copy(-1, self.index, y)
+        return y
+
+    def full_weight(self) -> torch.Tensor:
+        """The map of the model's own size that does the same, [out_features, in_features]."""
+        full = self.weight.new_zeros(self.out_features, self.in_features)
+        rows = self.index if self.spec.spread == "rows" else torch.arange(self.spec.rows, device=full.device)
+        columns = self.index if self.spec.spread == "columns" else torch.arange(self.spec.columns, device=full.device)
+        assert rows is not None and columns is not None
+        full[rows[:, None], columns] = self.weight.detach()
+        return full
+
+    def full_bias(self) -> torch.Tensor | None:
+        if self.bias is None:
+            return None
+        full = self.bias.new_zeros(self.out_features)
+        full[self.index if self.spec.spread == "rows" else slice(self.spec.rows)] = self.bias.detach()
+        return full
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rows={self.spec.rows}, "
+            f"columns={self.spec.columns}, spread={self.spec.spread}, bias={self.bias is not None}"
         )
 
 
@@ -201,6 +280,29 @@ def install(model: PreTrainedModel, structure: Structure, device: torch.device |
                     in_features,
                     out_features,
                     rank,
+                    bias=getattr(dense, "bias", None) is not None,
+                    device=reference.device,
+                    dtype=reference.dtype,
+                ),
+            )
+    for source_layer, specs in structure.narrow.items():
+        position = structure.position(source_layer)
+        for path, spec in specs.items():
+            if path not in architecture.paths:
+                raise TacoError(f"The checkpoint's structure names {path!r}, which {type(model).__name__} has not.")
+            site = LinearSite(position, path, architecture.block_of(path))
+            dense = architecture.module(site)
+            out_features, in_features = linear_shape(dense)
+            if spec.rows > out_features or spec.columns > in_features:
+                raise TacoError(f"layer {source_layer}, {path}: {spec} of a {out_features} x {in_features} map.")
+            reference = dense.weight
+            assert isinstance(reference, torch.Tensor)
+            architecture.replace(
+                site,
+                NarrowLinear(
+                    in_features,
+                    out_features,
+                    spec,
                     bias=getattr(dense, "bias", None) is not None,
                     device=reference.device,
                     dtype=reference.dtype,

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from .errors import TacoError
 from .latency import LatencyReport
 
 
 def compare_table(rows: list[dict[str, Any]], title: str) -> Table:
-    """Models side by side: perplexity, size, latency."""
+    """Models side by side: perplexity, size, latency; grouped by budget where there is more than one."""
     table = Table(title=title)
-    for name in ("model", "perplexity", "parameters", "kept", "MB", "prefill ms", "decode ms/token"):
-        table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
+    several = len({str(row.get("setting")) for row in rows if "setting" in row}) > 1
+    columns = ("model", "perplexity", "parameters", "kept", "MB", "prefill ms", "decode ms/token")
+    for name in ("budget", *columns) if several else columns:
+        table.add_column(name, justify="left" if name in ("model", "budget") else "right", no_wrap=True)
+    last = None
     for row in rows:
         score = row["perplexity"]
         latency = row.get("latency")
-        table.add_row(
+        setting = row.get("setting", {})
+        cells = [
             row["model"],
             f"{score['perplexity']:.2f} ± {score['standard_error']:.2f}",
             f"{row['parameters']:,}",
@@ -25,8 +31,77 @@ def compare_table(rows: list[dict[str, Any]], title: str) -> Table:
             f"{row['bytes'] / 1e6:.2f}",
             f"{latency['prefill']['p50'] * 1e3:.2f}" if latency else "-",
             f"{latency['decode']['p50'] * 1e3:.2f}" if latency else "-",
-        )
+        ]
+        if several:
+            if last is not None and setting != last:
+                table.add_section()
+            cells = [f"{setting['keep']:g}" if "keep" in setting else "", *cells]
+        last = setting
+        table.add_row(*cells)
     return table
+
+
+def plot_backend() -> Any:
+    """matplotlib's figure class, for files and no window.
+
+    Raises:
+        TacoError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise TacoError("--plot needs matplotlib: pip install 'taco-kernels[plot]'.") from error
+    return Figure
+
+
+def compare_plot(values: dict[str, Any], path: str | Path) -> None:
+    """Draws the rows of a comparison: perplexity over parameters and over latency relative to the dense model.
+
+    Raises:
+        TacoError: matplotlib is not installed, or does not know the file's ending.
+    """
+    figure = plot_backend()(figsize=(13, 5.5), layout="constrained")
+    rows = values["models"]
+    dense, made = rows[0], rows[1:]
+    latency = any("against_dense" in row for row in made)
+    axes = figure.subplots(1, 2 if latency else 1, sharey=True, squeeze=False)[0]
+    names = list(dict.fromkeys(row["model"] for row in made))
+    best = max(row["perplexity"]["perplexity"] for row in made)
+    for number, name in enumerate(names):
+        points = sorted((row for row in made if row["model"] == name), key=lambda row: row["parameters"])
+        style = {
+            "label": name,
+            "color": f"C{number % 10}",
+            "marker": "osD^vP*"[number % 7],
+            "linestyle": "-" if number < 10 else "--",
+            "linewidth": 2.5 if name == "taco" else 1.2,
+        }
+        heights = [row["perplexity"]["perplexity"] for row in points]
+        spread = [row["perplexity"]["standard_error"] for row in points]
+        axes[0].errorbar([row["parameters"] / 1e6 for row in points], heights, yerr=spread, capsize=2, **style)
+        timed = [row for row in points if "against_dense" in row]
+        if timed:
+            axes[1].plot(
+                [row["against_dense"]["decode"]["median"] for row in timed],
+                [row["perplexity"]["perplexity"] for row in timed],
+                **{**style, "linestyle": "none"},
+            )
+    axes[0].set_xlabel("parameters, millions")
+    axes[0].set_ylabel(f"perplexity on {values['text']} (bars: standard error)")
+    if latency:
+        axes[1].set_xlabel("decode latency relative to the dense model (interleaved pairs, median)")
+    base = dense["perplexity"]["perplexity"]
+    for axis, place in zip(axes, (dense["parameters"] / 1e6, 1.0), strict=False):
+        axis.plot([place], [base], "kx", markersize=9, label="dense")
+        axis.axhline(base, color="k", linewidth=0.6, linestyle=":")
+        if best > 3 * base:
+            axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize="small", ncols=2)
+    try:
+        figure.savefig(path, dpi=150)
+    except ValueError as error:
+        raise TacoError(f"--plot {path}: {str(error).splitlines()[0]}") from error
 
 
 def latency_table(report: LatencyReport) -> Table:

@@ -34,6 +34,25 @@ class BridgeSpec:
 
 
 @dataclass(frozen=True)
+class NarrowSpec:
+    """A linear map that lost rows or columns and is otherwise an ordinary matrix (MoDeGPT, arXiv 2408.09632).
+
+    Attributes:
+        rows, columns: size of the matrix that is stored.
+        spread: "rows": the outputs go to chosen places of a vector of the original width, which is zero elsewhere;
+            "columns": the inputs are chosen places of a vector of the original width; "none": the neighbours have
+            shrunk as well.
+    """
+
+    rows: int
+    columns: int
+    spread: str = "none"
+
+
+SPREADS = ("none", "rows", "columns")
+
+
+@dataclass(frozen=True)
 class Structure:
     """Which layers of the source model are kept, and what replaced their linear maps.
 
@@ -42,12 +61,14 @@ class Structure:
         kept: source indices of the layers that still exist, ascending.
         low_rank: for each kept source layer (by index) the rank of each factorised linear map (by dotted path).
         bridges: what stands for runs of removed layers, ascending by `after`.
+        narrow: for each kept source layer the linear maps that have become narrower (see `NarrowSpec`).
     """
 
     source_layers: int
     kept: tuple[int, ...]
     low_rank: dict[int, dict[str, int]] = field(default_factory=dict)
     bridges: tuple[BridgeSpec, ...] = ()
+    narrow: dict[int, dict[str, NarrowSpec]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 < self.source_layers <= MAX_LAYERS:
@@ -62,6 +83,14 @@ class Structure:
             for path, rank in ranks.items():
                 if not 0 < rank <= MAX_RANK:
                     raise TacoError(f"structure: layer {layer}, {path}: rank {rank} is not between 1 and {MAX_RANK}.")
+        for layer, specs in self.narrow.items():
+            if layer not in self.kept:
+                raise TacoError(f"structure: layer {layer} has narrower linear maps but is not kept.")
+            for path, spec in specs.items():
+                if path in self.low_rank.get(layer, {}):
+                    raise TacoError(f"structure: layer {layer}, {path}: both factorised and narrower.")
+                if not (0 < spec.rows <= MAX_RANK and 0 < spec.columns <= MAX_RANK) or spec.spread not in SPREADS:
+                    raise TacoError(f"structure: layer {layer}, {path}: {spec} is out of range.")
         afters = [bridge.after for bridge in self.bridges]
         if afters != sorted(set(afters)):
             raise TacoError("structure: bridges must be ascending, one per place.")
@@ -91,6 +120,13 @@ class Structure:
                 {"after": bridge.after, "rank": bridge.rank, "bias": bridge.bias, "eps": bridge.eps}
                 for bridge in self.bridges
             ],
+            "narrow": {
+                str(layer): {
+                    path: {"rows": spec.rows, "columns": spec.columns, "spread": spec.spread}
+                    for path, spec in specs.items()
+                }
+                for layer, specs in sorted(self.narrow.items())
+            },
         }
 
     @classmethod
@@ -125,6 +161,13 @@ class Structure:
                     )
                     for bridge in data.get("bridges", [])
                 ),
+                narrow={
+                    int(layer): {
+                        _path(path): NarrowSpec(_integer(spec["rows"]), _integer(spec["columns"]), str(spec["spread"]))
+                        for path, spec in specs.items()
+                    }
+                    for layer, specs in data.get("narrow", {}).items()
+                },
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise TacoError(f"structure: not readable ({type(error).__name__}: {error}).") from error

@@ -1,0 +1,136 @@
+"""What several baselines need of one model and one calibration set, gathered once and shared.
+
+`taco-svd compare` runs a dozen methods at several sizes: the statistics of the dense model are the same for all of
+them, so one forward and backward pass gathers what any of them asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedModel
+
+from ..architectures import Architecture, LinearSite
+from ..calibration import Calibration
+from ..progress import Progress, Silent
+from ..statistics import SecondMoments
+from ..suffix import SuffixRunner
+
+# LEMS drops the first and last eighth of each window from the gradients and clips token norms to this many means.
+EDGE = 0.125
+CLIP = (0.1, 10.0)
+
+T = TypeVar("T")
+
+
+@dataclass
+class Moments:
+    """Statistics of every linear map of the dense model, for all calibration tokens.
+
+    Attributes:
+        second: E[x x^T] and E[g g^T] (see `statistics.SecondMoments`).
+        mean: E[x], float64 [in].
+        magnitude: E[|x|], float64 [in].
+        weight_gradient: dL/dW of the set's mean loss, float32 [out, in].
+        fisher_rows: sum over the columns of E[(dL/dW)^2], the expectation over windows: float64 [out], up to a factor.
+        clipped_gradients: E[g g^T] with window edges left out and token norms clipped, float32 [out, out],
+            up to a factor.
+    """
+
+    second: SecondMoments = field(default_factory=SecondMoments)
+    mean: dict[LinearSite, torch.Tensor] = field(default_factory=dict)
+    magnitude: dict[LinearSite, torch.Tensor] = field(default_factory=dict)
+    weight_gradient: dict[LinearSite, torch.Tensor] = field(default_factory=dict)
+    fisher_rows: dict[LinearSite, torch.Tensor] = field(default_factory=dict)
+    clipped_gradients: dict[LinearSite, torch.Tensor] = field(default_factory=dict)
+
+    def inputs(self, site: LinearSite) -> torch.Tensor:
+        """E[x x^T]: [in, in], float32."""
+        return self.second.inputs(site)
+
+    def collect(self, tokens: torch.Tensor) -> Callable[[LinearSite, torch.Tensor, torch.Tensor], None]:
+        """The callback for `SuffixRunner.backward`; `tokens` is the whole set, [samples, seq_len]."""
+        count, length = tokens.numel(), tokens.shape[1]
+
+        def add(kind: dict[LinearSite, torch.Tensor], site: LinearSite, value: torch.Tensor) -> None:
+            kind[site] = kind[site].add_(value) if site in kind else value
+
+        def callback(site: LinearSite, x: torch.Tensor, gradient: torch.Tensor) -> None:
+            self.second(site, x, gradient)
+            rows = x.flatten(0, -2)
+            add(self.mean, site, rows.sum(0, dtype=torch.float64) / count)
+            add(self.magnitude, site, rows.abs().sum(0, dtype=torch.float64) / count)
+            # one product per window: squares of windows do not cancel, their sum is the weight's gradient
+            # (OPT hands its MLP the tokens of all windows in one row)
+            windows = [value.reshape(-1, length, value.shape[-1]).float() for value in (x, gradient)]
+            for x_window, g_window in zip(*windows, strict=True):
+                weight_gradient = g_window.T @ x_window
+                add(self.fisher_rows, site, weight_gradient.square().sum(1, dtype=torch.float64))
+                add(self.weight_gradient, site, weight_gradient)
+            add(self.clipped_gradients, site, clipped_second_moment(windows[1]))
+
+        return callback
+
+
+def clipped_second_moment(gradient: torch.Tensor) -> torch.Tensor:
+    """Sum of g g^T over the inner tokens of windows, token norms clipped to `CLIP` times their mean.
+
+    Args:
+        gradient: [windows, tokens, out].
+
+    Returns:
+        float32 [out, out].
+    """
+    length = gradient.shape[1]
+    cut = int(length * EDGE)
+    inner = gradient[:, cut : length - cut].flatten(0, 1).float()
+    norms = inner.norm(dim=1, keepdim=True)
+    mean = norms.mean()
+    if mean > 0:
+        target = norms.clamp(CLIP[0] * mean, CLIP[1] * mean)
+        # a token without any gradient has no direction to be stretched along
+        inner = torch.where(norms > 0, inner * (target / norms.clamp(min=torch.finfo(torch.float32).tiny)), inner)
+    return inner.T @ inner
+
+
+class Workspace:
+    """Everything that baselines share while they work on one dense model and one calibration set.
+
+    Holds statistics of all linear maps at once: about as many numbers as the weights of the layers have, several
+    times over. That is the price of one pass for a dozen methods; it is freed with the workspace.
+    """
+
+    def __init__(self, model: PreTrainedModel, calibration: Calibration) -> None:
+        self.architecture = Architecture(model)
+        self.calibration = calibration
+        self._moments: Moments | None = None
+        self._kept: dict[Any, Any] = {}
+
+    def is_for(self, model: PreTrainedModel, calibration: Calibration) -> bool:
+        return self.architecture.model is model and torch.equal(self.calibration.tokens, calibration.tokens)
+
+    def runner(self, first_layer: int = 0, windows: int | None = None) -> SuffixRunner:
+        """Runs the calibration windows (or the first so many) through the dense model."""
+        return SuffixRunner(self.architecture, self.calibration.tokens[:windows], first_layer)
+
+    def moments(self, progress: Progress | None = None) -> Moments:
+        """The statistics of the dense model; the first call runs the backward pass."""
+        if self._moments is None:
+            moments = Moments()
+            with (progress or Silent()).step("activation and gradient statistics") as report:
+                self.runner().backward(self.architecture.sites(), moments.collect(self.calibration.tokens), report)
+            self._moments = moments
+        return self._moments
+
+    def keep(self, key: Any, make: Callable[[], T]) -> T:
+        """What `make` gives, made once per key: decompositions, measured losses and the like."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        value: T = self._kept[key]
+        return value
+
+    def sites(self, layers: Iterable[int]) -> list[LinearSite]:
+        return self.architecture.sites(list(layers))

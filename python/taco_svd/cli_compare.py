@@ -1,0 +1,161 @@
+"""`taco-svd compare`: many methods at one or several sizes, in one table and one picture."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .cli_eval import text_tokens
+from .cli_shared import (
+    Bars,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    SeedOption,
+    errors,
+    load,
+    out_console,
+    print_json,
+)
+
+if TYPE_CHECKING:
+    from .comparison import Comparison, Setting
+
+DEFAULT_LAYERS = 4
+
+
+def _settings(keep: str | None, layers: int | None, compression_ratio: float | None) -> list[Setting]:
+    from .comparison import Setting
+    from .errors import TacoError
+
+    if keep is None:
+        return [Setting(None, DEFAULT_LAYERS if layers is None else layers, compression_ratio)]
+    if layers is not None:
+        raise TacoError("Give --keep or --layers, not both.")
+    if compression_ratio is not None:
+        raise TacoError("--compression-ratio goes with --layers; with --keep it follows from the budget.")
+    try:
+        shares = [float(part) for part in keep.split(",") if part.strip()]
+    except ValueError as error:
+        raise TacoError(f"--keep takes shares with commas, such as 0.9,0.8, got {keep!r}.") from error
+    if not shares or not all(0 < share < 1 for share in shares):
+        raise TacoError(f"--keep must be above 0 and below 1, got {keep}.")
+    return [Setting(share) for share in dict.fromkeys(shares)]
+
+
+def _check_file(path: Path | None, option: str) -> None:
+    """A file that cannot be written is told before hours of work."""
+    from .errors import TacoError
+
+    if path is None:
+        return
+    if path.is_dir() or not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise TacoError(f"{option} {path}: not a file that can be written.")
+
+
+def _write(path: Path, values: dict) -> None:
+    """Whole or not at all: the results of hours must survive a second Ctrl-C."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def compare(
+    model: ModelArgument = None,
+    methods: Annotated[str, typer.Option(help="Comma-separated, or all.")] = "removal,bridge,svd,paper,taco",
+    keep: Annotated[
+        str | None, typer.Option(help="Share of all parameters that may remain; several with commas: 0.9,0.8,0.7.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="Number of redundant layers (default 4 without --keep).")] = None,
+    compression_ratio: Annotated[float | None, typer.Option(help="The paper's c.")] = None,
+    calibration: Annotated[str, typer.Option(help="As for compress.")] = "self",
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 64,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens per calibration window.")] = None,
+    text: Annotated[str, typer.Option(help="Text to evaluate on; self: what the dense model writes.")] = "self",
+    window: Annotated[int | None, typer.Option(help="Tokens per evaluation window.")] = None,
+    max_windows: Annotated[int | None, typer.Option(help="At most this many evaluation windows.")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences at once, for latency.")] = 1,
+    prompt: Annotated[int, typer.Option(help="Prompt tokens, for latency.")] = 128,
+    rounds: Annotated[int, typer.Option(help="Interleaved latency rounds; 0 leaves latency out.")] = 20,
+    save: Annotated[
+        Path | None, typer.Option(help="Write the JSON to this file, anew after every model; Ctrl-C keeps it.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw perplexity over parameters and over latency (PNG, SVG or PDF).")
+    ] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Dense and compressed models side by side: perplexity, parameters, bytes, prefill and decode latency.
+
+    With --keep the published low-rank methods compress all layers alike, as their papers do; with --layers and
+    --compression-ratio only the redundant ones. A method that cannot handle the model is listed with its reason.
+
+    Example: taco-svd compare --keep 0.9,0.8 --methods all --calibration train.txt --text test.txt --save all.json
+    """
+    from .calibration import load_calibration
+    from .comparison import Measure, method_names, run_comparison
+    from .errors import TacoError
+    from .evaluation import resolve_windows
+    from .report import compare_plot, compare_table, plot_backend
+
+    names = method_names(methods)
+    settings = _settings(keep, layers, compression_ratio)
+    _check_file(save, "--save")
+    _check_file(plot, "--plot")
+    if plot is not None:
+        plot_backend()
+    bars = Bars(as_json)
+    dense, tokenizer = load(model, dtype, device)
+    resolve_windows(dense, window, None)
+    tokens, text_name = text_tokens(text, dense, tokenizer, bars, seed)
+    with bars.step("calibration text") as report:
+        windows = load_calibration(calibration, dense, tokenizer, samples, seq_len, seed, report)
+    latest: list[Comparison] = []
+
+    def keep_result(result: Comparison) -> None:
+        latest[:] = [result]
+        if save is not None:
+            _write(save, result.to_dict())
+        if not as_json and result.finished:
+            errors.print(f"{result.finished} of {result.total} done, about {_duration(result.seconds_left)} left")
+
+    measure = Measure(tokens, text_name, window, max_windows, batch, prompt, rounds)
+    stopped = False
+    try:
+        result = run_comparison(dense, tokenizer, windows, names, settings, measure, bars, keep_result)
+    except KeyboardInterrupt:
+        if not latest or not latest[0].finished:
+            raise
+        result, stopped = latest[0], True
+    if result.finished == len(result.refused) > 0:
+        raise TacoError(result.refused[0]["reason"])
+    if plot is not None:
+        compare_plot(result.to_dict(), plot)
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        count, length = windows.tokens.shape
+        title = f"perplexity on {text_name}, calibrated on {windows.source} ({count} x {length} tokens)"
+        out_console().print(compare_table(result.models, title))
+        for refusal in result.refused:
+            out_console().print(f"{refusal['model']} ({_setting(refusal['setting'])}): {refusal['reason']}")
+    if stopped:
+        errors.print(f"taco-svd: stopped after {result.finished} of {result.total} models; their results are kept.")
+        raise typer.Exit(130)
+
+
+def _setting(values: dict) -> str:
+    return ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items())
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
