@@ -80,11 +80,27 @@ struct Arch {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(chosen));
   }
   template <class Y, class T>
-  static inline void finish16(Y* y, const float* values, float scale, const T* bias, const T* residual) {
-    Vec a = _mm512_mul_ps(_mm512_loadu_ps(values), _mm512_set1_ps(scale));
+  static inline void finish16(Y* y, Vec sums, float scale, const T* bias, const T* residual) {
+    Vec a = _mm512_mul_ps(sums, _mm512_set1_ps(scale));
     if (bias) a = add(a, load16(bias));
     if (residual) a = add(a, load16(residual));
     store16(y, a);
+  }
+
+  // Sums across each of 16 vectors, in their order. Every step folds two vectors into one; additions come in the order
+  // of reduce4, hence with its bits, but there is half a shuffle less for each sum.
+  static inline Vec reduce16(const Vec (&s)[16]) {
+    Vec a[8], b[4], c[2];
+    for (int i = 0; i < 8; ++i) {
+      // which sum must come in where, so that they come out in order: places 0 4 2 6 within a 128-bit lane
+      const int from = (i & 1) * 8 + (i >> 2 & 1) + (i & 2), to = from + 4;
+      a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(s[from], s[to], 0x44), _mm512_shuffle_f32x4(s[from], s[to], 0xee));
+    }
+    for (int i = 0; i < 4; ++i)
+      b[i] = _mm512_add_ps(_mm512_shuffle_ps(a[i], a[i + 4], 0x88), _mm512_shuffle_ps(a[i], a[i + 4], 0xdd));
+    for (int i = 0; i < 2; ++i)
+      c[i] = _mm512_add_ps(_mm512_shuffle_ps(b[i], b[i + 2], 0x88), _mm512_shuffle_ps(b[i], b[i + 2], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd));
   }
 
   // rows become columns, by pairs, fours, eights and sixteens

@@ -46,9 +46,8 @@ constexpr std::int64_t kAheadBytes = 2048;
 
 template <class Ops, int R, bool kPrefetch, class T>
 inline void panel(const T* const (&w)[4], const typename Ops::Source* x, std::int64_t x_stride, std::int64_t k,
-                  typename Arch::Quad (&out)[R]) {
+                  typename Arch::Vec (&sum)[R][4]) {
   constexpr std::int64_t ahead = kAheadBytes / static_cast<std::int64_t>(sizeof(T));
-  typename Arch::Vec sum[R][4];
   for (int r = 0; r < R; ++r)
     for (int m = 0; m < 4; ++m) sum[r][m] = Arch::zero();
   std::int64_t j = 0;
@@ -72,34 +71,66 @@ inline void panel(const T* const (&w)[4], const typename Ops::Source* x, std::in
       for (int r = 0; r < R; ++r) sum[r][m] = Ops::mac(sum[r][m], weight, xs[r]);
     }
   }
-  for (int r = 0; r < R; ++r) out[r] = Arch::reduce4(sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
 }
 
-// out[r * row_step + m * kTile] for R rows of x and four weight rows
+// Results of four weight rows, in tiles of kTile places: that of R rows of x and weight row m goes to
+// out[(4 r + m) * kTile].
 template <class Ops, int R, bool kPrefetch, class T>
 inline void panel_to(const T* const (&w)[4], const typename Ops::Source* x, std::int64_t x_stride, std::int64_t k,
                      float* out) {
-  typename Arch::Quad sums[R];
-  panel<Ops, R, kPrefetch>(w, x, x_stride, k, sums);
+  typename Arch::Vec sum[R][4];
+  panel<Ops, R, kPrefetch>(w, x, x_stride, k, sum);
   for (int r = 0; r < R; ++r) {
     float four[4];
-    Arch::quad_store(four, sums[r]);
+    Arch::quad_store(four, Arch::reduce4(sum[r][0], sum[r][1], sum[r][2], sum[r][3]));
     for (int m = 0; m < 4; ++m) out[(r * 4 + m) * kTile] = four[m];
+  }
+}
+
+// The same for as many rows as fit the registers, into place j of a tile. Where these are 16 sums, the width of a
+// vector, they leave as one, and the full tile is turned by turn_tile: less work than storing them one by one.
+template <class A>
+constexpr bool kTurns = A::kWidth == 16 && A::kMaxRows == 4;
+
+template <class Ops, bool kPrefetch, class T, class A = Arch>
+inline void full_panel_to(const T* const (&w)[4], const typename Ops::Source* x, std::int64_t x_stride, std::int64_t k,
+                          float* tile, int j) {
+  if constexpr (kTurns<A>) {
+    typename A::Vec sum[4][4];
+    panel<Ops, 4, kPrefetch>(w, x, x_stride, k, sum);
+    const typename A::Vec all[16] = {sum[0][0], sum[0][1], sum[0][2], sum[0][3], sum[1][0], sum[1][1],
+                                     sum[1][2], sum[1][3], sum[2][0], sum[2][1], sum[2][2], sum[2][3],
+                                     sum[3][0], sum[3][1], sum[3][2], sum[3][3]};
+    A::store16(tile + j * kTile, A::reduce16(all));
+  } else {
+    panel_to<Ops, A::kMaxRows, kPrefetch>(w, x, x_stride, k, tile + j);
+  }
+}
+
+template <class A = Arch>
+inline void turn_tile(float* tile) {
+  if constexpr (kTurns<A>) {
+    typename A::Vec rows[16];
+    for (int i = 0; i < 16; ++i) rows[i] = A::load16(tile + i * kTile);
+    A::transpose(rows);
+    for (int i = 0; i < 16; ++i) A::store16(tile + i * kTile, rows[i]);
+  } else {
+    (void)tile;
   }
 }
 
 // All rows of x against four weight rows. Only the first group of rows prefetches; the others find it done.
 template <class Ops, class T>
 inline void all_rows(const T* const (&w)[4], const typename Ops::Source* x, std::int64_t x_stride, std::int64_t rows,
-                     std::int64_t k, float* out) {
+                     std::int64_t k, float* out, int j) {
   std::int64_t r = 0;
   if (rows >= Arch::kMaxRows) {
-    panel_to<Ops, Arch::kMaxRows, true>(w, x, x_stride, k, out);
+    full_panel_to<Ops, true>(w, x, x_stride, k, out, j);
     for (r = Arch::kMaxRows; r + Arch::kMaxRows <= rows; r += Arch::kMaxRows)
-      panel_to<Ops, Arch::kMaxRows, false>(w, x + r * x_stride, x_stride, k, out + r * 4 * kTile);
+      full_panel_to<Ops, false>(w, x + r * x_stride, x_stride, k, out + r * 4 * kTile, j);
   }
   const typename Ops::Source* rest = x + r * x_stride;
-  out += r * 4 * kTile;
+  out += r * 4 * kTile + j;
   switch (rows - r) {
     case 1: panel_to<Ops, 1, true>(w, rest, x_stride, k, out); break;
     case 2: panel_to<Ops, 2, true>(w, rest, x_stride, k, out); break;
@@ -116,6 +147,9 @@ inline void sweep(const T* weights, std::int64_t stride, std::int64_t begin, std
   // Results are gathered until kTile neighbours can leave together: storing them one by one at addresses that are a
   // row of y apart hits one set of the cache again and again.
   alignas(64) float out[kRowBlock * 4 * kTile];
+  const auto turn = [&] {
+    for (std::int64_t r = 0; r + Arch::kMaxRows <= rows; r += Arch::kMaxRows) turn_tile(out + r * 4 * kTile);
+  };
   const std::int64_t quarter = (end - begin) / 4;
   for (std::int64_t i = 0; i < quarter; i += kTile) {
     const int count = static_cast<int>(quarter - i < kTile ? quarter - i : kTile);
@@ -123,8 +157,9 @@ inline void sweep(const T* weights, std::int64_t stride, std::int64_t begin, std
       const T* const first = weights + (begin + i + j) * stride;
       const T* const w[4] = {first, first + quarter * stride, first + 2 * quarter * stride,
                              first + 3 * quarter * stride};
-      all_rows<Ops>(w, x, x_stride, rows, k, out + j);
+      all_rows<Ops>(w, x, x_stride, rows, k, out, j);
     }
+    turn();
     for (std::int64_t r = 0; r < rows; ++r)
       for (int m = 0; m < 4; ++m) emit(r, begin + m * quarter + i, out + (r * 4 + m) * kTile, count);
   }
@@ -135,7 +170,8 @@ inline void sweep(const T* weights, std::int64_t stride, std::int64_t begin, std
     const T* const first = weights + left * stride;
     const T* const w[4] = {first, first + (count > 1 ? stride : 0), first + (count - 1) * stride,
                            first + (count - 1) * stride};
-    all_rows<Ops>(w, x, x_stride, rows, k, out);
+    all_rows<Ops>(w, x, x_stride, rows, k, out, 0);
+    turn();
     for (std::int64_t r = 0; r < rows; ++r)
       for (int m = 0; m < count; ++m) emit(r, left + m, out + (r * 4 + m) * kTile, 1);
   }
@@ -156,7 +192,7 @@ inline void finish_run(Y* y, const float* values, int count, float scale, const 
   int i = 0;
   if constexpr (A::kWidth == 16) {
     if (count == 16) {
-      A::finish16(y, values, scale, bias, residual);
+      A::finish16(y, A::load16(values), scale, bias, residual);
       return;
     }
   }

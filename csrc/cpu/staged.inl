@@ -15,69 +15,101 @@ constexpr std::int64_t kStage = 128;
 constexpr std::int64_t kStagePad = 16;
 constexpr int kStageRows = 16;
 
-template <class T, int kFold>
-void staged_product(const SecondProduct& p, std::int64_t begin, std::int64_t end) {
-  using Vec = typename Arch::Vec;
-  constexpr int kLanes = Arch::kWidth, kGroupRows = kLanes / kFold;
-  constexpr int kGroups = static_cast<int>(kRowBlock) / kGroupRows;
-  alignas(64) float buffer[kStageRows * (kStage + kStagePad)];
-  Vec sums[kGroups][kStageRows];
-  const int groups = static_cast<int>((p.rows + kGroupRows - 1) / kGroupRows);
-  const T* const u = static_cast<const T*>(p.u);
+// Widens `columns` columns of 16 weight rows into the buffer.
+template <class T>
+inline void stage(const T* weights, std::int64_t stride, int count, std::int64_t columns, float* buffer) {
+  for (int i = 0; i < kStageRows; ++i) {
+    // rows that are not there: the last one again
+    const T* row = weights + (i < count ? i : count - 1) * stride;
+    float* out = buffer + i * (kStage + kStagePad);
+    for (std::int64_t j = 0; j < columns; j += kStep) {
+      const typename Arch::Pair pair =
+          j + kStep <= columns ? Arch::load(row + j) : Arch::load_tail(row + j, columns - j);
+      Arch::store16(out + j, pair.a);
+      Arch::store16(out + j + Arch::kWidth, pair.b);
+    }
+  }
+}
 
-  for (std::int64_t m = begin; m < end; m += kStageRows) {
-    const int count = static_cast<int>(end - m < kStageRows ? end - m : kStageRows);
-    for (int g = 0; g < groups; ++g)
-      for (int i = 0; i < kStageRows; ++i) sums[g][i] = Arch::zero();
-    for (std::int64_t start = 0; start < p.rank; start += kStage) {
-      const std::int64_t columns = p.rank - start < kStage ? p.rank - start : kStage;
-      for (int i = 0; i < kStageRows; ++i) {
-        // rows that are not there: the last one again
-        const T* row = u + (m + (i < count ? i : count - 1)) * p.u_stride + start;
-        float* out = buffer + i * (kStage + kStagePad);
-        std::int64_t j = 0;
-        for (; j + kStep <= columns; j += kStep) {
-          const typename Arch::Pair pair = Arch::load(row + j);
-          Arch::store16(out + j, pair.a);
-          Arch::store16(out + j + kLanes, pair.b);
-        }
-        if (j < columns) {
-          const typename Arch::Pair pair = Arch::load_tail(row + j, columns - j);
-          Arch::store16(out + j, pair.a);
-          Arch::store16(out + j + kLanes, pair.b);
-        }
-      }
-      const std::int64_t places = (columns + kStep - 1) / kStep * kStep;
-      // The next panel is asked for a little at every step, while this one is computed: all of it at once would wait
-      // for the few places that a core has for lines on their way.
-      const T* const next = u + (m + kStageRows) * p.u_stride + start * kStageRows;
-      for (int g = 0; g < groups; ++g) {
-        const float* t = p.t + g * p.layout.stride * kGroupRows + start * kGroupRows;
-        Vec acc[kStageRows];
-        for (int i = 0; i < kStageRows; ++i) acc[i] = sums[g][i];
-        for (std::int64_t j = 0; j < places; j += kFold) {
-          const Vec rows = Arch::load16(t + j * kGroupRows);
-          if (g == 0 && (j * kStageRows * static_cast<std::int64_t>(sizeof(T))) % 64 == 0)
-            Arch::prefetch(next + j * kStageRows);
+// sums += t * buffer over `places` places. The next panel, `next`, is asked for a little at every step: all of it at
+// once would wait for the few places that a core has for lines on their way.
+template <class T, int kFold>
+inline void multiply(const float* t, const float* buffer, std::int64_t places, const T* next,
+                     typename Arch::Vec (&sums)[kStageRows]) {
+  constexpr std::int64_t kGroupRows = Arch::kWidth / kFold;
+  constexpr std::int64_t kLine = 64 / static_cast<std::int64_t>(sizeof(T));
+  for (std::int64_t j = 0; j < places; j += kFold) {
+    const typename Arch::Vec rows = Arch::load16(t + j * kGroupRows);
+    if (next && j * kStageRows % kLine == 0) {
+      Arch::prefetch(next + j * kStageRows);
+      if (kFold * kStageRows > kLine) Arch::prefetch(next + j * kStageRows + kLine);
+    }
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC unroll 16
 #endif
-          for (int i = 0; i < kStageRows; ++i)
-            acc[i] = Arch::fma(rows, Arch::template broadcast<kFold>(buffer + i * (kStage + kStagePad) + j), acc[i]);
-        }
-        for (int i = 0; i < kStageRows; ++i) sums[g][i] = acc[i];
-      }
+    for (int i = 0; i < kStageRows; ++i)
+      sums[i] = Arch::fma(rows, Arch::template broadcast<kFold>(buffer + i * (kStage + kStagePad) + j), sums[i]);
+  }
+}
+
+template <class T, int kFold>
+inline void store_tile(const SecondProduct& p, std::int64_t first_row, std::int64_t m, int count,
+                       typename Arch::Vec (&sums)[kStageRows]) {
+  Arch::transpose(sums);
+  const T* bias = p.bias ? static_cast<const T*>(p.bias) + m : nullptr;
+  for (int i = 0; i < Arch::kWidth / kFold && first_row + i < p.rows; ++i) {
+    const std::int64_t r = first_row + i;
+    typename Arch::Vec row = sums[i * kFold];
+    if constexpr (kFold == 2) row = Arch::add(row, sums[i * kFold + 1]);
+    if (count == kStageRows && !p.wide) {
+      const T* residual = p.residual ? static_cast<const T*>(p.residual) + r * p.residual_stride + m : nullptr;
+      Arch::finish16(static_cast<T*>(p.y) + r * p.y_stride + m, row, p.scale ? p.scale[r] : 1.0f, bias, residual);
+    } else {
+      alignas(64) float values[kStageRows];
+      Arch::store16(values, row);
+      finish<T>(p, r, m, values, count);
     }
-    for (int g = 0; g < groups; ++g) {
-      Arch::transpose(sums[g]);
-      for (int i = 0; i < kGroupRows && g * kGroupRows + i < p.rows; ++i) {
-        alignas(64) float values[kStageRows];
-        Vec row = sums[g][i * kFold];
-        if constexpr (kFold == 2) row = Arch::add(row, sums[g][i * kFold + 1]);
-        Arch::store16(values, row);
-        finish<T>(p, g * kGroupRows + i, m, values, count);
+  }
+}
+
+template <class T, int kFold>
+void staged_product(const SecondProduct& p, std::int64_t begin, std::int64_t end) {
+  using Vec = typename Arch::Vec;
+  constexpr int kGroupRows = Arch::kWidth / kFold;
+  constexpr int kGroups = static_cast<int>(kRowBlock) / kGroupRows;
+  alignas(64) float buffer[kStageRows * (kStage + kStagePad)];
+  const int groups = static_cast<int>((p.rows + kGroupRows - 1) / kGroupRows);
+  const T* const u = static_cast<const T*>(p.u);
+  const std::int64_t group_stride = p.layout.stride * kGroupRows;
+
+  for (std::int64_t m = begin; m < end; m += kStageRows) {
+    const int count = static_cast<int>(end - m < kStageRows ? end - m : kStageRows);
+    const T* const panel = u + m * p.u_stride;
+    const T* const next = panel + kStageRows * p.u_stride;
+    const auto columns_from = [&](std::int64_t start) { return p.rank - start < kStage ? p.rank - start : kStage; };
+    const auto places_of = [](std::int64_t columns) { return (columns + kStep - 1) / kStep * kStep; };
+    if (groups == 1) {  // the sums stay in registers
+      Vec sums[kStageRows];
+      for (int i = 0; i < kStageRows; ++i) sums[i] = Arch::zero();
+      for (std::int64_t start = 0; start < p.rank; start += kStage) {
+        const std::int64_t columns = columns_from(start);
+        stage(panel + start, p.u_stride, count, columns, buffer);
+        multiply<T, kFold>(p.t + start * kGroupRows, buffer, places_of(columns), next + start * kStageRows, sums);
       }
+      store_tile<T, kFold>(p, 0, m, count, sums);
+      continue;
     }
+    Vec sums[kGroups][kStageRows];
+    for (int g = 0; g < groups; ++g)
+      for (int i = 0; i < kStageRows; ++i) sums[g][i] = Arch::zero();
+    for (std::int64_t start = 0; start < p.rank; start += kStage) {
+      const std::int64_t columns = columns_from(start);
+      stage(panel + start, p.u_stride, count, columns, buffer);
+      for (int g = 0; g < groups; ++g)
+        multiply<T, kFold>(p.t + g * group_stride + start * kGroupRows, buffer, places_of(columns),
+                           g == 0 ? next + start * kStageRows : nullptr, sums[g]);
+    }
+    for (int g = 0; g < groups; ++g) store_tile<T, kFold>(p, g * kGroupRows, m, count, sums[g]);
   }
 }
 
