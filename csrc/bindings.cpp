@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cpu/isa.h"
@@ -110,41 +111,45 @@ void cpu_attribution(std::uintptr_t a, std::int64_t a_stride, std::uintptr_t b, 
 }
 
 #ifdef TACO_WITH_CUDA
-std::int64_t cuda_low_rank_workspace_bytes(std::int64_t rows, std::int64_t in, std::int64_t rank, std::int64_t out,
-                                           int dtype) {
-  const std::int64_t bytes = taco::cuda::low_rank_decode_workspace_bytes(rows, in, rank, out, dtype);
+// v, v_stride, u, u_stride, bias, y, rank, out
+using CudaMember = std::tuple<std::uintptr_t, std::int64_t, std::uintptr_t, std::int64_t, std::uintptr_t,
+                              std::uintptr_t, std::int64_t, std::int64_t>;
+
+taco::cuda::LowRankCall cuda_call(const std::vector<CudaMember>& members, std::int64_t rows, std::int64_t in, int gate,
+                                  int dtype) {
+  taco::cuda::LowRankCall call = {};
+  if (members.empty() || members.size() > std::size_t(taco::cuda::kMaxMembers)) {
+    throw py::value_error("a call has 1 to " + std::to_string(taco::cuda::kMaxMembers) + " members");
+  }
+  call.rows = rows, call.in = in, call.gate = gate, call.dtype = dtype, call.count = int(members.size());
+  for (std::size_t i = 0; i < members.size(); ++i) {
+    const auto& [v, v_stride, u, u_stride, bias, y, rank, out] = members[i];
+    call.members[i] = {pointer(v), v_stride, pointer(u), u_stride, pointer(bias), pointer<void>(y), rank, out};
+  }
+  return call;
+}
+
+std::int64_t cuda_low_rank_workspace_bytes(const std::vector<CudaMember>& members, std::int64_t rows, std::int64_t in,
+                                           int gate, int dtype) {
+  const std::int64_t bytes = taco::cuda::low_rank_decode_workspace_bytes(cuda_call(members, rows, in, gate, dtype));
   if (bytes < 0) throw std::runtime_error(std::string("cuda: ") + taco::cuda::error_string(int(-bytes)));
   return bytes;
 }
 
-void launch_low_rank(const taco::cuda::LowRankCall& call, std::uintptr_t workspace, std::int64_t workspace_bytes,
-                     std::uintptr_t stream) {
+void cuda_low_rank(std::uintptr_t x, std::int64_t x_stride, const std::vector<CudaMember>& members,
+                   std::uintptr_t residual, std::int64_t residual_stride, std::int64_t rows, std::int64_t in, int gate,
+                   int dtype, bool norm, float eps, int launch, std::uintptr_t workspace, std::int64_t workspace_bytes,
+                   std::uintptr_t stream) {
+  taco::cuda::LowRankCall call = cuda_call(members, rows, in, gate, dtype);
+  call.x = pointer(x), call.x_stride = x_stride, call.residual = pointer(residual);
+  call.residual_stride = residual_stride, call.norm = norm, call.eps = eps;
   int error = 0;
   {
     py::gil_scoped_release released;
-    error = taco::cuda::low_rank_decode(call, pointer<void>(workspace), std::size_t(workspace_bytes),
-                                        pointer<void>(stream));
+    error = taco::cuda::low_rank_decode(call, taco::cuda::Launch(launch), pointer<void>(workspace),
+                                        std::size_t(workspace_bytes), pointer<void>(stream));
   }
   if (error != 0) throw std::runtime_error(std::string("cuda: ") + taco::cuda::error_string(error));
-}
-
-void cuda_low_rank_linear(std::uintptr_t x, std::int64_t x_stride, std::uintptr_t v, std::int64_t v_stride,
-                          std::uintptr_t u, std::int64_t u_stride, std::uintptr_t bias, std::uintptr_t residual,
-                          std::int64_t residual_stride, std::uintptr_t y, std::int64_t rows, std::int64_t in,
-                          std::int64_t rank, std::int64_t out, int dtype, std::uintptr_t workspace,
-                          std::int64_t workspace_bytes, std::uintptr_t stream) {
-  launch_low_rank({pointer(x), x_stride, pointer(v), v_stride, pointer(u), u_stride, pointer(bias), pointer(residual),
-                   residual_stride, pointer<void>(y), rows, in, rank, out, dtype, false, 0.0f},
-                  workspace, workspace_bytes, stream);
-}
-
-void cuda_low_rank_bridge(std::uintptr_t h, std::int64_t h_stride, std::uintptr_t v, std::int64_t v_stride,
-                          std::uintptr_t u, std::int64_t u_stride, std::uintptr_t bias, std::uintptr_t y,
-                          std::int64_t rows, std::int64_t hidden, std::int64_t rank, float eps, int dtype,
-                          std::uintptr_t workspace, std::int64_t workspace_bytes, std::uintptr_t stream) {
-  launch_low_rank({pointer(h), h_stride, pointer(v), v_stride, pointer(u), u_stride, pointer(bias), pointer(h),
-                   h_stride, pointer<void>(y), rows, hidden, rank, hidden, dtype, true, eps},
-                  workspace, workspace_bytes, stream);
 }
 #endif
 
@@ -190,9 +195,9 @@ PYBIND11_MODULE(_C, m) {
 #ifdef TACO_WITH_CUDA
   m.attr("HAS_CUDA") = true;
   m.attr("CUDA_MAX_ROWS") = taco::cuda::kMaxDecodeRows;
-  m.def("cuda_low_rank_workspace_bytes", &cuda_low_rank_workspace_bytes, "bytes for (rows, in, rank, out, dtype)");
-  m.def("cuda_low_rank_linear", &cuda_low_rank_linear, "y = (x v^T) u^T + bias + residual, at most CUDA_MAX_ROWS rows");
-  m.def("cuda_low_rank_bridge", &cuda_low_rank_bridge, "y = h + (rmsnorm(h) v^T) u^T + bias, at most CUDA_MAX_ROWS rows");
+  m.attr("CUDA_MAX_MEMBERS") = taco::cuda::kMaxMembers;
+  m.def("cuda_low_rank_workspace_bytes", &cuda_low_rank_workspace_bytes, "bytes for (members, rows, in, gate, dtype)");
+  m.def("cuda_low_rank", &cuda_low_rank, "y = scale * (x v^T) u^T + bias + residual of every member, or gated");
 #else
   m.attr("HAS_CUDA") = false;
 #endif

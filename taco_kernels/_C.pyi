@@ -1,5 +1,7 @@
 """Types of the compiled extension. Tensors are passed as addresses (``Tensor.data_ptr()``), strides in elements."""
 
+from collections.abc import Sequence
+
 BUILD_INFO: str
 HAS_CUDA: bool
 
@@ -94,43 +96,27 @@ def read_memory(data: int, bytes: int, threads: int, /) -> int: ...
 
 # Only where HAS_CUDA is true:
 CUDA_MAX_ROWS: int
+CUDA_MAX_MEMBERS: int
 
-def cuda_low_rank_workspace_bytes(rows: int, in_features: int, rank: int, out_features: int, dtype: int, /) -> int: ...
-def cuda_low_rank_linear(
+# v, v_stride, u, u_stride, bias, y, rank, out
+_CudaMember = tuple[int, int, int, int, int, int, int, int]
+
+def cuda_low_rank_workspace_bytes(
+    members: Sequence[_CudaMember], rows: int, in_features: int, gate: int, dtype: int, /
+) -> int: ...
+def cuda_low_rank(
     x: int,
     x_stride: int,
-    v: int,
-    v_stride: int,
-    u: int,
-    u_stride: int,
-    bias: int,
+    members: Sequence[_CudaMember],
     residual: int,
     residual_stride: int,
-    y: int,
     rows: int,
     in_features: int,
-    rank: int,
-    out_features: int,
+    gate: int,
     dtype: int,
-    workspace: int,
-    workspace_bytes: int,
-    stream: int,
-    /,
-) -> None: ...
-def cuda_low_rank_bridge(
-    h: int,
-    h_stride: int,
-    v: int,
-    v_stride: int,
-    u: int,
-    u_stride: int,
-    bias: int,
-    y: int,
-    rows: int,
-    hidden: int,
-    rank: int,
+    norm: bool,
     eps: float,
-    dtype: int,
+    launch: int,
     workspace: int,
     workspace_bytes: int,
     stream: int,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -11,66 +13,106 @@ from torch import Tensor
 from taco_kernels import dispatch, native
 from taco_kernels._library import rows_of
 
-__all__ = ["low_rank"]
+__all__ = ["GATES", "LAUNCHES", "low_rank", "set_launch"]
+
+GATES = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3, "relu": 4}
+"""codes of the gated form's activations in ``csrc/``"""
+
+LAUNCHES = {"cooperative": 0, "dependent": 1}
+"""how the two products of a call follow each other: one kernel with a grid-wide barrier, or two kernels of which the
+second starts early (programmatic dependent launch, Hopper and later)"""
+
+Member = tuple[Tensor, Tensor, "Tensor | None"]
+"""(v, u, bias) of one factorised linear"""
+
+
+def _launch_from_environment() -> int:
+    name = os.environ.get("TACO_CUDA_LAUNCH", "").strip().lower() or "cooperative"
+    if name not in LAUNCHES:
+        raise RuntimeError(f"TACO_CUDA_LAUNCH is {name!r}; choose one of {', '.join(LAUNCHES)}")
+    return LAUNCHES[name]
+
+
+_launch: int | None = None
+
+
+def set_launch(name: str | None) -> None:
+    """Forces one of ``LAUNCHES`` for later calls; None gives the choice back to ``TACO_CUDA_LAUNCH`` (cooperative)."""
+    global _launch
+    _launch = None if name is None else LAUNCHES[name]
 
 
 @functools.lru_cache(maxsize=4096)
-def _workspace_bytes(device: int, rows: int, in_size: int, rank: int, out_size: int, dtype: int) -> int:
-    """Bytes of work space on the current device, which must be ``device`` (part of the key: GPUs differ)."""
-    return int(native.module.cuda_low_rank_workspace_bytes(rows, in_size, rank, out_size, dtype))  # type: ignore[union-attr]
+def _workspace_bytes(device: int, rows: int, in_size: int, gate: int, dtype: int, *sizes: tuple[int, int]) -> int:
+    """Bytes of work space on the current device, which must be ``device`` (part of the key: GPUs differ).
+
+    ``sizes`` are (rank, out) of each member.
+    """
+    members = [(0, 0, 0, 0, 0, 0, rank, out) for rank, out in sizes]
+    return int(native.module.cuda_low_rank_workspace_bytes(members, rows, in_size, gate, dtype))  # type: ignore[union-attr]
 
 
 def _on(device: int) -> AbstractContextManager[object]:
     return nullcontext() if device == torch.cuda.current_device() else torch.cuda.device(device)
 
 
-def low_rank(
-    x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float | None
-) -> Tensor:
-    """``scale * (x v^T) u^T + bias + residual``; scale is the inverse root mean square of x's rows if ``eps`` is given.
+def _rows(factor: Tensor) -> Tensor:
+    return factor if factor.stride(1) == 1 else factor.contiguous()
 
-    x [..., in], v [rank, in], u [out, rank], bias [out], residual [..., out] of one dtype (float32, float16, bfloat16)
-    on one GPU, no dimension of size 0. More rows than one launch takes are done in several. With ``eps`` the residual
-    is x itself. Returns [..., out], contiguous; raises RuntimeError with CUDA's message when the launch fails.
+
+def low_rank(
+    x: Tensor,
+    members: Sequence[Member],
+    residual: Tensor | None = None,
+    eps: float | None = None,
+    act: str | None = None,
+) -> list[Tensor]:
+    """``scale * (x v^T) u^T + bias + residual`` for every (v, u, bias); the results, in order.
+
+    scale is the inverse root mean square of x's rows if ``eps`` is given. x [..., in], v [rank, in], u [out, rank],
+    bias [out], residual [..., out] (with one member only) of one dtype (float32, float16, bfloat16) on one GPU, no
+    dimension of size 0. With ``act`` there are two members of one width and one result, act(first) * second. More
+    rows or members than one launch takes are done in several. Results are contiguous; raises RuntimeError with CUDA's
+    message when a launch fails.
     """
+    global _launch
     module = native.module
     assert module is not None  # the dispatcher has asked
-    out_size, rank = u.shape
-    y = torch.empty((*x.shape[:-1], out_size), dtype=x.dtype, device=x.device)
+    if _launch is None:
+        _launch = _launch_from_environment()
+    widths = [u.shape[0] for _, u, _ in members[: 1 if act else None]]
+    ys = [torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device) for width in widths]
     x, rows, x_stride = rows_of(x)
     in_size = x.shape[-1]
-    if v.stride(1) != 1:
-        v = v.contiguous()
-    if u.stride(1) != 1:
-        u = u.contiguous()
-    bias_ptr = residual_ptr = residual_stride = 0
-    if bias is not None:
-        bias = bias.contiguous()
-        bias_ptr = bias.data_ptr()
+    # The names keep every temporary copy alive until the launches are on the stream.
+    factors = [(_rows(v), _rows(u), None if bias is None else bias.contiguous()) for v, u, bias in members]
+    residual_ptr = residual_stride = 0
     if residual is not None:
         residual, _, residual_stride = rows_of(residual)
         residual_ptr = residual.data_ptr()
     device, dtype, size = x.get_device(), dispatch.CPP_DTYPES[x.dtype], x.element_size()
-    most = int(module.CUDA_MAX_ROWS)
+    gate = GATES[act]
+    most, at_once = int(module.CUDA_MAX_ROWS), int(module.CUDA_MAX_MEMBERS)
     with _on(device):
         stream = torch._C._cuda_getCurrentRawStream(device)
-        for first in range(0, rows, most):
-            count = min(most, rows - first)
-            # Freed on return, while the kernel may still run: the allocator gives it to this stream only, in order.
-            bytes_needed = _workspace_bytes(device, count, in_size, rank, out_size, dtype)
-            workspace = torch.empty(bytes_needed, dtype=torch.uint8, device=x.device)
-            x_ptr = x.data_ptr() + first * x_stride * size
-            y_ptr = y.data_ptr() + first * out_size * size
-            if eps is not None:
-                module.cuda_low_rank_bridge(
-                    x_ptr, x_stride, v.data_ptr(), v.stride(0), u.data_ptr(), u.stride(0), bias_ptr, y_ptr,
-                    count, in_size, rank, eps, dtype, workspace.data_ptr(), bytes_needed, stream,
+        for start in range(0, len(factors), at_once):
+            some = factors[start : start + at_once]
+            sizes = [(u.shape[1], u.shape[0]) for _, u, _ in some]
+            for first in range(0, rows, most):
+                count = min(most, rows - first)
+                # Freed on return, while the kernel may still run: the allocator gives it to this stream only, in order.
+                needed = _workspace_bytes(device, count, in_size, gate, dtype, *sizes)
+                workspace = torch.empty(needed, dtype=torch.uint8, device=x.device)
+                parts = [
+                    (
+                        v.data_ptr(), v.stride(0), u.data_ptr(), u.stride(0), 0 if bias is None else bias.data_ptr(),
+                        ys[0 if act else start + i].data_ptr() + first * u.shape[0] * size, *sizes[i],
+                    )
+                    for i, (v, u, bias) in enumerate(some)
+                ]  # fmt: skip
+                module.cuda_low_rank(
+                    x.data_ptr() + first * x_stride * size, x_stride, parts,
+                    residual_ptr and residual_ptr + first * residual_stride * size, residual_stride, count, in_size,
+                    gate, dtype, eps is not None, eps or 0.0, _launch, workspace.data_ptr(), needed, stream,
                 )  # fmt: skip
-            else:
-                rest_ptr = residual_ptr and residual_ptr + first * residual_stride * size
-                module.cuda_low_rank_linear(
-                    x_ptr, x_stride, v.data_ptr(), v.stride(0), u.data_ptr(), u.stride(0), bias_ptr, rest_ptr,
-                    residual_stride, y_ptr, count, in_size, rank, out_size, dtype, workspace.data_ptr(),
-                    bytes_needed, stream,
-                )  # fmt: skip
-    return y
+    return ys

@@ -94,7 +94,7 @@ def _triton(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, eps: float) ->
 def _cuda(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     if not (h.numel() and v.numel()):
         return low_rank_bridge_reference(h, v, u, bias, eps)
-    return _cuda_call(h, v, u, bias, None, eps)
+    return _cuda_call(h, [(v, u, bias)], h, eps)[0]
 
 
 # --- end of the CUDA section -----------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def _cuda(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, residual: Tensor
     # A sum over nothing has no kernel: the reference gives bias and residual.
     if not (x.numel() and u.numel()):
         return low_rank_linear_reference(x, v, u, bias, residual)
-    return _cuda_call(x, v, u, bias, residual, None)
+    return _cuda_call(x, [(v, u, bias)], residual)[0]
 
 
 # --- end of the CUDA section -----------------------------------------------------------------------------------------

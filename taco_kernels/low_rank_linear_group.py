@@ -5,7 +5,6 @@ Read top to bottom: reference -> calls into the backends -> registered op, fake,
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from taco_kernels import dispatch, native
 from taco_kernels._cpu import map_of
+from taco_kernels._cuda import low_rank as _cuda_call
 from taco_kernels._factored import complain, fits, gradients, rows_2d
 from taco_kernels._library import (
     any_autocast,
@@ -105,12 +105,24 @@ def _triton(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Seque
     return [y.view(*x.shape[:-1], y.shape[1]) for y in kernel(rows_2d(x), vs, us, biases)]
 
 
+def _cuda(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    # A sum over nothing has no kernel: such members go through the reference.
+    found: dict[int, Tensor] = {}
+    some = [i for i, u in enumerate(us) if x.numel() and u.numel()]
+    if some:
+        found = dict(zip(some, _cuda_call(x, [(vs[i], us[i], biases[i]) for i in some]), strict=True))
+    return [
+        found[i] if i in found else low_rank_linear_reference(x, *member)
+        for i, member in enumerate(zip(vs, us, biases, strict=True))
+    ]
+
+
 BACKENDS: dict[str, _Backend] = {
     "reference": low_rank_linear_group_reference,
     "library": _library,
     "cpp": _cpp,
     "triton": _triton,
-    "cuda": functools.partial(_one_by_one, "cuda"),
+    "cuda": _cuda,
 }
 
 

@@ -97,10 +97,24 @@ TACO_DEVICE void block_barrier() { __syncthreads(); }
 // keeps its counter, so there is no work space to initialise and nothing to reset between replays of a graph.
 TACO_DEVICE void grid_barrier() { cooperative_groups::this_grid().sync(); }
 
+// Programmatic dependent launch (PTX ISA, griddepcontrol): lets the next kernel of the stream start when every block of
+// this one has come here; and waits until the kernel before is complete and its writes are visible. Without a dependent
+// launch neither does anything.
+TACO_DEVICE void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+TACO_DEVICE void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Rows from global into shared memory, beside the computation. Protocol, called by every thread of the block:
 // copy_begin; copy_rows with the same arguments in every thread, once; copy_wait before the first read.
 // Hopper's copy engine (cp.async.bulk) takes whole rows from a few threads; Ampere's cp.async 16 bytes per thread.
-// `bytes` and all addresses are multiples of 16.
+// Lengths and addresses are multiples of 16.
 TACO_DEVICE void copy_begin(void* barrier) {
 #if __CUDA_ARCH__ >= 900
   if (threadIdx.x == 0) {
@@ -114,36 +128,48 @@ TACO_DEVICE void copy_begin(void* barrier) {
 #endif
 }
 
-// Row i of `count` goes from source(i) to target + i * pitch; rows with a null source are left out.
+// Where a row to be copied lies, and how long it is.
+struct Row {
+  const void* from;
+  int bytes;
+};
+
+// Row i of `count` goes from source(i) to target + i * pitch; rows with a null source are left out. `most_bytes` is no
+// less than any row's length.
 template <class Source>
-TACO_DEVICE void copy_rows(void* barrier, char* target, int pitch, int count, int bytes, Source source) {
+TACO_DEVICE void copy_rows(void* barrier, char* target, int pitch, int count, int most_bytes, Source source) {
 #if __CUDA_ARCH__ >= 900
   if (threadIdx.x >= 32) return;
   const uint32_t address = uint32_t(__cvta_generic_to_shared(barrier));
+  (void)most_bytes;
   int mine = 0;
-  for (int i = int(threadIdx.x); i < count; i += 32) mine += source(i) != nullptr;
-  const int rows = __reduce_add_sync(0xffffffffu, mine);
+  for (int i = int(threadIdx.x); i < count; i += 32) {
+    const Row row = source(i);
+    mine += row.from != nullptr ? row.bytes : 0;
+  }
+  const int bytes = __reduce_add_sync(0xffffffffu, mine);
   if (threadIdx.x == 0) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(rows * bytes)
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes)
                  : "memory");
   }
   __syncwarp();
   for (int i = int(threadIdx.x); i < count; i += 32) {
-    const void* from = source(i);
-    if (from == nullptr) continue;
+    const Row row = source(i);
+    if (row.from == nullptr) continue;
     const uint32_t to = uint32_t(__cvta_generic_to_shared(target + int64_t(i) * pitch));
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-        "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(address)
+        "l"(__cvta_generic_to_global(row.from)), "r"(row.bytes), "r"(address)
         : "memory");
   }
 #else
   (void)barrier;
-  const int pieces = bytes / 16;
+  const int pieces = most_bytes / 16;
   for (int e = int(threadIdx.x); e < count * pieces; e += int(blockDim.x)) {
-    const char* from = static_cast<const char*>(source(e / pieces));
-    if (from == nullptr) continue;
+    const Row row = source(e / pieces);
     const int offset = e % pieces * 16;
+    if (row.from == nullptr || offset >= row.bytes) continue;
+    const char* from = static_cast<const char*>(row.from);
     const uint32_t to = uint32_t(__cvta_generic_to_shared(target + int64_t(e / pieces) * pitch + offset));
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(__cvta_generic_to_global(from + offset))
                  : "memory");

@@ -1,5 +1,6 @@
 // Launches the decode kernels: picks the plan and the instantiation, raises the shared-memory limit once per device.
-#include "low_rank_decode.cuh"
+#include "decode_mma.cuh"
+#include "decode_plain.cuh"
 
 #include <cuda_runtime.h>
 
@@ -9,19 +10,23 @@
 namespace taco::cuda {
 namespace {
 
-// The launch bound's 1 lets the compiler use every register: one block per multiprocessor is all the plan asks for.
-template <class T, int Groups>
-__global__ void __launch_bounds__(kThreads, 1) decode_mma_kernel(const __grid_constant__ DecodeArgs args) {
-  decode_mma<T, Groups>(args);
+// Blocks per multiprocessor in the launch bound: a cooperative launch has one, which may have every register. Of a
+// dependent launch both kernels' blocks must fit on a multiprocessor together.
+constexpr int bound(Part part) { return part == Part::kBoth ? 1 : 2; }
+
+template <class T, int Groups, Part part>
+__global__ void __launch_bounds__(kThreads, bound(part)) decode_mma_kernel(const __grid_constant__ DecodeArgs args) {
+  decode_mma<T, Groups, part>(args);
 }
-template <class T, int Vector, int Rows>
-__global__ void __launch_bounds__(kThreads, 1) decode_plain_kernel(const __grid_constant__ DecodeArgs args) {
-  decode_plain<T, Vector, Rows>(args);
+template <class T, int Vector, int Rows, Part part>
+__global__ void __launch_bounds__(kThreads, bound(part)) decode_plain_kernel(const __grid_constant__ DecodeArgs args) {
+  decode_plain<T, Vector, Rows, part>(args);
 }
 
 using Kernel = void (*)(DecodeArgs);
 
-constexpr int kKernels = 4 + 4 * 3;
+constexpr int kKinds = 4 + 4 * 3;
+constexpr int kKernels = 3 * kKinds;
 
 // Slot of a kernel in the per-device record, and the kernel.
 struct Choice {
@@ -29,24 +34,32 @@ struct Choice {
   Kernel kernel;
 };
 
-template <class T, int Vector>
+template <class T, int Vector, Part part>
 Choice choose_plain(int slot, int rows_padded) {
   switch (rows_padded) {
-    case 1: return {slot, decode_plain_kernel<T, Vector, 1>};
-    case 4: return {slot + 1, decode_plain_kernel<T, Vector, 4>};
-    default: return {slot + 2, decode_plain_kernel<T, Vector, 16>};
+    case 1: return {slot, decode_plain_kernel<T, Vector, 1, part>};
+    case 4: return {slot + 1, decode_plain_kernel<T, Vector, 4, part>};
+    default: return {slot + 2, decode_plain_kernel<T, Vector, 16, part>};
   }
 }
 
+template <class T, Part part>
+Choice choose_mma(int slot, int rows_padded) {
+  if (rows_padded == 8) return {slot, decode_mma_kernel<T, 1, part>};
+  return {slot + 1, decode_mma_kernel<T, 2, part>};
+}
+
+template <Part part>
 Choice choose(const DecodePlan& plan, int dtype) {
+  constexpr int base = int(part) * kKinds;
   if (plan.matrix_unit) {
-    const bool small = plan.rows_padded == 8;
-    if (dtype == 1) return {small ? 0 : 1, small ? decode_mma_kernel<Half, 1> : decode_mma_kernel<Half, 2>};
-    return {small ? 2 : 3, small ? decode_mma_kernel<Bfloat, 1> : decode_mma_kernel<Bfloat, 2>};
+    if (dtype == 1) return choose_mma<Half, part>(base, plan.rows_padded);
+    return choose_mma<Bfloat, part>(base + 2, plan.rows_padded);
   }
-  if (dtype == 1) return choose_plain<Half, 1>(4, plan.rows_padded);
-  if (dtype == 2) return choose_plain<Bfloat, 1>(7, plan.rows_padded);
-  return plan.vector == 4 ? choose_plain<float, 4>(10, plan.rows_padded) : choose_plain<float, 1>(13, plan.rows_padded);
+  if (dtype == 1) return choose_plain<Half, 1, part>(base + 4, plan.rows_padded);
+  if (dtype == 2) return choose_plain<Bfloat, 1, part>(base + 7, plan.rows_padded);
+  if (plan.vector == 4) return choose_plain<float, 4, part>(base + 10, plan.rows_padded);
+  return choose_plain<float, 1, part>(base + 13, plan.rows_padded);
 }
 
 struct Device {
@@ -54,6 +67,7 @@ struct Device {
   cudaError_t error = cudaSuccess;
   int processors = 0;
   int shared_limit = 0;
+  int major = 0;
   bool cooperative = false;
   std::atomic<bool> prepared[kKernels] = {};  // kernels whose shared-memory limit has been raised
 };
@@ -74,6 +88,7 @@ cudaError_t current_device(Device** found) {
       cudaDeviceAttr what;
     } questions[] = {{&device.processors, cudaDevAttrMultiProcessorCount},
                      {&device.shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin},
+                     {&device.major, cudaDevAttrComputeCapabilityMajor},
                      {&cooperative, cudaDevAttrCooperativeLaunch}};
     for (const auto& question : questions) {
       const cudaError_t failed = cudaDeviceGetAttribute(question.to, question.what, index);
@@ -85,10 +100,19 @@ cudaError_t current_device(Device** found) {
   return device.error;
 }
 
-bool sizes_are_sane(std::int64_t rows, std::int64_t in, std::int64_t rank, std::int64_t out, int dtype) {
-  constexpr std::int64_t kMost = std::int64_t(1) << 30;
-  return rows >= 1 && rows <= kMaxDecodeRows && in >= 1 && in < kMost && rank >= 1 && rank < kMost && out >= 1 &&
-         out < kMost && dtype >= 0 && dtype <= 2;
+bool sizes_are_sane(const LowRankCall& call) {
+  constexpr std::int64_t kMost = std::int64_t(1) << 28;  // four members' sizes still add up to an int
+  bool sane = call.rows >= 1 && call.rows <= kMaxDecodeRows && call.in >= 1 && call.in < kMost && call.dtype >= 0 &&
+              call.dtype <= 2 && call.count >= 1 && call.count <= kMaxMembers && call.gate >= kNoGate &&
+              call.gate <= kRelu;
+  for (int i = 0; sane && i < call.count; ++i) {
+    const Factors& member = call.members[i];
+    sane = member.rank >= 1 && member.rank < kMost && member.out >= 1 && member.out < kMost;
+  }
+  if (sane && call.gate != kNoGate) {
+    sane = call.count == 2 && call.members[0].out == call.members[1].out && call.residual == nullptr;
+  }
+  return sane && (call.residual == nullptr || call.count == 1);
 }
 
 bool is_aligned(const void* pointer, std::int64_t stride_bytes, std::int64_t row_bytes) {
@@ -96,55 +120,85 @@ bool is_aligned(const void* pointer, std::int64_t stride_bytes, std::int64_t row
          0;
 }
 
+// The header is all that a first kernel has; 1 KB is what the system takes of each block's shared memory.
+std::int64_t beside_first_kernel(int shared_limit) { return shared_limit - header_bytes(kMaxDecodeRows) - 2 * 1024; }
+
+cudaError_t prepare(Device& device, const Choice& choice) {
+  if (device.prepared[choice.slot].load(std::memory_order_acquire)) return cudaSuccess;
+  // Two threads may both do this; it is idempotent.
+  const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(choice.kernel),
+                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_limit);
+  if (error == cudaSuccess) device.prepared[choice.slot].store(true, std::memory_order_release);
+  return error;
+}
+
+cudaError_t start(Device& device, const Choice& choice, DecodeArgs& args, std::int64_t shared_bytes,
+                  cudaLaunchAttributeID attribute, cudaStream_t stream) {
+  const cudaError_t error = prepare(device, choice);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute how[1] = {};
+  how[0].id = attribute;
+  if (attribute == cudaLaunchAttributeCooperative) how[0].val.cooperative = 1;
+  if (attribute == cudaLaunchAttributeProgrammaticStreamSerialization) {
+    how[0].val.programmaticStreamSerializationAllowed = 1;
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(args.plan.blocks));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = std::size_t(shared_bytes);
+  config.stream = stream;
+  config.attrs = how;
+  config.numAttrs = attribute == cudaLaunchAttributeIgnore ? 0 : 1;
+  void* parameters[] = {&args};
+  return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(choice.kernel), parameters);
+}
+
 }  // namespace
 
-std::int64_t low_rank_decode_workspace_bytes(std::int64_t rows, std::int64_t in, std::int64_t rank, std::int64_t out,
-                                             int dtype) {
-  if (!sizes_are_sane(rows, in, rank, out, dtype)) return -std::int64_t(cudaErrorInvalidValue);
+std::int64_t low_rank_decode_workspace_bytes(const LowRankCall& call) {
+  if (!sizes_are_sane(call)) return -std::int64_t(cudaErrorInvalidValue);
   Device* device = nullptr;
   const cudaError_t error = current_device(&device);
   if (error != cudaSuccess) return -std::int64_t(error);
   std::int64_t most = 0;
-  for (const bool aligned : {false, true}) {
-    const DecodePlan plan =
-        plan_decode(rows, in, rank, out, dtype, aligned, device->processors, device->shared_limit);
-    most = std::max(most, plan.workspace_bytes);
+  for (const bool aligned : {false, true}) {  // shared memory, and with it the launch, does not enter
+    most = std::max(most, plan_decode(call, aligned, device->processors, device->shared_limit).workspace_bytes);
   }
   return most;
 }
 
-int low_rank_decode(const LowRankCall& call, void* workspace, std::size_t workspace_bytes, void* stream) {
-  if (!sizes_are_sane(call.rows, call.in, call.rank, call.out, call.dtype)) return cudaErrorInvalidValue;
+int low_rank_decode(const LowRankCall& call, Launch launch, void* workspace, std::size_t workspace_bytes,
+                    void* stream) {
+  if (!sizes_are_sane(call)) return cudaErrorInvalidValue;
   Device* device = nullptr;
   cudaError_t error = current_device(&device);
   if (error != cudaSuccess) return error;
 
   const std::int64_t size = call.dtype == 0 ? 4 : 2;
-  const bool aligned = is_aligned(call.x, call.x_stride * size, call.in * size) &&
-                       is_aligned(call.v, call.v_stride * size, call.in * size) &&
-                       is_aligned(call.u, call.u_stride * size, call.rank * size);
-  DecodeArgs args{call,
-                  plan_decode(call.rows, call.in, call.rank, call.out, call.dtype, aligned, device->processors,
-                              device->shared_limit),
-                  static_cast<float*>(workspace), nullptr};
+  bool aligned = is_aligned(call.x, call.x_stride * size, call.in * size);
+  for (int i = 0; i < call.count; ++i) {
+    const Factors& member = call.members[i];
+    aligned = aligned && is_aligned(member.v, member.v_stride * size, call.in * size) &&
+              is_aligned(member.u, member.u_stride * size, member.rank * size);
+  }
+  const std::int64_t shared = launch == kDependent ? beside_first_kernel(device->shared_limit) : device->shared_limit;
+  DecodeArgs args{call, plan_decode(call, aligned, device->processors, shared), static_cast<float*>(workspace), nullptr};
   args.squares = args.partial + std::int64_t(args.plan.splits) * call.rows * args.plan.rank_padded;
   if (workspace_bytes < std::size_t(args.plan.workspace_bytes) ||
       reinterpret_cast<std::uintptr_t>(workspace) % 16 != 0) {
     return cudaErrorInvalidValue;
   }
-
-  const Choice choice = choose(args.plan, call.dtype);
-  if (!device->prepared[choice.slot].load(std::memory_order_acquire)) {
-    // Two threads may both do this; it is idempotent.
-    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(choice.kernel),
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize, device->shared_limit);
-    if (error != cudaSuccess) return error;
-    device->prepared[choice.slot].store(true, std::memory_order_release);
+  const cudaStream_t on = static_cast<cudaStream_t>(stream);
+  if (launch == kCooperative) {
+    return start(*device, choose<Part::kBoth>(args.plan, call.dtype), args, args.plan.shared_bytes,
+                 cudaLaunchAttributeCooperative, on);
   }
-  void* parameters[] = {&args};
-  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(choice.kernel), dim3(unsigned(args.plan.blocks)),
-                                     dim3(kThreads), parameters, std::size_t(args.plan.shared_bytes),
-                                     static_cast<cudaStream_t>(stream));
+  error = start(*device, choose<Part::kFirst>(args.plan, call.dtype), args, header_bytes(args.plan.rows_padded),
+                cudaLaunchAttributeIgnore, on);
+  if (error != cudaSuccess) return error;
+  const bool dependent = device->major >= 9;  // before Hopper the attribute is not supported
+  return start(*device, choose<Part::kSecond>(args.plan, call.dtype), args, args.plan.shared_bytes,
+               dependent ? cudaLaunchAttributeProgrammaticStreamSerialization : cudaLaunchAttributeIgnore, on);
 }
 
 const char* error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

@@ -24,10 +24,15 @@ struct DecodePlan {
   int blocks;            // one per multiprocessor at most, so that a grid-wide barrier is possible
   int splits;            // slices of `in`
   int split_length;      // elements per slice
-  int rank_padded;       // row length of the partial sums
-  int t_capacity;        // ranks of the intermediate that are in shared memory at a time
+  int rank_padded;       // row length of the partial sums: every member's ranks, padded
+  int t_capacity;        // ranks of each intermediate that are in shared memory at a time
   int t_pitch;           // elements from one of its rows to the next
   int u_pitch;           // bytes from one row of u in shared memory to the next
+  int width;             // members whose results meet in one output: 2 in the gated form, else 1
+  int phases;            // what the second product is done for, one after the other: members, or pairs of them
+  int rank_start[kMaxMembers + 1];  // where each member's ranks begin in a row of the partial sums
+  int unit_start[kMaxMembers + 1];  // the first product's tiles (plain kernel: rows of v), counted through the members
+  int tile_start[kMaxMembers + 1];  // the second product's tiles, counted through the phases
   int prefetched_tiles;  // tiles of u per block that travel before the barrier
   int tile_warps;        // tiles of outputs a block works on at a time (the other factor of kWarps splits the rank)
   std::int64_t shared_bytes;
@@ -64,47 +69,60 @@ inline std::int64_t header_bytes(int rows_padded) {
   return std::int64_t(kWarps) * kTile * rows_padded * 4 + kScaleBytes + kSquaresBytes + kBarrierBytes;
 }
 
-inline DecodePlan plan_decode(std::int64_t rows, std::int64_t in, std::int64_t rank, std::int64_t out, int dtype,
-                              bool aligned, int processors, std::int64_t shared_limit) {
+// `shared_limit` is what a block may have on the device. For a dependent launch it is less: the second kernel must fit
+// beside the first one's blocks, or it could not start early.
+inline DecodePlan plan_decode(const LowRankCall& call, bool aligned, int processors, std::int64_t shared_limit) {
   DecodePlan p{};
-  const std::int64_t element = dtype == 0 ? 4 : 2;
-  p.matrix_unit = dtype != 0 && aligned;
-  p.rank_padded = int(round_up(rank, kChunk));
-  const std::int64_t out_tiles = ceil_div(out, kTile);
+  const std::int64_t element = call.dtype == 0 ? 4 : 2, rows = call.rows, in = call.in;
+  p.matrix_unit = call.dtype != 0 && aligned;
+  p.width = call.gate != kNoGate ? 2 : 1;
+  p.phases = call.count / p.width;
+  std::int64_t most_rank = 0;
+  for (int i = 0; i < call.count; ++i) {
+    const std::int64_t rank = call.members[i].rank;
+    most_rank = std::max(most_rank, rank);
+    p.rank_start[i + 1] = p.rank_start[i] + int(round_up(rank, kChunk));
+    p.unit_start[i + 1] = p.unit_start[i] + int(p.matrix_unit ? ceil_div(rank, kTile) : rank);
+  }
+  for (int i = 0; i < p.phases; ++i) p.tile_start[i + 1] = p.tile_start[i] + int(ceil_div(call.members[i].out, kTile));
+  p.rank_padded = p.rank_start[call.count];
+  const std::int64_t units = p.unit_start[call.count], out_tiles = p.tile_start[p.phases];
+  const std::int64_t most_padded = round_up(most_rank, kChunk);
   if (p.matrix_unit) {
     p.rows_padded = rows <= 8 ? 8 : 16;
     p.vector = 8;
-    const std::int64_t rank_tiles = ceil_div(rank, kTile), chunks = ceil_div(in, kChunk);
-    p.splits = choose_splits(rank_tiles, processors, std::max<std::int64_t>(1, chunks / kWarps));
+    const std::int64_t chunks = ceil_div(in, kChunk);
+    p.splits = choose_splits(units, processors, std::max<std::int64_t>(1, chunks / kWarps));
     p.split_length = int(ceil_div(chunks, p.splits) * kChunk);
     p.splits = int(ceil_div(in, p.split_length));
-    p.blocks = int(std::min<std::int64_t>(processors, std::max(rank_tiles * p.splits, out_tiles)));
+    p.blocks = int(std::min<std::int64_t>(processors, std::max(units * p.splits, out_tiles)));
     const std::int64_t local = ceil_div(out_tiles, p.blocks);
     p.tile_warps = 1;
     while (p.tile_warps < kWarps && p.tile_warps * 2 <= local) p.tile_warps *= 2;
-    // The intermediate (two half-type numbers per element) gets at most half of the shared memory.
+    // The intermediates (two half-type numbers per element) get at most half of the shared memory.
     const std::int64_t free_bytes = shared_limit - header_bytes(p.rows_padded);
-    const std::int64_t most = free_bytes / 2 / (2 * 2 * p.rows_padded) / kChunk * kChunk - kChunk;
-    p.t_capacity = int(std::max<std::int64_t>(kChunk, std::min<std::int64_t>(p.rank_padded, most)));
+    const std::int64_t most = free_bytes / 2 / (2 * 2 * p.rows_padded * p.width) / kChunk * kChunk - kChunk;
+    p.t_capacity = int(std::max<std::int64_t>(kChunk, std::min(most_padded, most)));
     p.t_pitch = int(conflict_free_pitch(p.t_capacity * 2) / 2);
-    p.u_pitch = int(conflict_free_pitch(std::int64_t(p.rank_padded) * 2));
-    const std::int64_t t_bytes = 2 * 2 * std::int64_t(p.rows_padded) * p.t_pitch;
+    p.u_pitch = int(conflict_free_pitch(most_padded * 2));
+    const std::int64_t t_bytes = 2 * 2 * std::int64_t(p.rows_padded) * p.t_pitch * p.width;
     const std::int64_t tile_bytes = std::int64_t(kTile) * p.u_pitch;
-    p.prefetched_tiles = int(std::max<std::int64_t>(0, std::min(local, (free_bytes - t_bytes) / tile_bytes)));
+    p.prefetched_tiles = int(std::max<std::int64_t>(0, std::min(local * p.width, (free_bytes - t_bytes) / tile_bytes)));
     p.shared_bytes = header_bytes(p.rows_padded) + t_bytes + p.prefetched_tiles * tile_bytes;
   } else {
     p.rows_padded = rows == 1 ? 1 : rows <= 4 ? 4 : 16;
     p.vector = aligned ? int(16 / element) : 1;
     const std::int64_t step = 32 * p.vector, warps = std::int64_t(processors) * kWarps;
-    const std::int64_t wanted = std::max<std::int64_t>(1, std::min(warps / rank, in / (4 * step)));
+    const std::int64_t wanted = std::max<std::int64_t>(1, std::min(warps / units, in / (4 * step)));
     p.split_length = int(round_up(ceil_div(in, wanted), step));
     p.splits = int(ceil_div(in, p.split_length));
-    p.blocks = int(std::min<std::int64_t>(processors, ceil_div(std::max(rank * p.splits, out), kWarps)));
+    p.blocks = int(std::min<std::int64_t>(processors, ceil_div(std::max(units * p.splits, out_tiles * kTile), kWarps)));
     p.tile_warps = kWarps;
-    const std::int64_t most = (shared_limit - header_bytes(p.rows_padded)) / 2 / (4 * p.rows_padded) / kChunk * kChunk;
-    p.t_capacity = int(std::max<std::int64_t>(kChunk, std::min<std::int64_t>(p.rank_padded, most)));
+    const std::int64_t free_bytes = shared_limit - header_bytes(p.rows_padded);
+    const std::int64_t most = free_bytes / 2 / (4 * p.rows_padded * p.width) / kChunk * kChunk;
+    p.t_capacity = int(std::max<std::int64_t>(kChunk, std::min(most_padded, most)));
     p.t_pitch = p.t_capacity;
-    p.shared_bytes = header_bytes(p.rows_padded) + 4 * std::int64_t(p.rows_padded) * p.t_pitch;
+    p.shared_bytes = header_bytes(p.rows_padded) + 4 * std::int64_t(p.rows_padded) * p.t_pitch * p.width;
   }
   // partial sums [splits][rows][rank_padded], then sums of squares [splits][rows]
   p.workspace_bytes = std::int64_t(p.splits) * rows * (p.rank_padded + 1) * 4;

@@ -10,36 +10,58 @@ namespace taco::cuda {
 // Most rows the decode kernels take: the width of two matrix-unit tiles.
 inline constexpr int kMaxDecodeRows = 16;
 
-// One call y = scale * (x v^T) u^T + bias + residual; scale is 1, or 1 / sqrt(mean(x^2) + eps) per row if `norm`.
-// x [rows, in], v [rank, in], u [out, rank], residual [rows, out]: rows strided, last dimension contiguous; strides in
-// elements. bias [out] and residual may be null. y [rows, out] is contiguous and overlaps nothing else.
-// dtype: 0 float32, 1 float16, 2 bfloat16, for every tensor. Sizes are at least 1, rows at most kMaxDecodeRows.
-struct LowRankCall {
-  const void* x;
-  std::int64_t x_stride;
+// Most members of one call.
+inline constexpr int kMaxMembers = 4;
+
+// One factorised linear: v [rank, in], u [out, rank], rows strided (in elements), last dimension contiguous; bias [out]
+// may be null; y [rows, out] is contiguous and overlaps nothing else. rank and out are at least 1.
+struct Factors {
   const void* v;
   std::int64_t v_stride;
   const void* u;
   std::int64_t u_stride;
   const void* bias;
+  void* y;
+  std::int64_t rank, out;
+};
+
+// What becomes of two members' results in the gated form: y of the first is act(first) * second.
+enum Gate : int { kNoGate = 0, kSilu = 1, kGeluTanh = 2, kGelu = 3, kRelu = 4 };
+
+// How the two products of a call follow each other.
+enum Launch : int {
+  kCooperative = 0,  // one kernel with a barrier over the whole grid between them
+  kDependent = 1,    // two kernels, the second launched early (programmatic dependent launch); Hopper and later
+};
+
+// One call y = scale * (x v^T) u^T + bias + residual for each of `count` members; scale is 1, or
+// 1 / sqrt(mean(x^2) + eps) per row if `norm`. x [rows, in] and residual [rows, out] (of a single member; may be null)
+// have strided rows. dtype: 0 float32, 1 float16, 2 bfloat16, for every tensor. Rows are at most kMaxDecodeRows.
+// A gated call has exactly two members of one `out`, and no residual.
+struct LowRankCall {
+  const void* x;
+  std::int64_t x_stride;
   const void* residual;
   std::int64_t residual_stride;
-  void* y;
-  std::int64_t rows, in, rank, out;
+  std::int64_t rows, in;
+  Factors members[kMaxMembers];
+  int count;
+  int gate;
   int dtype;
   bool norm;
   float eps;
 };
 
-// Bytes of work space that low_rank_decode needs on the current device, whatever the alignment of the tensors; a
-// negative number is an error (the negated cudaError). The work space needs no initialisation and 16-byte alignment.
-std::int64_t low_rank_decode_workspace_bytes(std::int64_t rows, std::int64_t in, std::int64_t rank, std::int64_t out,
-                                             int dtype);
+// Bytes of work space that low_rank_decode needs on the current device for calls of these sizes (pointers and strides
+// are not looked at), whatever the alignment of the tensors; a negative number is an error (the negated cudaError). The
+// work space needs no initialisation and 16-byte alignment.
+std::int64_t low_rank_decode_workspace_bytes(const LowRankCall& call);
 
-// Launches one kernel on `stream` (a cudaStream_t) of the current device; returns a cudaError (0 is success). The
-// launch is cooperative (all blocks resident at once), may be captured into a CUDA graph, and sums in a fixed order:
-// the same input gives the same bits. Calls that may run at the same time need work spaces of their own.
-int low_rank_decode(const LowRankCall& call, void* workspace, std::size_t workspace_bytes, void* stream);
+// Launches one call on `stream` (a cudaStream_t) of the current device; returns a cudaError (0 is success). May be
+// captured into a CUDA graph, and sums in a fixed order: the same input gives the same bits, with either launch. Calls
+// that may run at the same time need work spaces of their own. Where the device has no dependent launch, kDependent
+// launches its two kernels one after the other.
+int low_rank_decode(const LowRankCall& call, Launch launch, void* workspace, std::size_t workspace_bytes, void* stream);
 
 // What a cudaError means, in words.
 const char* error_string(int error);

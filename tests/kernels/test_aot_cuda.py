@@ -47,7 +47,7 @@ def listings(built):
 def test_nothing_spills(built):
     report = built[1]
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert len(frames) == 2 * 16, "16 kernels for each of two architectures"
+    assert len(frames) == 2 * 48, "16 kernels in three parts for each of two architectures"
     assert all(frame == ("0", "0", "0") for frame in frames), report[-4000:]
     # 256 threads, one block per multiprocessor: the register file has 255 for each of them.
     assert max(map(int, re.findall(r"Used (\d+) registers", report))) <= 255
@@ -57,15 +57,22 @@ def test_nothing_spills(built):
 def test_instructions(listings, arch):
     kernels = {name: sass for (of, name), sass in listings.items() if of == arch}
     fast = {name: sass for name, sass in kernels.items() if "decode_mma" in name}
-    assert len(fast) == 4 and len(kernels) == 16
+    assert len(fast) == 12 and len(kernels) == 48
     for name, sass in fast.items():
+        # Part::kBoth is 0 in the mangled name, kFirst 1, kSecond 2.
+        part = int(re.search(r"PartE(\d)", name).group(1))
         assert "HMMA.16816.F32" in sass, f"{name} does not use the matrix unit"
         # v's and u's rows in 16-byte loads, several of them before the first is needed.
         wide = len(re.findall(r"LDG\.E\S*\.128", sass))
-        assert wide >= 8, f"{name} has only {wide} 16-byte loads"
+        assert wide >= (8 if part < 2 else 2), f"{name} has only {wide} 16-byte loads"
         assert not re.search(r"\b(LDL|STL)\b", sass), f"{name} uses local memory"
         copies = "UBLKCP" if arch == "sm_90a" else r"LDGSTS\S*\.128"
-        assert re.search(copies, sass), f"{name} does not copy u into shared memory beside the computation"
+        has_copies = re.search(copies, sass) is not None
+        assert has_copies == (part != 1), f"{name}: u is to be copied into shared memory beside the computation"
+        if arch == "sm_90a":
+            # griddepcontrol: launch_dependents in the first kernel, wait in the second, neither in the cooperative one
+            depends = ("PREEXIT" in sass, "ACQBULK" in sass)
+            assert depends == (part == 1, part == 2), f"{name}: {depends}"
     assert any(
         re.search(r"LDG\.E\S*\.128", sass) for name, sass in kernels.items() if "decode_plain_kernelIfLi4" in name
     )

@@ -4,6 +4,7 @@
 work space and output start as NaN, tensors are allocated without slack, and copies arrive no sooner than waited for.
 """
 
+import dataclasses
 import shutil
 import struct
 import subprocess
@@ -13,6 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from taco_kernels import _cuda
+from taco_kernels.low_rank_mlp import ACTIVATIONS
+
 ROOT = Path(__file__).resolve().parents[2]
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 HOPPER_SHARED = 232448  # bytes a block may have; less makes the kernels take their slower ways
@@ -20,12 +24,13 @@ HOPPER_SHARED = 232448  # bytes a block may have; less makes the kernels take th
 
 @dataclass(frozen=True)
 class Case:
-    """One call. ``pad`` widens every row beyond its elements; ``shared`` is what the device gives a block."""
+    """One call. Tuples of ranks and sizes are several members, ``act`` the gated form of two. ``pad`` widens every row
+    beyond its elements; ``shared`` is what the device gives a block."""
 
     rows: int
     in_size: int
-    out_size: int
-    rank: int
+    out_size: int | tuple[int, ...]
+    rank: int | tuple[int, ...]
     dtype: torch.dtype
     norm: bool = False
     bias: bool = True
@@ -34,6 +39,15 @@ class Case:
     processors: int = 3
     shared: int = HOPPER_SHARED
     scale: float = 1.0
+    act: str | None = None
+    launch: str = "cooperative"
+
+    @property
+    def members(self) -> list[tuple[int, int]]:
+        """(rank, out) of each member; a bridge maps a space to itself."""
+        ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,)
+        outs = self.out_size if isinstance(self.out_size, tuple) else (self.out_size,) * len(ranks)
+        return [(rank, self.in_size if self.norm else out) for rank, out in zip(ranks, outs, strict=True)]
 
 
 def _cases() -> list[Case]:
@@ -68,6 +82,27 @@ def _cases() -> list[Case]:
         Case(1, 1, 1, 1, single, bias=False, residual=False),
         Case(7, 1, 300, 1, half),
     ]
+    one = {"residual": False}
+    cases += [
+        # q, k and v; ranks that differ; more tiles than blocks and fewer; blocks with two members' tiles
+        Case(1, 64, (128, 32, 32), (32, 16, 16), brain, **one),
+        Case(9, 264, (40, 200, 8, 24), (72, 8, 40, 136), half, pad=8, processors=2, **one),
+        Case(16, 96, (304, 64), (136, 264), brain, shared=26_000, **one),
+        Case(3, 301, (43, 1, 70), (19, 1, 33), single, pad=1, **one),
+        Case(16, 128, (40, 300), (70, 8), single, shared=13_000, **one),
+        Case(2, 77, (51, 30), (13, 7), half, **one),
+        Case(2, 1096, (24, 40), (8, 16), brain, processors=4, **one),
+        Case(5, 1096, 40, (16, 8), half, act="silu", processors=4, **one),
+        # the gated form: each activation, each kernel, ranks alike and not, intermediates whole and in pieces
+        Case(1, 64, 96, (32, 16), brain, act="silu", **one),
+        Case(16, 264, 200, (40, 72), half, act="gelu_tanh", processors=2, pad=8, **one),
+        Case(5, 96, 304, (264, 136), brain, act="gelu", shared=30_000, processors=1, **one),
+        Case(8, 72, 648, (24, 24), half, act="relu", bias=False, **one),
+        Case(1, 300, 44, (20, 12), single, act="silu", **one),
+        Case(11, 129, 40, (70, 30), single, act="gelu", shared=13_000, **one),
+        Case(2, 131, 51, (13, 40), brain, act="gelu_tanh", **one),
+        Case(16, 33, 37, (5, 3), single, act="relu", **one),
+    ]
     generator = torch.Generator().manual_seed(0)
 
     def pick(*options):
@@ -76,7 +111,7 @@ def _cases() -> list[Case]:
     def upto(most):
         return 1 + int(torch.randint(most, (1,), generator=generator))
 
-    for _ in range(30):
+    for _ in range(20):
         dtype = pick(half, brain, brain, single)
         step = pick(8, 8, 1)
         cases.append(
@@ -86,7 +121,13 @@ def _cases() -> list[Case]:
                 processors=upto(4), shared=pick(HOPPER_SHARED, 20_000, 40_000),
             )
         )  # fmt: skip
-    return cases
+    # Both launches run the same sums in the same order.
+    both = []
+    for i, case in enumerate(cases):
+        both.append(case)
+        if i % 3 == 0 or case.act or isinstance(case.rank, tuple):
+            both.append(dataclasses.replace(case, launch="dependent"))
+    return both
 
 
 @pytest.fixture(scope="module")
@@ -117,13 +158,14 @@ def _bytes(tensor):
 
 def _draw(case: Case, seed: int):
     generator = torch.Generator().manual_seed(seed)
-    out_size = case.in_size if case.norm else case.out_size  # the bridge maps a space to itself
     x = _tensor(case.rows, case.in_size, case.pad, case.dtype, generator, case.scale)
-    v = _tensor(case.rank, case.in_size, case.pad, case.dtype, generator, case.in_size**-0.5)
-    u = _tensor(out_size, case.rank, case.pad, case.dtype, generator, case.rank**-0.5)
-    bias = _tensor(1, out_size, 0, case.dtype, generator) if case.bias else None
-    residual = _tensor(case.rows, out_size, case.pad, case.dtype, generator) if case.residual else None
-    return x, v, u, bias, residual
+    members = []
+    for rank, out_size in case.members:
+        v = _tensor(rank, case.in_size, case.pad, case.dtype, generator, case.in_size**-0.5)
+        u = _tensor(out_size, rank, case.pad, case.dtype, generator, rank**-0.5)
+        members.append((v, u, _tensor(1, out_size, 0, case.dtype, generator) if case.bias else None))
+    residual = _tensor(case.rows, case.members[0][1], case.pad, case.dtype, generator) if case.residual else None
+    return x, members, residual
 
 
 def _aligned(case: Case, tensors) -> bool:
@@ -133,13 +175,12 @@ def _aligned(case: Case, tensors) -> bool:
     )
 
 
-def _check(y, x, v, u, bias, residual, eps):
-    """Elementwise within what roundoff explains: float32 sums, an intermediate good to the square of the dtype's
-    roundoff, one rounding of the result. The intermediate below float16's normal range loses its remainder."""
-    info = torch.finfo(y.dtype)
+def _exact(x, v, u, bias, residual, eps, dtype):
+    """float64 result and what roundoff explains before the result is rounded: float32 sums, an intermediate good to
+    the square of the dtype's roundoff. The intermediate below float16's normal range loses its remainder."""
+    info = torch.finfo(dtype)
     single = torch.finfo(torch.float32).eps
-    half_step = info.eps / 2
-    middle_error = 0.0 if y.dtype == torch.float32 else half_step**2
+    middle_error = 0.0 if dtype == torch.float32 else (info.eps / 2) ** 2
     tiny = info.smallest_normal * info.eps / 2
     x, v, u, bias, residual = (None if t is None else t.double() for t in (x, v, u, bias, residual))
     scale = 1.0 if eps is None else torch.rsqrt(x.pow(2).mean(1, keepdim=True) + eps)
@@ -152,7 +193,25 @@ def _check(y, x, v, u, bias, residual, eps):
         if extra is not None:
             exact = exact + extra
             error = error + 2 * single * extra.abs()
-    error = error + half_step * (exact.abs() + error) + 2 * single * exact.abs() + tiny
+    return exact, error
+
+
+def _gated(parts, act):
+    """Exact result and error of act(gate) * up: a slope of at most 1.13, a few units of float32 for the function."""
+    (gate, gate_error), (up, up_error) = parts
+    single = torch.finfo(torch.float32).eps
+    activated = ACTIVATIONS[act](gate)
+    activated_error = 1.13 * gate_error + 8 * single * (activated.abs() + gate.abs())
+    exact = activated * up
+    return exact, activated_error * (up.abs() + up_error) + (activated.abs() + activated_error) * up_error
+
+
+def _check(y, exact, error):
+    """Elementwise, with one rounding of the result."""
+    info = torch.finfo(y.dtype)
+    half_step = info.eps / 2
+    error = error + half_step * (exact.abs() + error) + torch.finfo(torch.float32).eps * 2 * exact.abs()
+    error = error + info.smallest_normal * half_step
     assert torch.isfinite(y).all(), "an element was not written, or came out of memory that nothing had written"
     worst = ((y.double() - exact).abs() / error).max().item()
     assert worst <= 1.0, f"error is {worst:.2f} times what roundoff explains"
@@ -161,18 +220,24 @@ def _check(y, x, v, u, bias, residual, eps):
 def test_kernels_against_float64(program, tmp_path):
     eps = 1e-5
     cases = _cases()
-    drawn = [_draw(case, seed) for seed, case in enumerate(cases)]
+    drawn = []
+    for seed, case in enumerate(cases):
+        drawn.append(drawn[-1] if case.launch == "dependent" else _draw(case, seed))
     with open(tmp_path / "calls", "wb") as file:
-        for case, (x, v, u, bias, residual) in zip(cases, drawn, strict=True):
+        for case, (x, members, residual) in zip(cases, drawn, strict=True):
+            factors = [t for member in members for t in member[:2]]
             header = (
-                case.rows, case.in_size, case.rank, u.shape[0], CODES[case.dtype], case.norm,
-                _aligned(case, (x, v, u)), case.bias, case.residual, case.processors, case.shared,
-                x.stride(0), v.stride(0), u.stride(0), residual.stride(0) if case.residual else 0,
+                case.rows, case.in_size, CODES[case.dtype], case.norm, _cuda.GATES[case.act],
+                _cuda.LAUNCHES[case.launch], _aligned(case, (x, *factors)), case.residual, case.processors,
+                case.shared, len(members), x.stride(0), residual.stride(0) if case.residual else 0,
             )  # fmt: skip
-            file.write(struct.pack("<15qd", *header, eps))
-            for tensor in (x, v, u, bias, residual):
-                if tensor is not None:
-                    file.write(_bytes(tensor))
+            file.write(struct.pack("<13qd", *header, eps))
+            file.write(_bytes(x))
+            for v, u, bias in members:
+                file.write(struct.pack("<5q", u.shape[1], u.shape[0], bias is not None, v.stride(0), u.stride(0)))
+                file.write(b"".join(_bytes(tensor) for tensor in (v, u, bias) if tensor is not None))
+            if residual is not None:
+                file.write(_bytes(residual))
     command = [str(program), str(tmp_path / "calls"), str(tmp_path / "results")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -180,28 +245,39 @@ def test_kernels_against_float64(program, tmp_path):
     seen = set()
     data = bytearray((tmp_path / "results").read_bytes())
     at = 0
-    for case, (x, v, u, bias, residual) in zip(cases, drawn, strict=True):
+    before = None
+    for case, (x, members, residual) in zip(cases, drawn, strict=True):
         matrix_unit, splits, prefetched, capacity, tile_warps = struct.unpack_from("<5q", data, at)
         at += 40
-        count = case.rows * u.shape[0]
-        y = torch.frombuffer(data, dtype=case.dtype, count=count, offset=at).view(case.rows, u.shape[0])
-        at += count * y.element_size()
-        try:
-            _check(y, x, v, u, bias, residual, eps if case.norm else None)
-        except AssertionError as error:
-            raise AssertionError(f"{case}: {error}") from None
+        results = [_exact(x, *member, residual, eps if case.norm else None, case.dtype) for member in members]
+        if case.act is not None:
+            results = [_gated(results, case.act)]
+        ys = []
+        for exact, error in results:
+            y = torch.frombuffer(data, dtype=case.dtype, count=exact.numel(), offset=at).view(exact.shape)
+            at += y.numel() * y.element_size()
+            ys.append(y)
+            try:
+                _check(y, exact, error)
+            except AssertionError as failure:
+                raise AssertionError(f"{case}: {failure}") from None
+        if case.launch == "dependent":
+            assert all(torch.equal(a, b) for a, b in zip(ys, before, strict=True)), f"{case}: the launches differ"
+        before = ys
+        form = "gated" if case.act else "group" if len(members) > 1 else "single"
         seen.update(
             {
-                ("matrix unit", bool(matrix_unit)),
-                ("several splits", splits > 1),
-                ("u prefetched", prefetched > 0),
-                ("intermediate in pieces", capacity < case.rank),
+                ("matrix unit", bool(matrix_unit), form),
+                ("several splits", splits > 1, form),
+                ("u prefetched", prefetched > 0, form),
+                ("intermediate in pieces", capacity < max(rank for rank, _ in case.members), form),
                 ("tiles at a time", tile_warps),
             }
         )
     assert at == len(data)
     # The cases must have reached every way through the kernels.
     ways = ("matrix unit", "several splits", "u prefetched", "intermediate in pieces")
-    missing = {(way, value) for way in ways for value in (True, False)} - seen
+    forms = ("single", "group", "gated")
+    missing = {(way, value, form) for way in ways for value in (True, False) for form in forms} - seen
     missing |= {("tiles at a time", n) for n in (1, 2, 4, 8)} - seen
     assert not missing, f"no case covers {missing}"

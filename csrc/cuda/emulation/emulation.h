@@ -276,17 +276,27 @@ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint
 
 inline void block_barrier() { wait(this_block().barrier); }
 inline void grid_barrier() { wait(g_machine->grid); }
+// The emulation runs kernels one after the other, each to its end.
+inline void let_next_kernel_start() {}
+inline void wait_for_previous_kernel() {}
 
 inline void copy_begin(void*) {
   block_barrier();
   this_block().copying = true;
 }
+struct Row {
+  const void* from;
+  int bytes;
+};
 template <class Source>
-void copy_rows(void*, char* target, int pitch, int count, int bytes, Source source) {
+void copy_rows(void*, char* target, int pitch, int count, int most_bytes, Source source) {
   if (thread_index() != 0) return;
   for (int i = 0; i < count; ++i) {
-    const void* from = source(i);
+    const Row row = source(i);
+    const void* from = row.from;
+    const int bytes = row.bytes;
     if (from == nullptr) continue;
+    if (bytes > most_bytes) abort();
     char* to = target + int64_t(i) * pitch;
     need_alignment(from, 16), need_alignment(to, 16);
     if (bytes % 16 != 0) abort();

@@ -1,25 +1,33 @@
 // The decode kernels on the CPU, as a program: reads calls from a file, writes their results to another. A program, so
 // that the sanitizers need not be preloaded into Python. Built and fed by tests/kernels/test_cuda_emulated.py.
 #define TACO_EMULATE 1
-#include "cuda/low_rank_decode.cuh"
+#include "cuda/decode_mma.cuh"
+#include "cuda/decode_plain.cuh"
 
 namespace taco::cuda {
 
-template <class T>
-bool launch(const DecodeArgs& args) {
+template <class T, Part part>
+bool launch_part(const DecodeArgs& args) {
   const DecodePlan& p = args.plan;
-  const auto go = [&](auto body) { return run(p.blocks, kThreads, p.shared_bytes, body); };
+  const int64_t shared = part == Part::kFirst ? header_bytes(p.rows_padded) : p.shared_bytes;
+  const auto go = [&](auto body) { return run(p.blocks, kThreads, shared, body); };
   if constexpr (sizeof(T) == 2) {
-    if (p.matrix_unit && p.rows_padded == 8) return go([&] { decode_mma<T, 1>(args); });
-    if (p.matrix_unit) return go([&] { decode_mma<T, 2>(args); });
+    if (p.matrix_unit && p.rows_padded == 8) return go([&] { decode_mma<T, 1, part>(args); });
+    if (p.matrix_unit) return go([&] { decode_mma<T, 2, part>(args); });
   } else {
-    if (p.vector == 4 && p.rows_padded == 1) return go([&] { decode_plain<T, 4, 1>(args); });
-    if (p.vector == 4 && p.rows_padded == 4) return go([&] { decode_plain<T, 4, 4>(args); });
-    if (p.vector == 4) return go([&] { decode_plain<T, 4, 16>(args); });
+    if (p.vector == 4 && p.rows_padded == 1) return go([&] { decode_plain<T, 4, 1, part>(args); });
+    if (p.vector == 4 && p.rows_padded == 4) return go([&] { decode_plain<T, 4, 4, part>(args); });
+    if (p.vector == 4) return go([&] { decode_plain<T, 4, 16, part>(args); });
   }
-  if (p.rows_padded == 1) return go([&] { decode_plain<T, 1, 1>(args); });
-  if (p.rows_padded == 4) return go([&] { decode_plain<T, 1, 4>(args); });
-  return go([&] { decode_plain<T, 1, 16>(args); });
+  if (p.rows_padded == 1) return go([&] { decode_plain<T, 1, 1, part>(args); });
+  if (p.rows_padded == 4) return go([&] { decode_plain<T, 1, 4, part>(args); });
+  return go([&] { decode_plain<T, 1, 16, part>(args); });
+}
+
+template <class T>
+bool launch(const DecodeArgs& args, Launch how) {
+  if (how == kCooperative) return launch_part<T, Part::kBoth>(args);
+  return launch_part<T, Part::kFirst>(args) && launch_part<T, Part::kSecond>(args);
 }
 
 }  // namespace taco::cuda
@@ -27,9 +35,12 @@ bool launch(const DecodeArgs& args) {
 namespace {
 
 struct Header {  // as the test writes it; 64-bit each
-  int64_t rows, in, rank, out, dtype, norm, aligned, has_bias, has_residual, processors, shared_limit;
-  int64_t x_stride, v_stride, u_stride, residual_stride;
+  int64_t rows, in, dtype, norm, gate, launch, aligned, has_residual, processors, shared_limit, count;
+  int64_t x_stride, residual_stride;
   double eps;
+};
+struct MemberHeader {
+  int64_t rank, out, has_bias, v_stride, u_stride;
 };
 
 // A tensor's bytes in memory of exactly that size, so that the sanitizer sees one byte too many.
@@ -55,22 +66,27 @@ int main(int argc, char** argv) {
   Header h;
   while (fread(&h, sizeof(h), 1, in) == 1) {
     const int64_t element = h.dtype == 0 ? 4 : 2;
-    Bytes x, v, u, bias, residual;
-    if (!read(in, x, h.rows, h.x_stride, h.in, element) || !read(in, v, h.rank, h.v_stride, h.in, element) ||
-        !read(in, u, h.out, h.u_stride, h.rank, element) || (h.has_bias && !read(in, bias, 1, 0, h.out, element)) ||
-        (h.has_residual && !read(in, residual, h.rows, h.residual_stride, h.out, element))) {
+    LowRankCall call = {};
+    Bytes x, residual, v[kMaxMembers], u[kMaxMembers], bias[kMaxMembers], y[kMaxMembers];
+    bool whole = h.count >= 1 && h.count <= kMaxMembers && read(in, x, h.rows, h.x_stride, h.in, element);
+    for (int i = 0; whole && i < h.count; ++i) {
+      MemberHeader m;
+      whole = fread(&m, sizeof(m), 1, in) == 1 && read(in, v[i], m.rank, m.v_stride, h.in, element) &&
+              read(in, u[i], m.out, m.u_stride, m.rank, element) &&
+              (!m.has_bias || read(in, bias[i], 1, 0, m.out, element));
+      const size_t bytes = size_t(h.rows * m.out * element);
+      y[i].data = static_cast<char*>(malloc(bytes));
+      memset(y[i].data, 0xff, bytes);  // NaN
+      call.members[i] = {v[i].data, m.v_stride, u[i].data, m.u_stride, bias[i].data, y[i].data, m.rank, m.out};
+    }
+    if (!whole ||
+        (h.has_residual && !read(in, residual, h.rows, h.residual_stride, call.members[0].out, element))) {
       return fprintf(stderr, "the file ends in the middle of a call\n"), 2;
     }
-    const size_t y_bytes = size_t(h.rows * h.out * element);
-    std::unique_ptr<char[]> y(new char[y_bytes]);
-    memset(y.get(), 0xff, y_bytes);  // NaN
-    const LowRankCall call = {x.data, h.x_stride, v.data,  h.v_stride, u.data, h.u_stride,   bias.data, residual.data,
-                              h.residual_stride, y.get(), h.rows,     h.in,   h.rank,       h.out,     int(h.dtype),
-                              h.norm != 0,       float(h.eps)};
-    DecodeArgs args{call,
-                    plan_decode(h.rows, h.in, h.rank, h.out, int(h.dtype), h.aligned != 0, int(h.processors),
-                                h.shared_limit),
-                    nullptr, nullptr};
+    call.x = x.data, call.x_stride = h.x_stride, call.residual = residual.data;
+    call.residual_stride = h.residual_stride, call.rows = h.rows, call.in = h.in, call.count = int(h.count);
+    call.gate = int(h.gate), call.dtype = int(h.dtype), call.norm = h.norm != 0, call.eps = float(h.eps);
+    DecodeArgs args{call, plan_decode(call, h.aligned != 0, int(h.processors), h.shared_limit), nullptr, nullptr};
     if (args.plan.shared_bytes > h.shared_limit) {
       return fprintf(stderr, "the plan wants %lld bytes of shared memory\n", (long long)args.plan.shared_bytes), 1;
     }
@@ -79,14 +95,17 @@ int main(int argc, char** argv) {
     memset(work.data, 0xff, size_t(args.plan.workspace_bytes));  // NaN
     args.partial = reinterpret_cast<float*>(work.data);
     args.squares = args.partial + int64_t(args.plan.splits) * h.rows * args.plan.rank_padded;
-    const bool done = h.dtype == 0   ? launch<float>(args)
-                      : h.dtype == 1 ? launch<Half>(args)
-                                     : launch<Bfloat>(args);
+    const Launch how = Launch(h.launch);
+    const bool done = h.dtype == 0   ? launch<float>(args, how)
+                      : h.dtype == 1 ? launch<Half>(args, how)
+                                     : launch<Bfloat>(args, how);
     if (!done) return fprintf(stderr, "the launch hangs: a barrier that not every thread reaches\n"), 1;
     const int64_t facts[5] = {args.plan.matrix_unit, args.plan.splits, args.plan.prefetched_tiles,
                               args.plan.t_capacity, args.plan.tile_warps};
     fwrite(facts, sizeof(facts), 1, out);
-    fwrite(y.get(), 1, y_bytes, out);
+    for (int i = 0; i < (h.gate ? 1 : h.count); ++i) {
+      fwrite(y[i].data, 1, size_t(h.rows * call.members[i].out * element), out);
+    }
   }
   fclose(in);
   return fclose(out) == 0 ? 0 : 2;

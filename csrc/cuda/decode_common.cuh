@@ -1,0 +1,180 @@
+// Decode kernels (1 to 16 rows): y = scale * (x v^T) u^T + bias + residual for up to four members (v, u, bias) of one x;
+// or, gated, y = act(first) * second of two members. What the matrix-unit and the plain kernels share.
+//
+//   u's tiles start travelling to shared memory
+//   t_partial[split] = x[:, slice] v[:, slice]^T        units of 16 ranks x one slice of `in`; float32, to work space
+//   ---- barrier over the whole grid, or the next kernel ----
+//   t = scale * sum over splits                         every block, in a fixed order, into its shared memory
+//   y = t u^T + bias + residual                         tiles of 16 outputs
+//
+// At these sizes the weights' bytes are all that costs: each is read once, by a 16-byte load that the thread's own
+// lane of the matrix unit consumes, so weights pass through no transposition and (before the barrier) no shared memory.
+//
+// Cooperative launch: one kernel, Part::kBoth. Dependent launch: kFirst up to the barrier, kSecond from there on; the
+// second starts while the first still runs, brings its tiles of u, and waits.
+#pragma once
+
+#include "device.cuh"
+#include "plan.h"
+
+namespace taco::cuda {
+
+enum class Part { kBoth, kFirst, kSecond };
+
+struct DecodeArgs {
+  LowRankCall call;
+  DecodePlan plan;
+  float* partial;  // [splits][rows][rank_padded]
+  float* squares;  // [splits][rows]
+};
+
+// Shared memory, in this order (see header_bytes).
+struct Shared {
+  float* sums;      // [kWarps][rows_padded][kTile]: what the warps of a block have to add up
+  float* scale;     // [rows]
+  float* squares;   // [kWarps][kMaxDecodeRows]
+  void* barrier;    // of the copies
+  char* t;          // the intermediate
+};
+
+TACO_DEVICE Shared shared_layout(int rows_padded) {
+  char* at = shared_memory();
+  Shared s;
+  s.sums = reinterpret_cast<float*>(at);
+  at += kWarps * rows_padded * kTile * 4;
+  s.scale = reinterpret_cast<float*>(at);
+  at += kScaleBytes;
+  s.squares = reinterpret_cast<float*>(at);
+  at += kSquaresBytes;
+  s.barrier = at;
+  s.t = at + kBarrierBytes;
+  return s;
+}
+
+template <class T>
+TACO_DEVICE float pair_low(uint32_t pair) {
+  const uint16_t bits = uint16_t(pair);
+  T value;
+  static_assert(sizeof(T) == 2, "half types only");
+  memcpy(&value, &bits, 2);
+  return to_float(value);
+}
+template <class T>
+TACO_DEVICE float pair_high(uint32_t pair) {
+  return pair_low<T>(pair >> 16);
+}
+template <class T>
+TACO_DEVICE uint32_t make_pair(float low, float high) {
+  const T values[2] = {from_float<T>(low), from_float<T>(high)};
+  uint32_t pair;
+  memcpy(&pair, values, 4);
+  return pair;
+}
+template <class T>
+TACO_DEVICE float pair_squares(uint32_t pair) {
+  const float low = pair_low<T>(pair), high = pair_high<T>(pair);
+  return low * low + high * high;
+}
+
+// One step of 32 elements: a 16-row weight tile against 8 rows of activations. Lane 4 g + q holds elements
+// 8 q ... 8 q + 7 of weight rows g and g + 8 and of activation row g. The matrix unit expects other positions along
+// the sum, but the same ones for both operands, and a sum has no order.
+template <class T>
+TACO_DEVICE void tile_step(float (&c)[4], const uint4& top, const uint4& bottom, const uint4& x) {
+  mma<T>(c, top.x, bottom.x, top.y, bottom.y, x.x, x.y);
+  mma<T>(c, top.z, bottom.z, top.w, bottom.w, x.z, x.w);
+}
+
+// Puts a warp's 16 x 8 accumulators into sums[warp][row][tile row].
+TACO_DEVICE void deposit(float* sums, int rows_padded, int warp, int lane, int row0, const float (&c)[4]) {
+  const int g = lane / 4, q = lane % 4;
+  float* mine = sums + (warp * rows_padded + row0) * kTile;
+  mine[(2 * q) * kTile + g] = c[0];
+  mine[(2 * q + 1) * kTile + g] = c[1];
+  mine[(2 * q) * kTile + g + 8] = c[2];
+  mine[(2 * q + 1) * kTile + g + 8] = c[3];
+}
+
+// Row scales from the splits' sums of squares (1 without a norm); needs a block barrier before they are read.
+TACO_DEVICE void compute_scale(const DecodeArgs& a, float* scale) {
+  const int m = thread_index();
+  if (m >= int(a.call.rows)) return;
+  float factor = 1.0f;
+  if (a.call.norm) {
+    float total = 0.0f;
+    for (int s = 0; s < a.plan.splits; ++s) total += load_written(a.squares + s * a.call.rows + m);
+    factor = inverse_sqrt(total / float(a.call.in) + a.call.eps);
+  }
+  scale[m] = factor;
+}
+
+// Which of the ranges that begin at starts[0], starts[1], ... `at` is in; `count` ranges, some may be empty.
+TACO_DEVICE int range_of(const int (&starts)[kMaxMembers + 1], int count, int at) {
+  int found = 0;
+  for (int i = 1; i < count; ++i) found = at >= starts[i] ? i : found;
+  return found;
+}
+
+// The tiles of the second product that are this block's: neighbours, so that few blocks need two members' intermediates.
+struct TileRange {
+  int first, count;
+};
+TACO_DEVICE TileRange block_tiles(const DecodePlan& plan) {
+  const int64_t tiles = plan.tile_start[plan.phases];
+  const int first = int(tiles * block_index() / plan.blocks), end = int(tiles * (block_index() + 1) / plan.blocks);
+  return {first, end - first};
+}
+
+// Four neighbouring elements of a member's t: ranks r ... r + 3 of row m, r counted from the work space row's start.
+// Beyond the rank they may be whatever the work space held before: the matrix unit's ranks come in eights, and the
+// plain kernel's sums stop at the rank.
+TACO_DEVICE float4 combine_splits(const DecodeArgs& a, int m, int r, float scale) {
+  float4 total = {0.0f, 0.0f, 0.0f, 0.0f};
+  const int64_t plane = a.call.rows * a.plan.rank_padded;
+  const float* from = a.partial + int64_t(m) * a.plan.rank_padded + r;
+#pragma unroll 4
+  for (int s = 0; s < a.plan.splits; ++s) {
+    const float4 part = load_written4(from + s * plane);
+    total.x += part.x, total.y += part.y, total.z += part.z, total.w += part.w;
+  }
+  total.x *= scale, total.y *= scale, total.z *= scale, total.w *= scale;
+  return total;
+}
+
+// act(z) in float32 (Hendrycks and Gimpel, 2016, for the two gelus).
+TACO_DEVICE float activate(int gate, float z) {
+  if (gate == kRelu) return z > 0.0f || z != z ? z : 0.0f;
+  if (gate == kGelu) return 0.5f * z * (1.0f + erff(z * 0.70710678f));
+  // (1 + tanh(a)) / 2 is the logistic function of 2 a.
+  const float a = gate == kGeluTanh ? 1.59576912f * (z + 0.044715f * z * z * z) : z;
+  return z / (1.0f + expf(-a));
+}
+
+// Epilogue of one output of a member: `which` is 0 for the first member of a phase. In the gated form the first one's
+// result only waits in `held` for the second's.
+template <class T>
+TACO_DEVICE void store_output(const DecodeArgs& a, const Factors& member, int which, int m, int64_t n, float value,
+                              float& held) {
+  if (member.bias != nullptr) value += to_float(static_cast<const T*>(member.bias)[n]);
+  if (a.plan.width == 2) {
+    if (which == 0) {
+      held = activate(a.call.gate, value);
+      return;
+    }
+    value *= held;
+  } else if (a.call.residual != nullptr) {
+    value += to_float(static_cast<const T*>(a.call.residual)[m * a.call.residual_stride + n]);
+  }
+  void* y = a.plan.width == 2 ? a.call.members[0].y : member.y;
+  static_cast<T*>(y)[m * member.out + n] = from_float<T>(value);
+}
+
+// What rounding to T left over, as a T. An infinite `rounded` (float16 beyond 65504) leaves nothing: infinity stays
+// infinity, as in two separate products, and does not become NaN.
+template <class T>
+TACO_DEVICE float remainder_of(float value, float rounded) {
+  const float rest = value - rounded;
+  return rest - rest == 0.0f ? rest : 0.0f;
+}
+
+}  // namespace taco::cuda
