@@ -25,7 +25,6 @@ from taco_kernels._library import (
     register_autocast,
     rows_of,
 )
-from taco_kernels.low_rank_linear import BACKENDS as MEMBER_BACKENDS
 from taco_kernels.low_rank_linear import low_rank_linear_reference
 
 __all__ = ["low_rank_linear_group", "low_rank_linear_group_reference"]
@@ -79,12 +78,6 @@ def _library(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequ
         F.linear(middle, u, bias).view(*x.shape[:-1], u.shape[0])
         for middle, u, bias in zip(middles, us, biases, strict=True)
     ]
-
-
-def _one_by_one(
-    backend: str, x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequence[Tensor | None]
-) -> list[Tensor]:
-    return [MEMBER_BACKENDS[backend](x, *member, None) for member in zip(vs, us, biases, strict=True)]
 
 
 def _cpp(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
