@@ -1,6 +1,7 @@
 """One command for a bare GPU machine: build, check, sanitize, tune, benchmark; small JSON files under ``--out``.
 
-    python benchmarks/gpu_suite.py --out DIR [--part build|check|sanitize|tune|bench] [--budget-seconds 540] [--resume]
+    python benchmarks/gpu_suite.py --out DIR [--part build|check|sanitize|tune|bench|svd] [--budget-seconds N]
+                                   [--resume] [--dry-run]
 
 Without ``--part`` all parts run in that order. Parts stop between points when the budget is spent and say what is
 left; ``--resume`` goes on from the files in DIR. ``--dry-run`` runs the same code on a CPU with tiny shapes.
@@ -28,10 +29,10 @@ for folder in (ROOT, ROOT / "python", ROOT / "benchmarks"):
         sys.path.insert(0, str(folder))
 
 import torch  # noqa: E402  (the search path comes first)
-from gpu import bench, checks, shapes, timing, tuning  # noqa: E402
+from gpu import bench, checks, shapes, svd, timing, tuning  # noqa: E402
 from gpu.store import Budget, Store, write_json  # noqa: E402
 
-PARTS = ("build", "check", "sanitize", "tune", "bench")
+PARTS = ("build", "check", "sanitize", "tune", "bench", "svd")
 
 
 class Suite:
@@ -249,6 +250,7 @@ RUN: dict[str, Callable[[Suite], bool]] = {
     "sanitize": sanitize,
     "tune": tune,
     "bench": run_bench,
+    "svd": svd.run,
 }
 
 

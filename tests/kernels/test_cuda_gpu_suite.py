@@ -38,8 +38,10 @@ def test_dry_run_and_resume(tmp_path):
     for point in parts["bench"]["points"].values():
         assert point["us"]["dense"]["p20"] <= point["us"]["dense"]["p80"]
         assert "two calls" in point["speedup"]["taco"] and not point["red"]
+    assert parts["svd"]["complete"] and parts["svd"]["red"] == 0 and len(parts["svd"]["points"]) > 8
     if interpret:
         assert "triton" in parts["check"]["backends"]
+        assert "skipped" not in parts["svd"]["points"]["sketch"]
         assert parts["none-dry-run"]["entries"]
     # Nothing is measured twice, and nothing is lost when the budget is spent before anything new.
     before = (tmp_path / "bench.json").stat().st_mtime_ns, parts["bench"]["points"]
