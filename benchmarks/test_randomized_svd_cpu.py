@@ -14,6 +14,7 @@ is used where it is installed.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -39,6 +40,11 @@ SPECTRA = ["model.layers.8.mlp.gate_proj.weight", "model.layers.5.self_attn.q_pr
 def conditions() -> dict[str, object]:
     report = env.report()
     return {"cpu": report["cpu"]["name"], "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def load() -> dict[str, float]:
+    """How busy the machine was: much above the number of threads means that others were computing too."""
+    return {"load average": round(os.getloadavg()[0], 1)} if hasattr(os, "getloadavg") else {}
 
 
 def keep(section: str, key: str, value: object) -> None:
@@ -120,7 +126,12 @@ def test_against_randomized(capsys, rows, columns, rank, rounds, other, name):
     with torch.inference_mode():
         ours = error(a, *randomized_svd(a, rank)) / best
         theirs = error(a, *OTHERS[other](a, rank)) / best
-        row: dict[str, object] = {"error / optimal": round(ours, 5), "theirs": round(theirs, 5), **conditions()}
+        row: dict[str, object] = {
+            "error / optimal": round(ours, 5),
+            "theirs": round(theirs, 5),
+            **conditions(),
+            **load(),
+        }
         assert ours <= 1.01, f"error {ours:.4f} times the optimal one: not timed"
         assert ours <= theirs * 1.002, f"error {ours:.5f} against {theirs:.5f}: not timed"
         times = pairs_of(lambda _: randomized_svd(a, rank), lambda _: OTHERS[other](a, rank), rounds)
@@ -161,7 +172,7 @@ def test_against_full_svd(capsys, rows, columns, rank, rounds):
         mine.append((time.perf_counter() - start) * 1e3)
     cuts = spread(mine)
     row = {"their ms": full, "ms": {k: round(v, 2) for k, v in cuts.items()}, "faster": round(full / cuts["p50"], 1)}
-    row |= {"error / optimal": round(ratio, 5), **conditions()}
+    row |= {"error / optimal": round(ratio, 5), **conditions(), **load()}
     keep("against torch.linalg.svd", key, row)
     with capsys.disabled():
         print(f"\n{key}: {row}")

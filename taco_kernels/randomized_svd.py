@@ -219,8 +219,9 @@ def randomized_svd(
         raise ValueError(
             f"randomized_svd: oversample ({oversample}) and power_iters ({power_iters}) cannot be negative"
         )
-    if power_dtype is not None and power_dtype not in FLOATS:
-        raise TypeError(f"randomized_svd: power_dtype must be a floating dtype, not {power_dtype}")
+    # float16 has not the range for products that are not normalised
+    if power_dtype not in (None, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"randomized_svd: power_dtype must be bfloat16, float32 or float64, not {power_dtype}")
 
     with _exact_arithmetic(first.device):
         seed = draw_seed(generator)

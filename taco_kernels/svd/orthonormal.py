@@ -43,6 +43,13 @@ def _inverse_factor(gram: Tensor, eps: float) -> tuple[Tensor, Tensor, bool] | N
     return None
 
 
+def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``(x / scale, scale)`` for the power of two above x's largest magnitude: sums of squares then stay in range."""
+    largest = torch.linalg.vector_norm(x, float("inf"))
+    scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
+    return x / scale, scale
+
+
 def condition(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """A well-conditioned basis of the rows of x, in ``dtype``; one pass, for use between power iterations.
 
@@ -53,11 +60,12 @@ def condition(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         The basis [r, n]; and the diagonal [r] of x's triangular factor in float64, None where x was close to singular.
     """
     full = x if x.dtype in (torch.float32, torch.float64) and x.dtype.itemsize >= dtype.itemsize else x.float()
+    full, scale = _unit(full)
     found = _inverse_factor(product(full, full).double(), torch.finfo(full.dtype).eps)
     if found is None or found[2]:
         return orthonormalise(full)[0].to(dtype), None
     # Rounding the factor changes the basis, not what it spans; so the product may be as coarse as what follows.
-    return product(found[0].to(dtype), x.to(dtype).T), found[1]
+    return product(found[0].to(dtype), full.to(dtype).T), found[1] * scale
 
 
 def orthonormalise(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,7 +80,7 @@ def orthonormalise(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     identity = torch.eye(len(x), dtype=torch.float64, device=x.device)
     eps = torch.finfo(x.dtype).eps
-    basis = x
+    basis = _unit(x)[0]
     for _ in range(_PASSES):
         gram = product(basis, basis).double()
         if float(torch.linalg.matrix_norm(gram - identity)) < _CLOSE:  # false for NaN
@@ -81,4 +89,4 @@ def orthonormalise(x: Tensor) -> tuple[Tensor, Tensor]:
         if found is None:
             break
         basis = product(found[0].to(x.dtype), basis.T)
-    return torch.linalg.qr(x.T).Q.T.contiguous(), identity
+    return torch.linalg.qr(_unit(x)[0].T).Q.T.contiguous(), identity

@@ -184,6 +184,17 @@ def test_ill_conditioned_weights():
         check(found, lw.float().double() @ a.float().double() @ rw.float().double(), 30, over=1.02)
 
 
+@pytest.mark.parametrize("power_dtype", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("entry", [8000.0, 1.0 / 8000.0])
+def test_products_far_from_one(entry, power_dtype):
+    """Each factor is of an ordinary size; the squares of the product's norm are outside float32."""
+    a, lw, rw = (torch.full((300, 300), entry) * (1 + 0.1 * torch.rand(300, 300)) for _ in range(3))
+    found = randomized_svd(a, 4, left=lw, right=rw, power_dtype=power_dtype)
+    exact = torch.linalg.svdvals(lw.double() @ a.double() @ rw.double())
+    assert all(bool(torch.isfinite(t).all()) for t in found)
+    assert abs(float(found.S[0]) / float(exact[0]) - 1) < 1e-5
+
+
 def test_weights_that_cancel():
     """R removes what dominates A: M itself is harmless, but products in bfloat16 consist of A's roundoff."""
     a = with_spectrum(400, 320, 1e-3 * (torch.arange(320) + 1.0) ** -0.4)
@@ -351,6 +362,7 @@ def test_nan_and_infinity_are_named(where, value):
         (TypeError, "a has dtype torch.int64", {"a": torch.ones(4, 5, dtype=torch.int64)}),
         (TypeError, "left has dtype torch.complex64", {"left": torch.ones(4, dtype=torch.complex64)}),
         (TypeError, "power_dtype", {"power_dtype": torch.int8}),
+        (TypeError, "power_dtype", {"power_dtype": torch.float16}),
         (ValueError, r"must be \[..., m, n\]", {"a": torch.ones(4)}),
         (ValueError, "empty list", {"a": []}),
         (ValueError, "no matrix in it", {"a": torch.ones(0, 4, 5)}),

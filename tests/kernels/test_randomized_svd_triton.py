@@ -70,7 +70,7 @@ else:
 
     @pytest.mark.parametrize(
         "rows, size, count, dtype",
-        [(1, 40, 3, torch.float32), (70, 1100, 20, torch.bfloat16), (130, 515, 65, torch.float16)],
+        [(1, 40, 3, torch.float32), (70, 700, 20, torch.bfloat16), (130, 515, 65, torch.float16)],
     )
     def test_product(rows, size, count, dtype):
         a = torch.randn(rows, size + 3).to(dtype)[:, :size]
@@ -85,8 +85,8 @@ else:
             assert bool(((low - exact).abs() <= (2.0**-9 + (size + 4) * 2.0**-24) * magnitude).all())
 
     def test_whole_decomposition_agrees_with_the_other_backends():
-        a = torch.randn(60, 600) * (torch.arange(600) + 1.0) ** -0.5
-        for right in (torch.rand(600), torch.randn(600, 70)):
+        a = torch.randn(60, 520) * (torch.arange(520) + 1.0) ** -0.5
+        for right in (torch.rand(520), torch.randn(520, 70)):
             with use_backend("triton"):
                 ours = randomized_svd(a, 8, 8, right=right, generator=torch.Generator().manual_seed(2))
             other = randomized_svd(a, 8, 8, right=right, generator=torch.Generator().manual_seed(2))
