@@ -1,12 +1,13 @@
 """Low-rank kernels for compressed language models: tensors in, tensors out.
 
-Six operations, each with a plain reference; the ``low_rank`` ones with fused backends, autograd and ``torch.compile``:
+Seven operations, each with a plain reference; the ``low_rank`` ones with fused backends, autograd and ``torch.compile``:
 
 - :func:`low_rank_linear`: ``x @ v.T @ u.T + bias + residual``
 - :func:`low_rank_linear_group`: several of these with one ``x``
 - :func:`low_rank_mlp`: a gated MLP of three of them
 - :func:`low_rank_bridge`: ``h + rmsnorm(h) @ v.T @ u.T + bias``
 - :func:`randomized_svd`: the leading singular triplets of ``L A R``
+- :func:`second_moment_`: streaming ``X^T X``
 - :func:`singular_attribution`: what each singular direction of a weight contributes to a gradient
 
 ``backends()`` says which backends are usable here and why the others are not; ``TACO_BACKEND`` or
@@ -22,6 +23,7 @@ from taco_kernels.low_rank_linear import low_rank_linear
 from taco_kernels.low_rank_linear_group import low_rank_linear_group
 from taco_kernels.low_rank_mlp import low_rank_mlp
 from taco_kernels.randomized_svd import RandomizedSVD, randomized_svd
+from taco_kernels.second_moment import second_moment_, second_moment_dense, second_moment_zeros
 from taco_kernels.singular_attribution import SingularAttribution, singular_attribution
 
 __all__ = [
@@ -36,6 +38,9 @@ __all__ = [
     "low_rank_linear_group",
     "low_rank_mlp",
     "randomized_svd",
+    "second_moment_",
+    "second_moment_dense",
+    "second_moment_zeros",
     "set_backend",
     "singular_attribution",
     "use_backend",

@@ -1,0 +1,113 @@
+"""Streaming second moments against float64, over block borders, in several calls."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_cases import using
+
+from taco_kernels import second_moment_, second_moment_dense, second_moment_zeros
+
+module = sys.modules["taco_kernels.second_moment"]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# one column, one block, its neighbours, several blocks with a short last one
+COLUMNS = [1, 7, 64, 65, 255, 256, 257, 600]
+
+
+def check(n: int, dtype: torch.dtype, rows: tuple[int, ...] = (5, 0, 70)) -> None:
+    """Within what roundoff explains: T float32 products added up, in any order, and stored once per call."""
+    moment = second_moment_zeros(n)
+    parts = [torch.randn(2, count, n, dtype=torch.float64).to(dtype) for count in rows]
+    for part in parts:
+        assert second_moment_(moment, part) is moment
+    wide = torch.cat([part.double().flatten(0, 1) for part in parts])
+    exact, size = module.second_moment_reference(wide), wide.abs().T @ wide.abs()
+    found = second_moment_dense(moment)
+    assert found.dtype == torch.float32 and torch.equal(found, found.T)
+    limit = (len(wide) + len(parts) + 2) * torch.finfo(torch.float32).eps / 2 * size
+    worst = float(((found.double() - exact).abs() / limit).max())
+    assert worst <= 1, f"{worst:.2f} times the bound"
+
+
+if not INTERPRETED:
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("n", COLUMNS)
+    def test_against_float64(n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+        check(n, dtype)
+        monkeypatch.setattr(module, "_CHUNK", 3 * n + 1)  # several chunks of one call, the last one short
+        check(n, dtype)
+
+    def test_only_about_half_is_stored() -> None:
+        assert second_moment_zeros(5632).numel() <= 0.57 * 5632**2
+        for n in range(1, 700):
+            assert module._columns(second_moment_zeros(n)) == n
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+    def test_float64_moments_do_not_lose_small_batches(dtype: torch.dtype) -> None:
+        """A large first batch and a thousand small ones: float32 storage would drop their digits."""
+        moment = second_moment_zeros(3, torch.float64)
+        second_moment_(moment, torch.full((1, 3), 4096.0, dtype=dtype))
+        for _ in range(1000):
+            second_moment_(moment, torch.full((1, 3), 0.5, dtype=dtype))
+        assert torch.equal(second_moment_dense(moment), torch.full((3, 3), 4096.0**2 + 250, dtype=torch.float64))
+
+    def test_strided_and_tracked_rows() -> None:
+        x = torch.randn(9, 40, 2, requires_grad=True)[..., 0]
+        moment = second_moment_(second_moment_zeros(40), x)
+        assert not moment.requires_grad
+        torch.testing.assert_close(second_moment_dense(moment), (x.T @ x).detach())
+
+    def test_errors() -> None:
+        moment = second_moment_zeros(4)
+        with pytest.raises(ValueError, match="second_moment_zeros"):
+            second_moment_(moment, torch.ones(3, 5))
+        with pytest.raises(TypeError, match=r"float64 cannot be added to moments of torch.float32"):
+            second_moment_(moment, torch.ones(3, 4, dtype=torch.float64))
+        with pytest.raises(ValueError, match="meta"):
+            second_moment_(moment, torch.ones(3, 4, device="meta"))
+        with pytest.raises(TypeError, match="float32 or float64"):
+            second_moment_zeros(4, torch.bfloat16)
+        with pytest.raises(ValueError, match="0 columns"):
+            second_moment_zeros(0)
+        with pytest.raises(ValueError, match="no packed moment"):
+            second_moment_dense(torch.zeros(7))
+
+    def test_triton_under_the_interpreter() -> None:
+        pytest.importorskip("triton", reason="triton is not installed")
+        root = Path(__file__).resolve().parents[2]
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__).resolve())]
+        done = subprocess.run(
+            command, env=environment, cwd=root, capture_output=True, text=True, timeout=600, check=False
+        )
+        assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
+        assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-2000:]
+
+    @pytest.mark.parametrize("arch", [80, 90])
+    def test_triton_compiled_ahead(arch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("triton", reason="triton is not installed")
+        from taco_kernels.triton_kernels import aot
+        from taco_kernels.triton_kernels.config import PORTABLE_SHARED_BYTES
+        from taco_kernels.triton_kernels.second_moment import launch
+
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+        x = torch.empty((4096, 5632), dtype=torch.bfloat16, device="meta")
+        made = aot.compile_launch(launch(torch.empty((704, 4928), device="meta"), x, 704), arch)
+        assert made.shared <= PORTABLE_SHARED_BYTES and made.stack <= 32
+        assert "HMMA" in made.sass or "HGMMA" in made.sass, "the products do not go through the matrix units"
+
+else:
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("n", [1, 65, 300])
+    def test_interpreted(n: int, dtype: torch.dtype) -> None:
+        with using("triton"):
+            check(n, dtype)
