@@ -10,8 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
+import taco_kernels
+
 # Eigenvalues below this share of the largest are rounding of float32 statistics, not information.
 RELATIVE_FLOOR = 1e-6
+# A randomized SVD pays from this smaller side on, for at most this share of the directions.
+SKETCH_LEAST = 512
+SKETCH_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,10 @@ def plain_svd(weight: torch.Tensor) -> Decomposition:
 
 
 def weighted_svd(
-    weight: torch.Tensor, inputs: torch.Tensor | None = None, gradients: torch.Tensor | None = None
+    weight: torch.Tensor,
+    inputs: torch.Tensor | None = None,
+    gradients: torch.Tensor | None = None,
+    rank: int | None = None,
 ) -> Decomposition:
     """SVD of ``G^(1/2) W A^(1/2)``, taken back to the coordinates of W.
 
@@ -53,7 +61,14 @@ def weighted_svd(
         weight: [out, in].
         inputs: A, symmetric positive semi-definite [in, in], or None for the identity.
         gradients: G, symmetric positive semi-definite [out, out], or None for the identity.
+        rank: how many directions are wanted, None for all. A large matrix of which few are wanted goes through a
+            randomized SVD with triangular roots of A and G (float32 if they are), whose truncation loss is within 1%
+            of the least possible; any other matrix through a full one in float64.
     """
+    if rank is not None and sketch_pays(weight.shape[0], weight.shape[1], rank):
+        parts = _sketched_weighted_svd(weight, inputs, gradients, rank)
+        if parts is not None:
+            return parts
     # float64: the inverse roots below amplify rounding by the condition number of the statistics
     core = weight.double()
     left_back = right_back = None
@@ -71,11 +86,47 @@ def weighted_svd(
     return Decomposition(left.float(), sigma.float(), right.float())
 
 
-def damped(moment: torch.Tensor, damping: float) -> torch.Tensor:
-    """Shrinks second moments towards their mean diagonal: ``(1 - a) C + a mean(diag C) I``, in float64."""
-    moment = moment.double()
-    mean = moment.diagonal().mean()
-    result = moment * (1 - damping)
+def sketch_pays(out_features: int, in_features: int, rank: int) -> bool:
+    """Whether a randomized SVD of this rank beats a full one (benchmarks/compress_speed.py --svd prints both)."""
+    smaller = min(out_features, in_features)
+    return smaller >= SKETCH_LEAST and rank <= SKETCH_SHARE * smaller
+
+
+def _sketched_weighted_svd(
+    weight: torch.Tensor, inputs: torch.Tensor | None, gradients: torch.Tensor | None, rank: int
+) -> Decomposition | None:
+    """Leading directions of ``L_G^T W L_A`` with ``A = L_A L_A^T``; None where a root does not exist.
+
+    Any root gives the same truncation: it differs from the symmetric one by an orthogonal factor only, and triangular
+    systems take the directions back without an inverse.
+    """
+    roots: list[torch.Tensor | None] = []
+    for moment in (inputs, gradients):
+        if moment is None:
+            roots.append(None)
+            continue
+        root, failed = torch.linalg.cholesky_ex(moment)
+        if int(failed) or not torch.isfinite(root.diagonal()).all():
+            return None
+        roots.append(root)
+    root_a, root_g = roots
+    # a fixed seed: the same statistics give the same factors
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    wide = torch.float64 if any(root is not None and root.dtype == torch.float64 for root in roots) else torch.float32
+    left, sigma, right = taco_kernels.randomized_svd(
+        weight.to(wide), rank, left=None if root_g is None else root_g.T, right=root_a, generator=generator
+    )
+    if root_g is not None:
+        left = torch.linalg.solve_triangular(root_g.T, left.to(root_g.dtype), upper=True)
+    if root_a is not None:
+        right = torch.linalg.solve_triangular(root_a, right.to(root_a.dtype), upper=False, left=False)
+    return Decomposition(left.float(), sigma.float(), right.float())
+
+
+def damped(moment: torch.Tensor, damping: float, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Shrinks second moments towards their mean diagonal: ``(1 - a) C + a mean(diag C) I``, a new tensor of `dtype`."""
+    mean = moment.diagonal().double().mean()
+    result = moment.to(dtype, copy=True).mul_(1 - damping)
     result.diagonal().add_(damping * mean)
     return result
 

@@ -7,15 +7,16 @@ directions are kept, and on which state of the model the statistics are gathered
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from .architectures import Architecture, LinearSite, dense_weight, linear_shape
 from .attribution import SigmaGradients, top_directions
-from .decomposition import Decomposition, damped, plain_svd, weighted_svd
+from .decomposition import Decomposition, damped, plain_svd, sketch_pays, weighted_svd
 from .errors import TacoError
 from .plan import Plan
 from .progress import Progress
 from .replacement import LowRankLinear
-from .statistics import SecondMoments
+from .statistics import SecondMoments, groups_within_memory
 from .structure import Structure
 from .suffix import SuffixRunner
 
@@ -48,8 +49,8 @@ def check_ranks(architecture: Architecture, structure: Structure) -> None:
                 raise TacoError(f"The plan wants rank {rank} for layer {layer}, {path}, a {shape[0]} x {shape[1]} map.")
 
 
-def _put_factors(architecture: Architecture, site: LinearSite, parts: Decomposition, directions: torch.Tensor) -> None:
-    dense = architecture.module(site)
+def _factored(dense: nn.Module, parts: Decomposition, directions: torch.Tensor) -> LowRankLinear:
+    """The module that stands for a dense map with these directions of its decomposition."""
     weight = dense_weight(dense)
     bias = getattr(dense, "bias", None)
     u, v = parts.factors(directions)
@@ -62,7 +63,7 @@ def _put_factors(architecture: Architecture, site: LinearSite, parts: Decomposit
         if module.bias is not None and isinstance(bias, torch.Tensor):
             module.bias.copy_(bias)
     module.train(dense.training)
-    architecture.replace(site, module)
+    return module
 
 
 def _rank_of(plan: Plan, site: LinearSite) -> int:
@@ -79,7 +80,9 @@ def _factorise_plain(architecture: Architecture, plan: Plan, runner: SuffixRunne
     with progress.step("singular value decomposition") as report:
         for done, site in enumerate(sites):
             parts = plain_svd(dense_weight(architecture.module(site)).detach())
-            _put_factors(architecture, site, parts, torch.arange(_rank_of(plan, site), device=parts.sigma.device))
+            architecture.replace(
+                site, _factored(architecture.module(site), parts, _leading(parts, _rank_of(plan, site)))
+            )
             report(done + 1, len(sites))
 
 
@@ -107,23 +110,50 @@ def _factorise_paper(architecture: Architecture, plan: Plan, runner: SuffixRunne
             runner.backward(sites, gradients, within)
             for site in sites:
                 directions = top_directions(gradients.importance(site), _rank_of(plan, site))
-                _put_factors(architecture, site, parts[site], directions)
+                architecture.replace(site, _factored(architecture.module(site), parts[site], directions))
 
 
 def _factorise_weighted(architecture: Architecture, plan: Plan, runner: SuffixRunner, progress: Progress) -> None:
-    """Truncation in the K-FAC metric: one backward pass for the statistics of every module of every layer."""
-    sites = _planned_sites(architecture, plan)
-    moments = SecondMoments()
-    with progress.step("activation and gradient statistics") as report:
-        runner.backward(sites, moments, report)
+    """Truncation in the K-FAC metric, with statistics of the dense model for every map of every layer.
+
+    One backward pass gathers them all where memory allows, else one per group of maps; the maps are replaced at the
+    end, so that groups do not see each other's factors.
+    """
+    groups = groups_within_memory(architecture, _planned_sites(architecture, plan))
     input_damping = float(plan.options.get("input_damping", INPUT_DAMPING))
     gradient_damping = float(plan.options.get("gradient_damping", GRADIENT_DAMPING))
-    with progress.step("weighted singular value decomposition") as report:
-        for done, site in enumerate(sites):
-            parts = weighted_svd(
-                dense_weight(architecture.module(site)).detach(),
-                damped(moments.inputs(site), input_damping),
-                damped(moments.gradients(site), gradient_damping),
-            )
-            _put_factors(architecture, site, parts, torch.arange(_rank_of(plan, site), device=parts.sigma.device))
-            report(done + 1, len(sites))
+    made: dict[LinearSite, LowRankLinear] = {}
+    batches = len(runner.batches)
+    total = sum(batches + len(sites) for sites in groups)
+    finished = 0
+    with progress.step("activation and gradient statistics, weighted singular value decomposition") as report:
+        for sites in groups:
+            moments = SecondMoments()
+
+            def within(part: int, _: int, before: int = finished) -> None:
+                report(before + part, total)
+
+            runner.backward(sites, moments, within)
+            moments.finish()
+            finished += batches
+            for site in sites:
+                dense = architecture.module(site)
+                rank = _rank_of(plan, site)
+                weight = dense_weight(dense).detach()
+                # float32 is enough for triangular roots of damped moments, and half the memory
+                dtype = torch.float32 if sketch_pays(weight.shape[0], weight.shape[1], rank) else torch.float64
+                parts = weighted_svd(
+                    weight,
+                    damped(moments.inputs(site), input_damping, dtype),
+                    damped(moments.gradients(site), gradient_damping, dtype),
+                    rank,
+                )
+                made[site] = _factored(dense, parts, _leading(parts, rank))
+                finished += 1
+                report(finished, total)
+    for site, module in made.items():
+        architecture.replace(site, module)
+
+
+def _leading(parts: Decomposition, rank: int) -> torch.Tensor:
+    return torch.arange(rank, device=parts.sigma.device)

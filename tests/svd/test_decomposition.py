@@ -97,3 +97,34 @@ def test_damping_keeps_the_trace() -> None:
     for share in (0.0, 0.3, 1.0):
         assert float(damped(c, share).trace()) == pytest.approx(float(c.trace()), rel=1e-12)
     torch.testing.assert_close(damped(c, 1.0), torch.eye(7, dtype=torch.float64) * c.trace() / 7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("two_sided", [(True, False), (False, True), (True, True)])
+def test_sketched_truncation_loses_at_most_one_percent_more(two_sided: tuple[bool, bool], dtype: torch.dtype) -> None:
+    m, n, rank = 530, 600, 60
+    # singular values that fall like those of trained weights, and moments of a few large directions
+    weight = torch.randn(m, n) * torch.linspace(0, 3, n).neg().exp()
+    inputs = damped(moment(n, 2000), 0.1, dtype) if two_sided[0] else None
+    gradients = damped(moment(m, 2000), 0.01, dtype) if two_sided[1] else None
+    sketched = weighted_svd(weight, inputs, gradients, rank)
+    assert sketched.left.shape == (m, rank) and sketched.right.shape == (rank, n)
+    exact = weighted_svd(weight, inputs, gradients)
+    lost, least = (
+        loss(
+            weight.double() - product(parts, rank),
+            *(None if matrix is None else matrix.double() for matrix in (inputs, gradients)),
+        )
+        for parts in (sketched, exact)
+    )
+    assert least * (1 - 1e-5) <= lost <= 1.01 * least
+    again = weighted_svd(weight, inputs, gradients, rank)
+    assert torch.equal(again.left, sketched.left) and torch.equal(again.right, sketched.right)
+
+
+def test_what_has_no_triangular_root_goes_the_exact_way() -> None:
+    rows = torch.randn(5, 600)
+    singular = (rows.T @ rows).double()
+    parts = weighted_svd(torch.randn(530, 600), singular, None, 40)
+    assert parts.left.shape == (530, 530) and torch.isfinite(parts.right).all()
+    assert weighted_svd(torch.randn(530, 600), None, None, 400).left.shape == (530, 530)  # too many to pay
