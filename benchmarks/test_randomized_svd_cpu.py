@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import pairs_of, spread
+from cpu.timing import pairs_of, spread
 from torch import Tensor
 
 from taco_kernels import env, randomized_svd

@@ -64,8 +64,7 @@ def _triton_sketch(device: torch.device) -> bool:
 
 
 class Operand:
-    """``M = L A R`` [rows, columns] for A [m, n]; L and R are None, diagonals (1-D), or matrices [rows, m], [n,
-    columns].
+    """``M = L A R`` [rows, columns] for A [m, n]; L is None, [m] (a diagonal) or [rows, m]; R None, [n], [n, columns].
 
     Attributes:
         dtype: float32, or float64 where one of the three is; what full precision means here.
@@ -171,7 +170,8 @@ class Operand:
 
     def panels(self) -> Iterator[tuple[int, int]]:
         """Ranges of rows that :meth:`panel` forms in bounded memory."""
-        step = max(1, _PANEL_BYTES // max(1, 8 * self.columns))
+        # Not too few: each panel of a weighted M reads all of A and R.
+        step = max(512, _PANEL_BYTES // max(1, 8 * self.columns))
         for begin in range(0, self.rows, step):
             yield begin, min(begin + step, self.rows)
 
