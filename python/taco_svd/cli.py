@@ -152,6 +152,10 @@ def bench(
     if not others or any(name not in ("dense", "removal") for name in others):
         raise TacoError(f"--against takes dense, removal or dense,removal, got {against!r}.")
     plan = Plan.load(directory)
+    if "removal" in others and len(plan.redundant) == plan.structure.source_layers:
+        raise TacoError(
+            "Every layer of this model is compressed: there is no removal to compare with; --against dense."
+        )
     model, _ = _load(str(directory), dtype, device)
     models = {"compressed": model}
     if "removal" in others:

@@ -111,7 +111,7 @@ def compare(
     _check_file(save, "--save")
     _check_file(plot, "--plot")
     if plot is not None:
-        plot_backend()
+        plot_backend(plot)
     bars = Bars(as_json)
     dense, tokenizer = load(model, dtype, device)
     resolve_windows(dense, window, None)

@@ -41,16 +41,19 @@ def compare_table(rows: list[dict[str, Any]], title: str) -> Table:
     return table
 
 
-def plot_backend() -> Any:
+def plot_backend(path: str | Path) -> Any:
     """matplotlib's figure class, for files and no window.
 
     Raises:
-        TacoError: matplotlib is not installed.
+        TacoError: matplotlib is not installed, or does not know the file's ending.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise TacoError("--plot needs matplotlib: pip install 'taco-kernels[plot]'.") from error
+    known = Figure().canvas.get_supported_filetypes()
+    if Path(path).suffix.removeprefix(".").lower() not in known:
+        raise TacoError(f"--plot {path}: the name must end in one of {', '.join(sorted(known))}.")
     return Figure
 
 
@@ -60,7 +63,7 @@ def compare_plot(values: dict[str, Any], path: str | Path) -> None:
     Raises:
         TacoError: matplotlib is not installed, or does not know the file's ending.
     """
-    figure = plot_backend()(figsize=(13, 5.5), layout="constrained")
+    figure = plot_backend(path)(figsize=(13, 5.5), layout="constrained")
     rows = values["models"]
     dense, made = rows[0], rows[1:]
     latency = any("against_dense" in row for row in made)
@@ -98,10 +101,7 @@ def compare_plot(values: dict[str, Any], path: str | Path) -> None:
             axis.set_yscale("log")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="small", ncols=2)
-    try:
-        figure.savefig(path, dpi=150)
-    except ValueError as error:
-        raise TacoError(f"--plot {path}: {str(error).splitlines()[0]}") from error
+    figure.savefig(path, dpi=150)
 
 
 def latency_table(report: LatencyReport) -> Table:

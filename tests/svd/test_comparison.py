@@ -1,0 +1,180 @@
+"""`taco-svd compare`: many methods at several budgets, refusals, interruption, the picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from taco_svd import cli_compare, comparison
+from taco_svd.baselines import BASELINES
+from taco_svd.baselines.workspace import Moments
+from taco_svd.calibration import Calibration
+from taco_svd.checkpoint import parameter_count
+from taco_svd.comparison import Measure, Setting, method_names, run_comparison
+from taco_svd.errors import TacoError
+from taco_svd.plan import METHODS
+
+from .test_cli import run
+from .tiny_models import VOCABULARY, tiny_model
+
+SMALL = ("--samples", "4", "--seq-len", "12", "--window", "12", "--max-windows", "4", "--prompt", "4")
+
+
+@pytest.fixture
+def invoke(capsys, monkeypatch):
+    return lambda *arguments: run([str(argument) for argument in arguments], capsys, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "gpt2"
+    tiny_model("gpt2").save_pretrained(path)
+    return path
+
+
+def measure(rounds: int = 0) -> Measure:
+    tokens = torch.randint(3, VOCABULARY, (64,), generator=torch.Generator().manual_seed(1))
+    return Measure(tokens, "random", window=12, prompt=4, rounds=rounds)
+
+
+def test_several_methods_at_two_budgets_with_a_picture(dense: Path, tmp_path: Path, invoke) -> None:
+    save, plot = tmp_path / "all.json", tmp_path / "all.png"
+    code, stdout, stderr = invoke(
+        "compare", dense, "--methods", "removal,fwsvd,modegpt,bridge,taco", "--keep", "0.85,0.7", *SMALL,
+        "--rounds", "2", "--save", save, "--plot", plot,
+    )  # fmt: skip
+    assert code == 0, stderr
+    values = json.loads(save.read_text())
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["all.json", "all.png"]
+    assert plot.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    # GPT-2 keeps queries, keys and values in one matrix: MoDeGPT refuses it, says why, and nothing else stops
+    assert [(row["model"], row["setting"]["keep"]) for row in values["refused"]] == [
+        ("modegpt", 0.85),
+        ("modegpt", 0.7),
+    ]
+    assert "c_attn" in values["refused"][0]["reason"] and values["refused"][0]["reason"] in stdout.replace("\n", " ")
+    names = ["removal", "fwsvd", "bridge", "taco"]
+    assert [row["model"] for row in values["models"]] == ["dense", *names, *names]
+    assert "unfinished" not in values
+    total = parameter_count(tiny_model("gpt2"))
+    for row in values["models"][1:]:
+        assert row["share"] == row["parameters"] / total <= row["setting"]["keep"]
+        assert row["perplexity"]["perplexity"] > 1
+        assert row["latency"]["decode"]["p50"] > 0
+        low, middle, high = (row["against_dense"]["decode"][key] for key in ("low", "median", "high"))
+        assert 0 < low <= middle <= high
+    for name in names:
+        assert stdout.count(f" {name} ") == 2
+
+
+def test_all_names_every_method_once(dense: Path, invoke) -> None:
+    names = method_names("all")
+    code, stdout, _ = invoke("compare", dense, "--methods", "all", "--layers", "2", *SMALL, "--rounds", "0", "--json")
+    values = json.loads(stdout)
+    assert code == 0 and [row["model"] for row in values["models"][1:] + values["refused"]] == [
+        *(name for name in names if name != "modegpt"),
+        "modegpt",
+    ]
+    assert sorted(names) == sorted(METHODS) and set(BASELINES) < set(names)
+    assert method_names("svd, kfac,svd") == ["svd", "kfac"]
+
+
+def test_statistics_are_gathered_once_for_all_methods_and_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = []
+    collect = Moments.collect
+    monkeypatch.setattr(Moments, "collect", lambda self, tokens: passes.append(1) or collect(self, tokens))
+    tokens = torch.randint(3, VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(2))
+    methods = ["fwsvd", "asvd", "svd-llm", "zs-svd", "modegpt"]
+    result = run_comparison(
+        tiny_model("llama"), None, Calibration(tokens, "tokens", 0), methods, [Setting(0.8), Setting(0.6)], measure()
+    )
+    assert len(result.models) == 11 and not result.refused
+    assert passes == [1]
+
+
+def test_results_come_in_one_by_one_and_survive_ctrl_c(
+    dense: Path, tmp_path: Path, invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = comparison.compress
+
+    def stopped(*arguments, method: str, **options):
+        if method == "fwsvd":
+            # what a second Ctrl-C could not take away any more
+            assert [row["model"] for row in json.loads(save.read_text())["models"]] == ["dense", "removal", "svd"]
+            raise KeyboardInterrupt
+        return real(*arguments, method=method, **options)
+
+    monkeypatch.setattr(comparison, "compress", stopped)
+    save, plot = tmp_path / "some.json", tmp_path / "some.png"
+    code, stdout, stderr = invoke(
+        "compare", dense, "--methods", "removal,svd,fwsvd,asvd", "--keep", "0.8", *SMALL, "--rounds", "0",
+        "--save", save, "--plot", plot,
+    )  # fmt: skip
+    assert code == 130
+    assert "2 of 4" in stderr and "removal" in stdout and "svd" in stdout and "asvd" not in stdout
+    assert json.loads(save.read_text())["unfinished"] == 2
+    assert plot.exists() and not list(tmp_path.glob(".*"))
+
+
+def test_nothing_finished_is_an_error_with_the_reason(dense: Path, tmp_path: Path, invoke) -> None:
+    code, stdout, stderr = invoke("compare", dense, "--methods", "modegpt", "--keep", "0.8", *SMALL, "--rounds", "0")
+    assert code == 2 and "c_attn" in stderr.replace("\n", " ") and stdout == ""
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--methods", "svd,magic"], "--methods takes all"),
+        (["--methods", ","], "--methods takes all"),
+        (["--keep", "0.9,many"], "with commas"),
+        (["--keep", "0.9,1.2"], "above 0 and below 1"),
+        (["--keep", "0.9", "--layers", "2"], "not both"),
+        (["--keep", "0.9", "--compression-ratio", "0.5"], "goes with --layers"),
+        (["--save", "MISSING/file.json"], "--save"),
+        (["--save", "DIRECTORY"], "--save"),
+        (["--plot", "DIRECTORY/picture.nonsense"], "--plot"),
+    ],
+)
+def test_mistakes_are_told_before_any_work(
+    arguments: list[str], said: str, tmp_path: Path, invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_work(*_: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(cli_compare, "load", no_work)
+    places = {"MISSING": str(tmp_path / "missing"), "DIRECTORY": str(tmp_path)}
+    filled = [next((a.replace(k, p) for k, p in places.items() if k in a), a) for a in arguments]
+    code, stdout, stderr = invoke("compare", *filled)
+    assert code == 2 and said in stderr and stdout == "" and len(stderr.strip().splitlines()) == 1
+
+
+def test_dense_is_measured_once_and_settings_are_told() -> None:
+    tokens = torch.randint(3, VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(2))
+    told: list[tuple[int, int]] = []
+    result = run_comparison(
+        tiny_model("llama"),
+        None,
+        Calibration(tokens, "tokens", 0),
+        ["removal", "svd"],
+        [Setting(layers=1, compression_ratio=0.6)],
+        measure(rounds=1),
+        on_result=lambda so_far: told.append((so_far.finished, len(so_far.models))),
+    )
+    assert told == [(0, 1), (1, 2), (2, 3), (2, 3)]
+    assert [row.get("setting") for row in result.models] == [None, *[{"layers": 1, "compression_ratio": 0.6}] * 2]
+    assert result.latency is not None and result.latency["rounds"] == 1
+    with pytest.raises(TacoError, match="--methods"):
+        method_names("nothing")
+
+
+def test_bench_says_that_there_is_no_removal_where_every_layer_is_factorised(
+    dense: Path, tmp_path: Path, invoke
+) -> None:
+    assert (
+        invoke("compress", dense, "--out", tmp_path / "small", "--method", "svd", "--keep", "0.8", *SMALL[:4])[0] == 0
+    )
+    code, _, stderr = invoke("bench", tmp_path / "small")
+    assert code == 2 and "--against dense" in stderr
