@@ -18,7 +18,7 @@ from taco_svd.baselines.budget import Budget
 from taco_svd.baselines.fwsvd import fisher_weighted_svd
 from taco_svd.baselines.kfac import Options, depth_factor, divergence, least_error, options_of, tail_energy
 from taco_svd.baselines.layerwise import LayerCalls, input_moments
-from taco_svd.baselines.modegpt import nystroem, output_moment, query_key_dimensions, value_output
+from taco_svd.baselines.modegpt import lost_shares, nystroem, output_moment, query_key_dimensions, value_output
 from taco_svd.baselines.replaceme import cosine_distances, linear_bridge
 from taco_svd.baselines.svd_llm import refit_left_factor
 from taco_svd.baselines.whitening import cholesky, whitened_svd
@@ -424,6 +424,21 @@ def test_value_output_is_the_best_narrow_pair() -> None:
     identity = torch.eye(10, dtype=torch.float64)
     found = weighted_loss(output - decode @ encode, identity, moment)
     assert found == pytest.approx(best_by_alternation(output, identity, moment, 3, generator), rel=1e-6)
+
+
+def test_layers_of_little_influence_lose_more() -> None:
+    scores = [0.9, 0.05, 0.1, 0.02, 0.3]
+    lost = lost_shares(scores, 0.2, temperature=0.1)
+    exact = [math.exp(-score / 0.1) for score in scores]
+    assert lost == pytest.approx([5 * 0.2 * value / sum(exact) for value in exact])
+    # here two layers would lose more than may be: they lose that, the others share the rest in proportion
+    lost = lost_shares(scores, 0.5, temperature=0.1)
+    assert sum(lost) / 5 == pytest.approx(0.5) and max(lost) == pytest.approx(0.8)
+    free = [index for index, value in enumerate(lost) if value < 0.8 - 1e-9]
+    assert 1 < len(free) < 5
+    for one, other in itertools.combinations(free, 2):
+        assert lost[one] / lost[other] == pytest.approx(exact[one] / exact[other])
+    assert lost_shares(scores, 0.9) == pytest.approx([0.9] * 5)
 
 
 # -- ReplaceMe -----------------------------------------------------------------------------------------------

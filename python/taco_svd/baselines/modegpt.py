@@ -13,8 +13,8 @@ C.-H. Lin et al., "MoDeGPT: modular decomposition for large language model compr
 What has been dropped from a head is zero in the model: the rotary embedding keeps its frequencies and the attention
 kernel its head size, while weights and the work of the projections shrink (`replacement.NarrowLinear`).
 
-Every layer keeps the same share. The paper's allocation by block influence, sparsity proportional to
-softmax(-BI / 0.1), is the choice of `ALLOCATION_TEMPERATURE`; see there.
+Allocation over layers (section 3.3): layer i loses a share of its parameters proportional to softmax(-s_i / T), s_i its
+block influence; no layer loses more than `MOST_LOST` (ours), the others take over what that leaves.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch import nn
 
 from ..architectures import Architecture, LinearSite, dense_weight, linear_shape
 from ..errors import TacoError, UnsupportedModelError
+from ..importance import block_influence
 from ..plan import Plan
 from ..progress import Progress
 from ..replacement import NarrowLinear
@@ -37,6 +38,8 @@ from .workspace import Workspace
 
 # Directions of the values' moments below this share of the largest carry nothing.
 FLOOR = 1e-8
+# Of the allocation over layers: its temperature, small for steep (0.1 is fixed here, not tuned per model), and a cap.
+TEMPERATURE, MOST_LOST = 0.1, 0.8
 # Ridge of the Nystroem inverse, as a share of the mean diagonal.
 RIDGE = 1e-6
 
@@ -199,10 +202,39 @@ def _allocate(workspace: Workspace, budget: Budget, progress: Progress) -> Decis
     parts = find_parts(workspace.architecture)
     hidden = workspace.architecture.model.config.hidden_size
     intermediate = budget.shapes[parts.down][1]
-    each = budget.parameters // len(budget.layers)
-    specs = layer_specs(parts, widths_for(parts, hidden, intermediate, each), hidden, intermediate)
+    with progress.step("block influence") as report:
+        scores = workspace.keep("block influence", lambda: block_influence(workspace.runner(), report))
+    lost = lost_shares([scores[layer] for layer in budget.layers], 1 - budget.share)
+    full = sum(m * n for m, n in budget.shapes.values())
+    narrow: dict[int, dict[str, NarrowSpec]] = {}
+    spare = 0  # what the steps of head dimensions and hidden units left of the layers before
+    for layer, share in zip(budget.layers, lost, strict=True):
+        may_keep = int((1 - share) * full) + spare
+        widths = widths_for(parts, hidden, intermediate, may_keep)
+        spare = may_keep - layer_parameters(parts, widths, hidden)
+        if specs := layer_specs(parts, widths, hidden, intermediate):
+            narrow[layer] = specs
     depth = len(workspace.architecture.layers)
-    return Decision(Structure(depth, tuple(range(depth)), narrow={layer: dict(specs) for layer in budget.layers}))
+    return Decision(Structure(depth, tuple(range(depth)), narrow=narrow))
+
+
+def lost_shares(scores: list[float], mean: float, temperature: float = TEMPERATURE) -> list[float]:
+    """The share of its parameters that each layer loses: in the mean `mean`, in proportion to softmax(-score / T).
+
+    No layer loses more than `MOST_LOST` (or the mean, where that is more); what is cut there goes to the others in the
+    same proportion.
+    """
+    most = max(MOST_LOST, mean)
+    weights = torch.softmax(-torch.tensor(scores, dtype=torch.float64) / temperature, dim=0)
+    lost = torch.zeros_like(weights)
+    capped = torch.zeros_like(weights, dtype=torch.bool)
+    while True:
+        rest = mean * len(scores) - most * int(capped.sum())
+        lost = torch.where(capped, most, weights * rest / weights[~capped].sum())
+        over = (lost > most * (1 + 1e-12)) & ~capped
+        if not over.any():
+            return lost.tolist()
+        capped |= over
 
 
 # -- the three decompositions --------------------------------------------------------------------------------
