@@ -12,6 +12,7 @@ import typer
 from .cli_compare import compare
 from .cli_eval import evaluate
 from .cli_heal import heal
+from .cli_report import report
 from .cli_shared import Bars, DeviceOption, DtypeOption, JsonOption, ModelArgument, SeedOption
 from .cli_shared import load as _load
 from .cli_shared import out_console as _out
@@ -111,6 +112,7 @@ def compress(
 app.command("eval")(evaluate)
 app.command()(heal)
 app.command()(compare)
+app.command("report")(report)
 
 
 @app.command()

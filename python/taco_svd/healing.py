@@ -13,8 +13,8 @@ and the learning rate depend on seed and step alone, so that a run that was kill
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from .architectures import Architecture
 from .divergence import kl_per_token
+from .drift import depth_map, recorded
 from .errors import TacoError
 from .modeling import CompressedModel
 from .replacement import LowRankBridge, LowRankLinear
@@ -151,7 +152,9 @@ def prepare(model: PreTrainedModel, names: list[str]) -> dict[str, nn.Parameter]
     for name, module in replacements(model).items():
         if f"{name}.u" in names and bool(module.u.any()) and bool(module.v.any()):
             module.float()
-            balance(module)
+            # pivoted factors have no freedom left: one of them is the identity on some inputs
+            if getattr(module, "pivot", None) is None:
+                balance(module)
     trained = {}
     for name in names:
         parameter = parameters[name]
@@ -189,13 +192,11 @@ class Objective:
     def __init__(self, student: PreTrainedModel, dense: PreTrainedModel, kind: str) -> None:
         self.student, self.dense, self.kind = student, dense, kind
         structure = structure_of(student)
-        kept = structure.kept
-        ends = [*(following - 1 for following in kept[1:]), structure.source_layers - 1]
         touched = [structure.position(layer) for layer in structure.low_rank]
         touched += [structure.position(bridge.after) for bridge in structure.bridges]
         first = min(touched, default=0)
         # position in the compressed stack -> layer of the dense model after which the states should agree
-        self.anchors = {position: end for position, end in enumerate(ends) if position >= first}
+        self.anchors = {position: end for position, end in depth_map(structure).items() if position >= first}
         self.device = student.device
         self.dtype = dense.dtype
 
@@ -242,20 +243,6 @@ class Objective:
             nll += share * float(functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten()))
             objective += share * (float(self._hidden(rows)) if self.kind == "hidden" else value)
         return {"objective": objective, "kl": kl, "nll": nll}
-
-
-@contextmanager
-def recorded(model: PreTrainedModel, layers: Any) -> Iterator[dict[int, torch.Tensor]]:
-    """While open, collects the hidden states that leave the given layers."""
-    found: dict[int, torch.Tensor] = {}
-    with ExitStack() as stack:
-        for index in layers:
-
-            def after(_: nn.Module, __: Any, output: Any, index: int = index) -> None:
-                found[index] = output[0] if isinstance(output, tuple) else output
-
-            stack.callback(Architecture(model).layers[index].register_forward_hook(after).remove)
-        yield found
 
 
 # -- the run -------------------------------------------------------------------------------------------------
