@@ -5,6 +5,7 @@ Seven operations, each with a plain reference; the ``low_rank`` ones with fused 
 - :func:`low_rank_linear`: ``x @ v.T @ u.T + bias + residual``
 - :func:`low_rank_linear_group`: several of these with one ``x``
 - :func:`low_rank_mlp`: a gated MLP of three of them
+- :func:`pivoted_low_rank_linear`: the same with a right factor that is the identity on some inputs
 - :func:`low_rank_bridge`: ``h + rmsnorm(h) @ v.T @ u.T + bias``
 - :func:`randomized_svd`: the leading singular triplets of ``L A R``
 - :func:`second_moment_`: streaming ``X^T X``
@@ -22,6 +23,7 @@ from taco_kernels.low_rank_bridge import low_rank_bridge
 from taco_kernels.low_rank_linear import low_rank_linear
 from taco_kernels.low_rank_linear_group import low_rank_linear_group
 from taco_kernels.low_rank_mlp import low_rank_mlp
+from taco_kernels.pivoted_low_rank_linear import pivoted_low_rank_linear
 from taco_kernels.randomized_svd import RandomizedSVD, randomized_svd
 from taco_kernels.second_moment import second_moment_, second_moment_dense, second_moment_zeros
 from taco_kernels.singular_attribution import SingularAttribution, singular_attribution
@@ -37,6 +39,7 @@ __all__ = [
     "low_rank_linear",
     "low_rank_linear_group",
     "low_rank_mlp",
+    "pivoted_low_rank_linear",
     "randomized_svd",
     "second_moment_",
     "second_moment_dense",

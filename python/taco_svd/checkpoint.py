@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from .errors import TacoError
 from .modeling import CompressedModel
 from .plan import PLAN_FILE, Plan
-from .replacement import NarrowLinear
+from .replacement import LowRankLinear, NarrowLinear
 
 DEFAULT_MODEL = Path(__file__).parent / "data" / "classics-16l"
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -156,7 +156,7 @@ def load_model(
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of all parameters, tied ones counted once."""
+    """Bytes of all parameters, tied ones counted once, and of the indices of pivoted and narrow maps."""
     return sum(tensor.numel() * tensor.element_size() for tensor in _stored(model))
 
 
@@ -166,8 +166,13 @@ def parameter_count(model: PreTrainedModel) -> int:
 
 
 def _stored(model: PreTrainedModel) -> list[torch.Tensor]:
-    narrow = [module for module in model.modules() if isinstance(module, NarrowLinear)]
-    return [*model.parameters(), *(module.index for module in narrow if module.index is not None)]
+    found: list[torch.Tensor] = list(model.parameters())
+    for module in model.modules():
+        index = module.index if isinstance(module, NarrowLinear) else None
+        index = module.pivot if isinstance(module, LowRankLinear) else index
+        if index is not None:
+            found.append(index)
+    return found
 
 
 def describe(directory: str | Path) -> dict[str, Any]:

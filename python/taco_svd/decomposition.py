@@ -78,12 +78,35 @@ def weighted_svd(
     if inputs is not None:
         root, right_back = _root_and_inverse(inputs)
         core = core @ root
-    left, sigma, right = torch.linalg.svd(core, full_matrices=False)
+    left, sigma, right = _svd_by_gram(core) if min(core.shape) >= SKETCH_LEAST else _svd(core)
     if left_back is not None:
         left = left_back @ left
     if right_back is not None:
         right = right @ right_back
     return Decomposition(left.float(), sigma.float(), right.float())
+
+
+def _svd(core: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    left, sigma, right = torch.linalg.svd(core, full_matrices=False)
+    return left, sigma, right
+
+
+def _svd_by_gram(core: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """SVD of a large float64 matrix from the eigenvectors of its smaller Gram matrix, several times faster.
+
+    Singular values below 1e-8 of the largest come out with large relative errors, which is far below what the
+    statistics behind a weighted matrix can tell. The side that is derived has rows scaled to the singular values, so
+    ``left @ diag(sigma) @ right`` is the matrix to float64 rounding for those above.
+    """
+    if core.shape[0] > core.shape[1]:
+        right, sigma, left = _svd_by_gram(core.T)
+        return left.T, sigma, right.T
+    squares, vectors = torch.linalg.eigh(core @ core.T)
+    left = vectors.flip(1)
+    sigma = squares.flip(0).clamp(min=0).sqrt()
+    floor = float(sigma[0]) * torch.finfo(core.dtype).eps
+    right = (left.T @ core) / sigma.clamp(min=floor or 1.0)[:, None]
+    return left, sigma, right
 
 
 def sketch_pays(out_features: int, in_features: int, rank: int) -> bool:

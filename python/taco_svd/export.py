@@ -45,7 +45,7 @@ def as_ordinary(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedM
 
 def multiply_out(module: LowRankLinear, transposed: bool) -> nn.Module:
     """The dense linear map of a factorised one; ``transposed`` gives GPT-2's Conv1D. Multiplied in float32."""
-    weight = (module.u.detach().float() @ module.v.detach().float()).to(module.u.dtype)
+    weight = (module.u.detach().float() @ module.full_right_factor()).to(module.u.dtype)
     dense: nn.Module
     if transposed:
         dense = Conv1D(1, 1)
@@ -129,8 +129,9 @@ def with_layers_removed(model: PreTrainedModel, redundant: list[int]) -> PreTrai
     config = slice_config(base_config(model), stay)
     bare = structural_copy(model)
     architecture = Architecture(bare)
+    transposed = _uses_conv1d(model)
     for layer in architecture.layers:
-        _without_bridge(layer)
+        _densify(_without_bridge(layer), transposed)
     drop_layers(architecture, stay)
     return as_ordinary(bare, config)
 

@@ -1,4 +1,4 @@
-"""Factorises the linear maps that a plan names, by the plan's method: plain, by attribution, or weighted.
+"""Factorises the linear maps that a plan names, by the plan's method: plain or by attribution (taco: `sequential`).
 
 Each way fills the same `LowRankLinear` modules; they differ in which decomposition of a weight is taken, which of its
 directions are kept, and on which state of the model the statistics are gathered.
@@ -7,16 +7,15 @@ directions are kept, and on which state of the model the statistics are gathered
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from .architectures import Architecture, LinearSite, dense_weight, linear_shape
 from .attribution import SigmaGradients, top_directions
-from .decomposition import Decomposition, damped, plain_svd, sketch_pays, weighted_svd
+from .decomposition import Decomposition, plain_svd
 from .errors import TacoError
+from .gauge import pivoted_factors
 from .plan import Plan
 from .progress import Progress
 from .replacement import LowRankLinear
-from .statistics import SecondMoments, groups_within_memory
 from .structure import Structure
 from .suffix import SuffixRunner
 
@@ -32,7 +31,7 @@ def factorise(architecture: Architecture, plan: Plan, runner: SuffixRunner, prog
     Raises:
         TacoError: when the plan's method makes no low-rank layers.
     """
-    ways = {"svd": _factorise_plain, "paper": _factorise_paper, "taco": _factorise_weighted}
+    ways = {"svd": _factorise_plain, "paper": _factorise_paper}
     if plan.method not in ways:
         raise TacoError(f"The plan has low-rank layers, which method {plan.method!r} does not make.")
     ways[plan.method](architecture, plan, runner, progress)
@@ -49,21 +48,33 @@ def check_ranks(architecture: Architecture, structure: Structure) -> None:
                 raise TacoError(f"The plan wants rank {rank} for layer {layer}, {path}, a {shape[0]} x {shape[1]} map.")
 
 
-def _factored(dense: nn.Module, parts: Decomposition, directions: torch.Tensor) -> LowRankLinear:
-    """The module that stands for a dense map with these directions of its decomposition."""
+def put_factors(
+    architecture: Architecture,
+    site: LinearSite,
+    parts: Decomposition,
+    directions: torch.Tensor,
+    pivoted: bool = False,
+) -> None:
+    """Puts the factors of `directions` in the place of a dense map; `pivoted`: in the gauge that stores less."""
+    dense = architecture.module(site)
     weight = dense_weight(dense)
     bias = getattr(dense, "bias", None)
     u, v = parts.factors(directions)
+    pivot = None
+    if pivoted:
+        u, v, pivot = pivoted_factors(u, v)
     module = LowRankLinear(
-        weight.shape[1], weight.shape[0], len(directions), bias is not None, device="meta", dtype=weight.dtype
+        weight.shape[1], weight.shape[0], len(directions), bias is not None, "meta", weight.dtype, pivoted
     ).to_empty(device=weight.device)
     with torch.no_grad():
         module.u.copy_(u)
         module.v.copy_(v)
+        if module.pivot is not None and pivot is not None:
+            module.pivot.copy_(pivot)
         if module.bias is not None and isinstance(bias, torch.Tensor):
             module.bias.copy_(bias)
     module.train(dense.training)
-    return module
+    architecture.replace(site, module)
 
 
 def _rank_of(plan: Plan, site: LinearSite) -> int:
@@ -80,9 +91,7 @@ def _factorise_plain(architecture: Architecture, plan: Plan, runner: SuffixRunne
     with progress.step("singular value decomposition") as report:
         for done, site in enumerate(sites):
             parts = plain_svd(dense_weight(architecture.module(site)).detach())
-            architecture.replace(
-                site, _factored(architecture.module(site), parts, _leading(parts, _rank_of(plan, site)))
-            )
+            put_factors(architecture, site, parts, torch.arange(_rank_of(plan, site), device=parts.sigma.device))
             report(done + 1, len(sites))
 
 
@@ -110,50 +119,4 @@ def _factorise_paper(architecture: Architecture, plan: Plan, runner: SuffixRunne
             runner.backward(sites, gradients, within)
             for site in sites:
                 directions = top_directions(gradients.importance(site), _rank_of(plan, site))
-                architecture.replace(site, _factored(architecture.module(site), parts[site], directions))
-
-
-def _factorise_weighted(architecture: Architecture, plan: Plan, runner: SuffixRunner, progress: Progress) -> None:
-    """Truncation in the K-FAC metric, with statistics of the dense model for every map of every layer.
-
-    One backward pass gathers them all where memory allows, else one per group of maps; the maps are replaced at the
-    end, so that groups do not see each other's factors.
-    """
-    groups = groups_within_memory(architecture, _planned_sites(architecture, plan))
-    input_damping = float(plan.options.get("input_damping", INPUT_DAMPING))
-    gradient_damping = float(plan.options.get("gradient_damping", GRADIENT_DAMPING))
-    made: dict[LinearSite, LowRankLinear] = {}
-    batches = len(runner.batches)
-    total = sum(batches + len(sites) for sites in groups)
-    finished = 0
-    with progress.step("activation and gradient statistics, weighted singular value decomposition") as report:
-        for sites in groups:
-            moments = SecondMoments()
-
-            def within(part: int, _: int, before: int = finished) -> None:
-                report(before + part, total)
-
-            runner.backward(sites, moments, within)
-            moments.finish()
-            finished += batches
-            for site in sites:
-                dense = architecture.module(site)
-                rank = _rank_of(plan, site)
-                weight = dense_weight(dense).detach()
-                # float32 is enough for triangular roots of damped moments, and half the memory
-                dtype = torch.float32 if sketch_pays(weight.shape[0], weight.shape[1], rank) else torch.float64
-                parts = weighted_svd(
-                    weight,
-                    damped(moments.inputs(site), input_damping, dtype),
-                    damped(moments.gradients(site), gradient_damping, dtype),
-                    rank,
-                )
-                made[site] = _factored(dense, parts, _leading(parts, rank))
-                finished += 1
-                report(finished, total)
-    for site, module in made.items():
-        architecture.replace(site, module)
-
-
-def _leading(parts: Decomposition, rank: int) -> torch.Tensor:
-    return torch.arange(rank, device=parts.sigma.device)
+                put_factors(architecture, site, parts[site], directions)

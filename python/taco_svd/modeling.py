@@ -143,6 +143,10 @@ class CompressedModel:
                 f"{path}: {len(lost)} weights are missing or have the wrong shape (first: {lost[0]}); "
                 "the checkpoint is incomplete. Copy it again, or compress again."
             )
+        for name, module in model.named_modules():
+            # an index that is no permutation would read other inputs than were meant, or none at all
+            if isinstance(module, LowRankLinear) and not module.pivot_is_permutation():
+                raise TacoError(f"{path}: {name}.pivot is no permutation; the checkpoint is damaged.")
         return (model, info) if wants_info else model
 
 

@@ -19,26 +19,25 @@ from .allocation import (
     layers_and_ratio,
     low_rank_structure,
     removal_structure,
-    runs,
     structure_parameters,
 )
-from .architectures import Architecture, LinearSite, slice_config
+from .architectures import Architecture, slice_config
 from .baselines import BASELINES, Workspace, choose_run, everywhere, make_budget, uniform_budget
-from .bridging import BridgeMoments, fit_bridge
+from .budget import allocate
 from .calibration import Calibration, load_calibration
 from .checkpoint import parameter_count, weight_bytes
-from .decomposition import damped
 from .errors import TacoError
 from .factorise import GRADIENT_DAMPING, INPUT_DAMPING, check_ranks, factorise
-from .importance import MEASURES, bypassed, rank_layers
+from .importance import MEASURES, rank_layers
+from .loss_curves import divergence_between
 from .modeling import CompressedModel, as_compressed
 from .plan import METHODS, Plan
 from .progress import Progress, Silent
-from .replacement import LowRankBridge, attach_bridge, drop_layers, structural_copy
+from .replacement import drop_layers, structural_copy
+from .sequential import held_out_windows
 from .suffix import SuffixRunner
+from .taco import BRIDGE_GRADIENT_DAMPING, Analysis, build_upwards
 
-# Output gradients for bridges: one matrix of the hidden size, fewer effective samples.
-BRIDGE_GRADIENT_DAMPING = 0.1
 # Greedy removal runs the set once per candidate: a part of it orders the layers as well.
 GREEDY_SAMPLES = 16
 
@@ -85,6 +84,7 @@ def make_plan(
     compression_ratio: float | None = None,
     importance: str = "bi",
     bridge_rank: int | None = None,
+    consistency: bool = True,
     progress: Progress | None = None,
     one_shot: bool = False,
     workspace: Workspace | None = None,
@@ -134,13 +134,24 @@ def make_plan(
     else:
         assert ratio is not None
         structure = low_rank_structure(architecture, redundant, ratio)
-    if method == "taco":
-        options = {"input_damping": INPUT_DAMPING, "gradient_damping": GRADIENT_DAMPING}
+    parameters = structure_parameters(architecture, structure)
     if one_shot:
         options = {"one_shot": True}
+    result: dict[str, Any] = {}
     if method == "bridge":
-        options = {"gradient_damping": BRIDGE_GRADIENT_DAMPING}
-    parameters = structure_parameters(architecture, structure)
+        options = {"gradient_damping": BRIDGE_GRADIENT_DAMPING, "consistency": consistency}
+    if method == "taco":
+        options = {
+            "input_damping": INPUT_DAMPING,
+            "gradient_damping": GRADIENT_DAMPING,
+            "consistency": consistency,
+        }
+        # with `layers`, the budget is what the paper's method needs for the same arguments
+        most = parameters if keep is None else int(keep * parameter_count(model))
+        curves = _analysis(workspace, model, calibration).curves(options, progress)
+        allocation = allocate(architecture, curves, most, chosen)
+        structure, parameters = allocation.structure, allocation.parameters
+        result = {"budget": most, "predicted_loss": allocation.predicted_loss}
     return Plan(
         method=method,
         structure=structure,
@@ -150,7 +161,7 @@ def make_plan(
         calibration=calibration.describe(),
         options=options,
         source=describe_source(model),
-        result={"parameters": parameters, "share": parameters / parameter_count(model)},
+        result={"parameters": parameters, "share": parameters / parameter_count(model), **result},
         versions={
             "taco_kernels": taco_kernels.__version__,
             "torch": str(torch.__version__),
@@ -212,8 +223,20 @@ def apply_plan(
     Raises:
         TacoError: when the plan is for another kind of model.
     """
-    progress = progress or Silent()
+    return _carry_out(model, plan, calibration, progress or Silent(), workspace or Workspace(model, calibration))[0]
+
+
+def _analysis(workspace: Workspace, model: PreTrainedModel, calibration: Calibration) -> Analysis:
+    """Taco mode's statistics of the dense model, shared like those of the baselines."""
+    return workspace.keep("taco", lambda: Analysis(model, calibration))
+
+
+def _carry_out(
+    model: PreTrainedModel, plan: Plan, calibration: Calibration, progress: Progress, workspace: Workspace
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The compressed model, and what its making has to say for the plan's result."""
     depth = model.config.num_hidden_layers
+    record: dict[str, Any] = {}
     if plan.structure.source_layers != depth:
         raise TacoError(f"The plan is for a model of {plan.structure.source_layers} layers, this one has {depth}.")
     working = structural_copy(model)
@@ -221,20 +244,22 @@ def apply_plan(
     check_ranks(architecture, plan.structure)
     baseline = BASELINES.get(plan.method)
     if baseline is not None and baseline.carry_out is not None:
-        baseline.carry_out(workspace or Workspace(model, calibration), architecture, plan, progress)
+        baseline.carry_out(workspace, architecture, plan, progress)
+    elif plan.method in ("taco", "bridge"):
+        record = build_upwards(
+            model, architecture, plan, calibration, progress, _analysis(workspace, model, calibration)
+        )
     elif plan.structure.low_rank:
         factorised = sorted(plan.structure.low_rank)
         runner = SuffixRunner(architecture, calibration.tokens, factorised[0], starts=factorised)
         factorise(architecture, plan, runner, progress)
-    if plan.structure.bridges:
-        _build_bridges(model, architecture, plan, calibration, progress)
     kept = list(plan.structure.kept)
     drop_layers(architecture, kept)
     compressed = as_compressed(working, slice_config(model.config, kept), plan.structure)
     for name, parameter in compressed.named_parameters():
         if not torch.isfinite(parameter.detach().sum(dtype=torch.float64)):
             raise TacoError(f"The factors of {name} came out as NaN or infinite; try another --calibration.")
-    return compressed
+    return compressed, record
 
 
 def compress(
@@ -252,6 +277,7 @@ def compress(
     importance: str = "bi",
     bridge_rank: int | None = None,
     one_shot: bool = False,
+    consistency: bool = True,
     plan: Plan | None = None,
     progress: Progress | None = None,
     workspace: Workspace | None = None,
@@ -262,9 +288,10 @@ def compress(
         model: a decoder-only transformers model in float32, bfloat16 or float16; it stays as it is, and the
             compressed model shares the weights of its untouched layers.
         tokenizer: needed when calibrating on text.
-        method: "taco" (factors weighted on both sides), "paper" (arXiv 2501.00339), "svd" (plain), "removal"
-            (layers out, nothing in their place) or "bridge" (layers out, one low-rank map per run of them); or a
-            published method to compare with (`baselines.BASELINES`), which with `keep` compresses all layers alike.
+        method: "taco" (one budget over the whole model, factors weighted on both sides, re-fitted), "paper"
+            (arXiv 2501.00339), "svd" (plain), "removal" (layers out, nothing in their place) or "bridge" (layers out,
+            one low-rank map per run of them); or a published method to compare with (`baselines.BASELINES`), which
+            with `keep` compresses all layers alike.
         keep: share of all parameters that may remain; or
         layers: number of redundant layers, or which ones; with
         compression_ratio: the paper's c for their matrices (default 0.7).
@@ -276,6 +303,7 @@ def compress(
         one_shot: paper method only: one pass over the dense model attributes all maps, instead of one pass per block
             on the model compressed so far.
         workspace: statistics of the dense model, to be shared by calls on the same model and calibration.
+        consistency: methods "taco" and "bridge" re-fit the maps that write to the residual stream (see `consistency`).
         plan: carries out this plan instead of making one (method, keep, layers ... are then not looked at).
 
     Returns:
@@ -307,17 +335,24 @@ def compress(
             compression_ratio,
             importance,
             bridge_rank,
+            consistency,
             progress,
             one_shot,
             workspace,
             architecture,
         )
-    compressed = apply_plan(model, plan, calibration, progress, workspace)
+    compressed, record = _carry_out(model, plan, calibration, progress, workspace)
+    windows = held_out_windows(calibration.tokens)
+    if plan.method in ("taco", "bridge") and len(windows):
+        with progress.step("measuring the loss on held-out windows"):
+            record["measured_loss"] = divergence_between(model, compressed, windows)
     plan = dataclasses.replace(
         plan,
         calibration=calibration.describe(),
         source=describe_source(model),
         result={
+            **plan.result,
+            **record,
             "parameters": parameter_count(compressed),
             "bytes": weight_bytes(compressed),
             "dtype": str(compressed.dtype).removeprefix("torch."),
@@ -325,58 +360,3 @@ def compress(
         },
     )
     return compressed, plan
-
-
-# -- bridges -------------------------------------------------------------------------------------------------
-
-
-def _build_bridges(
-    dense_model: PreTrainedModel,
-    architecture: Architecture,
-    plan: Plan,
-    calibration: Calibration,
-    progress: Progress,
-) -> None:
-    """Fits the bridges from the bottom up, each on the hidden states that the compressed prefix really gives."""
-    dense = Architecture(dense_model)
-    places = {bridge.after: bridge for bridge in plan.structure.bridges}
-    gaps = [(first, last) for first, last in runs(list(plan.structure.removed)) if first - 1 in places]
-    lowest = min(min(plan.structure.removed), min(places))
-    dense_runner = SuffixRunner(dense, calibration.tokens, lowest)
-    runner = SuffixRunner(architecture, calibration.tokens, lowest)
-    gradients: dict[int, torch.Tensor] = {}
-
-    def collect(layer: int, _: torch.Tensor, gradient: torch.Tensor) -> None:
-        rows = gradient.flatten(0, -2).float()
-        gradients[layer] = gradients.get(layer, torch.zeros((), device=rows.device)) + rows.T @ rows
-
-    with progress.step("gradients at the bridges") as report:
-        dense_runner.backward([], _nothing, report, collect, [last for _, last in gaps])
-    damping = float(plan.options.get("gradient_damping", BRIDGE_GRADIENT_DAMPING))
-    batches = len(runner.batches)
-    with progress.step("fitting bridges") as report:
-        for done, (first, last) in enumerate(gaps):
-            spec = places[first - 1]
-            moments = BridgeMoments(spec.eps)
-            with bypassed(architecture, set(plan.structure.removed), runner.returns_tuple):
-                for index in range(batches):
-                    entering = runner.layer_inputs(index, [first])[first]
-                    leaving = dense_runner.layer_inputs(index, [last + 1])[last + 1]
-                    moments.add(entering, leaving)
-                    report(done * batches + index + 1, len(gaps) * batches)
-            u, v, bias = fit_bridge(moments, spec.rank, damped(gradients[last], damping))
-            layer = architecture.layers[first - 1]
-            like = next(layer.parameters())
-            bridge = LowRankBridge(
-                u.shape[0], spec.rank, spec.bias, spec.eps, device="meta", dtype=like.dtype
-            ).to_empty(device=like.device)
-            with torch.no_grad():
-                bridge.u.copy_(u)
-                bridge.v.copy_(v)
-                if bridge.bias is not None:
-                    bridge.bias.copy_(bias)
-            attach_bridge(layer, bridge)
-
-
-def _nothing(site: LinearSite, x: torch.Tensor, gradient: torch.Tensor) -> None:
-    """Bridges need no statistics of linear maps."""

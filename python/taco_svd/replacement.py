@@ -24,8 +24,12 @@ from .structure import NarrowSpec, Structure
 class LowRankLinear(nn.Module):
     """A linear map in two factors: ``y = u (v x) + bias``.
 
-    Parameters `v` [rank, in_features], `u` [out_features, rank], `bias` [out_features] or None.
+    Parameters `v` [rank, in_features], `u` [out_features, rank], `bias` [out_features] or None. When `pivoted`, the
+    right factor is the identity on the inputs `pivot[:rank]`, and `v` [rank, in_features - rank] holds its columns
+    for the inputs `pivot[rank:]`; the buffer `pivot` [in_features] (int32) is a permutation.
     """
+
+    pivot: torch.Tensor | None
 
     def __init__(
         self,
@@ -35,12 +39,17 @@ class LowRankLinear(nn.Module):
         bias: bool,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        pivoted: bool = False,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.v = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
+        columns = in_features - rank if pivoted else in_features
+        self.v = nn.Parameter(torch.empty(rank, columns, device=device, dtype=dtype))
         self.u = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_buffer(
+            "pivot", torch.empty(in_features, dtype=torch.int32, device=device) if pivoted else None, persistent=True
+        )
         if self.v.device.type != "meta":
             self.reset_parameters()
 
@@ -48,16 +57,36 @@ class LowRankLinear(nn.Module):
         """Random factors whose product has the scale of `nn.Linear`'s default (for models built from a config)."""
         nn.init.normal_(self.v, std=1 / math.sqrt(3 * self.in_features))
         nn.init.normal_(self.u, std=1 / math.sqrt(self.rank))
+        if self.pivot is not None:
+            self.pivot.copy_(torch.arange(self.in_features, dtype=torch.int32))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.pivot is not None:
+            return taco_kernels.pivoted_low_rank_linear(x, self.v, self.u, self.pivot, self.bias)
         return taco_kernels.low_rank_linear(x, self.v, self.u, self.bias)
+
+    def pivot_is_permutation(self) -> bool:
+        """Whether the pivot names every input once (true where there is none)."""
+        if self.pivot is None or self.pivot.is_meta:
+            return True
+        return torch.equal(self.pivot.sort().values.cpu(), torch.arange(self.in_features, dtype=torch.int32))
+
+    def full_right_factor(self) -> torch.Tensor:
+        """The right factor [rank, in_features], float32, whichever way it is stored."""
+        v = self.v.detach().float()
+        if self.pivot is None:
+            return v
+        full = torch.zeros(self.rank, self.in_features, device=v.device)
+        full[:, self.pivot[: self.rank].long()] = torch.eye(self.rank, device=v.device)
+        full[:, self.pivot[self.rank :].long()] = v
+        return full
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-            f"bias={self.bias is not None}"
+            f"bias={self.bias is not None}, pivoted={self.pivot is not None}"
         )
 
 
@@ -283,6 +312,7 @@ def install(model: PreTrainedModel, structure: Structure, device: torch.device |
                     bias=getattr(dense, "bias", None) is not None,
                     device=reference.device,
                     dtype=reference.dtype,
+                    pivoted=structure.is_pivoted(source_layer, path),
                 ),
             )
     for source_layer, specs in structure.narrow.items():

@@ -11,7 +11,8 @@ from typing import Any
 
 from .errors import TacoError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)  # 1 had no pivoted factors
 MAX_RANK = 1 << 20
 MAX_LAYERS = 1 << 16
 
@@ -62,6 +63,8 @@ class Structure:
         low_rank: for each kept source layer (by index) the rank of each factorised linear map (by dotted path).
         bridges: what stands for runs of removed layers, ascending by `after`.
         narrow: for each kept source layer the linear maps that have become narrower (see `NarrowSpec`).
+        pivoted: for each kept source layer the factorised maps whose right factor is the identity on `rank` of its
+            inputs (see `taco_kernels.pivoted_low_rank_linear`).
     """
 
     source_layers: int
@@ -69,6 +72,7 @@ class Structure:
     low_rank: dict[int, dict[str, int]] = field(default_factory=dict)
     bridges: tuple[BridgeSpec, ...] = ()
     narrow: dict[int, dict[str, NarrowSpec]] = field(default_factory=dict)
+    pivoted: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 < self.source_layers <= MAX_LAYERS:
@@ -91,6 +95,10 @@ class Structure:
                     raise TacoError(f"structure: layer {layer}, {path}: both factorised and narrower.")
                 if not (0 < spec.rows <= MAX_RANK and 0 < spec.columns <= MAX_RANK) or spec.spread not in SPREADS:
                     raise TacoError(f"structure: layer {layer}, {path}: {spec} is out of range.")
+        for layer, paths in self.pivoted.items():
+            lost = [path for path in paths if path not in self.low_rank.get(layer, {})]
+            if lost or len(set(paths)) != len(paths):
+                raise TacoError(f"structure: layer {layer}: `pivoted` must name factorised maps, each once ({lost}).")
         afters = [bridge.after for bridge in self.bridges]
         if afters != sorted(set(afters)):
             raise TacoError("structure: bridges must be ascending, one per place.")
@@ -105,6 +113,9 @@ class Structure:
     @property
     def removed(self) -> tuple[int, ...]:
         return tuple(sorted(set(range(self.source_layers)) - set(self.kept)))
+
+    def is_pivoted(self, layer: int, path: str) -> bool:
+        return path in self.pivoted.get(layer, ())
 
     def position(self, source_layer: int) -> int:
         """Where a kept source layer stands in the compressed stack."""
@@ -127,6 +138,7 @@ class Structure:
                 }
                 for layer, specs in sorted(self.narrow.items())
             },
+            "pivoted": {str(layer): list(paths) for layer, paths in sorted(self.pivoted.items())},
         }
 
     @classmethod
@@ -139,9 +151,9 @@ class Structure:
         if not isinstance(data, dict):
             raise TacoError("structure: expected a JSON object.")
         version = data.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in READABLE_VERSIONS:
             raise TacoError(
-                f"This checkpoint has format version {version!r}; this taco-kernels reads version {FORMAT_VERSION}. "
+                f"This checkpoint has format version {version!r}; this taco-kernels reads up to {FORMAT_VERSION}. "
                 "Install the taco-kernels release that wrote it."
             )
         try:
@@ -167,6 +179,9 @@ class Structure:
                         for path, spec in specs.items()
                     }
                     for layer, specs in data.get("narrow", {}).items()
+                },
+                pivoted={
+                    int(layer): tuple(_path(path) for path in paths) for layer, paths in data.get("pivoted", {}).items()
                 },
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -7,8 +7,9 @@ architecture: the skipped layers are silenced in place, the first of them handin
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -109,6 +110,36 @@ class SuffixRunner:
                         pass
             self._hidden = captured
         return self._hidden
+
+    def at(self, layer: int) -> SuffixRunner:
+        """A runner of the same set from a higher layer upwards; only the layers in between are run for it."""
+        if layer <= self.first_layer:
+            return self
+        with torch.no_grad():
+            hidden = [self._entering(index, layer) for index in range(len(self.batches))]
+        higher = copy.copy(self)
+        higher.first_layer, higher._starts = layer, [layer]
+        higher._hidden = [{layer: entering} for entering in hidden]
+        return higher
+
+    def _entering(self, index: int, layer: int) -> torch.Tensor:
+        """Hidden states that enter `layer` in batch `index`; nothing above it is run."""
+        captured: list[torch.Tensor] = []
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            captured.append(_hidden_argument(args, kwargs).detach())
+            raise _Enough
+
+        def after(_: nn.Module, __: Any, output: Any) -> None:
+            self._returns_tuple = isinstance(output, tuple)
+
+        layers = self.architecture.layers
+        with ExitStack() as stack:
+            stack.callback(layers[layer].register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(layers[self.first_layer].register_forward_hook(after).remove)
+            stack.enter_context(suppress(_Enough))
+            self.logits(index)
+        return captured[0]
 
     @property
     def returns_tuple(self) -> bool:

@@ -46,10 +46,12 @@ def test_reload_is_bit_equal(
     assert torch.equal(again(ids).logits, logits)
     assert not torch.equal(logits, dense(ids).logits)
     assert again.structure == plan.structure
-    expected = LAYERS - len(REPLACED) if method in ("removal", "bridge") else LAYERS
+    # taco mode may take a layer out where that costs least: on random models it sometimes does
+    expected = {"removal": LAYERS - len(REPLACED), "bridge": LAYERS - len(REPLACED), "taco": len(plan.structure.kept)}
+    expected = expected.get(method, LAYERS)
     assert again.config.num_hidden_layers == len(Architecture(again).layers) == expected
-    count = sum(parameter.numel() for parameter in again.parameters())
-    assert count == plan.result["parameters"]
+    stored = [*again.parameters(), *(buffer for name, buffer in again.named_buffers() if name.endswith(".pivot"))]
+    assert sum(tensor.numel() for tensor in stored) == plan.result["parameters"]
 
 
 @pytest.mark.parametrize("method", METHODS)

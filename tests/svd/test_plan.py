@@ -58,7 +58,7 @@ def test_plan_for_another_model_is_refused(
         compress(tiny_model("gpt2"), plan=plan, calibration=calibration_tokens)
     for rank in (33, 1 << 19):
         wide = dataclasses.replace(
-            plan, structure=dataclasses.replace(plan.structure, low_rank={2: {"mlp.up_proj": rank}})
+            plan, structure=dataclasses.replace(plan.structure, low_rank={2: {"mlp.up_proj": rank}}, pivoted={})
         )
         with pytest.raises(TacoError, match=f"rank {rank}"):
             compress(dense, plan=wide, calibration=calibration_tokens)

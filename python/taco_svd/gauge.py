@@ -1,0 +1,61 @@
+"""The gauge of two factors: which of the equal products ``(u R^-1)(R v)`` is stored.
+
+``R`` is chosen such that the right factor is the identity on `rank` of the inputs (an interpolative decomposition).
+The factors then cost ``rank (out + in - rank)`` numbers instead of ``rank (out + in)``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# Entries of the right factor are bounded by this: rounding them to bfloat16 then costs no more than rounding the
+# weight would. The bound is reached by exchanging inputs (Goreinov et al., "How to find a good submatrix", 2010).
+LARGEST_ENTRY = 1.5
+MOST_EXCHANGES = 200
+
+
+def pivoted_factors(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same product with the identity inside the right factor.
+
+    Args:
+        u: [out, rank].
+        v: [rank, in], rank <= in; of full row rank (a deficient one is completed by directions that u gives no weight).
+
+    Returns:
+        (u [out, rank], v [rank, in - rank], pivot [in] int32), float32: with ``full[:, pivot[:rank]] = I`` and
+        ``full[:, pivot[rank:]] = v``, ``u_out @ full`` equals ``u @ v`` to rounding.
+    """
+    rank = v.shape[0]
+    # Orthonormal rows first: the choice of inputs and what follows then do not suffer from v's scaling.
+    q, r = torch.linalg.qr(v.detach().double().T)  # v = r^T q^T
+    left = u.detach().double() @ r.T
+    _, pivots, _ = _lu(q)
+    order = pivots
+    chosen, rest = order[:rank], order[rank:]
+    between = torch.linalg.solve(q[chosen].T, q[rest].T)  # [rank, in - rank]
+    for _ in range(MOST_EXCHANGES if rest.numel() else 0):
+        flat = int(between.abs().argmax())
+        row, column = divmod(flat, between.shape[1])
+        value = between[row, column]
+        if abs(float(value)) <= LARGEST_ENTRY:
+            break
+        chosen[row], rest[column] = rest[column].clone(), chosen[row].clone()
+        # the exchange is a rank-one update of the interpolation
+        old_row, old_column = between[row].clone(), between[:, column].clone()
+        old_row[column] += 1
+        old_column[row] -= 1
+        between -= torch.outer(old_column, old_row / value)
+    # once more from the start: the updates have gathered rounding
+    basis = q[chosen].T
+    between = torch.linalg.solve(basis, q[rest].T)
+    return (left @ basis).float(), between.float(), torch.cat([chosen, rest]).to(torch.int32)
+
+
+def _lu(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """LU with row pivoting of a tall matrix; the pivots as a permutation of its rows, the chosen ones first."""
+    factors, swaps = torch.linalg.lu_factor(q)
+    order = torch.arange(q.shape[0], device=q.device)
+    for i, j in enumerate((swaps - 1).tolist()):
+        if i != j:
+            order[[i, j]] = order[[j, i]]
+    return factors, order, swaps

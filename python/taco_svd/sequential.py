@@ -1,0 +1,279 @@
+"""Builds a compressed model from the bottom up: every replacement sees what the compressed model really feeds it.
+
+Two streams of hidden states walk up side by side, the dense model's and the compressed one's. In each layer that
+stays, maps that read the stream are factorised on the inputs they will get; maps that write to it are first re-fitted
+so that the stream comes back to the dense model's (`consistency`), then factorised; a bridge is fitted where layers
+were taken out. Windows that no fit sees decide whether a re-fit is kept, and tell how far the streams have drifted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from .architectures import Architecture, LinearSite, dense_weight
+from .bridging import BridgeMoments, fit_bridge
+from .consistency import FitMoments, refit
+from .decomposition import Decomposition, damped, weighted_svd
+from .factorise import put_factors
+from .progress import Report
+from .replacement import LowRankBridge, attach_bridge
+from .structure import BridgeSpec, Structure
+from .walk import Walk, residual_writers, watching
+
+# One window in eight, and at least one, is kept from the fits to judge them.
+HELD_OUT_SHARE = 8
+
+
+def split_held_out(tokens: torch.Tensor, batch_tokens: int = 4096) -> tuple[list[torch.Tensor], int]:
+    """(batches, how many of them, from the end, are held out) of calibration windows [samples, seq_len].
+
+    A single window cannot be split: then nothing is held out.
+    """
+    rows = max(1, batch_tokens // tokens.shape[1])
+    kept_back = held_out_windows(tokens)
+    fit = list(tokens[: len(tokens) - len(kept_back)].split(rows))
+    last = list(kept_back.split(rows)) if len(kept_back) else []
+    return fit + last, len(last)
+
+
+def held_out_windows(tokens: torch.Tensor) -> torch.Tensor:
+    """The calibration windows that no re-fit sees: the last ones, [held, seq_len]."""
+    samples = tokens.shape[0]
+    held = max(1, samples // HELD_OUT_SHARE) if samples > 1 else 0
+    return tokens[samples - held :]
+
+
+class UpwardPass:
+    """One walk up a model that turns a structural copy of it into the compressed model, in place.
+
+    Args:
+        dense: the model as it is.
+        working: a structural copy of it, whose modules are replaced.
+        structure: what to build.
+        tokens: calibration windows, int64 [samples, seq_len].
+        gradients: gives a factorised map's damped second moments of the output gradients, [out, out]; where it
+            gives None the map is weighted by its inputs only. Asked once per map, in the order of the layers.
+        bridge_gradients: damped second moments of dL/dh leaving each run's last layer, by that layer.
+        input_damping: shrinkage of the inputs' second moments.
+        with_refit: whether maps that stay, and those that are factorised, are re-fitted (`consistency`).
+    """
+
+    def __init__(
+        self,
+        dense: Architecture,
+        working: Architecture,
+        structure: Structure,
+        tokens: torch.Tensor,
+        gradients: Callable[[LinearSite], torch.Tensor | None],
+        bridge_gradients: Mapping[int, torch.Tensor],
+        input_damping: float,
+        with_refit: bool = True,
+    ) -> None:
+        self.dense, self.working, self.structure = dense, working, structure
+        self.gradients, self.bridge_gradients = gradients, bridge_gradients
+        self.input_damping, self.with_refit = input_damping, with_refit
+        batches, held = split_held_out(tokens)
+        self.walk = Walk(dense, batches)
+        self.fit_batches = range(len(batches) - held)
+        self.held_batches = range(len(batches) - held, len(batches))
+        self.with_refit = with_refit and held > 0
+        self.bridges: dict[int, BridgeSpec] = {bridge.after: bridge for bridge in structure.bridges}
+        self.records: list[dict[str, Any]] = []
+        self.drift: list[dict[str, Any]] = []
+
+    def run(self, report: Report) -> None:
+        """Builds everything; `records` and `drift` then tell what each re-fit did and how far the streams differ."""
+        depth = self.structure.source_layers
+        lowest = self._lowest_change()
+        writers = residual_writers(self.dense, self.walk, lowest) if self.with_refit else None
+        truth = list(self.walk.entering)  # the dense stream
+        ours = list(truth)
+        for layer in range(depth):
+            if layer in self.structure.removed:
+                # below the first layer that stays nothing of ours has been changed, and nothing can make up for it
+                truth = self._advance(self.dense, layer, truth)
+            elif layer < lowest:
+                truth = self._advance(self.dense, layer, truth)
+                ours = truth
+            else:
+                truth, ours = self._layer(layer, truth, ours, writers)
+            report(layer + 1, depth)
+
+    def _lowest_change(self) -> int:
+        """The lowest layer that differs from the dense model's: factorised, or the last before a removed one."""
+        changed = [layer for layer in self.structure.low_rank if self.structure.low_rank[layer]]
+        changed += [max(layer - 1, 0) for layer in self.structure.removed]
+        return min(changed, default=self.structure.source_layers)
+
+    def _advance(self, architecture: Architecture, layer: int, stream: list[torch.Tensor]) -> list[torch.Tensor]:
+        module = architecture.layers[layer]
+        return [self.walk.run(module, layer, batch, hidden) for batch, hidden in enumerate(stream)]
+
+    # -- one layer ---------------------------------------------------------------------------------------------
+
+    def _layer(
+        self, layer: int, truth: list[torch.Tensor], ours: list[torch.Tensor], writers: Any
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Replaces and re-fits one layer that stays; returns both streams as they leave it (and its run's end)."""
+        attention = _at(writers.attention, layer) if writers else None
+        mlp = _at(writers.mlp, layer) if writers else None
+        middle: list[torch.Tensor] = []
+        leaving: list[torch.Tensor] = []
+        for batch, hidden in enumerate(truth):
+            out, written = self._run_watching(self.dense, layer, batch, hidden, [mlp] if mlp else [])
+            leaving.append(out)
+            if mlp is not None:
+                middle.append(out - written[mlp][1].view_as(out))  # some models flatten batch and tokens inside
+        leaves_layer, run_end = leaving, layer
+        while run_end + 1 in self.structure.removed:
+            run_end += 1
+            leaving = self._advance(self.dense, run_end, leaving)
+
+        for block, writer in (("attention", attention), ("mlp", mlp)):
+            sites = self.working.sites([layer], block)
+            self._factorise([site for site in sites if site != writer], ours)
+            if writer is not None:
+                self._refit(writer, mlp, ours, middle if block == "attention" else leaving)
+        spec = self.bridges.get(layer)
+        ours = self._advance(self.working, layer, ours)
+        if spec is not None:
+            self._bridge(layer, run_end, spec, ours, leaving)
+            bridge: Any = self.working.layers[layer].bridge
+            with torch.no_grad():
+                ours = [bridge(hidden) for hidden in ours]
+        self._note_drift(run_end, leaving, ours)
+        return leaves_layer, ours  # run() walks the dense stream through what was taken out after this layer
+
+    def _run_watching(
+        self, architecture: Architecture, layer: int, batch: int, hidden: torch.Tensor, sites: list[LinearSite]
+    ) -> tuple[torch.Tensor, dict[LinearSite, tuple[torch.Tensor, torch.Tensor]]]:
+        seen: dict[LinearSite, tuple[torch.Tensor, torch.Tensor]] = {}
+        with ExitStack() as stack:
+            for site in sites:
+
+                def watch(inputs: torch.Tensor, output: torch.Tensor, site: LinearSite = site) -> None:
+                    seen[site] = (inputs, output)
+
+                stack.enter_context(watching(architecture.module(site), watch))
+            out = self.walk.run(architecture.layers[layer], layer, batch, hidden)
+        return out, seen
+
+    def _rank(self, site: LinearSite) -> int | None:
+        return self.structure.low_rank.get(site.layer, {}).get(site.path)
+
+    def _factorise(self, sites: list[LinearSite], ours: list[torch.Tensor]) -> None:
+        """Factorises maps on the inputs that they get now; maps that read the same tensor share its moments."""
+        sites = [site for site in sites if self._rank(site) is not None]
+        if not sites:
+            return
+        moments: dict[LinearSite, FitMoments] = {}
+        owner: dict[LinearSite, LinearSite] = {}
+        for batch in self.fit_batches:
+            _, seen = self._run_watching(self.working, sites[0].layer, batch, ours[batch], sites)
+            for site in sites:
+                inputs = seen[site][0]
+                if site not in owner:
+                    same = [other for other in moments if seen[other][0].data_ptr() == inputs.data_ptr()]
+                    owner[site] = same[0] if same else site
+                    if not same:
+                        moments[site] = FitMoments()
+                if owner[site] == site:
+                    moments[site].add(inputs, inputs[..., :0])
+        for site in sites:
+            self._truncate(site, dense_weight(self.working.module(site)), moments[owner[site]].second_moment())
+
+    def _truncate(self, site: LinearSite, weight: torch.Tensor, inputs: torch.Tensor) -> None:
+        rank = self._rank(site)
+        if rank is None:
+            return
+        parts: Decomposition = weighted_svd(weight, damped(inputs, self.input_damping), self.gradients(site))
+        directions = torch.arange(rank, device=parts.sigma.device)
+        put_factors(self.working, site, parts, directions, self.structure.is_pivoted(site.layer, site.path))
+
+    def _refit(
+        self, writer: LinearSite, mlp: LinearSite | None, ours: list[torch.Tensor], target: list[torch.Tensor]
+    ) -> None:
+        """Re-fits a map that writes to the stream towards `target`, then factorises it where the plan says so."""
+        module = self.working.module(writer)
+        affine = isinstance(getattr(module, "bias", None), torch.Tensor)
+        fit, held_out = FitMoments(affine), FitMoments(affine)
+        watched = [writer] if mlp is None or mlp == writer else [writer, mlp]
+        for batch, hidden in enumerate(ours):
+            out, seen = self._run_watching(self.working, writer.layer, batch, hidden, watched)
+            reached = out - seen[mlp][1].view_as(out) if mlp is not None and mlp != writer else out
+            moments = fit if batch in self.fit_batches else held_out
+            moments.add(seen[writer][0], target[batch].float() - reached.float())
+        found = refit(fit, held_out)
+        weight = dense_weight(module).detach().float()
+        if found.change is not None:
+            change = found.change.float()
+            weight = weight + change[:, : weight.shape[1]]
+            self._change(writer, weight, change[:, -1] if affine else None)
+        self._truncate(writer, weight, fit.second_moment())
+        self.records.append(
+            {
+                "layer": writer.layer,
+                "path": writer.path,
+                "before": found.before,
+                "after": found.after,
+                "adopted": found.change is not None,
+                "ridge": found.ridge,
+            }
+        )
+
+    def _change(self, site: LinearSite, weight: torch.Tensor, bias_change: torch.Tensor | None) -> None:
+        """Gives a map a new weight [out, in] (and bias) of its own: the one it has belongs to the dense model too."""
+        old = self.working.module(site)
+        new = _shallow_copy(old)
+        stored: Any = old.weight
+        as_stored = weight if dense_weight(old) is stored else weight.T
+        new.weight = nn.Parameter(as_stored.to(stored.dtype).contiguous(), requires_grad=stored.requires_grad)
+        if bias_change is not None:
+            bias: Any = old.bias
+            new.bias = nn.Parameter((bias.detach().float() + bias_change).to(bias.dtype), bias.requires_grad)
+        self.working.replace(site, new)
+
+    def _bridge(
+        self, layer: int, run_end: int, spec: BridgeSpec, ours: list[torch.Tensor], leaving: list[torch.Tensor]
+    ) -> None:
+        moments = BridgeMoments(spec.eps)
+        for batch in self.fit_batches:
+            moments.add(ours[batch], leaving[batch])
+        u, v, bias = fit_bridge(moments, spec.rank, self.bridge_gradients.get(run_end))
+        module = self.working.layers[layer]
+        like = next(module.parameters())
+        bridge = LowRankBridge(u.shape[0], spec.rank, spec.bias, spec.eps, device="meta", dtype=like.dtype).to_empty(
+            device=like.device
+        )
+        with torch.no_grad():
+            bridge.u.copy_(u)
+            bridge.v.copy_(v)
+            if bridge.bias is not None:
+                bridge.bias.copy_(bias)
+        attach_bridge(module, bridge)
+
+    def _note_drift(self, layer: int, truth: list[torch.Tensor], ours: list[torch.Tensor]) -> None:
+        """|h - h_dense|^2 / |h_dense|^2 where `layer` ends, on the held-out windows."""
+        batches = self.held_batches or self.fit_batches
+        difference = sum(float((ours[b].double() - truth[b].double()).square().sum()) for b in batches)
+        size = sum(float(truth[b].double().square().sum()) for b in batches)
+        self.drift.append({"layer": layer, "relative_error": difference / size if size else 0.0})
+
+
+def _at(site: LinearSite | None, layer: int) -> LinearSite | None:
+    return None if site is None else LinearSite(layer, site.path, site.block)
+
+
+def _shallow_copy(module: nn.Module) -> nn.Module:
+    """A module of the same class and settings whose parameters can be set without touching the original's."""
+    new = module.__new__(type(module))
+    new.__dict__.update(module.__dict__)
+    new._parameters = dict(module._parameters)
+    new._buffers = dict(module._buffers)
+    new._modules = dict(module._modules)
+    return new

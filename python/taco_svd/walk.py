@@ -1,0 +1,138 @@
+"""Walks up a model layer by layer: each decoder layer is run by itself on hidden states that the caller holds.
+
+`SuffixRunner` runs whole suffixes, for gradients; a walk runs each layer as often as a closed-form fit needs it, and
+nothing else. Masks, positions and whatever else the model hands to its layers are recorded in one forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .architectures import Architecture, LinearSite, linear_shape
+from .calibration import embedding_weight
+from .suffix import _hidden_argument
+
+# site, its input [batch, tokens, in], its output [batch, tokens, out]
+Watch = Callable[[torch.Tensor, torch.Tensor], None]
+
+
+class Walk:
+    """The way a model calls its layers, recorded for every batch of a token set.
+
+    Attributes:
+        batches: the token batches, int64 [rows, seq_len].
+        entering: per batch the hidden states that enter layer 0: [rows, seq_len, hidden].
+    """
+
+    def __init__(self, architecture: Architecture, batches: Sequence[torch.Tensor]) -> None:
+        self.batches = tuple(batches)
+        self.entering: list[torch.Tensor] = []
+        self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
+        device = embedding_weight(architecture.model).device
+        for batch in self.batches:
+            calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+            def record(
+                _: nn.Module,
+                args: tuple[Any, ...],
+                kwargs: dict[str, Any],
+                calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = calls,
+            ) -> None:
+                if not calls:
+                    self.entering.append(_hidden_argument(args, kwargs).detach())
+                rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+                calls.append((args[1:], rest))
+
+            with ExitStack() as stack, torch.no_grad():
+                for layer in architecture.layers:
+                    stack.callback(layer.register_forward_pre_hook(record, with_kwargs=True).remove)
+                architecture.model(input_ids=batch.to(device), use_cache=False)
+            self._calls.append(calls)
+
+    @torch.no_grad()
+    def run(self, layer: nn.Module, index: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What `layer`, called as the model's layer `index` is, makes of batch number `batch`'s hidden states."""
+        args, kwargs = self._calls[batch][index]
+        output: Any = layer(hidden, *args, **kwargs)
+        result: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+
+@contextmanager
+def watching(module: nn.Module, watch: Watch) -> Iterator[None]:
+    """While open, `watch(input, output)` is called whenever the linear map `module` runs."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        watch(args[0].detach(), output.detach())
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@dataclass(frozen=True)
+class Writers:
+    """The linear maps whose outputs are added to the residual stream as they are; None where a block has none.
+
+    Gemma's blocks, for example, normalise their outputs before they are added: they have none.
+    """
+
+    attention: LinearSite | None
+    mlp: LinearSite | None
+
+
+def residual_writers(architecture: Architecture, walk: Walk, layer: int) -> Writers:
+    """Finds the maps of a layer that write straight to the residual stream, by trying.
+
+    A constant added to such a map's output must come out of the layer unchanged. For the attention block the output
+    of the MLP's map is silenced meanwhile, since the MLP reads what attention writes.
+    """
+    module = architecture.layers[layer]
+    hidden = walk.entering[0][:1]
+    batch = walk.batches[0]
+    if batch.shape[0] > 1:
+        walk = Walk(architecture, [batch[:1]])
+        hidden = walk.entering[0]
+    width = hidden.shape[-1]
+
+    def leaves(changes: dict[LinearSite, Callable[[torch.Tensor], torch.Tensor]]) -> torch.Tensor:
+        with ExitStack() as stack:
+            for site, change in changes.items():
+
+                def hook(_: nn.Module, __: Any, output: torch.Tensor, change: Any = change) -> torch.Tensor:
+                    changed: torch.Tensor = change(output)
+                    return changed
+
+                stack.callback(module.get_submodule(site.path).register_forward_hook(hook).remove)
+            return walk.run(module, layer, 0, hidden).double()
+
+    size = float(leaves({}).abs().mean())
+    pattern = torch.linspace(-1, 1, width, device=hidden.device, dtype=torch.float64) * (size or 1.0)
+    # the sum is rounded once to the model's dtype: an honest writer is off by no more
+    slack = 8 * torch.finfo(hidden.dtype).eps
+
+    def writes(site: LinearSite, silenced: dict[LinearSite, Callable[[torch.Tensor], torch.Tensor]]) -> bool:
+        plain = leaves(silenced)
+        moved = leaves({**silenced, site: lambda output: output + pattern.to(output.dtype)})
+        # by the largest value: where terms cancel, the sum is smaller than what was rounded on the way to it
+        limit = slack * float(plain.abs().amax() + moved.abs().amax())
+        return bool(((moved - plain - pattern).abs() <= limit).all())
+
+    def last_writer(block: str, silenced: dict[LinearSite, Callable[[torch.Tensor], torch.Tensor]]) -> Any:
+        for site in reversed(architecture.sites([layer], block)):
+            if linear_shape(architecture.module(site))[0] == width and writes(site, silenced):
+                return site
+        return None
+
+    mlp = last_writer("mlp", {})
+    if mlp is None:
+        return Writers(None, None)
+    return Writers(last_writer("attention", {mlp: torch.zeros_like}), mlp)

@@ -1,0 +1,96 @@
+"""pivoted_low_rank_linear against float64 and its reference: shapes, dtypes, gradients, compile, errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import DTYPES, assert_within, bound, linear_exact, random
+
+from taco_kernels import pivoted_low_rank_linear
+from taco_kernels.pivoted_low_rank_linear import pivoted_low_rank_linear_reference
+
+
+def full_right_factor(v, pivot):
+    """The right factor [rank, in] that the op's v and pivot stand for, built entry by entry."""
+    rank = v.shape[0]
+    full = torch.zeros(rank, len(pivot), dtype=v.dtype)
+    for position, index in enumerate(pivot.tolist()):
+        if position < rank:
+            full[position, index] = 1
+        else:
+            full[:, index] = v[:, position - rank]
+    return full
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lead=st.lists(st.integers(0, 4), max_size=3),
+    inputs=st.integers(1, 70),
+    share=st.floats(0, 1),
+    outputs=st.integers(1, 60),
+    dtype=st.sampled_from(DTYPES),
+    index_dtype=st.sampled_from([torch.int32, torch.int64]),
+    extras=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+def test_any_shape(lead, inputs, share, outputs, dtype, index_dtype, extras, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rank = max(1, round(share * inputs))
+    x = random((*lead, inputs), dtype, generator)
+    v, u = random((rank, inputs - rank), dtype, generator), random((outputs, rank), dtype, generator)
+    pivot = torch.randperm(inputs, generator=generator).to(index_dtype)
+    bias = random((outputs,), dtype, generator) if extras else None
+    residual = random((*lead, outputs), dtype, generator) if extras else None
+    exact, magnitude = linear_exact(x, full_right_factor(v, pivot), u, bias, residual)
+    reference = pivoted_low_rank_linear_reference(x, v, u, pivot, bias, residual)
+    assert_within(reference, exact, bound(exact, magnitude, inputs + rank, dtype, "reference"))
+    y = pivoted_low_rank_linear(x, v, u, pivot, bias, residual)
+    assert y.dtype == dtype and y.shape == (*lead, outputs)
+    assert_within(y, exact, bound(exact, magnitude, inputs + rank, dtype, "library"))
+
+
+def arguments(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(5)
+    x, v, u = (random(shape, dtype, generator) for shape in ((2, 3, 9), (4, 5), (6, 4)))
+    return x, v, u, torch.randperm(9, generator=generator), random((6,), dtype, generator)
+
+
+def test_gradients():
+    x, v, u, pivot, bias = arguments()
+    tensors = [tensor.requires_grad_(True) for tensor in (x, v, u, bias)]
+    assert torch.autograd.gradcheck(lambda x, v, u, bias: pivoted_low_rank_linear(x, v, u, pivot, bias), tensors)
+
+
+def test_compiles_whole():
+    x, v, u, pivot, bias = arguments(torch.float32)
+    compiled = torch.compile(pivoted_low_rank_linear, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, v, u, pivot, bias), pivoted_low_rank_linear(x, v, u, pivot, bias))
+
+
+@pytest.mark.parametrize(
+    "change, error, says",
+    [
+        ({"v": torch.zeros(4, 6)}, ValueError, "in - rank"),
+        ({"u": torch.zeros(6, 3)}, ValueError, "rank"),
+        ({"pivot": torch.zeros(8, dtype=torch.int64)}, ValueError, "pivot"),
+        ({"pivot": torch.zeros(9)}, TypeError, "int32 or int64"),
+        ({"bias": torch.zeros(5)}, ValueError, "bias"),
+        ({"residual": torch.zeros(2, 3, 5)}, ValueError, "residual"),
+        ({"x": torch.zeros(2, 3, 9, dtype=torch.int64)}, TypeError, "x has dtype"),
+        ({"v": torch.zeros(4, 5, dtype=torch.float16)}, TypeError, "v has dtype"),
+        ({"u": torch.zeros(6)}, ValueError, "2-D"),
+    ],
+)
+def test_wrong_arguments(change, error, says):
+    x, v, u, pivot, bias = arguments(torch.float32)
+    with pytest.raises(error, match=says):
+        pivoted_low_rank_linear(**{"x": x, "v": v, "u": u, "pivot": pivot, "bias": bias, **change})
+
+
+def test_index_out_of_range_is_an_error():
+    x, v, u, pivot, bias = arguments(torch.float32)
+    pivot[3] = 9
+    with pytest.raises(IndexError):
+        pivoted_low_rank_linear(x, v, u, pivot, bias)

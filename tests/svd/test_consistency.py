@@ -1,0 +1,140 @@
+"""Re-fits against ordinary least squares, and what they do to a model's residual stream."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from taco_svd import compress
+from taco_svd.architectures import Architecture
+from taco_svd.calibration import Calibration
+from taco_svd.consistency import FitMoments, refit
+from taco_svd.walk import Walk, residual_writers, watching
+
+from .tiny_models import CONFIGS, VOCABULARY, tiny_model
+
+
+def moments(inputs: torch.Tensor, missing: torch.Tensor, affine: bool, parts: int = 3) -> FitMoments:
+    found = FitMoments(affine)
+    for s, e in zip(inputs.chunk(parts), missing.chunk(parts), strict=True):
+        found.add(s, e)
+    return found
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_refit_is_ridge_regression(affine: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    s = torch.randn(300, 7, generator=generator, dtype=torch.float64) + affine
+    truth = torch.randn(5, 7, generator=generator, dtype=torch.float64)
+    e = s @ truth.T + 0.1 * torch.randn(300, 5, generator=generator, dtype=torch.float64) + affine * 2.0
+    found = refit(moments(s[:200], e[:200], affine), moments(s[200:], e[200:], affine), ridges=(1e-2,))
+    inputs = torch.cat([s, torch.ones(300, 1, dtype=torch.float64)], 1) if affine else s
+    # the same problem by an augmented least-squares system, without normal equations
+    weight = (1e-2 * float((inputs[:200].square().sum(0)).mean())) ** 0.5
+    rows = torch.cat([inputs[:200], weight * torch.eye(inputs.shape[1], dtype=torch.float64)])
+    right = torch.cat([e[:200], torch.zeros(inputs.shape[1], 5, dtype=torch.float64)])
+    expected = torch.linalg.lstsq(rows, right).solution.T
+    assert found.change is not None and torch.allclose(found.change, expected, atol=1e-9)
+    left = e[200:] - inputs[200:] @ expected.T
+    assert found.after == pytest.approx(float(left.square().sum(1).mean()), rel=1e-9)
+    assert found.before == pytest.approx(float(e[200:].square().sum(1).mean()), rel=1e-12)
+
+
+def test_refit_that_does_not_generalise_is_refused() -> None:
+    generator = torch.Generator().manual_seed(4)
+    s = torch.randn(40, 30, generator=generator, dtype=torch.float64)
+    e = torch.randn(40, 4, generator=generator, dtype=torch.float64)
+    held = refit(moments(s[:20], e[:20], False), moments(s[20:], e[20:], False), ridges=(1e-9,))
+    assert held.change is None and held.after == held.before
+    nothing = refit(moments(s * 0, e, False), moments(s * 0, e, False))
+    assert nothing.change is None
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_walk_equals_the_model(name: str) -> None:
+    model = tiny_model(name)
+    architecture = Architecture(model)
+    tokens = torch.randint(3, VOCABULARY, (5, 12), generator=torch.Generator().manual_seed(1))
+    walk = Walk(architecture, tokens.split(2))
+    seen: list[torch.Tensor] = []
+    hook = architecture.layers[-1].register_forward_hook(
+        lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out)
+    )
+    with torch.no_grad():
+        for batch in tokens.split(2):
+            model(input_ids=batch, use_cache=False)
+    hook.remove()
+    for batch, hidden in enumerate(walk.entering):
+        for index, layer in enumerate(architecture.layers):
+            hidden = walk.run(layer, index, batch, hidden)
+        assert torch.equal(hidden, seen[batch])
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_writers_are_the_maps_whose_output_is_the_difference(name: str) -> None:
+    model = tiny_model(name)
+    architecture = Architecture(model)
+    tokens = torch.randint(3, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(1))
+    walk = Walk(architecture, [tokens])
+    writers = residual_writers(architecture, walk, 2)
+    if name.startswith("gemma"):  # normalises what its blocks give before adding it
+        assert writers.attention is None and writers.mlp is None
+        return
+    assert writers.attention is not None and writers.mlp is not None
+    written: list[torch.Tensor] = []
+    attention, mlp = architecture.module(writers.attention), architecture.module(writers.mlp)
+    with watching(attention, lambda _, y: written.append(y)), watching(mlp, lambda _, y: written.append(y)):
+        hidden = walk.entering[0]
+        out = walk.run(architecture.layers[2], 2, 0, hidden)
+    total = hidden + sum(y.view_as(hidden) for y in written)
+    assert torch.allclose(out, total, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "opt", "phi3"])
+def test_consistency_brings_the_stream_back(name: str) -> None:
+    """On windows that no fit saw; the tiny models' maps are random, so there is much to make up for."""
+    model = tiny_model(name)
+    tokens = torch.randint(3, VOCABULARY, (48, 16), generator=torch.Generator().manual_seed(2))
+    calibration = Calibration(tokens, "random", 0)
+    drift = {}
+    for consistency in (False, True):
+        _, plan = compress(model, method="bridge", layers=[2, 3], calibration=calibration, consistency=consistency)
+        drift[consistency] = plan.result["drift"][-1]["relative_error"]
+        assert bool(plan.result["consistency"]) == consistency
+        for record in plan.result["consistency"]:
+            assert record["after"] <= record["before"] and record["adopted"] == (record["after"] < record["before"])
+    assert drift[True] < drift[False]
+
+
+def test_weights_that_were_refitted_are_no_longer_the_source_models() -> None:
+    model = tiny_model("llama")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    tokens = torch.randint(3, VOCABULARY, (16, 16), generator=torch.Generator().manual_seed(2))
+    compressed, plan = compress(model, method="bridge", layers=[2], calibration=Calibration(tokens, "random", 0))
+    assert any(record["adopted"] for record in plan.result["consistency"])
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+    changed = [r for r in plan.result["consistency"] if r["adopted"]]
+    kept = list(plan.structure.kept)
+    for record in changed:
+        ours = compressed.model.layers[kept.index(record["layer"])].get_submodule(record["path"]).weight
+        theirs = model.model.layers[record["layer"]].get_submodule(record["path"]).weight
+        assert ours.data_ptr() != theirs.data_ptr() and not torch.equal(ours, theirs)
+
+
+def test_one_window_cannot_be_held_out_so_nothing_is_refitted() -> None:
+    tokens = torch.randint(3, VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(2))
+    _, plan = compress(tiny_model("llama"), method="taco", keep=0.8, calibration=Calibration(tokens, "random", 0))
+    assert plan.result["consistency"] == [] and "measured_loss" not in plan.result
+
+
+def test_a_plan_carried_out_again_gives_the_same_model() -> None:
+    tokens = torch.randint(3, VOCABULARY, (16, 16), generator=torch.Generator().manual_seed(2))
+    calibration = Calibration(tokens, "random", 0)
+    model = tiny_model("llama")
+    first, plan = compress(model, method="taco", keep=0.8, calibration=calibration)
+    second, again = compress(model, plan=dataclasses.replace(plan, result={}), calibration=calibration)
+    assert again.structure == plan.structure
+    for (name, ours), (other, theirs) in zip(first.state_dict().items(), second.state_dict().items(), strict=True):
+        assert name == other and torch.equal(ours, theirs)
