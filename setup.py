@@ -4,6 +4,7 @@ Metadata is in pyproject.toml. What the environment decides:
 
 TACO_CUDA   auto (default): CUDA kernels are built when nvcc is on PATH, or under CUDA_HOME, or named by CUDACXX
             0: never;  1: always, and it is an error if there is no nvcc
+TACO_CUDA_ARCHS  which of 80, 90a, 100a to build for, separated by commas (default: all that nvcc knows)
 TACO_CPP    auto (default): without a C++ compiler or Python.h the package is installed without its extension
             0: never built;  1: always, and it is an error if it cannot be
 TACO_JOBS   parallel compile jobs (default: all cores)
@@ -142,6 +143,15 @@ def plan_cuda(cpp: bool) -> str | None:
     return nvcc if cpp and sources else None
 
 
+def cuda_archs() -> list[str]:
+    """The architectures to build for; a Refusal if one is named that there is no code for."""
+    named = [arch.strip() for arch in os.environ.get("TACO_CUDA_ARCHS", "").split(",") if arch.strip()]
+    unknown = sorted(set(named) - set(CUDA_ARCHS))
+    if unknown:
+        raise Refusal(f"TACO_CUDA_ARCHS names {', '.join(unknown)}; choose from {', '.join(CUDA_ARCHS)}.")
+    return named or list(CUDA_ARCHS)
+
+
 class Build(build_ext):
     """Compiles csrc/ with ninja, each file with flags of its own, which distutils' compilers cannot do."""
 
@@ -207,7 +217,7 @@ class Build(build_ext):
         nvcc_version = ""
         if nvcc:
             known = set(output_of([nvcc, "--list-gpu-code"]).split())
-            archs = [arch for arch in CUDA_ARCHS if not known or f"sm_{arch.rstrip('a')}" in known]
+            archs = [arch for arch in cuda_archs() if not known or f"sm_{arch.rstrip('a')}" in known]
             nvcc_version = next((line for line in output_of([nvcc, "--version"]).splitlines() if "release" in line), "")
             codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
             codes += ["-gencode=arch=compute_80,code=compute_80"] if "80" in archs else []

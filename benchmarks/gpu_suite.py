@@ -15,9 +15,11 @@ import functools
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +45,7 @@ class Suite:
         self.dry: bool = options.dry_run
         self.resume: bool = options.resume
         self.small: bool = options.small
+        self.quick: bool = options.quick
         self.budget = Budget(options.budget_seconds)
         self.device = "cpu" if self.dry else "cuda"
         self.gpu = "none (dry run)"
@@ -77,13 +80,22 @@ def build(suite: Suite) -> bool:
         store.add("setup.py", {"ok": True, "skipped": "dry run: what is built here is used"})
     else:
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        # This GPU's code alone: a third of the compiler's time.
+        major, minor = torch.cuda.get_device_capability()
+        arch = {(9, 0): "90a", (10, 0): "100a"}.get((major, minor), "80")
+        settings = {**os.environ, "TACO_CUDA": "1", "TACO_CUDA_ARCHS": os.environ.get("TACO_CUDA_ARCHS", arch)}
+        done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, check=False)
         seconds = round(time.monotonic() - started, 1)
+        text = "".join(log.read_text() for log in ROOT.glob("build/**/build.log"))
+        spills = [line.strip() for line in text.splitlines() if "spill" in line and " 0 bytes spill stores" not in line]
+        registers = [int(word) for word in re.findall(r"Used (\d+) registers", text)]
         store.add(
-            "setup.py", {"ok": done.returncode == 0, "seconds": seconds, "tail": (done.stdout + done.stderr)[-2000:]}
-        )
-        for log in ROOT.glob("build/**/build.log"):
-            shutil.copyfile(log, suite.out / "build.log")
+            "setup.py",
+            {
+                "ok": done.returncode == 0, "seconds": seconds, "tail": (done.stdout + done.stderr)[-2000:],
+                "kernels": len(registers), "most_registers": max(registers, default=None), "spills": spills[:5],
+            },
+        )  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     report = subprocess.run(
         [sys.executable, "-m", "taco_kernels.env", "--json"],
@@ -101,14 +113,20 @@ def check(suite: Suite) -> bool:
     """Every op on every backend that is usable here, against float64."""
     store = suite.store("check-small" if suite.small else "check")
     left = 0
-    for backend in sorted(suite.usable()):
-        if not suite.dry and not suite.small and backend in ("cuda", "triton") and not store.done(f"{backend}/streams"):
-            store.add(f"{backend}/streams", checks.check_streams(backend))
+    order = ("cuda", "cuda dependent", "triton", "cpp", "library")
+    names = [name for name in order if name.partition(" ")[0] in suite.usable()]
+    full = suite.dry or suite.small
+    for backend in names:
+        if not full and backend.partition(" ")[0] in ("cuda", "triton"):
+            for op in ("low_rank_linear", "low_rank_bridge", "low_rank_linear_group", "low_rank_mlp"):
+                if not store.done(f"{backend}/streams/{op}"):
+                    store.add(f"{backend}/streams/{op}", checks.check_streams(backend, op))
         for case in checks.cases(suite.small, suite.dry):
             # Triton compiles for every dtype, path and alignment: a part of the grid reaches every kernel.
-            full = suite.dry or suite.small
-            if backend == "triton" and not full and (case.rows not in (0, 1, 7, 16, 64, 2048) or case.rank > 1024):
-                continue
+            if backend == "triton" and not full:
+                odd = case.dtype == "bfloat16" or case.in_size == 264
+                if case.rows not in (0, 1, 7, 16, 64, 2048) or case.rank > 1024 or not odd:
+                    continue
             if suite.small and backend == "library":
                 continue
             # Separate steps overflow float16 where the fused ones do not; that is not theirs to answer for.
@@ -144,25 +162,24 @@ def sanitize(suite: Suite) -> bool:
     for kind in ("memcheck", "racecheck", "synccheck"):
         if store.done(kind) or suite.budget.left < 20:
             continue
-        folder = suite.out / f"sanitize-{kind}"
-        folder.mkdir(parents=True, exist_ok=True)
-        command = [
-            tool, "--tool", kind, "--error-exitcode", "9", "--print-limit", "5", sys.executable, __file__,
-            "--part", "check", "--small", "--out", str(folder), "--budget-seconds", str(int(suite.budget.left)),
-        ]  # fmt: skip
-        # Blocks of their own from cudaMalloc: an access beyond a tensor is then beyond an allocation.
-        environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        try:
-            done = subprocess.run(
-                command,
-                env=environment,
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=max(20, suite.budget.left),
-            )
-        except subprocess.TimeoutExpired:
-            continue
+        with tempfile.TemporaryDirectory() as folder:
+            command = [
+                tool, "--tool", kind, "--error-exitcode", "9", "--print-limit", "5", sys.executable, __file__,
+                "--part", "check", "--small", "--out", folder, "--budget-seconds", str(int(suite.budget.left)),
+            ]  # fmt: skip
+            # Blocks of their own from cudaMalloc: an access beyond a tensor is then beyond an allocation.
+            environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+            try:
+                done = subprocess.run(
+                    command,
+                    env=environment,
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                    timeout=max(20, suite.budget.left),
+                )
+            except subprocess.TimeoutExpired:
+                continue
         store.add(
             kind, {"ok": done.returncode == 0, "code": done.returncode, "tail": (done.stdout + done.stderr)[-1500:]}
         )
@@ -172,6 +189,24 @@ def sanitize(suite: Suite) -> bool:
     return not bad
 
 
+def _install(suite: Suite, tuned: dict[str, Any], measured: dict[str, Any] | None = None) -> tuple[str, int]:
+    """Writes the GPU's table under ``--out`` and into the package; what this process looked up before is forgotten."""
+    from taco_kernels import _cuda, dispatch
+    from taco_kernels.triton_kernels import config
+
+    name = f"{config.gpu_slug(suite.gpu)}.json"
+    target, installed = suite.out / name, config.TUNED_DIR / name
+    if not suite.dry and installed.exists() and not target.exists():
+        shutil.copyfile(installed, target)
+    entries = tuning.write_table(target, suite.gpu, tuned, measured)
+    if not suite.dry:
+        shutil.copyfile(target, installed)
+        config.forget_tables()
+        dispatch.tuned_choice.cache_clear()
+        _cuda.set_launch(None)
+    return name, entries
+
+
 def tune(suite: Suite) -> bool:
     """Triton configurations, into the repository's table and a copy under ``--out``."""
     if "triton" not in suite.usable():
@@ -179,26 +214,17 @@ def tune(suite: Suite) -> bool:
         return True
     store = suite.store("tune")
     left = 0
-    for point in shapes.tiny_points() if suite.dry else shapes.tune_points():
+    points = shapes.quick_tune_points if suite.quick else shapes.tune_points
+    for point in shapes.tiny_points() if suite.dry else points():
         if store.done(point.key):
             continue
         if suite.budget.spent:
             left += 1
             continue
         result = tuning.tune_point(point, suite.device, suite.processors, suite.cache, suite.dry)
-        facts = {"op": point.op, "dtype": point.dtype, "in": point.in_size, "out": point.out_size}
-        store.add(point.key, {**facts, "rank": point.rank, "rows": point.rows, **result})
-    from taco_kernels.triton_kernels.config import TUNED_DIR, gpu_slug
-
-    name = f"{gpu_slug(suite.gpu)}.json"
-    entries = tuning.write_table(suite.out / name, suite.gpu, store.points)
-    if not suite.dry:
-        shutil.copyfile(suite.out / name, TUNED_DIR / name)
-        # What this process has looked up already came from the old table.
-        from taco_kernels.triton_kernels import config
-
-        config._table_of_gpu.cache_clear()
-        config.config_for.cache_clear()
+        facts = {"op": point.op, "dtype": point.dtype, "table_shape": point.table_shape, "rows": point.rows}
+        store.add(point.key, {**facts, **result})
+    name, entries = _install(suite, store.points)
     lost = [key for key, point in store.points.items() if point["config"] is None]
     store.save(complete=left == 0, left=left)
     gains = [p["default_us"] / p["us"] for p in store.points.values() if p.get("default_us") and p.get("us")]
@@ -215,13 +241,15 @@ def run_bench(suite: Suite) -> bool:
     machine = {} if suite.dry else timing.ceilings()
     usable = suite.usable()
     left = 0
-    for point in shapes.tiny_points() if suite.dry else shapes.bench_points():
+    points = shapes.quick_points if suite.quick else shapes.bench_points
+    for point in shapes.tiny_points() if suite.dry else points():
         if store.done(point.key):
             continue
         if suite.budget.spent:
             left += 1
             continue
-        result = bench.bench_point(point, suite.device, usable, machine, suite.cache, suite.dry)
+        compile_too = not suite.dry and (not suite.quick or point.rank == 512)
+        result = bench.bench_point(point, suite.device, usable, machine, suite.cache, suite.dry, compile_too)
         store.add(point.key, {**result, "machine": machine})
     if not suite.dry and not suite.budget.spent:
         small = checks.draw("low_rank_linear", 1024, 1024, 64, 1, "bfloat16", "cuda")
@@ -230,15 +258,20 @@ def run_bench(suite: Suite) -> bool:
         store.save(eager_us=overhead)
     if suite.dry:
         print("bench: dry run, so these numbers mean nothing")
+    launches = bench.launches(store.points)
+    if store.points:
+        _install(suite, {}, store.points)
     report = bench.summary(store.points)
     ranks = bench.fastest_rank(store.points)
-    store.save(complete=left == 0, left=left, machine=machine, summary=report, faster_than_dense_up_to_rank=ranks)
+    store.save(complete=left == 0, left=left, machine=machine, summary=report, launches=launches)
+    store.save(faster_than_dense_up_to_rank=ranks)
     print(f"bench: {len(store.points)} points, {left} left; ceilings {machine or 'not measured (dry run)'}")
-    print(f"  {'':30} {'points':>6} {'red':>4} {'x pair':>7} {'least':>7} {'x dense':>8} {'copy':>6}")
+    print(f"  cooperative over dependent launch: {launches}")
+    heads = ("points", "red", "x pair", "least", "x comp", "x dense", "copy")
+    print(f"  {'':30} " + " ".join(f"{head:>7}" for head in heads))
     for name, row in report.items():
-        cells = [row[key] for key in list(row)[2:]]
-        shown = ["-" if cell is None else f"{cell:.2f}" for cell in cells]
-        print(f"  {name:30} {row['points']:>6} {row['red']:>4} {shown[0]:>7} {shown[1]:>7} {shown[2]:>8} {shown[3]:>6}")
+        shown = ["-" if cell is None else f"{cell:.2f}" if isinstance(cell, float) else cell for cell in row.values()]
+        print(f"  {name:30} " + " ".join(f"{cell:>7}" for cell in shown))
     if not suite.dry and "eager_us" in store.content:
         print(f"  eager host time per call (us): {store.content['eager_us']}")
     return not any(point["red"] for point in store.points.values())
@@ -261,6 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--budget-seconds", type=float, default=540, help="stop between points after this long")
     parser.add_argument("--resume", action="store_true", help="keep the points that OUT has already")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, tiny shapes; the numbers mean nothing")
+    parser.add_argument("--quick", action="store_true", help="tune and bench one hidden size, the telling points only")
     parser.add_argument("--small", action="store_true", help="check only small shapes (what sanitize runs)")
     options = parser.parse_args(arguments)
     if not options.dry_run and not torch.cuda.is_available():

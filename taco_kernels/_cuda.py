@@ -26,8 +26,13 @@ Member = tuple[Tensor, Tensor, "Tensor | None"]
 """(v, u, bias) of one factorised linear"""
 
 
-def _launch_from_environment() -> int:
-    name = os.environ.get("TACO_CUDA_LAUNCH", "").strip().lower() or "cooperative"
+def _default_launch() -> int:
+    """What ``TACO_CUDA_LAUNCH`` says, else what was faster where this kind of GPU was measured, else cooperative."""
+    name = os.environ.get("TACO_CUDA_LAUNCH", "").strip().lower()
+    if not name:
+        from taco_kernels.triton_kernels.config import content
+
+        name = content(torch.cuda.get_device_name()).get("cuda_launch", "cooperative")
     if name not in LAUNCHES:
         raise RuntimeError(f"TACO_CUDA_LAUNCH is {name!r}; choose one of {', '.join(LAUNCHES)}")
     return LAUNCHES[name]
@@ -37,7 +42,7 @@ _launch: int | None = None
 
 
 def set_launch(name: str | None) -> None:
-    """Forces one of ``LAUNCHES`` for later calls; None gives the choice back to ``TACO_CUDA_LAUNCH`` (cooperative)."""
+    """Forces one of ``LAUNCHES`` for later calls; None gives the choice back to ``_default_launch``."""
     global _launch
     _launch = None if name is None else LAUNCHES[name]
 
@@ -79,7 +84,7 @@ def low_rank(
     module = native.module
     assert module is not None  # the dispatcher has asked
     if _launch is None:
-        _launch = _launch_from_environment()
+        _launch = _default_launch()
     widths = [u.shape[0] for _, u, _ in members[: 1 if act else None]]
     ys = [torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device) for width in widths]
     x, rows, x_stride = rows_of(x)

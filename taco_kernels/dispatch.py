@@ -15,6 +15,7 @@ forced backend that cannot serve a call raises ``RuntimeError`` with the reason,
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -137,11 +138,32 @@ def use_backend(name: str | None) -> Iterator[None]:
         globals()["_forced"] = before
 
 
-def choose(device_type: str, dtype: torch.dtype, rows: int, turned: bool = False) -> str:
+@functools.lru_cache(maxsize=4096)
+def tuned_choice(shape: tuple[str, int, int, int], dtype: torch.dtype, rows: int) -> str | None:
+    """The backend that was fastest near this shape where this kind of GPU was measured; None where it was not.
+
+    ``shape`` is (op, in, out, rank), sums over the members of a group, of an MLP those of gate and up. All GPUs of a
+    process are taken to be of one kind. float16 moves the same bytes as bfloat16, which is what gets measured.
+    """
+    from taco_kernels.triton_kernels.config import choice_for
+
+    op, *sizes = shape
+    name = "float32" if dtype == torch.float32 else "bfloat16"
+    chosen = choice_for(op, name, rows, tuple(sizes), torch.cuda.get_device_name())  # type: ignore[arg-type]
+    return chosen if chosen in BACKENDS and not why_not(chosen, "cuda") else None
+
+
+def choose(
+    device_type: str,
+    dtype: torch.dtype,
+    rows: int,
+    turned: bool = False,
+    shape: tuple[str, int, int, int] | None = None,
+) -> str:
     """The backend for one call: ``rows`` vectors of ``dtype`` on ``device_type``.
 
     ``turned`` says that a factor is a transposed view (as in a gradient): the C++ and CUDA kernels would have to copy
-    it, which costs more than they save.
+    it, which costs more than they save. On a GPU that has been measured, the table decides (see ``tuned_choice``).
 
     Raises ``RuntimeError`` when a backend is forced that cannot serve the call.
     """
@@ -157,6 +179,10 @@ def choose(device_type: str, dtype: torch.dtype, rows: int, turned: bool = False
     if device_type == "cpu":
         return "cpp" if not turned and rows <= CPU_MAX_ROWS[dtype] and native.module is not None else "library"
     if device_type == "cuda":
+        if shape is not None and not turned:
+            known = tuned_choice(shape, dtype, rows)
+            if known is not None:
+                return known
         if not turned and rows <= CUDA_MAX_ROWS and not why_not("cuda", "cuda"):
             return "cuda"
         if rows <= TRITON_MAX_ROWS and not why_not("triton", "cuda"):

@@ -126,7 +126,9 @@ def _compute(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, eps: f
     _check(h, v, u, bias)
     width = h.shape[-1]
     rows = h.numel() // width if width else 0
-    return _BACKENDS[dispatch.choose(h.device.type, h.dtype, rows)](h, v, u, bias, eps)
+    device = h.device.type
+    shape = None if device == "cpu" else ("low_rank_bridge", width, width, v.shape[0])
+    return _BACKENDS[dispatch.choose(device, h.dtype, rows, False, shape)](h, v, u, bias, eps)
 
 
 library.impl("low_rank_bridge", _compute, "CPU")

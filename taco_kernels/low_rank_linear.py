@@ -141,7 +141,9 @@ def _compute(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, residu
     _check(x, v, u, bias, residual)
     width = x.shape[-1]
     rows = x.numel() // width if width else x.shape[:-1].numel()
-    backend = dispatch.choose(x.device.type, x.dtype, rows, turned(v) or turned(u))
+    device = x.device.type
+    shape = None if device == "cpu" else ("low_rank_linear", width, u.shape[0], v.shape[0])
+    backend = dispatch.choose(device, x.dtype, rows, turned(v) or turned(u), shape)
     return BACKENDS[backend](x, v, u, bias, residual)
 
 

@@ -140,7 +140,10 @@ def _compute(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequ
     _check(x, vs, us, biases)
     width = x.shape[-1]
     rows = x.numel() // width if width else x.shape[:-1].numel()
-    return BACKENDS[dispatch.choose(x.device.type, x.dtype, rows)](x, vs, us, biases)
+    device, shape = x.device.type, None
+    if device != "cpu":
+        shape = ("low_rank_linear_group", width, sum(u.shape[0] for u in us), sum(u.shape[1] for u in us))
+    return BACKENDS[dispatch.choose(device, x.dtype, rows, False, shape)](x, vs, us, biases)
 
 
 library.impl("low_rank_linear_group", _compute, "CPU")

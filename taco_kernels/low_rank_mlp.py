@@ -174,7 +174,10 @@ def _compute(x: Tensor, *arguments: Any) -> Tensor:
     _check(x, gate, up, down, act)
     width = x.shape[-1]
     rows = x.numel() // width if width else x.shape[:-1].numel()
-    return _BACKENDS[dispatch.choose(x.device.type, x.dtype, rows)](x, gate, up, down, act)
+    device, shape = x.device.type, None
+    if device != "cpu":
+        shape = ("low_rank_mlp", width, 2 * gate[1].shape[0], gate[1].shape[1] + up[1].shape[1])
+    return _BACKENDS[dispatch.choose(device, x.dtype, rows, False, shape)](x, gate, up, down, act)
 
 
 library.impl("low_rank_mlp", _compute, "CPU")

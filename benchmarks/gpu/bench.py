@@ -4,67 +4,89 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import shapes
-from .checks import Inputs, call, draw, worst_error
+from .checks import Factors, Inputs, call, draw, using, worst_error
 from .timing import sets_needed, time_on_cpu, time_on_gpu
 
 # Compiling takes seconds per shape; these rows stand for decode, a batch and prefill.
 COMPILED_ROWS = (1, 16, 512)
 
 
-def separate(inputs: Inputs) -> Tensor:
-    """What one writes without us: norm, two linears, an add."""
-    x, v, u, bias, residual, eps = inputs
-    if eps is not None:
-        return F.linear(F.linear(F.rms_norm(x, x.shape[-1:], eps=eps), v), u, bias) + x
+def _together(members: tuple[Factors, ...]) -> Tensor:
+    """The members' first factors as the one matrix they are slices of (see ``draw``)."""
+    first = members[0].v
+    return first.as_strided((sum(member.v.shape[0] for member in members), first.shape[1]), first.stride())
+
+
+def _shared_input(x: Tensor, members: tuple[Factors, ...]) -> list[Tensor]:
+    middles = F.linear(x, _together(members)).split([member.v.shape[0] for member in members], dim=1)
+    return [F.linear(middle, u, bias) for middle, (_, u, bias) in zip(middles, members, strict=True)]
+
+
+def separate(inputs: Inputs) -> Tensor | list[Tensor]:
+    """What one writes without us, as well as one can: norm, two linears, an add; first factors of one x in one call."""
+    x, members, residual = inputs.x, inputs.members, inputs.residual
+    if inputs.op == "low_rank_linear_group":
+        return _shared_input(x, members)
+    if inputs.op == "low_rank_mlp":
+        gate, up = _shared_input(x, members[:2])
+        v, u, bias = members[2]
+        return F.linear(F.linear(F.silu(gate) * up, v), u, bias)
+    v, u, bias = members[0]
+    if inputs.eps is not None:
+        return F.linear(F.linear(F.rms_norm(x, x.shape[-1:], eps=inputs.eps), v), u, bias) + x
     y = F.linear(F.linear(x, v), u, bias)
     return y if residual is None else y + residual
 
 
-def _flat(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, eps: float | None) -> Tensor:
-    return separate(Inputs(x, v, u, bias, None, eps))
+def _flat(x: Tensor, tensors: list[Tensor | None], op: str, eps: float | None) -> Tensor | list[Tensor]:
+    members = tuple(Factors(*tensors[i : i + 3]) for i in range(0, len(tensors), 3))  # type: ignore[arg-type]
+    return separate(Inputs(op, x, members, None, eps))
 
 
 @functools.cache
-def _compiled() -> Callable[..., Tensor]:
+def _compiled() -> Callable[..., Any]:
     return torch.compile(_flat, dynamic=False)
 
 
-def compiled(inputs: Inputs) -> Tensor:
-    return _compiled()(inputs.x, inputs.v, inputs.u, inputs.bias, inputs.eps)
+def compiled(inputs: Inputs) -> Tensor | list[Tensor]:
+    return _compiled()(inputs.x, [t for member in inputs.members for t in member], inputs.op, inputs.eps)
 
 
-def forced(backend: str, inputs: Inputs) -> Tensor:
-    from taco_kernels import use_backend
-
-    with use_backend(backend):
+def forced(name: str, inputs: Inputs) -> Tensor | list[Tensor]:
+    """The public op on one backend, "cuda dependent" being the CUDA kernels' other launch."""
+    with using(name):
         return call(inputs)
 
 
-def versions_for(point: shapes.Point, device: str, usable: list[str], few: bool) -> dict[str, Callable[[Inputs], Any]]:
+def versions_for(
+    point: shapes.Point, device: str, usable: list[str], compile_too: bool
+) -> dict[str, Callable[[Inputs], Any]]:
     """Everything that is compared at this point; ``taco`` is what a user gets, the dispatcher's choice."""
     found: dict[str, Callable[[Inputs], Any]] = {"two calls": separate}
-    if not few and point.rows in COMPILED_ROWS:
+    if compile_too and point.rows in COMPILED_ROWS:
         found["compiled"] = compiled
     found["taco"] = call
     if "cuda" in usable and point.rows <= 16:
         found["taco cuda"] = functools.partial(forced, "cuda")
+        found["taco cuda dependent"] = functools.partial(forced, "cuda dependent")
     if "triton" in usable:
         found["taco triton"] = functools.partial(forced, "triton")
     return found
 
 
 def bench_point(
-    point: shapes.Point, device: str, usable: list[str], machine: dict[str, Any], cache: int, few: bool
-) -> dict[str, Any]:
+    point: shapes.Point, device: str, usable: list[str], machine: dict[str, Any], cache: int, few: bool,
+    compile_too: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Microseconds of each version, shares of the ceilings, and speed-ups; no speed-up of a version that is wrong."""
-    if not few:
+    if compile_too:
         torch.compiler.reset()  # or the number of shapes seen so far decides what is compiled
         _compiled.cache_clear()
     first = draw(point.op, point.in_size, point.out_size, point.rank, point.rows, point.dtype, device)
@@ -74,12 +96,13 @@ def bench_point(
         draw(point.op, point.in_size, point.out_size, point.rank, point.rows, point.dtype, device)
         for _ in range(count - 1)
     ]
-    versions = versions_for(point, device, usable, few)
-    backend_of = {"two calls": "library", "compiled": "library", "taco": "library", "taco cuda": "cuda"}
+    versions = versions_for(point, device, usable, compile_too)
+    # "taco" may be any of them, the library included.
+    backend_of = {"two calls": "library", "compiled": "library", "taco": "library", "taco triton": "triton"}
     red: dict[str, Any] = {}
     for name, version in versions.items():
         try:
-            worst = worst_error(version(first), first, backend_of.get(name, "triton"))
+            worst = worst_error(version(first), first, backend_of.get(name, "cuda"))
         except Exception as error:
             red[name] = f"{type(error).__name__}: {error}"[:300]
             continue
@@ -90,8 +113,8 @@ def bench_point(
 
     result: dict[str, Any] = {
         "op": point.op, "in": point.in_size, "out": point.out_size, "rank": point.rank, "rows": point.rows,
-        "dtype": point.dtype, "models": shapes.models_of(point.in_size, point.out_size), "sets": count,
-        "break_even_rank": point.in_size * point.out_size // (point.in_size + point.out_size),
+        "dtype": point.dtype, "models": shapes.models_of(point), "sets": count, "bytes": first.bytes,
+        "flops": first.flops, "table_shape": point.table_shape, "break_even_rank": point.break_even_rank,
         "us": times, "red": red, "speedup": {}, "share": {},
     }  # fmt: skip
     for name in versions:
@@ -112,24 +135,61 @@ def bench_point(
     return result
 
 
+class _Dense(NamedTuple):
+    x: Tensor
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
+
+
+def _dense_call(op: str, inputs: _Dense) -> Tensor:
+    x = F.linear(inputs.x, inputs.weights[0], inputs.biases[0])
+    if op != "low_rank_mlp":
+        return x
+    gate, up = x.chunk(2, dim=1)
+    return F.linear(F.silu(gate) * up, inputs.weights[1], inputs.biases[1])
+
+
 def _dense(point: shapes.Point, device: str, cache: int, few: bool) -> dict[str, Any]:
-    """The full linear that the factors replace (no norm, no residual: in a model they are there either way)."""
+    """The full matrices that the factors replace, those of one x glued together, as fast dense models have them (no
+    norm, no residual: in a model they are there either way)."""
     kind = getattr(torch, point.dtype)
+    out = sum(point.out_size) if isinstance(point.out_size, tuple) else point.out_size
+    sizes = [(out, point.in_size)]
+    if point.op == "low_rank_mlp":
+        sizes = [(2 * out, point.in_size), (point.in_size, out)]
 
-    def one() -> Inputs:
-        x = torch.randn(point.rows, point.in_size, device=device, dtype=kind)
-        weight = torch.randn(point.out_size, point.in_size, device=device, dtype=kind) * point.in_size**-0.5
-        bias = torch.randn(point.out_size, device=device, dtype=kind)
-        return Inputs(x, weight, weight, bias, None, None)
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, dtype=kind)
 
-    size = point.in_size * point.out_size * kind.itemsize
+    def one() -> _Dense:
+        weights = tuple(normal(*size).mul_(size[1] ** -0.5) for size in sizes)
+        return _Dense(normal(point.rows, point.in_size), weights, tuple(normal(size[0]) for size in sizes))
+
+    size = sum(a * b for a, b in sizes) * kind.itemsize
     sets = [one() for _ in range(2 if few else min(200, sets_needed(size, cache, 12 << 30)))]
-    version = {"dense": lambda inputs: F.linear(inputs.x, inputs.v, inputs.bias)}
+    version = {"dense": functools.partial(_dense_call, point.op)}
     return (time_on_gpu if device == "cuda" else time_on_cpu)(version, sets)
 
 
 def geomean(values: list[float]) -> float | None:
     return round(float(torch.tensor(values, dtype=torch.float64).log().mean().exp()), 3) if values else None
+
+
+def launches(points: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The cooperative launch's time over the dependent one's, geometric mean and extremes; above 1, dependent wins."""
+    ratios = [
+        p["us"]["taco cuda"]["p50"] / p["us"]["taco cuda dependent"]["p50"]
+        for p in points.values()
+        if all("p50" in p["us"].get(name, {}) and name not in p["red"] for name in ("taco cuda", "taco cuda dependent"))
+    ]
+    mean = geomean(ratios)
+    return {
+        "points": len(ratios),
+        "cooperative_over_dependent": mean,
+        "least": round(min(ratios), 3) if ratios else None,
+        "most": round(max(ratios), 3) if ratios else None,
+        "faster": None if mean is None else "dependent" if mean > 1.0 else "cooperative",
+    }
 
 
 def summary(points: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -141,6 +201,8 @@ def summary(points: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "512 rows and more": lambda p: p["rows"] >= 512,
         "512 rows and more, r <= 128": lambda p: p["rows"] >= 512 and p["rank"] <= 128,
     }
+    for op in ("linear", "bridge", "linear_group", "mlp"):
+        kinds[f"{op}, decode"] = lambda p, op=op: p["op"] == f"low_rank_{op}" and p["rows"] <= 16  # type: ignore[misc]
     report: dict[str, Any] = {}
     for name, belongs in kinds.items():
         chosen = [p for p in points.values() if belongs(p)]
@@ -157,6 +219,7 @@ def summary(points: dict[str, dict[str, Any]]) -> dict[str, Any]:
             "red": sum("taco" in p["red"] for p in chosen),
             "vs two calls, geomean": geomean(pair),
             "vs two calls, least": min(pair, default=None),
+            "vs compiled, geomean": geomean([up["compiled"] for up in ups if "compiled" in up]),
             "vs dense below 0.8 break-even, least": min(dense, default=None),
             "share of copy bandwidth, median": sorted(shares)[len(shares) // 2] if shares else None,
         }
@@ -164,14 +227,37 @@ def summary(points: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def fastest_rank(points: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Per shape and rows: the largest measured rank at which we beat dense, next to the break-even rank by bytes."""
+    """Per op, shape and rows: the largest measured rank at which we beat dense, beside the break-even rank by bytes."""
     found: dict[str, dict[str, Any]] = {}
     for p in points.values():
-        if p["op"] != "low_rank_linear" or "dense" not in p["speedup"].get("taco", {}):
-            continue
-        key = f"{p['in']}x{p['out']}/m{p['rows']}"
+        if p["op"] == "low_rank_bridge" or "dense" not in p["speedup"].get("taco", {}):
+            continue  # a bridge replaces whole layers, not one dense matrix
+        outs = p["out"] if isinstance(p["out"], (list, tuple)) else [p["out"]]
+        key = f"{p['op']}/{p['in']}x{'+'.join(map(str, outs))}/m{p['rows']}"
         entry = found.setdefault(key, {"faster_up_to": 0, "measured": [], "break_even_rank": p["break_even_rank"]})
         entry["measured"] = sorted({*entry["measured"], p["rank"]})
         if p["speedup"]["taco"]["dense"] > 1.0:
             entry["faster_up_to"] = max(entry["faster_up_to"], p["rank"])
+    return found
+
+
+def choices(points: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """For the dispatcher: the fastest backend whose result is right, per op, shape and rows, for the tuned table.
+
+    ``launch`` decides for all calls at once, so the CUDA kernels count with the launch that is faster on the whole.
+    """
+    cuda = "taco cuda dependent" if launches(points)["faster"] == "dependent" else "taco cuda"
+    of = {"two calls": "library", cuda: "cuda", "taco triton": "triton"}
+    found = []
+    for p in points.values():
+        times = {
+            of[name]: t["p50"] for name, t in p["us"].items() if name in of and "p50" in t and name not in p["red"]
+        }
+        if not times:
+            continue
+        in_size, out_size, rank = p["table_shape"]
+        backend = min(times, key=times.__getitem__)
+        for rows in shapes.CHOSEN_ROWS.get(p["rows"], (p["rows"],)):
+            entry = {"op": p["op"], "dtype": p["dtype"], "in": in_size, "out": out_size, "rank": rank, "rows": rows}
+            found.append({**entry, "backend": backend})
     return found

@@ -12,25 +12,70 @@ MODELS: dict[str, list[tuple[int, int]]] = {
     "Qwen3-8B": [(4096, 4096), (4096, 1024), (4096, 12288), (12288, 4096)],
     "Llama-3-70B": [(8192, 8192), (8192, 1024), (8192, 28672), (28672, 8192)],
 }
+# (hidden, outputs of q, k and v) and (hidden, width of the MLP) of each model
+QKV: dict[str, tuple[int, tuple[int, ...]]] = {
+    "Llama-2-7B": (4096, (4096, 4096, 4096)),
+    "Llama-3-8B": (4096, (4096, 1024, 1024)),
+    "Qwen3-8B": (4096, (4096, 1024, 1024)),
+    "Llama-3-70B": (8192, (8192, 1024, 1024)),
+}
+MLP: dict[str, tuple[int, int]] = {
+    "Llama-2-7B": (4096, 11008),
+    "Llama-3-8B": (4096, 14336),
+    "Qwen3-8B": (4096, 12288),
+    "Llama-3-70B": (8192, 28672),
+}
 ROWS = (1, 2, 4, 8, 16, 64, 512, 2048, 8192)
 RANKS = (16, 64, 128, 256, 512, 1024)
 # Rows whose best configuration is looked for; the buckets between take that of the next one up.
 TUNED_ROWS = {1: (1,), 16: (2, 4, 8, 16), 64: (32, 64), 512: (128, 256, 512), 2048: (1024, 2048), 8192: (4096, 8192)}
+# The same for rows that are benchmarked, where the backend is chosen.
+CHOSEN_ROWS = {
+    1: (1,),
+    2: (2,),
+    4: (4,),
+    8: (8,),
+    16: (16,),
+    **{rows: TUNED_ROWS[rows] for rows in (64, 512, 2048, 8192)},
+}
 
 
 class Point(NamedTuple):
-    """One measurement: ``op`` is low_rank_linear or low_rank_bridge (then in = out = hidden)."""
+    """One measurement. low_rank_bridge: in = out = hidden. low_rank_linear_group: one ``out_size`` per member.
+    low_rank_mlp: ``in_size`` is hidden, ``out_size`` the width."""
 
     op: str
     in_size: int
-    out_size: int
+    out_size: int | tuple[int, ...]
     rank: int
     rows: int
     dtype: str = "bfloat16"
 
     @property
+    def shape(self) -> str:
+        outs = self.out_size if isinstance(self.out_size, tuple) else (self.out_size,)
+        return f"{self.in_size}x{'+'.join(map(str, outs))}"
+
+    @property
     def key(self) -> str:
-        return f"{self.op}/{self.dtype}/{self.in_size}x{self.out_size}/r{self.rank}/m{self.rows}"
+        return f"{self.op}/{self.dtype}/{self.shape}/r{self.rank}/m{self.rows}"
+
+    @property
+    def table_shape(self) -> tuple[int, int, int]:
+        """(in, out, rank) by which the tables know what runs: of several members the sums, of an MLP gate and up."""
+        if isinstance(self.out_size, tuple):
+            return self.in_size, sum(self.out_size), len(self.out_size) * self.rank
+        if self.op == "low_rank_mlp":
+            return self.in_size, 2 * self.out_size, 2 * self.rank
+        return self.in_size, self.out_size, self.rank
+
+    @property
+    def break_even_rank(self) -> int:
+        """The rank at which the factors have as many elements as the dense matrices."""
+        if isinstance(self.out_size, tuple):
+            out = sum(self.out_size)
+            return self.in_size * out // (len(self.out_size) * self.in_size + out)
+        return self.in_size * self.out_size // (self.in_size + self.out_size)
 
 
 def shapes() -> list[tuple[int, int]]:
@@ -39,27 +84,53 @@ def shapes() -> list[tuple[int, int]]:
     return sorted(set(found), key=lambda shape: (-found.count(shape), shape[0] * shape[1], shape))
 
 
-def models_of(in_size: int, out_size: int) -> list[str]:
-    return [name for name, layers in MODELS.items() if (in_size, out_size) in layers]
+def models_of(point: Point) -> list[str]:
+    """The models that have this layer."""
+    if point.op == "low_rank_linear_group":
+        return [name for name, layer in QKV.items() if layer == (point.in_size, point.out_size)]
+    if point.op == "low_rank_mlp":
+        return [name for name, layer in MLP.items() if layer == (point.in_size, point.out_size)]
+    return [name for name, layers in MODELS.items() if (point.in_size, point.out_size) in layers]
 
 
 def bench_points() -> Iterator[Point]:
     """The most telling first, since a run may be cut short: ranks 512 and 128, decode, then the rest."""
-    hidden = (4096, 8192)
+    groups, mlps = dict.fromkeys(QKV.values()), dict.fromkeys(MLP.values())
     for rank in (512, 128, 1024, 256, 64, 16):
         for rows in ROWS:
-            for size in hidden:
+            for size in (4096, 8192):
                 yield Point("low_rank_bridge", size, size, rank, rows)
             for in_size, out_size in shapes():
                 yield Point("low_rank_linear", in_size, out_size, rank, rows)
+            for hidden, outs in groups:
+                yield Point("low_rank_linear_group", hidden, outs, rank, rows)
+            for hidden, width in mlps:
+                yield Point("low_rank_mlp", hidden, width, rank, rows)
+
+
+def quick_points() -> Iterator[Point]:
+    """One hidden size, three ranks, five row counts: what the first ten minutes on a GPU should answer."""
+    for point in bench_points():
+        first = point.in_size == 4096 and point.out_size in (4096, 11008, 14336, (4096, 1024, 1024))
+        if first and point.rank in (128, 512, 1024) and point.rows in (1, 4, 16, 512, 2048):
+            yield point
 
 
 def tune_points() -> Iterator[Point]:
     for rank in (512, 128, 1024, 64):
         for rows in TUNED_ROWS:
             yield Point("low_rank_bridge", 4096, 4096, rank, rows)
+            yield Point("low_rank_linear_group", 4096, (4096, 1024, 1024), rank, rows)
+            yield Point("low_rank_mlp", 4096, 14336, rank, rows)
             for in_size, out_size in ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 8192)):
                 yield Point("low_rank_linear", in_size, out_size, rank, rows)
+
+
+def quick_tune_points() -> Iterator[Point]:
+    """Prefill, where the Triton kernels have no CUDA kernel beside them, at the two middle ranks."""
+    for point in tune_points():
+        if point.in_size == 4096 and point.rank in (128, 512) and point.rows in (512, 2048):
+            yield point
 
 
 def tiny_points() -> Iterator[Point]:
@@ -67,3 +138,6 @@ def tiny_points() -> Iterator[Point]:
     for rows in (1, 3, 20):
         yield Point("low_rank_bridge", 48, 48, 16, rows, "float32")
         yield Point("low_rank_linear", 40, 72, 8, rows, "bfloat16")
+        if rows != 3:
+            yield Point("low_rank_linear_group", 40, (48, 16, 16), 8, rows, "float16")
+            yield Point("low_rank_mlp", 40, 56, 16, rows, "bfloat16")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import shapes
+from . import bench, shapes
 from .checks import Inputs, draw, worst_error
 from .store import write_json
 from .timing import Call, sets_needed, time_on_cpu, time_on_gpu
@@ -21,7 +22,9 @@ def candidates(point: shapes.Point, processors: int) -> Iterator[Any]:
     from taco_kernels.triton_kernels.config import Config, default_config
 
     size = 4 if point.dtype == "float32" else 2
-    base = default_config(point.rows, point.in_size, point.out_size, point.rank, size, processors)
+    in_size, out_size, rank = point.table_shape
+    gated = point.op == "low_rank_mlp"
+    base = default_config(point.rows, in_size, out_size, rank, size, processors, gated)
     seen = set()
 
     def fresh(config: Config) -> bool:
@@ -47,8 +50,10 @@ def candidates(point: shapes.Point, processors: int) -> Iterator[Any]:
         yield from vary(base, block_k2=(32, 128), path=("split", "gemm") if base.split <= 8 else ("gemm",))
     else:
         yield from vary(base, split=splits, block_k=(128,), stages=(2, 4), stages2=(2, 4), warps=(4, 8), warps2=(4, 8))
-        yield from vary(base, block_m=(64, 128), block_n=(64, 128, 256))
-        if size == 2 and point.rank <= 256:
+        yield from vary(base, block_m=(64, 128), block_n=(64, 128) if gated else (64, 128, 256))
+        if base.path != "fused":
+            yield from vary(base, persistent=(1, 2))
+        if size == 2 and point.rank <= 256 and not gated:
             block_r = max(16, 1 << (point.rank - 1).bit_length())
             for block_m, warps, block_n in ((64, 4, 64), (64, 4, 128), (128, 8, 64), (128, 8, 128)):
                 blocks = -(-point.rows // block_m)
@@ -58,15 +63,16 @@ def candidates(point: shapes.Point, processors: int) -> Iterator[Any]:
                         yield fused
 
 
-def run(config: Any, inputs: Inputs) -> torch.Tensor:
-    """The Triton kernel of these inputs' op with this configuration."""
-    from taco_kernels.triton_kernels.low_rank_bridge import low_rank_bridge
-    from taco_kernels.triton_kernels.low_rank_linear import low_rank_linear
+def run(config: Any, inputs: Inputs) -> torch.Tensor | list[torch.Tensor]:
+    """The Triton kernels of these inputs' op with this configuration (low_rank_mlp: that of gate and up)."""
+    from taco_kernels.triton_kernels.launch import low_rank
 
-    x, v, u, bias, residual, eps = inputs
-    if eps is not None:
-        return low_rank_bridge(x, v, u, bias, eps, config=config)
-    return low_rank_linear(x, v, u, bias, residual, config=config)
+    residual = inputs.x if inputs.eps is not None else inputs.residual
+    if inputs.op == "low_rank_mlp":
+        from taco_kernels.triton_kernels.low_rank_mlp import low_rank_mlp
+
+        return low_rank_mlp(inputs.x, *inputs.members, inputs.act, config=config)
+    return low_rank(inputs.op, inputs.x, inputs.members, residual, inputs.eps, config)
 
 
 def tune_point(point: shapes.Point, device: str, processors: int, cache: int, few: bool) -> dict[str, Any]:
@@ -77,7 +83,7 @@ def tune_point(point: shapes.Point, device: str, processors: int, cache: int, fe
         draw(point.op, point.in_size, point.out_size, point.rank, point.rows, point.dtype, device)
         for _ in range(count - 1)
     ]
-    configs = list(candidates(point, processors))[: 3 if few else None]
+    configs = list(candidates(point, processors))[: 2 if few else None]
     timer = time_on_gpu if device == "cuda" else time_on_cpu
     versions: dict[str, Call] = {str(i): functools.partial(run, config) for i, config in enumerate(configs)}
     times = timer(versions, sets, replays=3 if few else 10)
@@ -98,20 +104,32 @@ def tune_point(point: shapes.Point, device: str, processors: int, cache: int, fe
     return {"config": None, "tried": len(configs), "wrong": wrong, "errors": list(failed.values())[:3]}
 
 
-def write_table(path: Path, gpu: str, points: dict[str, dict[str, Any]]) -> int:
-    """The table of all tuned points, each for the buckets it speaks for; returns the number of entries."""
+def write_table(
+    path: Path, gpu: str, points: dict[str, dict[str, Any]], measured: dict[str, dict[str, Any]] | None = None
+) -> int:
+    """The table of all tuned points, each for the buckets it speaks for; returns the number of entries.
+
+    ``measured`` are the benchmark's points: from them come the backends that the dispatcher is to choose, and the
+    CUDA kernels' launch. Without them the table keeps what it has of those.
+    """
     from taco_kernels.triton_kernels.config import Config, as_entry, load_table
 
-    entries = []
+    old = json.loads(path.read_text()) if path.exists() else {}
+    entries = [] if points else old.get("entries", [])
     for point in points.values():
         if point.get("config") is None:
             continue
-        shape = (point["in"], point["out"], point["rank"])
         for rows in shapes.TUNED_ROWS.get(point["rows"], (point["rows"],)):
             config = Config(**point["config"])
             if (config.path == "row") != (rows == 1):
                 continue
-            entries.append(as_entry(point["op"], point["dtype"], shape, rows, config))
-    write_json(path, {"gpu": gpu, "entries": entries})
+            entries.append(as_entry(point["op"], point["dtype"], tuple(point["table_shape"]), rows, config))
+    table = {"gpu": gpu, "entries": entries, **{key: old[key] for key in ("cuda_launch", "choices") if key in old}}
+    if measured:
+        faster = bench.launches(measured)["faster"]
+        table["choices"] = bench.choices(measured)
+        if faster is not None:
+            table["cuda_launch"] = faster
+    write_json(path, table)
     load_table(path)
     return len(entries)

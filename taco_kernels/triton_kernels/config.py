@@ -1,7 +1,8 @@
 """Tile sizes: a table tuned per GPU where there is one, sound defaults elsewhere. Nothing is tuned at run time.
 
 ``taco_kernels/tuned/<gpu>.json`` (written by ``benchmarks/gpu_suite.py --part tune``) holds
-``{"gpu": name, "entries": [{"op", "dtype", "in", "out", "rank", "rows", "config": {...}}, ...]}``.
+``{"gpu": name, "entries": [{"op", "dtype", "in", "out", "rank", "rows", "config": {...}}, ...]}``; ``--part bench``
+adds ``choices``, the fastest backend for each op, shape and rows, and ``cuda_launch``. Members' sizes are summed.
 A call takes the entry of its op, dtype and rows bucket that is nearest in (in, out, rank), if it is near.
 """
 
@@ -10,6 +11,7 @@ import functools
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,28 +144,66 @@ def load_table(
     path: Path,
 ) -> dict[tuple[str, str, int], list[tuple[tuple[int, int, int], Config]]]:
     """Entries of a tuned table by (op, dtype, rows bucket). Raises ValueError, naming the file, on a broken table."""
+    return _by_shape(path, "entries", lambda entry: Config(**entry["config"]))
+
+
+def load_choices(path: Path) -> dict[tuple[str, str, int], list[tuple[tuple[int, int, int], str]]]:
+    """Backends of a tuned table's ``choices``, as :func:`load_table` has configurations."""
+    return _by_shape(path, "choices", lambda entry: str(entry["backend"]))
+
+
+def _by_shape(path: Path, key: str, value: Callable[[dict[str, Any]], Any]) -> dict[tuple[str, str, int], list[Any]]:
     try:
-        entries: list[dict[str, Any]] = json.loads(path.read_text())["entries"]
-        table: dict[tuple[str, str, int], list[tuple[tuple[int, int, int], Config]]] = {}
-        for entry in entries:
-            key = (entry["op"], entry["dtype"], int(entry["rows"]))
+        table: dict[tuple[str, str, int], list[Any]] = {}
+        known = json.loads(path.read_text())
+        for entry in known["entries"] if key == "entries" else known.get(key, []):
+            name = (entry["op"], entry["dtype"], int(entry["rows"]))
             shape = (int(entry["in"]), int(entry["out"]), int(entry["rank"]))
-            table.setdefault(key, []).append((shape, Config(**entry["config"])))
+            table.setdefault(name, []).append((shape, value(entry)))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a table of tuned configurations: {error!r}") from error
     return table
 
 
 @functools.cache
-def _table_of_gpu(
+def content(name: str) -> dict[str, Any]:
+    """All that is in the table of the GPU of this name; empty where there is none."""
+    path = TUNED_DIR / f"{gpu_slug(name)}.json"
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+@functools.cache
+def table_of_gpu(
     name: str,
 ) -> dict[tuple[str, str, int], list[tuple[tuple[int, int, int], Config]]]:
     path = TUNED_DIR / f"{gpu_slug(name)}.json"
     return load_table(path) if path.exists() else {}
 
 
+@functools.cache
+def _choices_of_gpu(name: str) -> dict[tuple[str, str, int], list[tuple[tuple[int, int, int], str]]]:
+    path = TUNED_DIR / f"{gpu_slug(name)}.json"
+    return load_choices(path) if path.exists() else {}
+
+
+def choice_for(op: str, dtype: str, rows: int, shape: tuple[int, int, int], gpu: str) -> str | None:
+    """The backend that was fastest near this shape when the GPU was measured; None where nobody has measured."""
+    near = [
+        (_distance(shape, known), backend)
+        for known, backend in _choices_of_gpu(gpu).get((op, dtype, rows_bucket(rows)), [])
+    ]
+    distance, backend = min(near, default=(math.inf, ""))
+    return backend if distance <= NEAR else None
+
+
 def _distance(a: tuple[int, int, int], b: tuple[int, int, int]) -> float:
     return sum(abs(math.log2(p / q)) for p, q in zip(a, b, strict=True))
+
+
+def forget_tables() -> None:
+    """Makes the next look-up read the tables anew: after one has been written."""
+    for cached in (content, table_of_gpu, _choices_of_gpu, config_for):
+        cached.cache_clear()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -185,7 +225,7 @@ def config_for(
     shape = (in_size, out_size, rank)
     near = [
         (_distance(shape, known), config)
-        for known, config in _table_of_gpu(gpu).get((op, dtype, rows_bucket(rows)), [])
+        for known, config in table_of_gpu(gpu).get((op, dtype, rows_bucket(rows)), [])
         # The fused kernel holds one rank block, so a neighbour's tile must be wide enough for this rank as well.
         if config.path != "fused" or rank <= config.block_r
     ]

@@ -43,6 +43,16 @@ def test_dry_run_and_resume(tmp_path):
         assert "triton" in parts["check"]["backends"]
         assert "skipped" not in parts["svd"]["points"]["sketch"]
         assert parts["none-dry-run"]["entries"]
+    # Pictures come from the JSON alone.
+    drawn = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "gpu_plots.py"), str(tmp_path / "bench.json")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if importlib.util.find_spec("matplotlib") is None:
+        assert drawn.returncode != 0 and "matplotlib" in drawn.stderr
+    else:
+        assert drawn.returncode == 0, drawn.stderr
+        assert all((tmp_path / f"{name}.png").read_bytes()[1:4] == b"PNG" for name in ("roofline", "speedup"))
     # Nothing is measured twice, and nothing is lost when the budget is spent before anything new.
     before = (tmp_path / "bench.json").stat().st_mtime_ns, parts["bench"]["points"]
     done = _run(
@@ -51,6 +61,41 @@ def test_dry_run_and_resume(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     again = json.loads((tmp_path / "bench.json").read_text())
     assert again["points"] == before[1] and again["complete"]
+
+
+def test_tables_decide_what_runs(gpu, tmp_path, monkeypatch):
+    """What the benchmark found fastest is what the dispatcher takes from then on, and only near what was measured."""
+    from taco_kernels import dispatch
+    from taco_kernels.triton_kernels import config
+
+    us = {"two calls": {"p50": 5.0}, "taco cuda": {"p50": 8.0}, "taco cuda dependent": {"p50": 9.0}}
+    point = {
+        "op": "low_rank_linear",
+        "dtype": "bfloat16",
+        "table_shape": (4096, 4096, 64),
+        "rows": 16,
+        "us": us,
+        "red": {},
+    }
+    gpu.tuning.write_table(tmp_path / "some-gpu.json", "Some GPU", {}, {"a": point})
+    monkeypatch.setattr(config, "TUNED_DIR", tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU")
+    monkeypatch.setattr(dispatch, "why_not", lambda *_: "")
+    config.forget_tables()
+    dispatch.tuned_choice.cache_clear()
+    try:
+        for dtype in (torch.bfloat16, torch.float16):
+            assert dispatch.choose("cuda", dtype, 16, False, ("low_rank_linear", 4096, 4096, 64)) == "library"
+        assert dispatch.choose("cuda", torch.bfloat16, 8, False, ("low_rank_linear", 4096, 4096, 64)) == "cuda"
+        assert dispatch.choose("cuda", torch.bfloat16, 16, False, ("low_rank_linear", 256, 256, 64)) == "cuda"
+        assert dispatch.choose("cuda", torch.float32, 16, False, ("low_rank_linear", 4096, 4096, 64)) == "cuda"
+        assert config.content("Some GPU")["cuda_launch"] == "cooperative"
+        # Tuning afterwards keeps what the benchmark found, and the other way round.
+        gpu.tuning.write_table(tmp_path / "some-gpu.json", "Some GPU", {})
+        assert json.loads((tmp_path / "some-gpu.json").read_text())["choices"]
+    finally:
+        config.forget_tables()
+        dispatch.tuned_choice.cache_clear()
 
 
 def test_spent_budget_leaves_points_for_later(tmp_path):
@@ -67,22 +112,64 @@ def gpu(monkeypatch):
     import gpu.bench
     import gpu.checks
     import gpu.shapes
+    import gpu.tuning
 
     return gpu
 
 
-@pytest.mark.parametrize("op", ["low_rank_linear", "low_rank_bridge"])
+@pytest.mark.parametrize("op", ["low_rank_linear", "low_rank_bridge", "low_rank_linear_group", "low_rank_mlp"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_bound_lets_right_results_through_and_wrong_ones_not(gpu, op, dtype):
-    inputs = gpu.checks.draw(op, 96, 96, 24, 5, dtype, "cpu", residual=True)
-    y = gpu.checks.forced_reference(inputs)
+    checks = gpu.checks
+    outs = (96, 32, 17) if op == "low_rank_linear_group" else 96
+    inputs = checks.draw(op, 96, outs, 24, 5, dtype, "cpu", residual=True)
+    right = checks.parts(checks.forced_reference(inputs))
     for backend in ("cuda", "triton", "library"):
-        assert gpu.checks.worst_error(y, inputs, backend) <= 1.0
-        wrong = y.clone()
-        wrong[3, 7] += 0.2 * y.float().abs().max().item()
-        assert gpu.checks.worst_error(wrong, inputs, backend) > 1.0
-        wrong[3, 7] = float("nan")
-        assert gpu.checks.worst_error(wrong, inputs, backend) > 1.0
+        assert checks.worst_error(right, inputs, backend) <= 1.0
+        for which in range(len(right)):
+            wrong = [y.clone() for y in right]
+            wrong[which][3, 7] += (0.2 if op != "low_rank_mlp" else 2.0) * right[which].float().abs().max().item()
+            assert checks.worst_error(wrong, inputs, backend) > 1.0
+            wrong[which][3, 7] = float("nan")
+            assert checks.worst_error(wrong, inputs, backend) > 1.0
+
+
+def test_of_many_rows_some_are_compared_and_all_must_be_finite(gpu):
+    inputs = gpu.checks.draw("low_rank_linear", 24, 16, 8, 3000, "float32", "cpu")
+    right = gpu.checks.forced_reference(inputs)
+    assert gpu.checks.worst_error(right, inputs, "cuda") <= 1.0
+    for row in (0, 2999):
+        wrong = right.clone()
+        wrong[row] += 1.0
+        assert gpu.checks.worst_error(wrong, inputs, "cuda") > 1.0
+    wrong = right.clone()
+    wrong[1500, 3] = float("nan")
+    assert gpu.checks.worst_error(wrong, inputs, "cuda") > 1.0
+
+
+def test_separate_calls_compute_the_ops(gpu):
+    """What our ops are compared with must be the same function."""
+    for op, outs in {
+        "low_rank_linear": 40,
+        "low_rank_bridge": 48,
+        "low_rank_linear_group": (40, 8),
+        "low_rank_mlp": 56,
+    }.items():
+        inputs = gpu.checks.draw(op, 48, outs, 16, 3, "float32", "cpu", residual=True)
+        assert gpu.checks.worst_error(gpu.bench.separate(inputs), inputs, "library") <= 1.0
+        assert gpu.checks.worst_error(gpu.checks.call(inputs), inputs, "library") <= 1.0
+        flat = [t for member in inputs.members for t in member]
+        if inputs.residual is None:
+            assert gpu.checks.worst_error(gpu.bench._flat(inputs.x, flat, op, inputs.eps), inputs, "library") <= 1.0
+
+
+def test_least_bytes_and_operations(gpu):
+    inputs = gpu.checks.draw("low_rank_mlp", 10, 20, 3, 2, "float32", "cpu")
+    factors = 2 * (3 * 10 + 20 * 3) + (3 * 20 + 10 * 3)
+    assert inputs.bytes == 4 * (2 * 10 + factors + 2 * 20 + 10 + 2 * 10)
+    assert inputs.flops == 2 * 2 * factors
+    group = gpu.shapes.Point("low_rank_linear_group", 8, (8, 4), 2, 1)
+    assert group.break_even_rank == 8 * 12 // (8 + 8 + 8 + 4) and group.table_shape == (8, 12, 4)
 
 
 def test_wrong_version_gets_no_speedup(gpu, monkeypatch):
@@ -98,8 +185,13 @@ def test_summary_of_known_numbers(gpu):
     def point(rows, rank, against_pair, against_dense, red=()):
         up = {} if red else {"taco": {"two calls": against_pair, "dense": against_dense}}
         return {
-            "op": "low_rank_linear", "in": 4096, "out": 4096, "rank": rank, "rows": rows, "break_even_rank": 2048,
+            "op": "low_rank_linear", "dtype": "bfloat16", "table_shape": (4096, 4096, rank),
+            "in": 4096, "out": 4096, "rank": rank, "rows": rows, "break_even_rank": 2048,
             "speedup": up, "red": dict.fromkeys(red, "wrong"), "share": {} if red else {"taco": {"copy": 0.5}},
+            "us": {
+                "two calls": {"p50": 10.0}, "taco cuda": {"p50": 8.0}, "taco cuda dependent": {"p50": 6.0},
+                "taco triton": {"p50": 5.0 if rank == 2000 else 20.0}, "dense": {"p50": 12.0},
+            },
         }  # fmt: skip
 
     points = {
@@ -113,11 +205,23 @@ def test_summary_of_known_numbers(gpu):
     assert decode["vs two calls, geomean"] == pytest.approx((2 * 8 * 2) ** (1 / 3), abs=1e-3)
     assert decode["vs dense below 0.8 break-even, least"] == 0.5, "rank 2000 is beyond 0.8 x break-even"
     ranks = gpu.bench.fastest_rank(points)
-    assert ranks["4096x4096/m1"]["faster_up_to"] == 512 and ranks["4096x4096/m16"]["faster_up_to"] == 0
+    assert ranks["low_rank_linear/4096x4096/m1"]["faster_up_to"] == 512
+    assert ranks["low_rank_linear/4096x4096/m16"]["faster_up_to"] == 0
+    launches = gpu.bench.launches(points)
+    assert launches["faster"] == "dependent" and launches["cooperative_over_dependent"] == pytest.approx(
+        8 / 6, abs=1e-3
+    )
+    chosen = {(c["rank"], c["rows"]): c["backend"] for c in gpu.bench.choices(points)}
+    assert chosen[512, 1] == "cuda" and chosen[2000, 4] == "triton"
+    points["b"]["red"] = {"taco cuda dependent": "wrong"}
+    chosen = {(c["rank"], c["rows"]): c["backend"] for c in gpu.bench.choices(points)}
+    assert chosen[1024, 16] == "library", "a wrong version is not chosen, however fast"
 
 
 def test_shapes_cover_what_is_promised(gpu):
     points = list(gpu.shapes.bench_points())
+    assert set(gpu.shapes.quick_points()) < set(points)
+    assert {p.op for p in gpu.shapes.quick_points()} == {p.op for p in points} and len({p.op for p in points}) == 4
     assert len({point.key for point in points}) == len(points)
     assert {point.rows for point in points} == {1, 2, 4, 8, 16, 64, 512, 2048, 8192}
     for name, layers in gpu.shapes.MODELS.items():

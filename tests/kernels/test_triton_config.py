@@ -45,10 +45,10 @@ def table(tmp_path, monkeypatch):
     ]
     path = tmp_path / "test-gpu-9000.json"
     path.write_text(json.dumps({"gpu": "Test GPU 9000", "entries": entries}))
-    configs._table_of_gpu.cache_clear()
+    configs.forget_tables()
     configs.config_for.cache_clear()
     yield path
-    configs._table_of_gpu.cache_clear()
+    configs.forget_tables()
     configs.config_for.cache_clear()
 
 
