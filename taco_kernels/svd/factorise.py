@@ -1,6 +1,7 @@
 """Power iterations, projection and small problem: from products with M to its leading singular triplets.
 
-Source: Halko, Martinsson, Tropp, "Finding structure with randomness" (SIAM Review 53, 2011), algorithms 4.4 and 5.1.
+Source: Halko, Martinsson, Tropp, "Finding structure with randomness" (SIAM Review 53, 2011), algorithms 4.4 and 5.1;
+shifts as in dashSVD (see :func:`project`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ __all__ = ["Projection", "project", "small_svd", "vectors"]
 _EXCESS = 1e-3
 # Test vectors whose images are computed in both precisions when M is a product: its roundoff cannot be known otherwise.
 _PROBES = 8
+_EIGENVALUE_STEPS = 12
 # sigma_k / sigma_1 from which the eigenvalues of a float64 Gram matrix still give float32 singular triplets.
 _GRAM_RANGE = 1e-4
 
@@ -70,6 +72,11 @@ def _noise(m: Operand, seed: int, y: Tensor) -> float:
 def project(m: Operand, width: int, power_iters: int, seed: int) -> Projection:
     """Randomized range finder of ``width`` vectors with ``power_iters`` iterations, then M in both bases.
 
+    An iteration multiplies by ``M M^T - a I``, a being half of the smallest eigenvalue of ``M M^T`` seen in the basis.
+    That is hardly ever above half of the true one, so the order of the leading directions stays; it widens the
+    relative gaps where they are smallest: on flat spectra two iterations do the work of three, for one small product each
+    (shifted power iteration: Feng, Yu, Xie, Tang, "Algorithm 1043", ACM TOMS 50, 2024).
+
     All products but the last two run in ``m.low`` where that exists, as long as the spectrum met on the way shows that
     the result does not suffer; else the iterations start again in full precision. The last two decide the accuracy.
     """
@@ -78,16 +85,29 @@ def project(m: Operand, width: int, power_iters: int, seed: int) -> Projection:
     noise = _noise(m, seed, y) if low else 0.0
     for iteration in range(power_iters):
         kind = m.low if low and m.low is not None else m.dtype
-        z, diagonal = condition(m.backward(condition(y, kind)[0], low), kind)
+        x = condition(y, kind)[0]
+        z, factor, diagonal = condition(m.backward(x, low), kind)
         if low and _excess(diagonal, m.columns, noise) > _EXCESS:
             m.drop_low()
             return project(m, width, power_iters, seed)
-        y = m.forward(z, low and iteration + 1 < power_iters)
+        y = m.forward(z, low and iteration + 1 < power_iters).to(m.dtype)
+        if factor is not None:
+            # z = factor (x M), so factor (x M M^T - shift x) spans the same as the shifted iterate.
+            shift = 0.5 / _largest_eigenvalue(factor @ factor.T)
+            y -= product((shift * factor).to(kind), x.T)
     left, left_fix = orthonormalise(y.to(m.dtype))
     b = m.backward(left)
     right, right_fix = orthonormalise(b)
     core = left_fix @ product(b, right).double() @ right_fix.T
     return Projection(left, left_fix, right, right_fix, core)
+
+
+def _largest_eigenvalue(gram: Tensor) -> float:
+    """Of a positive matrix [l, l], from a few multiplications of a vector: never above, and below by a few percent."""
+    x = gram.sum(1)
+    for _ in range(_EIGENVALUE_STEPS):
+        x = gram @ (x / torch.linalg.vector_norm(x))
+    return float(torch.linalg.vector_norm(x))
 
 
 def small_svd(core: Tensor, rank: int, exact: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -50,22 +50,23 @@ def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
     return x / scale, scale
 
 
-def condition(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def condition(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """A well-conditioned basis of the rows of x, in ``dtype``; one pass, for use between power iterations.
 
     Args:
         x: [r, n], r <= n; float32 or float64, or what ``dtype`` is.
 
     Returns:
-        The basis [r, n]; and the diagonal [r] of x's triangular factor in float64, None where x was close to singular.
+        The basis [r, n]; then, in float64, the factor [r, r] that x was multiplied by from the left to get it, and the
+        diagonal [r] of that factor's inverse. Both are None where x was close to singular.
     """
     full = x if x.dtype in (torch.float32, torch.float64) and x.dtype.itemsize >= dtype.itemsize else x.float()
     full, scale = _unit(full)
     found = _inverse_factor(product(full, full).double(), torch.finfo(full.dtype).eps)
     if found is None or found[2]:
-        return orthonormalise(full)[0].to(dtype), None
+        return orthonormalise(full)[0].to(dtype), None, None
     # Rounding the factor changes the basis, not what it spans; so the product may be as coarse as what follows.
-    return product(found[0].to(dtype), full.to(dtype).T), found[1] * scale
+    return product(found[0].to(dtype), full.to(dtype).T), found[0] / scale, found[1] * scale
 
 
 def orthonormalise(x: Tensor) -> tuple[Tensor, Tensor]:

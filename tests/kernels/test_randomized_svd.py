@@ -338,7 +338,8 @@ def test_trained_weights():
                 u, s, vh = (t.double() for t in randomized_svd(a, rank, power_dtype=power_dtype))
                 error = float(torch.linalg.matrix_norm(a.double() - (u * s) @ vh))
                 worst = max(worst, error / float(sigma[rank:].norm()))
-    assert 1.0 - 1e-6 <= worst <= 1.01
+    # 1% is the promise; shifted iterations do better, and unshifted ones would miss this
+    assert 1.0 - 1e-6 <= worst <= 1.006
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------

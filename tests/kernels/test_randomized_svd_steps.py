@@ -177,9 +177,12 @@ def test_orthonormal_whatever_comes(name, columns, dtype):
     assert float(torch.linalg.matrix_norm(x - x @ q.T @ q)) <= 24 * columns**0.5 * eps * float(
         torch.linalg.matrix_norm(x)
     )
-    low, diagonal = condition(x.to(dtype), dtype)
+    low, factor, diagonal = condition(x.to(dtype), dtype)
     assert low.shape == x.shape and bool(torch.isfinite(low).all())
     assert diagonal is None or bool((diagonal > 0).all())
+    if factor is not None:
+        error = torch.linalg.matrix_norm(factor @ x - low.double(), dim=(0, 1))
+        assert float(error) <= 24 * 4 * eps * float(torch.linalg.matrix_norm(factor) * torch.linalg.matrix_norm(x))
 
 
 def test_shifts_do_not_drown_short_rows():
