@@ -74,8 +74,8 @@ def project(m: Operand, width: int, power_iters: int, seed: int) -> Projection:
 
     An iteration multiplies by ``M M^T - a I``, a being half of the smallest eigenvalue of ``M M^T`` seen in the basis.
     That is hardly ever above half of the true one, so the order of the leading directions stays; it widens the
-    relative gaps where they are smallest: on flat spectra two iterations do the work of three, for one small product each
-    (shifted power iteration: Feng, Yu, Xie, Tang, "Algorithm 1043", ACM TOMS 50, 2024).
+    relative gaps where they are smallest: on flat spectra two iterations do the work of three, at one small product
+    each (shifted power iteration: Feng, Yu, Xie, Tang, "Algorithm 1043", ACM TOMS 50, 2024).
 
     All products but the last two run in ``m.low`` where that exists, as long as the spectrum met on the way shows that
     the result does not suffer; else the iterations start again in full precision. The last two decide the accuracy.
