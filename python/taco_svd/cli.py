@@ -36,7 +36,8 @@ def compress(
     method: Annotated[
         str,
         typer.Option(
-            help="taco: factors weighted by activations and gradients. paper: arXiv 2501.00339 as published. "
+            help="taco: one budget over all matrices, factors weighted by activations and gradients, re-fitted. "
+            "paper: arXiv 2501.00339 as published. "
             "svd: largest singular values. removal: layers out. bridge: layers out, one low-rank map per run of them."
         ),
     ] = "taco",
@@ -55,6 +56,12 @@ def compress(
     bridge_rank: Annotated[
         int | None, typer.Option(help="Rank of the bridges; default: 0.3% of the layers that stay, in all.")
     ] = None,
+    consistency: Annotated[
+        bool,
+        typer.Option(
+            help="taco, bridge: re-fit output projections so that hidden states stay close to the dense model's."
+        ),
+    ] = True,
     one_shot: Annotated[
         bool,
         typer.Option(
@@ -98,6 +105,7 @@ def compress(
         importance=importance,
         bridge_rank=bridge_rank,
         one_shot=one_shot,
+        consistency=consistency,
         plan=loaded_plan,
         progress=Bars(as_json),
     )

@@ -129,12 +129,14 @@ def info_table(info: dict[str, Any]) -> Table:
     table.add_column("", overflow="fold")
     source, result, calibration = info["source"], info["result"], info["calibration"]
     table.add_row("source", f"{source.get('name')} ({source.get('architecture')}, {source.get('layers')} layers)")
-    table.add_row("redundant layers", ", ".join(map(str, info["redundant_layers"])) or "none")
+    whole = info["method"] == "taco"  # spends its budget everywhere; these are what removal would take out
+    redundant = "least important layers" if whole else "redundant layers"
+    table.add_row(redundant, ", ".join(map(str, info["redundant_layers"])) or "none")
     table.add_row("removed layers", ", ".join(map(str, info["removed_layers"])) or "none")
-    if info["compression_ratio"] is not None:
+    if info["compression_ratio"] is not None and not whole:
         table.add_row("compression ratio", f"{info['compression_ratio']:.4g}")
-    for layer, ranks in info["low_rank"].items():
-        table.add_row(f"layer {layer}", ", ".join(f"{path} rank {rank}" for path, rank in ranks.items()))
+    for layers, ranks in _alike(info["low_rank"]):
+        table.add_row(layers, "rank " + ", ".join(f"{path} {rank}" for path, rank in ranks.items()))
     for bridge in info["bridges"]:
         table.add_row(
             f"bridge after layer {bridge['after']}", f"rank {bridge['rank']}{', bias' if bridge['bias'] else ''}"
@@ -150,6 +152,12 @@ def info_table(info: dict[str, Any]) -> Table:
         f"{calibration.get('source')}: {calibration.get('samples')} windows of {calibration.get('seq_len')} tokens, "
         f"seed {calibration.get('seed')}",
     )
+    losses = [f"{name} {result[f'{name}_loss']:.4f}" for name in ("predicted", "measured") if f"{name}_loss" in result]
+    if losses:
+        table.add_row("KL to the dense model", f"{', '.join(losses)} nats per token (held-out calibration windows)")
+    if result.get("consistency"):
+        adopted = sum(bool(record["adopted"]) for record in result["consistency"])
+        table.add_row("re-fitted maps", f"{adopted} of {len(result['consistency'])} tried")
     table.add_row("layer importance", str(info["importance"].get("measure")))
     table.add_row("made with", ", ".join(f"{name} {version}" for name, version in info["versions"].items()))
     return table
@@ -182,3 +190,23 @@ def evaluation_lines(values: dict[str, Any]) -> list[str]:
         told = ", ".join(f"{uid} {found['value']:.1%}" for uid, found in worst)
         lines.append(f"{len(harness['correct']):,} pairs of {len(harness['phenomena'])} phenomena; lowest: {told}")
     return lines
+
+
+def _alike(low_rank: dict[str, dict[str, int]]) -> list[tuple[str, dict[str, int]]]:
+    """Layers with the same ranks in one line, paths without what all of them share: ("ranks in 3, 5", {"q": 12})."""
+    groups: dict[tuple[tuple[str, int], ...], list[str]] = {}
+    for layer, ranks in low_rank.items():
+        groups.setdefault(tuple(ranks.items()), []).append(layer)
+    lasts = [path.rpartition(".")[2] for ranks in low_rank.values() for path in ranks]
+    ambiguous = len({path for ranks in low_rank.values() for path in ranks}) != len(set(lasts))
+
+    def short(path: str) -> str:
+        return path if ambiguous else path.rpartition(".")[2].removesuffix("_proj")
+
+    return [
+        (
+            f"layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}",
+            {short(path): rank for path, rank in ranks},
+        )
+        for ranks, layers in groups.items()
+    ]
