@@ -52,6 +52,7 @@ def machine() -> dict[str, Any]:
         "last_level_cache": last_level_cache(),
         "isa": native.module.cpu_isa() if native.module else None,
         "torch": torch.__version__,
+        "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",  # torch asks for them, 15% more bandwidth
     }
 
 

@@ -18,7 +18,7 @@ namespace {
 
 // bf16 weights against bf16 vectors: one instruction multiplies 32 pairs and adds them to 16 fp32 sums, nothing to
 // widen. Only for the first product: the second one's vector stays fp32, since rounding it would cost accuracy, and
-// splitting it into two bf16 parts twice the time (staged.inl).
+// splitting it into two bf16 parts as many instructions as FMAs need (staged.inl).
 struct DotBf16 {
   using W = __m512bh;
   using X = __m512bh;

@@ -6,8 +6,8 @@
 // is needed in all lanes at once, in fp32, so a panel of 16 weight rows is first widened into a buffer in the first
 // cache, once for all rows; FMAs broadcast from there for nothing.
 //
-// bf16 dot instructions (t split into two bf16 parts, so that it keeps 16 bits) were measured here, too: one of them
-// takes as long as two FMAs on Zen 5, and two are needed. They lose by half.
+// Nothing is saved by bf16 dot instructions here: t would have to be split into two bf16 parts, so that it keeps 16
+// bits, and two dot instructions for 32 weights take as long as the two FMAs (both start twice a cycle on Zen 5).
 
 // Columns that are widened at a time: 16 rows of them and t's part fit a first cache of 32 KiB with room to spare.
 constexpr std::int64_t kStage = 128;
