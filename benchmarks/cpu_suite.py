@@ -76,7 +76,7 @@ class Compiled:
         return torch.compile(LIBRARY[op], dynamic=False)
 
 
-def run(points: list[Point], store: Store, budget: Budget, seconds: float) -> int:
+def run(points: list[Point], store: Store, budget: Budget, seconds: float, tiny_run: bool) -> int:
     """Yardsticks of this run, then what is missing until the budget is spent; returns how many points are left."""
     todo = [point for point in points if not store.done(point.key)]
     arena: Arena | None = None
@@ -88,13 +88,14 @@ def run(points: list[Point], store: Store, budget: Budget, seconds: float) -> in
             # one arena of one dtype at a time: they are large. So points of this dtype go first.
             first = arena is None
             dtype, arena = point.dtype, None
-            arena = Arena(getattr(torch, dtype), max(256 * 2**20, needed))
+            arena = Arena(getattr(torch, dtype), max(2**20 if tiny_run else 256 * 2**20, needed), cold=not tiny_run)
             if first:
+                size = 128 if tiny_run else 2048
                 store.save(
                     yardsticks={
                         "read_gbps": read_rate(arena),
                         "product_gflops": {
-                            name: product_rate(getattr(torch, name)) for name in ("bfloat16", "float32")
+                            name: product_rate(getattr(torch, name), size) for name in ("bfloat16", "float32")
                         },
                     },
                     call_overhead_us=call_overhead(),
@@ -140,7 +141,7 @@ def main() -> int:
     points = [point for point in {p.key: p for p in reversed(points)}.values() if args.only in point.key][::-1]
     if not args.report:
         with torch.inference_mode():
-            left = run(points, store, Budget(args.budget_seconds), args.point_seconds)
+            left = run(points, store, Budget(args.budget_seconds), args.point_seconds, args.dry_run)
         store.save(complete=left == 0)
         print(f"{left} points left")
         if left:

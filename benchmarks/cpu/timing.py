@@ -27,10 +27,11 @@ class Arena:
     """One block of random numbers, at least four times the last cache, that weights are cut from in turn.
 
     A call that reads the next piece each time finds its weights in memory, not in a cache, as a model's layers do.
+    ``cold=False`` gives ``least`` bytes only, for tests.
     """
 
-    def __init__(self, dtype: torch.dtype, least: int = 256 * 2**20) -> None:
-        self.bytes = max(least, 4 * last_level_cache())
+    def __init__(self, dtype: torch.dtype, least: int = 256 * 2**20, cold: bool = True) -> None:
+        self.bytes = max(least, 4 * last_level_cache() if cold else 0)
         self.data = torch.empty(self.bytes // dtype.itemsize, dtype=dtype)
         piece = torch.randn(1 << 20, dtype=torch.float32).mul_(0.02).to(dtype)
         for start in range(0, len(self.data), len(piece)):
@@ -104,8 +105,8 @@ def read_cold(arena: Arena, size: int) -> Callable[[int], object]:
 
 
 def read_rate(arena: Arena, rounds: int = 20) -> dict[str, float]:
-    """GB/s of plain reads out of memory, pieces of 32 MiB."""
-    size = 32 * 2**20
+    """GB/s of plain reads out of memory, pieces of 32 MiB (of an eighth of a smaller arena)."""
+    size = min(32 * 2**20, arena.bytes // 8)
     read, times = read_cold(arena, size), []
     for number in range(rounds):
         start = time.perf_counter()
@@ -114,12 +115,12 @@ def read_rate(arena: Arena, rounds: int = 20) -> dict[str, float]:
     return {name: size / value / 1e9 for name, value in spread(times).items()}
 
 
-def product_rate(dtype: torch.dtype, rounds: int = 3) -> float:
-    """GFLOP/s of torch's 2048^3 product, the best of a few: what this machine's cores can do in a long run."""
-    a = torch.randn(2048, 2048).to(dtype)
+def product_rate(dtype: torch.dtype, size: int = 2048, rounds: int = 3) -> float:
+    """GFLOP/s of torch's size^3 product, the best of a few: what this machine's cores can do in a long run."""
+    a = torch.randn(size, size).to(dtype)
     best = float("inf")
     for _ in range(rounds):
         start = time.perf_counter()
         torch.nn.functional.linear(a, a)
         best = min(best, time.perf_counter() - start)
-    return 2 * 2048**3 / best / 1e9
+    return 2 * size**3 / best / 1e9
