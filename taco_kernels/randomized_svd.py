@@ -116,8 +116,13 @@ def _exact_arithmetic(device: torch.device) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
-        before = torch.get_float32_matmul_precision()
-        if before != "highest":
+        # Since torch 2.9 each backend has a setting of its own, and asking for the common one may raise.
+        settings = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+        if all(hasattr(setting, "fp32_precision") for setting in settings):
+            for setting in settings:
+                stack.callback(setattr, setting, "fp32_precision", setting.fp32_precision)  # type: ignore[union-attr]
+                setting.fp32_precision = "ieee"  # type: ignore[union-attr]
+        elif (before := torch.get_float32_matmul_precision()) != "highest":
             stack.callback(torch.set_float32_matmul_precision, before)
             torch.set_float32_matmul_precision("highest")
         yield

@@ -279,6 +279,25 @@ def test_surroundings_do_not_matter():
         assert all(torch.equal(x, y) for x, y in zip(plain, other, strict=True))
 
 
+@pytest.mark.skipif(
+    not hasattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision"),
+    reason="this torch has no precision setting per backend",
+)
+def test_precision_settings_per_backend():
+    """Both kinds of setting at once make torch's common getter raise; ours must not care."""
+    a = torch.randn(300, 400)
+    plain = randomized_svd(a, 20, generator=seeded())
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16"
+    try:
+        other = randomized_svd(a, 20, generator=seeded())
+        assert setting.fp32_precision == "bf16"
+    finally:
+        setting.fp32_precision = before
+    assert all(torch.equal(x, y) for x, y in zip(plain, other, strict=True))
+
+
 # --- tolerance -------------------------------------------------------------------------------------------------------
 
 
