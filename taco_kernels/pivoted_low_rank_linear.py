@@ -7,11 +7,24 @@ of ``rank (out + in)``, always fewer than the dense weight has.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from taco_kernels._library import FLOATS, computing_dtype
+from taco_kernels import dispatch, native
+from taco_kernels._factored import rows_2d
+from taco_kernels._library import (
+    FLOATS,
+    any_autocast,
+    below_autograd,
+    computing_dtype,
+    library,
+    needs_grad,
+    register_autocast,
+    rows_of,
+)
 
 __all__ = ["pivoted_low_rank_linear", "pivoted_low_rank_linear_reference"]
 
@@ -61,6 +74,100 @@ def _check(x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None, 
         raise ValueError(f"{name}: residual {tuple(residual.shape)} must be [..., out] = {(*x.shape[:-1], u.shape[0])}")
 
 
+# --- backends --------------------------------------------------------------------------------------------------------
+
+
+def _library(x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    # Two library products: the first one adds the identity's share while its sums are still at hand.
+    rank = v.shape[0]
+    gathered = rows_2d(x.index_select(-1, pivot))
+    t = torch.addmm(gathered[:, :rank], gathered[:, rank:], v.T)
+    y = F.linear(t, u, bias).view(*x.shape[:-1], u.shape[0])
+    return y if residual is None else y + residual
+
+
+def _cpp(x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    out_features, rank = u.shape
+    # torch gathers: it checks every index, so that no pivot can make the kernel read elsewhere
+    gathered = x.index_select(-1, pivot)
+    width = gathered.shape[-1]
+    rows = gathered.numel() // width
+    y = gathered.new_empty((*x.shape[:-1], out_features))
+    v = v if v.stride(1) == 1 else v.contiguous()
+    u = u if u.stride(1) == 1 else u.contiguous()
+    bias_ptr = residual_ptr = residual_stride = 0
+    if bias is not None:
+        bias = bias.contiguous()
+        bias_ptr = bias.data_ptr()
+    if residual is not None:
+        residual, _, residual_stride = rows_of(residual)
+        residual_ptr = residual.data_ptr()
+    native.module.cpu_pivoted_low_rank_linear(  # type: ignore[union-attr]
+        gathered.data_ptr(), width, v.data_ptr(), v.stride(0), u.data_ptr(), u.stride(0), bias_ptr, residual_ptr,
+        residual_stride, y.data_ptr(), rows, width, rank, out_features, dispatch.CPP_DTYPES[x.dtype],
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "reference": pivoted_low_rank_linear_reference,
+    "library": _library,
+    "cpp": _cpp,
+}
+
+
+# --- registered op, fake, autograd -----------------------------------------------------------------------------------
+
+library.define(
+    "pivoted_low_rank_linear(Tensor x, Tensor v, Tensor u, Tensor pivot, Tensor? bias=None, Tensor? residual=None)"
+    " -> Tensor"
+)
+_op = torch.ops.taco_kernels.pivoted_low_rank_linear.default
+
+
+def _compute(
+    x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    _check(x, v, u, pivot, bias, residual)
+    width = x.shape[-1]
+    rows = x.numel() // width if width else x.shape[:-1].numel()
+    # No GPU kernel gathers yet: two library calls there, whatever is forced for the other ops of the process.
+    backend = "library"
+    if x.device.type == "cpu" and (chosen := dispatch.choose("cpu", x.dtype, rows)) in BACKENDS:
+        backend = chosen
+    return BACKENDS[backend](x, v, u, pivot, bias, residual)
+
+
+library.impl("pivoted_low_rank_linear", _compute, "CPU")
+library.impl("pivoted_low_rank_linear", _compute, "CUDA")
+
+
+@torch.library.register_fake("taco_kernels::pivoted_low_rank_linear", lib=library)
+def _fake(
+    x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    _check(x, v, u, pivot, bias, residual)
+    return x.new_empty((*x.shape[:-1], u.shape[0]))
+
+
+def _autograd(
+    x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    if needs_grad(x, v, u, bias, residual):
+        # torch differentiates its own operations; training is bound by large products, not by launches
+        return _library(x, v, u, pivot, bias, residual)
+    with below_autograd():
+        return _op(x, v, u, pivot, bias, residual)
+
+
+library.impl("pivoted_low_rank_linear", _autograd, "Autograd")
+register_autocast("pivoted_low_rank_linear", _op)
+
+
+# --- public function -------------------------------------------------------------------------------------------------
+
+
 def pivoted_low_rank_linear(
     x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
@@ -76,19 +183,16 @@ def pivoted_low_rank_linear(
         residual: [..., out], optional.
 
     Returns:
-        [..., out] of ``x``'s dtype. Differentiable in every floating argument.
+        [..., out] of ``x``'s dtype. Differentiable in every floating argument. The backend ``cpp`` keeps the
+        rank-sized intermediate in float32, ``library`` rounds it to the dtype.
 
     Raises:
         TypeError, ValueError: dtypes or shapes that do not fit together.
+        RuntimeError: a backend was forced (``TACO_BACKEND``) that cannot serve this call.
 
     Source: interpolative decomposition (Cheng, Gimbutas, Martinsson, Rokhlin 2005) of the right factor.
     """
-    _check(x, v, u, pivot, bias, residual)
-    rank = v.shape[0]
-    gathered = x.index_select(-1, pivot)
-    # Two library products: the first one adds the identity's share while its sums are still at hand.
-    first, rest = gathered[..., :rank], gathered[..., rank:]
-    flat = first.shape[:-1].numel()
-    t = torch.addmm(first.reshape(flat, rank), rest.reshape(flat, rest.shape[-1]), v.T)
-    y = F.linear(t, u, bias).view(*x.shape[:-1], u.shape[0])
-    return y if residual is None else y + residual
+    if torch.compiler.is_compiling() or any_autocast() or needs_grad(x, v, u, bias, residual):
+        return _op(x, v, u, pivot, bias, residual)
+    with below_autograd():
+        return _op(x, v, u, pivot, bias, residual)

@@ -10,6 +10,8 @@
 namespace taco {
 namespace {
 
+#include "scalar.inl"
+
 struct Arch {
   static constexpr int kWidth = 8;
   static constexpr int kMaxRows = 2;  // 8 sums + 4 of x + 2 of weights = 14 of 16 registers

@@ -10,6 +10,8 @@
 namespace taco {
 namespace {
 
+#include "scalar.inl"
+
 #include "avx512.inl"
 #include "panel.inl"
 #include "staged.inl"

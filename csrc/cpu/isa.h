@@ -36,7 +36,7 @@ struct Layout {
   }
 };
 
-// t = x v^T for rows [begin, end) of v; t is fp32.
+// t = x v^T + direct for rows [begin, end) of v; t is fp32.
 struct FirstProduct {
   const void* x;
   std::int64_t x_stride;
@@ -45,6 +45,8 @@ struct FirstProduct {
   float* t;
   Layout layout;
   std::int64_t rows, in;
+  const void* direct = nullptr;  // [rows, rank] or null: inputs on which v is the identity
+  std::int64_t direct_stride = 0;
 };
 
 // y = t u^T * scale + bias + residual for rows [begin, end) of u.

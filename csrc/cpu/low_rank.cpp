@@ -248,7 +248,8 @@ void low_rank(const LowRankInput& input, const LowRankMap* maps, int count, int 
       const Layout layout = layout_for(map.rank, input.rows, isa->lanes);
       const std::size_t k = static_cast<std::size_t>(i);
       zero_filling(t, layout, map.rank, rows);
-      first[k] = {x, input.x_stride, map.v, map.v_stride, t, layout, rows, input.in};
+      first[k] = {x, input.x_stride, map.v, map.v_stride, t, layout, rows, input.in,
+                  offset(map.direct, start * map.direct_stride, element), map.direct_stride};
       second[k] = {t, layout, map.u, map.u_stride, scale, map.bias,
                    offset(map.residual, start * map.residual_stride, element), map.residual_stride,
                    offset(map.y, start * map.out, element), nullptr, map.out, rows, map.rank};

@@ -181,8 +181,10 @@ template <class Ops, class T>
 void first_product(const FirstProduct& p, std::int64_t begin, std::int64_t end) {
   sweep<Ops>(static_cast<const T*>(p.v), p.v_stride, begin, end, static_cast<const T*>(p.x), p.x_stride, p.rows, p.in,
              [&](std::int64_t r, std::int64_t m, const float* values, int count) {
+               const T* direct = p.direct ? static_cast<const T*>(p.direct) + r * p.direct_stride + m : nullptr;
                for (int i = 0; i < count; ++i)
-                 p.t[p.layout.index(r, Arch::position(static_cast<const T*>(nullptr), m + i))] = values[i];
+                 p.t[p.layout.index(r, Arch::position(static_cast<const T*>(nullptr), m + i))] =
+                     direct ? values[i] + to_float(direct[i]) : values[i];
              });
 }
 

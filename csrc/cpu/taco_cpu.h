@@ -21,6 +21,8 @@ struct LowRankMap {
   std::int64_t rank, out;
   const void* residual;  // [rows, out] or null
   std::int64_t residual_stride;
+  const void* direct = nullptr;  // [rows, rank], added to the intermediate x v^T, or null
+  std::int64_t direct_stride = 0;
 };
 
 struct LowRankInput {

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, assert_within, bound, linear_exact, random
+from kernel_cases import DTYPES, assert_within, bound, cpu_backends, linear_exact, random, using
 
 from taco_kernels import pivoted_low_rank_linear
 from taco_kernels.pivoted_low_rank_linear import pivoted_low_rank_linear_reference
@@ -46,9 +46,11 @@ def test_any_shape(lead, inputs, share, outputs, dtype, index_dtype, extras, see
     exact, magnitude = linear_exact(x, full_right_factor(v, pivot), u, bias, residual)
     reference = pivoted_low_rank_linear_reference(x, v, u, pivot, bias, residual)
     assert_within(reference, exact, bound(exact, magnitude, inputs + rank, dtype, "reference"))
-    y = pivoted_low_rank_linear(x, v, u, pivot, bias, residual)
-    assert y.dtype == dtype and y.shape == (*lead, outputs)
-    assert_within(y, exact, bound(exact, magnitude, inputs + rank, dtype, "library"))
+    for backend in cpu_backends():
+        with using(backend):
+            y = pivoted_low_rank_linear(x, v, u, pivot, bias, residual)
+        assert y.dtype == dtype and y.shape == (*lead, outputs)
+        assert_within(y, exact, bound(exact, magnitude, inputs + rank, dtype, backend))
 
 
 def arguments(dtype=torch.float64):
@@ -61,6 +63,34 @@ def test_gradients():
     x, v, u, pivot, bias = arguments()
     tensors = [tensor.requires_grad_(True) for tensor in (x, v, u, bias)]
     assert torch.autograd.gradcheck(lambda x, v, u, bias: pivoted_low_rank_linear(x, v, u, pivot, bias), tensors)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16, 17, 70])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_rows(rows, dtype):
+    """Enough rows for every way in which the kernels lay out the intermediate."""
+    inputs, rank, outputs = 150, 61, 83
+    x, v, u = (random(shape, dtype) for shape in ((rows, inputs), (rank, inputs - rank), (outputs, rank)))
+    pivot = torch.randperm(inputs)
+    exact, magnitude = linear_exact(x, full_right_factor(v, pivot), u, None, None)
+    for backend in cpu_backends():
+        with using(backend):
+            y = pivoted_low_rank_linear(x, v, u, pivot)
+        assert_within(y, exact, bound(exact, magnitude, inputs + rank, dtype, backend))
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_opcheck(needs_grad):
+    x, v, u, pivot, bias = arguments(torch.float32)
+    tensors = [tensor.requires_grad_(needs_grad) for tensor in (x, v, u)]
+    torch.library.opcheck(torch.ops.taco_kernels.pivoted_low_rank_linear.default, (*tensors, pivot, bias))
+
+
+def test_autocast():
+    x, v, u, pivot, bias = arguments(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = pivoted_low_rank_linear(x, v, u, pivot, bias)
+    assert y.dtype == torch.bfloat16
 
 
 def test_compiles_whole():
