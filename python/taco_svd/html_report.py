@@ -157,7 +157,7 @@ def _allocation(record: Mapping[str, Any]) -> str:
     cost = {(entry["layer"], entry["path"]): (entry["share"], entry["rank"]) for entry in found["low_rank"]}
     bridges = {entry["after"]: entry["rank"] for entry in found["bridges"]}
     chart = allocation_map(found["paths"], found["layers"], cost, found["removed"], bridges)
-    told = "Numbers are ranks; colours the share of a matrix's parameters that is kept; unnumbered matrices are dense."
+    told = "Numbers: ranks (smaller sides of narrowed matrices). Colours: share of a matrix's parameters that is kept."
     return picture(chart, "rank of every matrix") + about(told)
 
 

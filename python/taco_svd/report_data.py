@@ -206,8 +206,9 @@ def _headline(plan: Plan, model: PreTrainedModel) -> str:
 
 def _states(plan: Plan) -> list[str]:
     structure = plan.structure
+    factorised = {*structure.low_rank, *structure.narrow}
     return [
-        "removed" if layer in structure.removed else "factorised" if layer in structure.low_rank else "kept"
+        "removed" if layer in structure.removed else "factorised" if layer in factorised else "kept"
         for layer in range(structure.source_layers)
     ]
 
@@ -221,6 +222,13 @@ def _allocation(architecture: Architecture, structure: Structure) -> dict[str, A
             used = sum(parameter.numel() for name, parameter in module.named_parameters() if name != "bias")
             share = used / (out_features * in_features)
             low_rank.append({"layer": layer, "path": path, "rank": rank, "share": share})
+    for layer, specs in structure.narrow.items():
+        for path, narrow in specs.items():
+            size = narrow.rows * narrow.columns
+            share = size / max(
+                size, *(_weights(architecture, place, path) for place in range(len(architecture.layers)))
+            )
+            low_rank.append({"layer": layer, "path": path, "rank": min(narrow.rows, narrow.columns), "share": share})
     return {
         "paths": list(architecture.paths),
         "layers": structure.source_layers,
@@ -239,6 +247,13 @@ def _alternatives(rows: list[dict[str, Any]], measured: dict[str, dict[str, Any]
     decode = times[0]["decode"]["p50"] / times[1]["decode"]["p50"] if times[0] and times[1] else None
     this = {key: own[key] for key in ("name", "perplexity", "standard_error", "parameters")}
     return [*rows, {**this, "decode": decode}]
+
+
+def _weights(architecture: Architecture, position: int, path: str) -> int:
+    """Elements of a matrix; of its dense form where the module remembers its outer sizes."""
+    module = architecture.module(LinearSite(position, path, architecture.block_of(path)))
+    out_features, in_features = linear_shape(module)
+    return out_features * in_features
 
 
 # -- spectra -------------------------------------------------------------------------------------------------

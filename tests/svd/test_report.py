@@ -154,6 +154,23 @@ def test_every_section_is_there(compressed_tiny, tmp_path, invoke, method):
     assert not list(tmp_path.glob(".*partial"))
 
 
+def test_narrowed_matrices_are_in_the_map(compressed_tiny):
+    from taco_svd.architectures import Architecture
+    from taco_svd.report_data import _allocation
+
+    _, compressed, plan = compressed_tiny("llama", "modegpt")
+    found = _allocation(Architecture(compressed), plan.structure)["low_rank"]
+    specs = {(layer, path): spec for layer, all_ in plan.structure.narrow.items() for path, spec in all_.items()}
+    assert specs
+    shapes = {"mlp.up_proj": 56 * 32, "mlp.down_proj": 56 * 32, "mlp.gate_proj": 56 * 32}
+    for entry in found:
+        spec = specs.get((entry["layer"], entry["path"]))
+        if spec is not None and entry["path"] in shapes:
+            assert entry["share"] == pytest.approx(spec.rows * spec.columns / shapes[entry["path"]])
+            assert entry["rank"] == min(spec.rows, spec.columns)
+    assert {(entry["layer"], entry["path"]) for entry in found} >= set(specs)
+
+
 def test_no_text_of_a_file_gets_out_of_its_place(compressed_tiny, tmp_path, invoke):
     matplotlib_or_skip()
     small = save(
