@@ -27,7 +27,7 @@ def report(
         str | None, typer.Option(help="FILE.txt, wikitext2, ptb or c4; default: text that the dense model writes.")
     ] = None,
     dense: Annotated[str | None, typer.Option(help="The dense model; default: the plan's source, if found.")] = None,
-    compare: Annotated[Path | None, typer.Option(help="What `taco-svd compare --json` printed, as a file.")] = None,
+    compare: Annotated[Path | None, typer.Option(help="What `taco-svd compare --save` wrote, as a file.")] = None,
     window: Annotated[
         int | None, typer.Option(help="Tokens per window; default: the comparison's, else the context, at most 2048.")
     ] = None,

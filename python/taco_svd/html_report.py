@@ -220,7 +220,7 @@ def _alternatives(record: Mapping[str, Any]) -> str:
 
     rows = record["alternatives"]
     if not rows:
-        return missing("No comparison given: --compare takes what `taco-svd compare --json` printed.")
+        return missing("No comparison given: --compare takes what `taco-svd compare --save` wrote.")
     parts = [picture(alternatives(rows, "this model"), "perplexity over size and latency")]
     cells = [
         [

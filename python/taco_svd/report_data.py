@@ -55,7 +55,7 @@ def gather(
         directory: compressed checkpoint.
         text: what to measure on: a file, wikitext2, ptb, c4; default: text that the dense model writes.
         dense: the dense model; default: the plan's source. Where it is not found, what needs it says so.
-        compare: what ``taco-svd compare --json`` printed.
+        compare: what ``taco-svd compare --save`` wrote.
         window, max_windows: how the text is cut; default: as in the comparison, else the context and 64 windows.
         rounds: interleaved latency rounds; 0 measures none.
 

@@ -68,9 +68,9 @@ def _comparison(path: str | Path) -> dict[str, Any]:
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise TacoError(f"{path} is not readable as the JSON of `taco-svd compare --json` ({error}).") from error
+        raise TacoError(f"{path} is not readable as the JSON of `taco-svd compare --save` ({error}).") from error
     if not isinstance(values, dict) or not isinstance(values.get("models"), list):
-        raise TacoError(f"{path} is not what `taco-svd compare --json` prints: it has no list `models`.")
+        raise TacoError(f"{path} is not what `taco-svd compare --save` writes: it has no list `models`.")
     return values
 
 

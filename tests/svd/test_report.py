@@ -216,7 +216,7 @@ def test_without_the_dense_model_it_says_what_is_missing(compressed_tiny, tmp_pa
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        (["--compare", "missing.json"], "taco-svd compare --json"),
+        (["--compare", "missing.json"], "taco-svd compare --save"),
         (["--compare", "BAD"], "no list `models`"),
         (["--compare", "ROW"], "not readable"),
         (["--dense", "OTHER"], "embeddings"),
