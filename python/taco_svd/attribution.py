@@ -6,6 +6,7 @@ with g = dL/dy: two skinny products per token batch (arXiv 2501.00339, eq. 5-7),
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -24,11 +25,14 @@ class SigmaGradients:
 
     def __init__(self, decompositions: Mapping[LinearSite, Decomposition]) -> None:
         self.decompositions = decompositions
+        self._cast: dict[LinearSite, tuple[torch.Tensor, torch.Tensor]] = {}
         self._signed: dict[LinearSite, torch.Tensor] = {}
 
     def __call__(self, site: LinearSite, x: torch.Tensor, gradient: torch.Tensor) -> None:
-        parts = self.decompositions[site]
-        scores = taco_kernels.singular_attribution(x, gradient, parts.left.to(x.dtype), parts.right.to(x.dtype))
+        if site not in self._cast:
+            parts = self.decompositions[site]
+            self._cast[site] = parts.left.to(x.dtype), parts.right.to(x.dtype)
+        scores = taco_kernels.singular_attribution(x, gradient, *self._cast[site])
         signed = scores.signed.double()
         self._signed[site] = self._signed[site] + signed if site in self._signed else signed
 
@@ -45,3 +49,29 @@ def top_directions(importance: torch.Tensor, rank: int) -> torch.Tensor:
     """Indices of the `rank` most important directions, ascending; ties go to the larger singular value."""
     order = torch.argsort(importance, descending=True, stable=True)
     return order[:rank].sort().values
+
+
+def expected_missing(importance: torch.Tensor, sigma: torch.Tensor, rank: int, total: int) -> float:
+    """How many of the `rank` most important of all `total` directions lie beyond the candidates, as a share of `rank`.
+
+    The candidates are the leading directions, by singular value; what lies beyond has smaller ones. An estimate that
+    errs upwards: it gives every direction beyond the smallest singular value among the candidates, and a gradient drawn
+    from a distribution with a heavy (exponential) tail and the root mean square of the candidates' outer half. Kept
+    directions found near the candidates' edge raise it too.
+
+    Args:
+        importance: |sigma dL/dsigma| of the candidates [k]; sigma: their singular values [k], descending.
+    """
+    beyond = total - len(sigma)
+    if beyond <= 0:
+        return 0.0
+    if rank > len(sigma):
+        return 1.0
+    sigma = sigma.to(importance.dtype).clamp(min=torch.finfo(torch.float32).tiny)
+    threshold = float(importance.topk(rank).values[-1])
+    gradients = importance / sigma
+    outer = gradients[len(sigma) // 2 :]
+    scale = float(sigma[-1] * outer.square().mean().sqrt())
+    likely = math.exp(-math.sqrt(2) * threshold / scale) if scale > 0 else 0.0
+    counted = float((gradients[len(sigma) * 3 // 4 :] * sigma[-1] >= threshold).double().mean())
+    return max(likely, counted) * beyond / rank

@@ -14,9 +14,13 @@ import taco_kernels
 
 # Eigenvalues below this share of the largest are rounding of float32 statistics, not information.
 RELATIVE_FLOOR = 1e-6
-# A randomized SVD pays from this smaller side on, for at most this share of the directions.
-SKETCH_LEAST = 512
-SKETCH_SHARE = 0.5
+# From which smaller side on a randomized SVD pays, and for at most which share of the directions. In the weighted case
+# it stands against two eigendecompositions and an SVD in float64. LAPACK's plain SVD in float32 is hard to beat: with
+# four power iterations and 45% of the directions both cost the same at 1024 x 1024 (0.7 times the speed at 512 x 512).
+WEIGHTED_LEAST, WEIGHTED_SHARE = 512, 0.5
+PLAIN_LEAST, PLAIN_SHARE = 1024, 0.25
+# Attribution looks at single directions, not only at the space that they span: two iterations more than that needs.
+PLAIN_POWER_ITERS = 4
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,16 @@ class Decomposition:
         return self.left[:, keep] * root, root[:, None] * self.right[keep]
 
 
-def plain_svd(weight: torch.Tensor) -> Decomposition:
-    """SVD of a weight [out, in]; the truncation minimises the Frobenius norm of the error in the weight."""
+def plain_svd(weight: torch.Tensor, rank: int | None = None) -> Decomposition:
+    """SVD of a weight [out, in]; the truncation minimises the Frobenius norm of the error in the weight.
+
+    With a `rank` only that many directions are found, of a large matrix by a randomized SVD (see `sketch_pays`); its
+    trailing directions are a little less exact than its leading ones.
+    """
+    if rank is not None and sketch_pays(weight.shape[0], weight.shape[1], rank, weighted=False):
+        generator = torch.Generator(device="cpu").manual_seed(0)  # the same weight gives the same factors
+        found = taco_kernels.randomized_svd(weight.float(), rank, power_iters=PLAIN_POWER_ITERS, generator=generator)
+        return Decomposition(*found)
     left, sigma, right = torch.linalg.svd(weight.float(), full_matrices=False)
     return Decomposition(left, sigma, right)
 
@@ -65,10 +77,10 @@ def weighted_svd(
             randomized SVD with triangular roots of A and G (float32 if they are), whose truncation loss is within 1%
             of the least possible; any other matrix through a full one in float64.
     """
-    if rank is not None and sketch_pays(weight.shape[0], weight.shape[1], rank):
-        parts = _sketched_weighted_svd(weight, inputs, gradients, rank)
-        if parts is not None:
-            return parts
+    if rank is not None and sketch_pays(weight.shape[0], weight.shape[1], rank, weighted=True):
+        root_a, root_g = (None if moment is None else triangular_root(moment) for moment in (inputs, gradients))
+        if (root_a is None) == (inputs is None) and (root_g is None) == (gradients is None):
+            return sketched_weighted_svd(weight, root_a, root_g, rank)
     # float64: the inverse roots below amplify rounding by the condition number of the statistics
     core = weight.double()
     left_back = right_back = None
@@ -109,33 +121,35 @@ def _svd_by_gram(core: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
     return left, sigma, right
 
 
-def sketch_pays(out_features: int, in_features: int, rank: int) -> bool:
-    """Whether a randomized SVD of this rank beats a full one (benchmarks/compress_speed.py --svd prints both)."""
+def sketch_pays(out_features: int, in_features: int, rank: int, *, weighted: bool) -> bool:
+    """Whether a randomized SVD of this rank beats a full one."""
+    least, share = (WEIGHTED_LEAST, WEIGHTED_SHARE) if weighted else (PLAIN_LEAST, PLAIN_SHARE)
     smaller = min(out_features, in_features)
-    return smaller >= SKETCH_LEAST and rank <= SKETCH_SHARE * smaller
+    return smaller >= least and rank <= share * smaller
 
 
-def _sketched_weighted_svd(
-    weight: torch.Tensor, inputs: torch.Tensor | None, gradients: torch.Tensor | None, rank: int
-) -> Decomposition | None:
-    """Leading directions of ``L_G^T W L_A`` with ``A = L_A L_A^T``; None where a root does not exist.
+def triangular_root(moment: torch.Tensor) -> torch.Tensor | None:
+    """L with ``L L^T = moment``, lower triangular, of the same dtype; None where rounding leaves no such root."""
+    root: torch.Tensor
+    root, failed = torch.linalg.cholesky_ex(moment)
+    return None if int(failed) or not torch.isfinite(root.diagonal()).all() else root
+
+
+def sketched_weighted_svd(
+    weight: torch.Tensor, root_a: torch.Tensor | None, root_g: torch.Tensor | None, rank: int
+) -> Decomposition:
+    """The `rank` leading directions of `weighted_svd`, from triangular roots of A and G: of ``L_G^T W L_A``.
 
     Any root gives the same truncation: it differs from the symmetric one by an orthogonal factor only, and triangular
-    systems take the directions back without an inverse.
+    systems take the directions back without an inverse. Computed in the roots' dtype.
     """
-    roots: list[torch.Tensor | None] = []
-    for moment in (inputs, gradients):
-        if moment is None:
-            roots.append(None)
-            continue
-        root, failed = torch.linalg.cholesky_ex(moment)
-        if int(failed) or not torch.isfinite(root.diagonal()).all():
-            return None
-        roots.append(root)
-    root_a, root_g = roots
     # a fixed seed: the same statistics give the same factors
     generator = torch.Generator(device="cpu").manual_seed(0)
-    wide = torch.float64 if any(root is not None and root.dtype == torch.float64 for root in roots) else torch.float32
+    wide = (
+        torch.float64
+        if any(root is not None and root.dtype == torch.float64 for root in (root_a, root_g))
+        else torch.float32
+    )
     left, sigma, right = taco_kernels.randomized_svd(
         weight.to(wide), rank, left=None if root_g is None else root_g.T, right=root_a, generator=generator
     )

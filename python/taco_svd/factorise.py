@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from .architectures import Architecture, LinearSite, dense_weight, linear_shape
-from .attribution import SigmaGradients, top_directions
+from .attribution import SigmaGradients, expected_missing, top_directions
 from .decomposition import Decomposition, plain_svd
 from .errors import TacoError
 from .gauge import pivoted_factors
@@ -23,6 +23,10 @@ from .suffix import SuffixRunner
 # {0, 0.01, 0.1} x {0.01, 0.1, 0.3}, within 0.1 perplexity of each other.
 INPUT_DAMPING = 0.1
 GRADIENT_DAMPING = 0.01
+# Paper mode: directions of a large matrix that are attributed, in ranks; and the share of the kept ones that may be
+# expected beyond them before all are.
+CANDIDATES = 3
+MISSING_SHARE = 0.01
 
 
 def factorise(architecture: Architecture, plan: Plan, runner: SuffixRunner, progress: Progress) -> None:
@@ -90,7 +94,7 @@ def _factorise_plain(architecture: Architecture, plan: Plan, runner: SuffixRunne
     sites = _planned_sites(architecture, plan)
     with progress.step("singular value decomposition") as report:
         for done, site in enumerate(sites):
-            parts = plain_svd(dense_weight(architecture.module(site)).detach())
+            parts = plain_svd(dense_weight(architecture.module(site)).detach(), _rank_of(plan, site))
             put_factors(architecture, site, parts, torch.arange(_rank_of(plan, site), device=parts.sigma.device))
             report(done + 1, len(sites))
 
@@ -108,15 +112,35 @@ def _factorise_paper(architecture: Architecture, plan: Plan, runner: SuffixRunne
     ]
     groups = [planned] if plan.options.get("one_shot") else [sites for sites in groups if sites]
     batches = len(runner.batches)
+    full: set[str] = set()
     with progress.step("gradient attribution" + ("" if len(groups) == 1 else ", layer by layer")) as report:
         for done, sites in enumerate(groups):
-            parts = {site: plain_svd(dense_weight(architecture.module(site)).detach()) for site in sites}
+            weights = {site: dense_weight(architecture.module(site)).detach() for site in sites}
+            parts = {
+                site: plain_svd(weights[site], None if site.path in full else CANDIDATES * _rank_of(plan, site))
+                for site in sites
+            }
             gradients = SigmaGradients(parts)
 
             def within(part: int, _: int, done: int = done) -> None:
                 report(done * batches + part, len(groups) * batches)
 
             runner.backward(sites, gradients, within)
+            importance = {site: gradients.importance(site) for site in sites}
+            # The definition is over all directions. Where candidates may lack some, all are looked at after all, and
+            # at once for the same map of the layers below.
+            narrow = [
+                site
+                for site in sites
+                if expected_missing(importance[site], parts[site].sigma, _rank_of(plan, site), min(weights[site].shape))
+                > MISSING_SHARE
+            ]
+            if narrow:
+                full.update(site.path for site in narrow)
+                parts.update({site: plain_svd(weights[site]) for site in narrow})
+                gradients = SigmaGradients(parts)
+                runner.backward(narrow, gradients)
+                importance.update({site: gradients.importance(site) for site in narrow})
             for site in sites:
-                directions = top_directions(gradients.importance(site), _rank_of(plan, site))
+                directions = top_directions(importance[site], _rank_of(plan, site))
                 put_factors(architecture, site, parts[site], directions)

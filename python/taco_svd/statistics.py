@@ -12,7 +12,7 @@ from .architectures import Architecture, LinearSite, linear_shape
 
 # Moments that are held at once may take this share of the model's bytes, or this much where that is less: what does
 # not fit is gathered in further passes.
-MOMENT_SHARE = 0.12
+MOMENT_SHARE = 0.08
 LEAST_MOMENT_BYTES = 64 << 20
 
 
