@@ -90,7 +90,7 @@ def weighted_svd(
     if inputs is not None:
         root, right_back = _root_and_inverse(inputs)
         core = core @ root
-    left, sigma, right = _svd_by_gram(core) if min(core.shape) >= SKETCH_LEAST else _svd(core)
+    left, sigma, right = _svd_by_gram(core) if min(core.shape) >= WEIGHTED_LEAST else _svd(core)
     if left_back is not None:
         left = left_back @ left
     if right_back is not None:

@@ -13,6 +13,7 @@ from .attribution import SigmaGradients, expected_missing, top_directions
 from .decomposition import Decomposition, plain_svd
 from .errors import TacoError
 from .gauge import pivoted_factors
+from .memory import release
 from .plan import Plan
 from .progress import Progress
 from .replacement import LowRankLinear
@@ -144,3 +145,4 @@ def _factorise_paper(architecture: Architecture, plan: Plan, runner: SuffixRunne
             for site in sites:
                 directions = top_directions(importance[site], _rank_of(plan, site))
                 put_factors(architecture, site, parts[site], directions)
+            release()

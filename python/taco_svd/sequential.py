@@ -191,7 +191,7 @@ class UpwardPass:
         rank = self._rank(site)
         if rank is None:
             return
-        parts: Decomposition = weighted_svd(weight, damped(inputs, self.input_damping), self.gradients(site))
+        parts: Decomposition = weighted_svd(weight, damped(inputs, self.input_damping), self.gradients(site), rank)
         directions = torch.arange(rank, device=parts.sigma.device)
         put_factors(self.working, site, parts, directions, self.structure.is_pivoted(site.layer, site.path))
 

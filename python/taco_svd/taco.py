@@ -14,6 +14,7 @@ from .calibration import Calibration
 from .decomposition import Decomposition, damped, weighted_svd
 from .factorise import GRADIENT_DAMPING, INPUT_DAMPING
 from .loss_curves import LossCurves, measure_curves
+from .memory import release
 from .plan import Plan
 from .progress import Progress, Report
 from .replacement import structural_copy
@@ -55,6 +56,7 @@ class Analysis:
         runner = SuffixRunner(self.architecture, self.calibration.tokens, min(site.layer for site in sites))
         runner.backward(sites, moments, report)
         moments.finish()
+        release()
         self._moments, self._held = moments, set(sites)
 
     def _moments_of(self, site: LinearSite) -> SecondMoments:
