@@ -12,7 +12,7 @@ import torch
 from kernel_cases import DTYPES, HALF, random, using
 
 import taco_kernels
-from taco_kernels import low_rank_bridge, low_rank_linear, native
+from taco_kernels import low_rank_bridge, low_rank_linear, low_rank_linear_group, low_rank_mlp, native
 
 pytestmark = pytest.mark.skipif(native.module is None, reason=f"cpp backend: {native.reason}")
 
@@ -136,6 +136,27 @@ def test_same_bits_every_run_and_for_any_number_of_threads(isa, dtype, threads):
         threads(count)
         for _ in range(3):
             assert torch.equal(low_rank_linear(x, v, u), first)
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+def test_groups_and_mlps_have_the_same_bits_for_any_number_of_threads(isa, rows, threads):
+    dtype = torch.bfloat16
+    x = random((rows, 500), dtype)
+    # unlike each other, so that the threads' shares begin and end in the middle of members
+    vs, us = [], []
+    for rank, out in ((90, 700), (33, 130), (5, 1), (64, 301)):
+        vs.append(random((rank, 500), dtype) / 20)
+        us.append(random((out, rank), dtype) / 8)
+    gate, up = (vs[0], us[0], None), (vs[1], random((700, 33), dtype) / 8, random((700,), dtype))
+    down = (random((48, 700), dtype) / 20, random((333, 48), dtype) / 8, None)
+    found = []
+    for count in (1, 2, 3, 7):
+        threads(count)
+        found.append([*low_rank_linear_group(x, vs, us), low_rank_mlp(x, gate, up, down)])
+    for v, u, y in zip(vs, us, found[0], strict=False):
+        assert torch.equal(y, low_rank_linear(x, v, u))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
