@@ -197,7 +197,11 @@ def consistency_steps(records: Sequence[Mapping[str, Any]]) -> Figure:
     axes.plot([], [], marker="o", color=KEPT, ls="", label="after, adopted")
     axes.plot([], [], marker="o", color=GONE, ls="", label="after, not adopted")
     axes.set_ylabel("held-out error")
-    axes.set_ylim(bottom=0)
+    values = [value for record in records for value in (record["before"], record["after"])]
+    if min(values) > 0 and max(values) > 30 * min(values):
+        axes.set_yscale("log")  # the stream grows with depth, and its errors with it
+    else:
+        axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3, axis="y")
     axes.legend(fontsize=8)
     return figure
