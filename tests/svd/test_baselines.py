@@ -16,16 +16,18 @@ from taco_svd.baselines import Workspace
 from taco_svd.baselines.asvd import activation_scaled_svd
 from taco_svd.baselines.budget import Budget
 from taco_svd.baselines.fwsvd import fisher_weighted_svd
-from taco_svd.baselines.kfac import Options, depth_factor, divergence, least_error, options_of, tail_energy
-from taco_svd.baselines.layerwise import LayerCalls, input_moments
+from taco_svd.baselines.kfac import Options, depth_factor, divergence, least_error, options_of, scales, tail_energy
 from taco_svd.baselines.modegpt import lost_shares, nystroem, output_moment, query_key_dimensions, value_output
 from taco_svd.baselines.replaceme import cosine_distances, linear_bridge
-from taco_svd.baselines.svd_llm import refit_left_factor
+from taco_svd.baselines.svd_llm import input_moments, refit_left_factor
 from taco_svd.baselines.whitening import cholesky, whitened_svd
 from taco_svd.baselines.workspace import clipped_second_moment
 from taco_svd.baselines.zs_svd import drop_effects, zero_sum_ranks
 from taco_svd.calibration import Calibration
+from taco_svd.decomposition import damped, weighted_svd
 from taco_svd.errors import TacoError
+from taco_svd.progress import Silent
+from taco_svd.walk import Walk
 
 from .tiny_models import LAYERS, VOCABULARY, tiny_model
 
@@ -188,7 +190,7 @@ def test_layers_run_one_by_one_give_the_models_hidden_states(name: str, calibrat
     model = tiny_model(name)
     workspace = Workspace(model, Calibration(calibration_tokens, "tokens", 0))
     runner = workspace.runner()
-    calls = LayerCalls(runner)
+    calls = Walk(workspace.architecture, runner.batches)
     hidden = calls.entering
     for index, layer in enumerate(workspace.architecture.layers):
         expected = runner.layer_inputs(0, [index, index + 1])
@@ -203,7 +205,7 @@ def test_svd_llm_fits_every_map_on_what_the_compressed_layers_feed_it(calibratio
     small, plan = compress(model, method="svd-llm", keep=0.6, calibration=calibration_tokens)
     top = LAYERS - 1
     workspace = Workspace(small, Calibration(calibration_tokens, "tokens", 0))
-    calls = LayerCalls(workspace.runner())
+    calls = Walk(workspace.architecture, workspace.runner().batches)
     hidden = calls.entering
     for index in range(top):
         hidden = [calls.run(workspace.architecture.layers[index], index, 0, hidden[0])]
@@ -342,6 +344,29 @@ def test_divergence_against_its_definition(calibration_tokens: torch.Tensor) -> 
     expected = float((p * (p / q).log()).sum(-1).mean())
     assert expected > 1e-3
     assert divergence(runner, [p.log().float()]) == pytest.approx(expected, rel=1e-3)
+
+
+def test_errors_are_scaled_to_the_divergence_of_one_cut_matrix(calibration_tokens: torch.Tensor) -> None:
+    model = tiny_model("llama")
+    workspace = Workspace(model, Calibration(calibration_tokens, "tokens", 0))
+    found = scales(workspace, Silent(), (1, 3))
+    assert set(found) == set(workspace.sites((1, 3)))
+    for site in (LinearSite(3, "mlp.up_proj", "mlp"), LinearSite(1, "self_attn.v_proj", "attention")):
+        weight = workspace.architecture.module(site).weight
+        m, n = weight.shape
+        rank = max(1, round(0.1 * m * n / (m + n)))
+        moments = workspace.moments()
+        clipped = moments.clipped_gradients[site]
+        parts = weighted_svd(weight.detach(), damped(moments.inputs(site), 0.1), damped(clipped, 0.3))
+        u, v = parts.factors(torch.arange(rank))
+        with torch.no_grad():
+            p = model(calibration_tokens).logits.double().log_softmax(-1)
+            dense = weight.clone()
+            weight.copy_(u @ v)
+            q = model(calibration_tokens).logits.double().log_softmax(-1)
+            weight.copy_(dense)
+        expected = float((p.exp() * (p - q)).sum(-1).mean()) / float(parts.sigma[rank:].double().square().sum())
+        assert found[site] == pytest.approx(expected, rel=1e-2)
 
 
 def test_lems_spends_on_what_was_measured_to_matter(calibration_tokens: torch.Tensor) -> None:

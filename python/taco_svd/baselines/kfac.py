@@ -150,7 +150,7 @@ def _log_probabilities(runner: SuffixRunner) -> list[torch.Tensor]:
     return [functional.log_softmax(runner.logits(index).float(), dim=-1) for index in range(len(runner.batches))]
 
 
-def _scales(workspace: Workspace, progress: Progress, layers: tuple[int, ...]) -> dict[LinearSite, float]:
+def scales(workspace: Workspace, progress: Progress, layers: tuple[int, ...]) -> dict[LinearSite, float]:
     """Per matrix: measured divergence over tail energy, at a tenth of the break-even rank."""
     sites = workspace.sites(layers)
 
@@ -158,7 +158,7 @@ def _scales(workspace: Workspace, progress: Progress, layers: tuple[int, ...]) -
         tokens = workspace.calibration.tokens[:WINDOWS]
         trial = Architecture(structural_copy(workspace.architecture.model))
         reference = workspace.keep("log-probabilities", lambda: _log_probabilities(workspace.runner(0, WINDOWS)))
-        scales: dict[LinearSite, float] = {}
+        measured_scales: dict[LinearSite, float] = {}
         runners: dict[int, SuffixRunner] = {}
         with progress.step("divergence of the model, one matrix at a time") as report:
             for done, site in enumerate(sites):
@@ -172,9 +172,9 @@ def _scales(workspace: Workspace, progress: Progress, layers: tuple[int, ...]) -
                 tail = float(tail_energy(parts.sigma)[rank])
                 measured = divergence(runners[site.layer], reference)
                 trial.replace(site, dense)
-                scales[site] = measured / tail if tail > 0 else 0.0
+                measured_scales[site] = measured / tail if tail > 0 else 0.0
                 report(done + 1, len(sites))
-        return scales
+        return measured_scales
 
     return workspace.keep(("kfac scales", layers), make)
 
@@ -192,7 +192,7 @@ def _trials() -> list[tuple[float, float]]:
 
 
 def _allocate(workspace: Workspace, budget: Budget, progress: Progress) -> Decision:
-    scales = _scales(workspace, progress, budget.layers)
+    scale = scales(workspace, progress, budget.layers)
     sites = workspace.sites(budget.layers)
     depth = len(workspace.architecture.layers)
     tails = {site: tail_energy(_decomposition(workspace, site, progress).sigma) for site in sites}
@@ -206,7 +206,7 @@ def _allocate(workspace: Workspace, budget: Budget, progress: Progress) -> Decis
                 site: options_of(
                     tails[site],
                     budget.shapes[site.path],
-                    scales[site] * depth_factor(site.layer, depth, alpha, gamma),
+                    scale[site] * depth_factor(site.layer, depth, alpha, gamma),
                     least,
                 )
                 for site in sites

@@ -9,13 +9,16 @@ U' = argmin E|W xh - U' V xh|^2 = W C V^T (V C V^T)^-1, C = E[xh xh^T]. Ranks ar
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
+
 import torch
 
 from ..architectures import Architecture, LinearSite, dense_weight
 from ..plan import Plan
 from ..progress import Progress
+from ..walk import Walk, watching
 from .base import Baseline, put_factors, uniform
-from .layerwise import LayerCalls, input_moments
 from .whitening import whitened
 from .workspace import Workspace
 
@@ -41,16 +44,39 @@ def refit_left_factor(
     return torch.linalg.solve(gram, right.T).T.float()
 
 
+def input_moments(
+    architecture: Architecture, walk: Walk, index: int, paths: list[str], hidden: list[torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Sum of x x^T over all tokens for linear maps of one layer, run on the given hidden states: float32 [in, in]."""
+    layer = architecture.layers[index]
+    moments: dict[str, torch.Tensor] = {}
+
+    def gather(path: str) -> Callable[[torch.Tensor, torch.Tensor], None]:
+        def add(x: torch.Tensor, _: torch.Tensor) -> None:
+            rows = x.flatten(0, -2).float()
+            moment = rows.T @ rows
+            moments[path] = moments[path].add_(moment) if path in moments else moment
+
+        return add
+
+    with ExitStack() as stack:
+        for path in paths:
+            stack.enter_context(watching(layer.get_submodule(path), gather(path)))
+        for batch, states in enumerate(hidden):
+            walk.run(layer, index, batch, states)
+    return moments
+
+
 def _carry_out(workspace: Workspace, architecture: Architecture, plan: Plan, progress: Progress) -> None:
     planned = plan.structure.low_rank
     workspace.moments(progress)
-    calls = LayerCalls(workspace.runner())
-    hidden = calls.entering
+    walk = Walk(workspace.architecture, workspace.runner().batches)
+    hidden = walk.entering
     depth = max(planned) + 1
     with progress.step("whitening and sequential update") as report:
         for index in range(depth):
             ranks = planned.get(index, {})
-            moments = input_moments(architecture, calls, index, list(ranks), hidden) if ranks else {}
+            moments = input_moments(architecture, walk, index, list(ranks), hidden) if ranks else {}
             for path, rank in ranks.items():
                 site = LinearSite(index, path, architecture.block_of(path))
                 weight = dense_weight(architecture.module(site)).detach()
@@ -58,7 +84,7 @@ def _carry_out(workspace: Workspace, architecture: Architecture, plan: Plan, pro
                 put_factors(architecture, site, refit_left_factor(weight, u, v, moments.pop(path)), v)
             if index + 1 < depth:
                 layer = architecture.layers[index]
-                hidden = [calls.run(layer, index, batch, states) for batch, states in enumerate(hidden)]
+                hidden = [walk.run(layer, index, batch, states) for batch, states in enumerate(hidden)]
             report(index + 1, depth)
 
 
