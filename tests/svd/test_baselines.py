@@ -407,13 +407,16 @@ def test_output_moment_against_data() -> None:
 
 def test_nystroem_against_least_squares_and_explicit_leverage() -> None:
     generator = torch.Generator().manual_seed(6)
-    mix = torch.randn(12, 12, generator=generator, dtype=torch.float64) * torch.logspace(0, -2, 12).double()
-    hidden = torch.randn(300, 12, generator=generator, dtype=torch.float64) @ mix
+    # six units that share a strong signal and six weaker ones of their own: the latter are hard to replace
+    own = torch.randn(300, 12, generator=generator, dtype=torch.float64) * torch.linspace(0.2, 0.6, 12).double()
+    shared = torch.randn(300, 1, generator=generator, dtype=torch.float64)
+    hidden = own + shared * torch.tensor([1.0] * 6 + [0.0] * 6).double()
     stay, back = nystroem(hidden.T @ hidden / 300, 300, 7)
     # ridge leverage from the singular vectors of the hidden states: sum_j v_ij^2 s_j^2 / (s_j^2 + 1)
     _, s, vh = torch.linalg.svd(hidden, full_matrices=False)
     leverage = (vh.T.square() * (s.square() / (s.square() + 1))).sum(1)
     assert stay.tolist() == sorted(leverage.argsort(descending=True)[:7].tolist())
+    assert stay.tolist() != sorted(hidden.square().sum(0).argsort(descending=True)[:7].tolist())
     expected = torch.linalg.lstsq(hidden[:, stay], hidden).solution.T
     torch.testing.assert_close(back, expected, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(back[stay], torch.eye(7, dtype=torch.float64), rtol=0, atol=1e-3)

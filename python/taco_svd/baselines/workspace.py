@@ -59,7 +59,10 @@ class Moments:
             kind[site] = kind[site].add_(value) if site in kind else value
 
         def callback(site: LinearSite, x: torch.Tensor, gradient: torch.Tensor) -> None:
-            self.second(site, x, gradient)
+            if x.dtype == torch.float64:  # the sums are in float32
+                self.second(site, x.float(), gradient.float())
+            else:
+                self.second(site, x, gradient)
             rows = x.flatten(0, -2)
             add(self.mean, site, rows.sum(0, dtype=torch.float64) / count)
             add(self.magnitude, site, rows.abs().sum(0, dtype=torch.float64) / count)
