@@ -138,7 +138,10 @@ def main() -> int:
         old = json.loads(store.path.read_text())
         store.content.update({key: old[key] for key in ("yardsticks", "call_overhead_us", "complete")})
     points = list(tiny() if args.dry_run else full() if args.full else quick())
-    points = [point for point in {p.key: p for p in reversed(points)}.values() if args.only in point.key][::-1]
+    unique: dict[str, Point] = {}
+    for point in points:
+        unique.setdefault(point.key, point)  # the first of a kind: it has its place, and more to compare with
+    points = [point for point in unique.values() if args.only in point.key]
     if not args.report:
         with torch.inference_mode():
             left = run(points, store, Budget(args.budget_seconds), args.point_seconds, args.dry_run)
