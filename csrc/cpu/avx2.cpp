@@ -1,9 +1,7 @@
 // AVX2 + FMA + F16C: every x86-64 server and desktop since 2013 (Haswell) and 2017 (Zen).
 #include <immintrin.h>
 
-#include <cmath>
 #include <cstdint>
-#include <cstring>
 
 #include "isa.h"
 

@@ -1,9 +1,7 @@
 // AVX-512 without bf16 instructions (Skylake-X to Ice Lake).
 #include <immintrin.h>
 
-#include <cmath>
 #include <cstdint>
-#include <cstring>
 
 #include "isa.h"
 

@@ -1,9 +1,7 @@
 // AVX-512 with bf16 dot products (Cooper Lake, Sapphire Rapids, Zen 4 and later).
 #include <immintrin.h>
 
-#include <cmath>
 #include <cstdint>
-#include <cstring>
 
 #include "isa.h"
 

@@ -19,11 +19,11 @@ inline float exponential(float x) {
   p = p * f + 1.0f;
   p = p * f + 1.0f;
   std::int32_t bits;
-  std::memcpy(&bits, &shifted, 4);
+  __builtin_memcpy(&bits, &shifted, 4);
   // n, in the low bits, moves into the exponent's place; the constant's own bits leave at the top
   bits = static_cast<std::int32_t>((static_cast<std::uint32_t>(bits) + 127u) << 23);
   float power;
-  std::memcpy(&power, &bits, 4);
+  __builtin_memcpy(&power, &bits, 4);
   return p * power;
 }
 
@@ -35,7 +35,7 @@ inline float activated(float x) {
     const float z = 0.797884561f * (x + 0.044715f * x * x * x);
     return x / (1.0f + exponential(-2.0f * z));
   }
-  if (kActivation == 2) return 0.5f * x * std::erfc(-0.707106781f * x);  // gelu
+  if (kActivation == 2) return 0.5f * x * __builtin_erfcf(-0.707106781f * x);  // gelu
   return x > 0.0f ? x : x == x ? 0.0f : x;                                // relu; a nan stays one
 }
 

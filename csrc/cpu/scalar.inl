@@ -3,12 +3,12 @@
 
 inline float as_float(std::uint32_t bits) {
   float f;
-  std::memcpy(&f, &bits, 4);
+  __builtin_memcpy(&f, &bits, 4);
   return f;
 }
 inline std::uint32_t as_bits(float f) {
   std::uint32_t bits;
-  std::memcpy(&bits, &f, 4);
+  __builtin_memcpy(&bits, &f, 4);
   return bits;
 }
 

@@ -74,4 +74,5 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
         for parameter in model.parameters():
             scale = 0.3 if parameter.ndim == 1 else 3.0
             parameter.add_((torch.randn(parameter.shape, generator=generator) * 0.02 * scale).to(dtype))
+    model.config.architectures = [type(model).__name__]  # as save_pretrained would set it sooner or later
     return model.eval()
