@@ -77,10 +77,12 @@ def weighted_svd(
             randomized SVD with triangular roots of A and G (float32 if they are), whose truncation loss is within 1%
             of the least possible; any other matrix through a full one in float64.
     """
-    if rank is not None and sketch_pays(weight.shape[0], weight.shape[1], rank, weighted=True):
+    if min(weight.shape) >= WEIGHTED_LEAST:
         root_a, root_g = (None if moment is None else triangular_root(moment) for moment in (inputs, gradients))
         if (root_a is None) == (inputs is None) and (root_g is None) == (gradients is None):
-            return sketched_weighted_svd(weight, root_a, root_g, rank)
+            if rank is not None and sketch_pays(weight.shape[0], weight.shape[1], rank, weighted=True):
+                return sketched_weighted_svd(weight, root_a, root_g, rank)
+            return _full_by_triangular_roots(weight, root_a, root_g)
     # float64: the inverse roots below amplify rounding by the condition number of the statistics
     core = weight.double()
     left_back = right_back = None
@@ -90,17 +92,12 @@ def weighted_svd(
     if inputs is not None:
         root, right_back = _root_and_inverse(inputs)
         core = core @ root
-    left, sigma, right = _svd_by_gram(core) if min(core.shape) >= WEIGHTED_LEAST else _svd(core)
+    left, sigma, right = torch.linalg.svd(core, full_matrices=False)
     if left_back is not None:
         left = left_back @ left
     if right_back is not None:
         right = right @ right_back
     return Decomposition(left.float(), sigma.float(), right.float())
-
-
-def _svd(core: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    left, sigma, right = torch.linalg.svd(core, full_matrices=False)
-    return left, sigma, right
 
 
 def _svd_by_gram(core: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -153,6 +150,29 @@ def sketched_weighted_svd(
     left, sigma, right = taco_kernels.randomized_svd(
         weight.to(wide), rank, left=None if root_g is None else root_g.T, right=root_a, generator=generator
     )
+    return _taken_back(left, sigma, right, root_a, root_g)
+
+
+def _full_by_triangular_roots(
+    weight: torch.Tensor, root_a: torch.Tensor | None, root_g: torch.Tensor | None
+) -> Decomposition:
+    """All directions of a large matrix, in float64: a Cholesky factor costs a fraction of an eigendecomposition."""
+    core = weight.double()
+    if root_g is not None:
+        core = root_g.double().T @ core
+    if root_a is not None:
+        core = core @ root_a.double()
+    return _taken_back(*_svd_by_gram(core), root_a, root_g)
+
+
+def _taken_back(
+    left: torch.Tensor,
+    sigma: torch.Tensor,
+    right: torch.Tensor,
+    root_a: torch.Tensor | None,
+    root_g: torch.Tensor | None,
+) -> Decomposition:
+    """Singular vectors of ``L_G^T W L_A`` in the coordinates of W."""
     if root_g is not None:
         left = torch.linalg.solve_triangular(root_g.T, left.to(root_g.dtype), upper=True)
     if root_a is not None:
