@@ -39,8 +39,10 @@ venv: $(STAMP)  ## .venv with the package, its extension and all tools
 demo: $(STAMP)  ## compress the model that is in the package, reload it, generate, print the table
 	@$(BIN)/python examples/demo.py
 
+# One process per core with one thread each: on tiny models threads that wait for each other cost more than they add.
+# Tests that are about threads set their number themselves.
 test: $(STAMP)  ## the whole test suite, without the packaging matrix
-	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 $(PYTEST_ARGS)
 
 test-packaging: $(STAMP)  ## installs in fresh environments in every supported way (minutes, needs a package index)
 	@$(BIN)/python -m pytest -q --slow tests/packaging $(PYTEST_ARGS)
