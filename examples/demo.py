@@ -42,20 +42,20 @@ def main() -> int:
 
     from taco_svd import compress, save_compressed
     from taco_svd.checkpoint import DEFAULT_MODEL, load_model
-    from taco_svd.cli import Bars, _quiet_libraries
+    from taco_svd.cli_shared import Bars, quiet_libraries
 
     console = Console()
-    _quiet_libraries()
+    quiet_libraries()
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir()
-    console.rule("1. compress 4 of the 16 layers of the demo model, calibrated on text it writes itself")
+    console.rule("1. compress the demo model, calibrated on text it writes itself")
     dense, tokenizer = load_model(DEFAULT_MODEL)
     compressed, plan = compress(dense, tokenizer, layers=4, seq_len=256, progress=Bars(False))
     directory = OUT / "classics-taco"
     save_compressed(compressed, plan, directory, tokenizer)
     console.print(
-        f"layers {', '.join(map(str, plan.redundant))}: {plan.source['parameters']:,} -> "
-        f"{plan.result['parameters']:,} parameters ({plan.result['share']:.1%}), saved to {directory.name}/"
+        f"{plan.source['parameters']:,} -> {plan.result['parameters']:,} parameters ({plan.result['share']:.1%}: what "
+        f"the published method needs with 4 of 16 layers redundant), saved to {directory.name}/"
     )
     console.rule("2. reload it in a new process and compare the logits")
     logits_file = OUT / "logits.safetensors"
