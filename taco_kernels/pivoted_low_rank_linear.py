@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from taco_kernels import dispatch, native
+from taco_kernels._cpu import map_of
 from taco_kernels._factored import rows_2d
 from taco_kernels._library import (
     FLOATS,
@@ -97,25 +98,20 @@ def _library(x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None
 
 
 def _cpp(x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    out_features, rank = u.shape
     # torch gathers: it checks every index, so that no pivot can make the kernel read elsewhere
     gathered = x.index_select(-1, pivot)
     width = gathered.shape[-1]
     rows = gathered.numel() // width
-    y = gathered.new_empty((*x.shape[:-1], out_features))
-    v = v if v.stride(1) == 1 else v.contiguous()
-    u = u if u.stride(1) == 1 else u.contiguous()
-    bias_ptr = residual_ptr = residual_stride = 0
-    if bias is not None:
-        bias = bias.contiguous()
-        bias_ptr = bias.data_ptr()
+    y = gathered.new_empty((*x.shape[:-1], u.shape[0]))
+    keep: list[Tensor] = []  # copies that must outlive the call
+    v_ptr, v_stride, u_ptr, u_stride, bias_ptr, y_ptr, rank, out_features = map_of(v, u, bias, y, keep)
+    residual_ptr = residual_stride = 0
     if residual is not None:
         residual, _, residual_stride = rows_of(residual)
         residual_ptr = residual.data_ptr()
     native.module.cpu_pivoted_low_rank_linear(  # type: ignore[union-attr]
-        gathered.data_ptr(), width, v.data_ptr(), v.stride(0), u.data_ptr(), u.stride(0), bias_ptr, residual_ptr,
-        residual_stride, y.data_ptr(), rows, width, rank, out_features, dispatch.CPP_DTYPES[x.dtype],
-        torch.get_num_threads(),
+        gathered.data_ptr(), width, v_ptr, v_stride, u_ptr, u_stride, bias_ptr, residual_ptr, residual_stride, y_ptr,
+        rows, width, rank, out_features, dispatch.CPP_DTYPES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return y
 

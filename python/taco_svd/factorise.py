@@ -20,10 +20,6 @@ from .replacement import LowRankLinear
 from .structure import Structure
 from .suffix import SuffixRunner
 
-# Shrinkage of the second moments in taco mode: on classics-16l's validation text 0.1 / 0.01 was the best of
-# {0, 0.01, 0.1} x {0.01, 0.1, 0.3}, within 0.1 perplexity of each other.
-INPUT_DAMPING = 0.1
-GRADIENT_DAMPING = 0.01
 # Paper mode: directions of a large matrix that are attributed, in ranks; and the share of the kept ones that may be
 # expected beyond them before all are.
 CANDIDATES = 3

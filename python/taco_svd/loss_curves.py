@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from .architectures import Architecture, LinearSite, linear_shape
 from .calibration import embedding_weight
 from .decomposition import Decomposition
+from .divergence import kl_per_token
 from .factorise import put_factors
 from .importance import bypassed
 from .progress import Report
@@ -156,7 +157,7 @@ def divergence_between(dense: PreTrainedModel, other: PreTrainedModel, tokens: t
     device = embedding_weight(dense).device
     for window in tokens.split(1):
         batch = window.to(device)
-        truth = torch.log_softmax(dense(input_ids=batch, use_cache=False).logits.float(), -1)
-        ours = torch.log_softmax(other(input_ids=batch, use_cache=False).logits.float(), -1)
-        total += float((truth.exp() * (truth - ours)).sum(-1).double().mean())
+        truth = dense(input_ids=batch, use_cache=False).logits
+        ours = other(input_ids=batch, use_cache=False).logits
+        total += float(kl_per_token(truth, ours).double().mean())
     return total / max(1, tokens.shape[0])

@@ -27,7 +27,7 @@ from .budget import allocate
 from .calibration import Calibration, load_calibration
 from .checkpoint import parameter_count, weight_bytes
 from .errors import TacoError
-from .factorise import GRADIENT_DAMPING, INPUT_DAMPING, check_ranks, factorise
+from .factorise import check_ranks, factorise
 from .importance import MEASURES, rank_layers
 from .loss_curves import divergence_between
 from .modeling import CompressedModel, as_compressed
@@ -36,7 +36,7 @@ from .progress import Progress, Silent
 from .replacement import drop_layers, structural_copy
 from .sequential import held_out_windows
 from .suffix import SuffixRunner
-from .taco import BRIDGE_GRADIENT_DAMPING, Analysis, build_upwards
+from .taco import BRIDGE_GRADIENT_DAMPING, GRADIENT_DAMPING, INPUT_DAMPING, Analysis, build_upwards
 
 # Greedy removal runs the set once per candidate: a part of it orders the layers as well.
 GREEDY_SAMPLES = 16

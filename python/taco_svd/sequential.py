@@ -76,7 +76,7 @@ class UpwardPass:
     ) -> None:
         self.dense, self.working, self.structure = dense, working, structure
         self.gradients, self.bridge_gradients = gradients, bridge_gradients
-        self.input_damping, self.with_refit = input_damping, with_refit
+        self.input_damping = input_damping
         batches, held = split_held_out(tokens)
         self.walk = Walk(dense, batches)
         self.fit_batches = range(len(batches) - held)

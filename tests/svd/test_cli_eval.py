@@ -12,21 +12,6 @@ from taco_svd import cli
 from taco_svd.checkpoint import DEFAULT_MODEL
 
 
-@pytest.fixture
-def invoke(capsys, monkeypatch):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["taco-svd", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return (code, *capsys.readouterr())
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """The demo model with a layer removed; its source is found in the package."""

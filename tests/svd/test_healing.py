@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 import torch
 
-from taco_svd import TacoError, cli, save_compressed
+from taco_svd import TacoError, save_compressed
 from taco_svd.cli_heal import token_count
 from taco_svd.healing import (
     HealingOptions,
@@ -288,21 +287,6 @@ def test_a_state_is_whole_or_not_there(compressed_tiny, tmp_path, monkeypatch):
         heal(student, dense, *windows_for(SMALL), SMALL, torch.float32, keep=keep)
     monkeypatch.undo()
     assert states == [1, 2, 3, 4] and files.state().step == 3
-
-
-@pytest.fixture
-def invoke(capsys, monkeypatch):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["taco-svd", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return (code, *capsys.readouterr())
-
-    return run
 
 
 def test_command_line(saved, invoke):

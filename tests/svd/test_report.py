@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
-import sys
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
 import torch
 
-from taco_svd import Plan, cli, save_compressed
+from taco_svd import Plan, save_compressed
 from taco_svd.drift import measure_drift
 from taco_svd.replacement import LowRankBridge, LowRankLinear
 from taco_svd.report_data import product_spectrum
@@ -24,21 +23,6 @@ def matplotlib_or_skip():
 
 
 EVIL = "<script>alert(1)</script>\"'&$x_1$"
-
-
-@pytest.fixture
-def invoke(capsys, monkeypatch):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["taco-svd", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return (code, *capsys.readouterr())
-
-    return run
 
 
 def save(compressed_tiny, folder, name="llama", method="taco", **changes):
