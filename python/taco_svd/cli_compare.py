@@ -48,6 +48,18 @@ def _settings(keep: str | None, layers: int | None, compression_ratio: float | N
     return [Setting(share) for share in dict.fromkeys(shares)]
 
 
+def _texts(text: str) -> list[str]:
+    """Names of texts; one that exists as a file with a comma in its name is one name."""
+    from .errors import TacoError
+
+    if Path(text).exists():
+        return [text]
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise TacoError("--text takes the name of a text, or several with commas.")
+    return names
+
+
 def _check_file(path: Path | None, option: str) -> None:
     """A file that cannot be written is told before hours of work."""
     from .errors import TacoError
@@ -76,7 +88,9 @@ def compare(
     calibration: Annotated[str, typer.Option(help="As for compress.")] = "self",
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 64,
     seq_len: Annotated[int | None, typer.Option(help="Tokens per calibration window.")] = None,
-    text: Annotated[str, typer.Option(help="Text to evaluate on; self: what the dense model writes.")] = "self",
+    text: Annotated[
+        str, typer.Option(help="Text to evaluate on; self: what the dense model writes. Several with commas.")
+    ] = "self",
     window: Annotated[int | None, typer.Option(help="Tokens per evaluation window.")] = None,
     max_windows: Annotated[int | None, typer.Option(help="At most this many evaluation windows.")] = None,
     batch: Annotated[int, typer.Option(help="Sequences at once, for latency.")] = 1,
@@ -115,7 +129,11 @@ def compare(
     bars = Bars(as_json)
     dense, tokenizer = load(model, dtype, device)
     resolve_windows(dense, window, None)
-    tokens, text_name = text_tokens(text, dense, tokenizer, bars, seed)
+    texts = dict(reversed(text_tokens(name, dense, tokenizer, bars, seed)) for name in _texts(text))
+    if len(texts) < len(_texts(text)):
+        raise TacoError("--text: two files of the same name; their results could not be told apart.")
+    text_name, *others = texts
+    tokens = texts[text_name]
     with bars.step("calibration text") as report:
         windows = load_calibration(calibration, dense, tokenizer, samples, seq_len, seed, report)
     latest: list[Comparison] = []
@@ -127,7 +145,9 @@ def compare(
         if not as_json and result.finished:
             errors.print(f"{result.finished} of {result.total} done, about {_duration(result.seconds_left)} left")
 
-    measure = Measure(tokens, text_name, window, max_windows, batch, prompt, rounds)
+    measure = Measure(
+        tokens, text_name, window, max_windows, batch, prompt, rounds, {name: texts[name] for name in others}
+    )
     stopped = False
     try:
         result = run_comparison(dense, tokenizer, windows, names, settings, measure, bars, keep_result)

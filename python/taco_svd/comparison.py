@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,7 +41,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Measure:
-    """What is measured: the text's tokens and how they are cut, and the shape of the latency runs (0 rounds: none)."""
+    """What is measured: the text's tokens and how they are cut, and the shape of the latency runs (0 rounds: none).
+
+    `further` are tokens of other texts, by name; their perplexities stand in a row's `perplexity_on`.
+    """
 
     tokens: torch.Tensor
     text: str
@@ -50,6 +53,7 @@ class Measure:
     batch: int = 1
     prompt: int = 128
     rounds: int = 20
+    further: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -130,18 +134,22 @@ def run_comparison(
     dense_parameters = parameter_count(dense)
 
     def measured(name: str, model: PreTrainedModel, setting: Setting | None) -> dict[str, Any]:
-        with progress.step(f"perplexity: {name}") as report:
-            score = perplexity(
-                model, measure.tokens, window=measure.window, max_windows=measure.max_windows, progress=report
-            )
+        scores = {}
+        for text, tokens in {measure.text: measure.tokens, **measure.further}.items():
+            with progress.step(f"perplexity: {name}, {text}") as report:
+                scores[text] = perplexity(
+                    model, tokens, window=measure.window, max_windows=measure.max_windows, progress=report
+                ).to_dict()
         parameters = parameter_count(model)
         row = {
             "model": name,
-            "perplexity": score.to_dict(),
+            "perplexity": scores.pop(measure.text),
             "parameters": parameters,
             "share": parameters / dense_parameters,
             "bytes": weight_bytes(model),
         }
+        if scores:
+            row["perplexity_on"] = scores
         return row if setting is None else {**row, "setting": setting.describe()}
 
     def tell() -> None:

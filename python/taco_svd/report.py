@@ -15,17 +15,19 @@ def compare_table(rows: list[dict[str, Any]], title: str) -> Table:
     """Models side by side: perplexity, size, latency; grouped by budget where there is more than one."""
     table = Table(title=title)
     several = len({str(row.get("setting")) for row in rows if "setting" in row}) > 1
-    columns = ("model", "perplexity", "parameters", "kept", "MB", "prefill ms", "decode ms/token")
+    texts = list(rows[0].get("perplexity_on", {})) if rows else []
+    columns = ("model", "perplexity", *texts, "parameters", "kept", "MB", "prefill ms", "decode ms/token")
     for name in ("budget", *columns) if several else columns:
         table.add_column(name, justify="left" if name in ("model", "budget") else "right", no_wrap=True)
     last = None
     for row in rows:
         score = row["perplexity"]
+        further = [row["perplexity_on"][text] for text in texts]
         latency = row.get("latency")
         setting = row.get("setting", {})
         cells = [
             row["model"],
-            f"{score['perplexity']:.2f} ± {score['standard_error']:.2f}",
+            *(f"{one['perplexity']:.2f} ± {one['standard_error']:.2f}" for one in (score, *further)),
             f"{row['parameters']:,}",
             f"{row['share']:.1%}",
             f"{row['bytes'] / 1e6:.2f}",

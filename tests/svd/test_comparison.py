@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from taco_svd.comparison import Measure, Setting, method_names, run_comparison
 from taco_svd.errors import TacoError
 from taco_svd.plan import METHODS
 
+from .test_calibration import tokenizer as word_tokenizer
 from .test_cli import run
 from .tiny_models import VOCABULARY, tiny_model
 
@@ -38,6 +40,26 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def measure(rounds: int = 0) -> Measure:
     tokens = torch.randint(3, VOCABULARY, (64,), generator=torch.Generator().manual_seed(1))
     return Measure(tokens, "random", window=12, prompt=4, rounds=rounds)
+
+
+def test_several_texts_are_evaluated_on_one_model(dense: Path, tmp_path: Path, invoke) -> None:
+    """A row's further perplexities are what the same command finds when it is given that text alone."""
+    first, second = tmp_path / "first.txt", tmp_path / "second.txt"
+    rows = {}
+    model = tmp_path / "model"
+    shutil.copytree(dense, model)
+    word_tokenizer().save_pretrained(model)
+    first.write_text("w5 w6 w7 w8 " * 40)
+    second.write_text("w15 w16 w9 " * 40)
+    for name, text in {"both": f"{first},{second}", "second": str(second)}.items():
+        code, stdout, stderr = invoke(
+            "compare", model, "--methods", "removal", "--keep", "0.85", *SMALL, "--rounds", "0", "--text", text, "--json"
+        )  # fmt: skip
+        assert code == 0, stderr
+        rows[name] = json.loads(stdout)["models"]
+    for both, alone in zip(rows["both"], rows["second"], strict=True):
+        assert both["perplexity_on"] == {"second.txt": alone["perplexity"]}
+        assert both["perplexity"] != alone["perplexity"]
 
 
 def test_several_methods_at_two_budgets_with_a_picture(dense: Path, tmp_path: Path, invoke) -> None:
