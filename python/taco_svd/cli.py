@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from .cli_bench import bench
 from .cli_compare import compare
 from .cli_eval import evaluate
 from .cli_heal import heal
@@ -118,6 +119,7 @@ def compress(
 
 
 app.command("eval")(evaluate)
+app.command()(bench)
 app.command()(heal)
 app.command()(compare)
 app.command("report")(report)
@@ -134,52 +136,6 @@ def info(directory: Annotated[Path, typer.Argument(help="Compressed model.")], a
         _print_json(values)
     else:
         _out().print(info_table(values))
-
-
-@app.command()
-def bench(
-    directory: Annotated[Path, typer.Argument(help="Compressed model.")],
-    against: Annotated[str, typer.Option(help="dense, removal or both, with a comma.")] = "dense,removal",
-    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
-    prompt: Annotated[int, typer.Option(help="Prompt tokens per sequence (prefill).")] = 128,
-    decode: Annotated[int, typer.Option(help="Tokens decoded after the prompt.")] = 16,
-    rounds: Annotated[int, typer.Option(help="Interleaved rounds; more give a narrower interval.")] = 30,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "cpu",
-    as_json: JsonOption = False,
-) -> None:
-    """Prefill and decode latency against the dense model and against bare removal, interleaved in one process.
-
-    The overhead is latency(compressed) / latency(same layers removed, nothing in their place) - 1.
-    """
-    from .errors import TacoError
-    from .export import dense_stand_in, with_layers_removed
-    from .latency import compare_latency
-    from .plan import Plan
-    from .report import latency_table
-
-    others = [name.strip() for name in against.split(",") if name.strip()]
-    if not others or any(name not in ("dense", "removal") for name in others):
-        raise TacoError(f"--against takes dense, removal or dense,removal, got {against!r}.")
-    plan = Plan.load(directory)
-    if "removal" in others and len(plan.redundant) == plan.structure.source_layers:
-        raise TacoError(
-            "Every layer of this model is compressed: there is no removal to compare with; --against dense."
-        )
-    model, _ = _load(str(directory), dtype, device)
-    models = {"compressed": model}
-    if "removal" in others:
-        models["removal"] = with_layers_removed(model, list(plan.redundant))
-    if "dense" in others:
-        models["dense"] = dense_stand_in(model, plan.source["config"])
-    with Bars(as_json).step("interleaved rounds") as report:
-        result = compare_latency(
-            models, tuple(("compressed", name) for name in others), batch, prompt, decode, rounds, report
-        )
-    if as_json:
-        _print_json(result.to_dict())
-    else:
-        _out().print(latency_table(result))
 
 
 @app.command()

@@ -66,9 +66,11 @@ def test_compress_info_eval_bench_export(dense, tmp_path, invoke):
         "bench", out, "--against", "dense,removal", "--prompt", "4", "--decode", "2", "--rounds", "3", "--json"
     )
     latency = json.loads(stdout)
-    assert code == 0 and set(latency["seconds"]) == {"compressed", "dense", "removal"}
-    overhead = latency["overhead"]["compressed/removal"]["decode"]
-    assert overhead["low"] <= overhead["median"] <= overhead["high"]
+    assert code == 0 and [row["phase"] for row in latency["results"]] == ["prefill", "decode"]
+    for row in latency["results"]:
+        assert set(row["models"]) == {"compressed", "dense", "removal"}
+        overhead = row["comparisons"]["compressed/removal"]["overhead"]
+        assert overhead["low"] <= overhead["median"] <= overhead["high"]
 
     ordinary = tmp_path / "ordinary"
     code, stdout, _ = invoke("export", out, "--dense", ordinary)

@@ -1,0 +1,345 @@
+"""Whole-model latency in interleaved rounds, measured until the interval of each comparison is narrow enough.
+
+A round is A B B A: drift of the machine, and whatever a model finds in the caches after the other one or after itself,
+hits both alike. A comparison is the median over rounds of the ratio within a round, minus one, with a bootstrap 95%
+interval over rounds. Only two models take turns at a time.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+import taco_kernels
+
+from .bench_memory import cache_bytes, check_memory, working_bytes
+from .bench_models import BenchModels
+from .bench_runner import MODES, PHASES, Runner
+from .calibration import context_length
+from .energy import energy_counter
+from .errors import TacoError
+from .latency import Ratio, bootstrap
+from .progress import Progress, Silent
+
+FORMAT = 1
+# A sample shorter than this is timed as several steps at once: the clock and the synchronisation would show.
+LEAST_SAMPLE_SECONDS = 0.005
+# Rounds before an interval is believed: the bootstrap of a median of fewer is too narrow.
+LEAST_ROUNDS = 12
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One model against another, in one phase.
+
+    Attributes:
+        overhead: latency / latency of the other - 1.
+        rounds: rounds of two samples of each.
+        stopped: "interval" (as narrow as asked for), "time" or "rounds" (a limit was reached first).
+        bytes: weights and cache that a decode step reads, over the other's; decode only.
+        flops: of a prefill, over the other's; prefill only.
+    """
+
+    overhead: Ratio
+    rounds: int
+    stopped: str
+    bytes: float | None = None
+    flops: float | None = None
+
+
+@dataclass
+class BenchSettings:
+    """What is measured and how long.
+
+    Attributes:
+        batches, prompt, window: sequences at once; tokens each; tokens decoded before the cache is taken back.
+        modes, phases: of `bench_runner.MODES` and `PHASES`.
+        pairs: names to compare; models that are missing are left out.
+        precision: half the width of the interval, as a fraction, at which a comparison against removal is done;
+            against the dense model ten times that is enough.
+        seconds: limit for one comparison in one phase; `LEAST_ROUNDS` are made all the same, unless
+        rounds: exactly so many are asked for.
+        control: also compares removal with a second copy of itself on the same weights: an interval around zero shows
+            what the measurement can resolve.
+        energy: also measures energy per token where the device reports it.
+    """
+
+    batches: tuple[int, ...] = (1,)
+    prompt: int = 128
+    window: int = 64
+    modes: tuple[str, ...] = ("eager",)
+    phases: tuple[str, ...] = PHASES
+    pairs: tuple[tuple[str, str], ...] = (("compressed", "removal"), ("compressed", "dense"))
+    precision: float = 0.0005
+    seconds: float = 60.0
+    rounds: int | None = None
+    control: bool = False
+    energy: bool = True
+
+    def check(self) -> None:
+        """Raises TacoError for what cannot be measured."""
+        if min(self.batches, default=0) < 1 or self.prompt < 1 or self.window < 1:
+            raise TacoError("--batch, --prompt and --decode must be at least 1.")
+        if self.rounds is not None and self.rounds < 1:
+            raise TacoError("--rounds must be at least 1.")
+        if not self.precision > 0 or not self.seconds > 0:
+            raise TacoError("--precision and --seconds must be above 0.")
+        for name, values, known in (("--mode", self.modes, MODES), ("--phase", self.phases, PHASES)):
+            if not values or not set(values) <= set(known):
+                raise TacoError(f"{name} takes {', '.join(known)}, with commas, got {','.join(values)!r}.")
+
+
+def compare_pair(
+    one: Callable[[], float],
+    other: Callable[[], float],
+    precision: float,
+    seconds: float,
+    rounds: int | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[Ratio, str, list[float], list[float]]:
+    """Times two functions that give seconds, in rounds A B B A, until the interval's half width is `precision`.
+
+    Returns:
+        (ratio minus one, why it stopped, seconds of the one, of the other)
+    """
+    times: tuple[list[float], list[float]] = ([], [])
+    ratios: list[float] = []
+    for function in (one, other):
+        function()
+    began, next_look = clock(), LEAST_ROUNDS
+    while True:
+        # the order turns around from round to round: A B B A, B A A B
+        order = (0, 1, 1, 0) if len(ratios) % 2 == 0 else (1, 0, 0, 1)
+        sums = [0.0, 0.0]
+        for index in order:
+            elapsed = (one, other)[index]()
+            times[index].append(elapsed)
+            sums[index] += elapsed
+        ratios.append(sums[0] / sums[1] - 1)
+        if rounds is not None:
+            if len(ratios) == rounds:
+                return bootstrap(ratios), "rounds", *times
+            continue
+        if len(ratios) < LEAST_ROUNDS:
+            continue
+        late = clock() - began > seconds
+        if late or len(ratios) >= next_look:
+            ratio = bootstrap(ratios)
+            if ratio.high - ratio.low <= 2 * precision:
+                return ratio, "interval", *times
+            if late:
+                return ratio, "time", *times
+            next_look = int(1.25 * len(ratios)) + 1  # looking costs as much as some rounds
+
+
+def run_bench(made: BenchModels, settings: BenchSettings, progress: Progress | None = None) -> dict[str, Any]:
+    """Measures everything that is asked for; a plain JSON object.
+
+    Raises:
+        TacoError: settings that do not fit the model's context or the memory.
+    """
+    settings.check()
+    progress = progress or Silent()
+    models = made.models
+    pairs = [pair for pair in settings.pairs if set(pair) <= set(models)]
+    if not pairs:
+        raise TacoError("There is nothing to compare: of a model whose layers are all compressed only --against dense.")
+    model = models["compressed"]
+    limit = context_length(model)
+    if settings.prompt + settings.window > limit:
+        raise TacoError(
+            f"{settings.prompt} prompt tokens and {settings.window} decoded ones exceed the context of {limit}."
+        )
+    wanted = {name for pair in pairs for name in pair}
+    models = {name: entry for name, entry in models.items() if name in wanted}
+    if settings.control and "removal" in models:
+        from .replacement import structural_copy
+
+        models["control"] = structural_copy(models["removal"])
+        pairs.append(("control", "removal"))
+    check_caches(models, settings)
+    results = []
+    for mode in settings.modes:
+        for batch in settings.batches:
+            for phase in settings.phases:
+                with progress.step(f"{mode}, batch {batch}, {phase}") as report:
+                    results.append(_measure(models, pairs, settings, mode, batch, phase, report))
+    return {
+        "format": FORMAT,
+        **made.description,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": device_name(model.device),
+        "threads": torch.get_num_threads(),
+        "settings": asdict(settings),
+        "weight_bytes": {name: weight_bytes_of(entry) for name, entry in models.items() if name != "control"},
+        "results": results,
+        "versions": {
+            "taco_kernels": taco_kernels.__version__,
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def check_caches(models: dict[str, PreTrainedModel], settings: BenchSettings) -> None:
+    """Refuses caches and intermediate results that do not fit beside the weights.
+
+    Raises:
+        TacoError: with what is needed and what is free.
+    """
+    needed = 0
+    for model in models.values():
+        for batch in settings.batches:
+            length = settings.prompt + settings.window
+            here = cache_bytes(model.config, batch, length, model.dtype)
+            if "prefill" in settings.phases:
+                here += working_bytes(model.config, batch, settings.prompt, model.dtype)
+            needed = max(needed, 2 * here)  # the two of a pair live side by side
+    device = next(iter(models.values())).device
+    check_memory(needed, device, f"Caches of batch {max(settings.batches)}, prompt {settings.prompt}")
+
+
+def _measure(
+    models: dict[str, PreTrainedModel],
+    pairs: list[tuple[str, str]],
+    settings: BenchSettings,
+    mode: str,
+    batch: int,
+    phase: str,
+    report: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """One row of the result: all pairs at one mode, batch and phase."""
+    times: dict[str, list[float]] = {}
+    compared: dict[str, Any] = {}
+    memory: dict[str, int] = {}
+    energy: dict[str, float] = {}
+    device = next(iter(models.values())).device
+    counter, energy_source = energy_counter(device) if settings.energy else (None, "not asked for")
+    for number, (one, other) in enumerate(pairs):
+        samples = {}
+        for name in (one, other):
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            runner = Runner(models[name], mode, batch, settings.prompt, settings.window, (phase,))
+            samples[name] = runner.prefill if phase == "prefill" else _decoding(runner)
+            samples[name]()  # the first call compiles, packs weights, fills pools
+            if device.type == "cuda":
+                memory[name] = torch.cuda.max_memory_allocated(device)
+        precision = settings.precision * (10 if other == "dense" else 1)
+        ratio, stopped, *both = compare_pair(samples[one], samples[other], precision, settings.seconds, settings.rounds)
+        for name, values in zip((one, other), both, strict=True):
+            times.setdefault(name, []).extend(values)
+            if counter is not None and name not in energy:
+                joules = _joules(samples[name], counter)
+                if joules is not None:
+                    energy[name] = joules / (batch * (settings.prompt if phase == "prefill" else 1))
+        share = work(models[one], phase, batch, settings.prompt) / work(models[other], phase, batch, settings.prompt)
+        comparison = Comparison(
+            ratio,
+            len(both[0]) // 2,
+            stopped,
+            bytes=share if phase == "decode" else None,
+            flops=share if phase == "prefill" else None,
+        )
+        compared[f"{one}/{other}"] = {key: value for key, value in asdict(comparison).items() if value is not None}
+        samples.clear()
+        report(number + 1, len(pairs))
+    tokens = batch * (settings.prompt if phase == "prefill" else 1)
+    rows = {}
+    for name, values in times.items():
+        row: dict[str, Any] = {"seconds": percentiles(values), "tokens_per_second": tokens / statistics.median(values)}
+        row["cache_bytes"] = cache_bytes(models[name].config, batch, settings.prompt, models[name].dtype)
+        if name in memory:
+            row["peak_bytes"] = memory[name]
+        if name in energy:
+            row["joules_per_token"] = energy[name]
+        rows[name] = row
+    return {
+        "mode": mode,
+        "batch": batch,
+        "phase": phase,
+        "prompt": settings.prompt,
+        "models": rows,
+        "comparisons": compared,
+        "energy": energy_source,
+    }
+
+
+def _decoding(runner: Runner) -> Callable[[], float]:
+    """A decode sample long enough for the clock."""
+    runner.decode()
+    quick = min(runner.decode() for _ in range(3))
+    steps = max(1, min(runner.window, int(LEAST_SAMPLE_SECONDS / max(quick, 1e-9)) + 1))
+    return lambda: runner.decode(steps)
+
+
+def _joules(sample: Callable[[], float], counter: Callable[[], float], seconds: float = 1.0) -> float | None:
+    """Energy per call of what a sample times: counters move every few milliseconds, so it runs for a second."""
+    before, spent, began = counter(), 0.0, time.perf_counter()
+    calls = 0.0
+    while (elapsed := time.perf_counter() - began) < seconds or calls == 0:
+        spent = sample()
+        calls += 1
+    after = counter()
+    elapsed = time.perf_counter() - began
+    if after <= before or spent <= 0:
+        return None
+    # watts times the seconds of one step: a sample may be several steps, and what lies between them counts too
+    return (after - before) / elapsed * spent
+
+
+def percentiles(values: list[float]) -> dict[str, float]:
+    """20th, 50th and 80th."""
+    if len(values) < 2:
+        return {"p20": values[0], "p50": values[0], "p80": values[0]}
+    cuts = statistics.quantiles(values, n=10, method="inclusive")
+    return {"p20": cuts[1], "p50": cuts[4], "p80": cuts[7]}
+
+
+def weight_bytes_of(model: PreTrainedModel) -> int:
+    """Bytes of parameters and buffers, shared ones once."""
+    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def work(model: PreTrainedModel, phase: str, batch: int, prompt: int) -> float:
+    """What bounds a phase from below: bytes read by a decode step, or multiplications of a prefill.
+
+    Decode reads every weight once (of the input embedding only some rows, which are left out) and the cache.
+    Prefill multiplies every token with every matrix of the layers and the last token with the head, and attends.
+    """
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    if phase == "decode":
+        unread = 0 if tied else embedding.weight.numel() * embedding.weight.element_size()
+        return float(weight_bytes_of(model) - unread + cache_bytes(model.config, batch, prompt, model.dtype))
+    layers = sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 2 and parameter is not embedding.weight and (head is None or parameter is not head.weight)
+    )
+    config: Any = model.config
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    attention = prompt * prompt * width * config.num_hidden_layers  # two products over half the matrix each
+    return float(batch * (prompt * layers + attention + (0 if head is None else head.weight.numel())))
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return device.type

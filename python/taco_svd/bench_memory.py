@@ -1,0 +1,64 @@
+"""What a latency run needs of memory and what there is, so that it says no before the machine does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from .errors import TacoError
+
+# of what is free; the rest is for torch, the compiler and the allocator's gaps
+_USABLE = 0.92
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Free memory of the device; None where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    found: list[int] = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+        # inside a container the limit is the group's, not the machine's
+        limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+        if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+            stat = (Path("/sys/fs/cgroup") / "memory.stat").read_text().split()
+            cached = int(stat[stat.index("inactive_file") + 1])
+            found.append(int(text) - int(used.read_text()) + cached)
+    except (OSError, ValueError, IndexError):
+        pass
+    return min(found) if found else None
+
+
+def cache_bytes(config: PreTrainedConfig, batch: int, length: int, dtype: torch.dtype) -> int:
+    """Keys and values of `batch` sequences of `length` tokens in every layer."""
+    values: Any = config
+    groups = getattr(values, "num_key_value_heads", None) or values.num_attention_heads
+    head = getattr(values, "head_dim", None) or values.hidden_size // values.num_attention_heads
+    return 2 * batch * length * groups * head * values.num_hidden_layers * dtype.itemsize
+
+
+def working_bytes(config: PreTrainedConfig, batch: int, prompt: int, dtype: torch.dtype) -> int:
+    """Largest intermediate results of one forward pass of batch x prompt tokens: an MLP's, and logits of one token."""
+    values: Any = config
+    wide = getattr(values, "intermediate_size", None) or 4 * values.hidden_size
+    rows = batch * prompt
+    return rows * (3 * wide + 6 * values.hidden_size) * dtype.itemsize + batch * values.vocab_size * 4
+
+
+def check_memory(needed: int, device: torch.device, what: str) -> None:
+    """Refuses what does not fit.
+
+    Raises:
+        TacoError: `needed` bytes are more than is free.
+    """
+    free = available_bytes(device)
+    if free is not None and needed > _USABLE * free:
+        raise TacoError(
+            f"{what} needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on {device}; "
+            "take a smaller shape, --batch or --prompt, leave out dense (--against removal), or another --dtype."
+        )

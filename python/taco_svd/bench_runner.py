@@ -1,0 +1,200 @@
+"""One model that can be asked again and again for a timed prefill or for timed decode steps, in one of three modes.
+
+=============  =====================================================================================================
+``eager``      transformers as it is, growing cache
+``compiled``   ``torch.compile(fullgraph=True)`` over a static cache; on a GPU ``mode="reduce-overhead"``
+``graph``      eager kernels captured in one CUDA graph over a static cache
+=============  =====================================================================================================
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+
+from .errors import TacoError
+
+MODES = ("eager", "compiled", "graph")
+PHASES = ("prefill", "decode")
+
+Step = Callable[[torch.Tensor], object]
+
+
+class Runner:
+    """A model at one batch size and prompt length, ready to be timed.
+
+    Args:
+        model: in eval mode, on its device.
+        mode: one of `MODES`.
+        batch, prompt: sequences at once, and tokens each before decoding starts.
+        window: tokens decoded before the cache goes back to the prompt's end (not timed).
+        phases: what will be asked for; only that is prepared.
+
+    The cache of a batch holds one prompt `batch` times: attention costs the same, and a prefill of the whole batch,
+    minutes on a CPU, is not needed to time a decode step.
+
+    Raises:
+        TacoError: ``graph`` without a GPU.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        mode: str = "eager",
+        batch: int = 1,
+        prompt: int = 128,
+        window: int = 32,
+        phases: tuple[str, ...] = PHASES,
+    ) -> None:
+        if mode not in MODES:
+            raise TacoError(f"--mode must be one of {', '.join(MODES)}, got {mode!r}.")
+        self.model, self.mode, self.batch, self.prompt, self.window = model, mode, batch, prompt, window
+        self.device = model.device
+        if mode == "graph" and self.device.type != "cuda":
+            raise TacoError("--mode graph needs a GPU (--device cuda).")
+        self.wait: Callable[[], None] = torch.cuda.synchronize if self.device.type == "cuda" else (lambda: None)
+        vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
+        generator = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(int(vocabulary), (batch, prompt), generator=generator).to(self.device)
+        self.token = self.ids[:, :1].clone()
+        self.used = 0
+        with torch.inference_mode():
+            if "decode" in phases:
+                self._prepare_decode()
+            if "prefill" in phases:
+                self._prepare_prefill()
+
+    # -- what is timed -----------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def prefill(self) -> float:
+        """Seconds of one forward pass over the prompts, cache included, logits of the last token only."""
+        cache = self._new_prefill_cache()
+        self.wait()
+        start = time.perf_counter()
+        self._prefill(cache)
+        self.wait()
+        return time.perf_counter() - start
+
+    @torch.inference_mode()
+    def decode(self, steps: int = 1) -> float:
+        """Seconds per step of one token for each sequence, over `steps` steps after another."""
+        if self.used + steps > self.window:
+            self._rewind()
+        self.used += steps
+        self.wait()
+        start = time.perf_counter()
+        for _ in range(steps):
+            # always the same token instead of the most likely one: the sampler is no part of what is compared
+            self._step()
+        self.wait()
+        return (time.perf_counter() - start) / steps
+
+    # -- prefill -----------------------------------------------------------------------------------------------
+
+    def _prepare_prefill(self) -> None:
+        self._prefill_cache: StaticCache | None = None
+        forward = self.model.forward
+        if self.mode == "compiled":
+            forward = _compiled(forward, self.device)
+        graph: torch.cuda.CUDAGraph | None = None
+
+        def run(cache: Any) -> None:
+            if graph is not None:
+                graph.replay()
+            else:
+                forward(input_ids=self.ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+        self._prefill = run
+        if self.mode == "graph":
+            cache = self._new_prefill_cache()
+            captured = _capture(lambda: run(cache), lambda: _set_length(cache, 0))
+            graph = captured
+
+    def _new_prefill_cache(self) -> Any:
+        if self.mode == "eager":
+            return DynamicCache(config=self.model.config)
+        if self._prefill_cache is None:
+            self._prefill_cache = _static_cache(self.model, self.batch, self.prompt)
+        _set_length(self._prefill_cache, 0)
+        return self._prefill_cache
+
+    # -- decode ------------------------------------------------------------------------------------------------
+
+    def _prepare_decode(self) -> None:
+        cache = DynamicCache(config=self.model.config)
+        self.model(input_ids=self.ids[:1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        layers: list[Any] = list(cache.layers)
+        self._prompt_states = [(layer.keys, layer.values) for layer in layers]
+        self._cache: Any = None
+        self._rewind()
+        forward: Any = self.model
+        if self.mode == "compiled":
+            forward = _compiled(self.model.forward, self.device)
+
+        def step() -> None:
+            forward(input_ids=self.token, past_key_values=self._cache, use_cache=True)
+
+        self._step: Callable[[], object] = step
+        if self.mode == "graph":
+            graph = _capture(step, lambda: _set_length(self._cache, self.prompt))
+            self._step = graph.replay
+            self._rewind()
+
+    def _rewind(self) -> None:
+        """The cache as it was at the prompt's end."""
+        self.used = 0
+        if self.mode != "eager" and self._cache is not None:
+            _set_length(self._cache, self.prompt)
+            return
+        self._cache = None  # before the new one is made: two do not fit where one is large
+        if self.mode == "eager":
+            self._cache = DynamicCache(config=self.model.config)
+        else:
+            self._cache = _static_cache(self.model, self.batch, self.prompt + self.window)
+        for index, states in enumerate(self._prompt_states):
+            keys, values = (state.expand(self.batch, *state.shape[1:]) for state in states)
+            self._cache.update(keys, values, index)
+
+
+def _compiled(forward: Any, device: torch.device) -> Any:
+    mode = "reduce-overhead" if device.type == "cuda" else "default"
+    return torch.compile(forward, fullgraph=True, dynamic=False, mode=mode)
+
+
+def _static_cache(model: PreTrainedModel, batch: int, length: int) -> StaticCache:
+    """A static cache whose tensors exist already: a compiled prefill must find them at fixed addresses."""
+    config: Any = model.config
+    cache = StaticCache(config=config, max_cache_len=length)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache.early_initialization(batch, heads, width, model.dtype, model.device)
+    return cache
+
+
+def _set_length(cache: Any, length: int) -> None:
+    """Tells a static cache, in place, that it holds `length` tokens."""
+    for layer in cache.layers:
+        layer.cumulative_length.fill_(length)
+        if hasattr(layer, "cumulative_length_int"):  # sliding windows count in Python as well
+            layer.cumulative_length_int = length
+
+
+def _capture(run: Callable[[], object], reset: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """`run` as a CUDA graph; `reset` undoes what it did to its inputs."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # libraries choose and load their kernels outside the capture
+            run()
+            reset()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    reset()
+    return graph

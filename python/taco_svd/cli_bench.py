@@ -1,0 +1,195 @@
+"""`taco-svd bench`: latency of whole models, of a checkpoint or of a shape."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .cli_shared import Bars, DeviceOption, DtypeOption, JsonOption, check_dtype, out_console, print_json
+from .cli_shared import load as _load
+
+if TYPE_CHECKING:
+    import torch
+
+    from .bench_models import BenchModels
+    from .progress import Progress
+
+
+def bench(
+    directory: Annotated[Path | None, typer.Argument(help="Compressed model; or give --shape.")] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="Random weights of a known model's shape, e.g. llama-2-7b; --shape list.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="With --shape: bridge, paper or taco.")] = "bridge",
+    layers: Annotated[
+        str | None, typer.Option(help="With --shape: number of redundant layers, or which: 20,21,22.")
+    ] = None,
+    share: Annotated[float, typer.Option(help="With --shape: share of the layers that is redundant.")] = 0.25,
+    runs: Annotated[int, typer.Option(help="With --shape: runs of neighbours that the redundant layers form.")] = 1,
+    keep: Annotated[
+        float | None, typer.Option(help="With --shape and paper or taco: share of parameters that stays.")
+    ] = None,
+    bridge_rank: Annotated[int | None, typer.Option(help="With --shape: rank of the bridges.")] = None,
+    against: Annotated[str, typer.Option(help="dense, removal or both, with a comma.")] = "dense,removal",
+    batch: Annotated[str, typer.Option(help="Sequences at once; several with commas: 1,8,64.")] = "1",
+    prompt: Annotated[int, typer.Option(help="Prompt tokens per sequence.")] = 128,
+    decode: Annotated[int, typer.Option(help="Tokens decoded after the prompt before starting over.")] = 16,
+    phase: Annotated[str, typer.Option(help="prefill, decode or both, with a comma.")] = "prefill,decode",
+    mode: Annotated[str, typer.Option(help="eager, compiled, graph; several with commas.")] = "eager",
+    precision: Annotated[
+        float, typer.Option(help="A comparison with removal ends when its 95% interval is +- this (dense: ten times).")
+    ] = 0.0005,
+    seconds: Annotated[float, typer.Option(help="... or after so many seconds, for each comparison and phase.")] = 60.0,
+    rounds: Annotated[int | None, typer.Option(help="Exactly so many rounds instead.")] = None,
+    control: Annotated[
+        bool, typer.Option("--control", help="Also compare removal with itself: what can be resolved here.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's choice.")] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
+    save: Annotated[Path | None, typer.Option(help="Write the result there as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw it (PNG, SVG or PDF).")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Prefill and decode latency against bare removal and against the dense model, interleaved in one process.
+
+    The overhead is latency(compressed) / latency(same layers removed, nothing in their place) - 1, with a 95% interval.
+
+    Examples: taco-svd bench small; taco-svd bench --shape llama-2-7b --prompt 512 --phase decode --control
+    """
+    from .bench import BenchSettings, run_bench
+    from .bench_report import bench_table, plot_bench
+    from .errors import TacoError
+
+    others = [name.strip() for name in against.split(",") if name.strip()]
+    if not others or any(name not in ("dense", "removal") for name in others):
+        raise TacoError(f"--against takes dense, removal or dense,removal, got {against!r}.")
+    try:
+        batches = tuple(int(size) for size in batch.split(","))
+    except ValueError:
+        raise TacoError(f"--batch takes numbers with commas, got {batch!r}.") from None
+    settings = BenchSettings(
+        batches=batches,
+        prompt=prompt,
+        window=decode,
+        modes=tuple(name.strip() for name in mode.split(",")),
+        phases=tuple(name.strip() for name in phase.split(",")),
+        pairs=tuple(("compressed", name) for name in ("removal", "dense") if name in others),
+        precision=precision,
+        seconds=seconds,
+        rounds=rounds,
+        control=control,
+    )
+    settings.check()
+    check_dtype(dtype)
+    for path in (save, plot):
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise TacoError(f"{path} cannot be written: it must be a file in a directory that exists.")
+    if threads is not None:
+        _set_threads(threads)
+    progress = Bars(as_json)
+    if shape is not None:
+        if directory is not None:
+            raise TacoError("Give a directory or --shape, not both.")
+        made = _from_shape(
+            shape, method, layers, share, runs, keep, bridge_rank, dtype, device, "dense" in others, progress
+        )
+    else:
+        if directory is None:
+            raise TacoError("Give a compressed model's directory, or --shape (list shows the known ones).")
+        made = _from_directory(directory, others, dtype, device)
+    result = run_bench(made, settings, progress)
+    if save is not None:
+        save.write_text(json.dumps(result, indent=1) + "\n")
+    if plot is not None:
+        plot_bench(result, plot)
+    if as_json:
+        print_json(result)
+    else:
+        out_console().print(bench_table(result))
+
+
+def _set_threads(threads: int) -> None:
+    import torch
+
+    from .errors import TacoError
+
+    if threads < 1:
+        raise TacoError("--threads must be at least 1.")
+    torch.set_num_threads(threads)
+
+
+def _from_directory(directory: Path, others: list[str], dtype: str, device: str) -> BenchModels:
+    from .bench_models import from_checkpoint
+    from .errors import TacoError
+    from .plan import Plan
+
+    plan = Plan.load(directory)
+    if others == ["removal"] and len(plan.redundant) == plan.structure.source_layers:
+        raise TacoError(
+            "Every layer of this model is compressed: there is no removal to compare with; --against dense."
+        )
+    model, _ = _load(str(directory), dtype, device)
+    return from_checkpoint(directory, model)
+
+
+def _from_shape(
+    shape: str,
+    method: str,
+    layers: str | None,
+    share: float,
+    runs: int,
+    keep: float | None,
+    bridge_rank: int | None,
+    dtype: str,
+    device: str,
+    with_dense: bool,
+    progress: Progress,
+) -> BenchModels:
+    import torch
+
+    from .bench_memory import check_memory
+    from .bench_models import from_shape, shape_structure
+    from .cli_shared import quiet_libraries
+    from .errors import TacoError
+    from .shapes import SHAPES, shape_config
+
+    if shape == "list":
+        raise TacoError(f"Known shapes: {', '.join(SHAPES)}.")
+    quiet_libraries()
+    config = shape_config(shape)
+    chosen: int | list[int] | None = None
+    if layers is not None:
+        try:
+            chosen = [int(part) for part in layers.split(",")] if "," in layers else int(layers)
+        except ValueError:
+            raise TacoError(f"--layers takes a number, or layers with commas, got {layers!r}.") from None
+    kind: torch.dtype = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    target = _device(device)
+    structure, redundant = shape_structure(config, method, chosen, share, runs, keep, bridge_rank, kind)
+    planned = from_shape(config, structure, redundant, kind, "meta")
+    if not with_dense:
+        planned.models.pop("dense")
+    check_memory(planned.bytes, target, f"{shape} in {kind} with what replaces its layers")
+    with progress.step("random weights"), torch.no_grad():
+        made = from_shape(config, structure, redundant, kind, target)
+    if not with_dense:
+        made.models.pop("dense")
+    made.description = {"shape": shape, "method": method, **made.description}
+    return made
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    from .errors import TacoError
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise TacoError(f"Device {name!r} is not usable: {str(error).splitlines()[0]}") from None
+    return device

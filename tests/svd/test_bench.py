@@ -1,0 +1,366 @@
+"""Latency runs: rounds and their stopping, what is compared, what is refused, and what is written."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from taco_svd import TacoError, bench_memory, save_compressed
+from taco_svd.allocation import Sizes, structure_parameters
+from taco_svd.architectures import Architecture
+from taco_svd.bench import BenchSettings, compare_pair, run_bench, work
+from taco_svd.bench_memory import cache_bytes, check_memory
+from taco_svd.bench_models import from_checkpoint, from_shape, redundant_layers, shape_structure
+from taco_svd.bench_runner import Runner
+from taco_svd.energy import energy_counter
+from taco_svd.shapes import SHAPES, random_model, shape_config, skeleton
+from taco_svd.structure import Structure
+
+from .tiny_models import CONFIGS, tiny_model
+
+# -- rounds ------------------------------------------------------------------------------------------------------
+
+
+class Machine:
+    """A clock, and two functions whose times it knows: 1% apart, on a machine that slows down and is disturbed."""
+
+    def __init__(self, drift: float = 0.0, noise: float = 0.0, overhead: float = 0.01) -> None:
+        self.now, self.calls, self.order = 0.0, 0, ""
+        self.drift, self.noise, self.overhead = drift, noise, overhead
+        self.random = random.Random(3)
+
+    def run(self, name: str, base: float) -> float:
+        self.order += name
+        seconds = base * (1 + self.drift * self.calls) * self.random.lognormvariate(0, self.noise)
+        self.calls += 1
+        self.now += seconds
+        return seconds
+
+    def compare(self, **settings: object):
+        return compare_pair(
+            lambda: self.run("A", 1 + self.overhead), lambda: self.run("B", 1.0), clock=lambda: self.now, **settings
+        )
+
+
+def test_a_steady_drift_cancels_within_each_round() -> None:
+    # 1% slower with every call: taking A and B by turns would see that instead of the 1% between them
+    machine = Machine(drift=0.01)
+    ratio, stopped, ones, others = machine.compare(precision=1e-9, seconds=1e9, rounds=20)
+    assert stopped == "rounds" and len(ones) == len(others) == 40
+    # A B B A cancels what is linear in the call's number, to rounding
+    assert ratio.median == pytest.approx(0.01, abs=1e-4)
+    assert machine.order[2:10] == "ABBABAAB"
+
+
+def test_it_stops_when_the_interval_is_narrow_and_not_before() -> None:
+    ratio, stopped, ones, _ = Machine(noise=0.01).compare(precision=0.001, seconds=1e9)
+    assert stopped == "interval" and ratio.high - ratio.low <= 0.002
+    assert ratio.low <= 0.01 <= ratio.high
+    few = Machine(noise=0.01).compare(precision=0.005, seconds=1e9)[2]
+    assert len(few) < len(ones)
+
+
+def test_it_stops_at_the_time_limit_after_enough_rounds() -> None:
+    machine = Machine(noise=0.2)
+    _, stopped, ones, _ = machine.compare(precision=1e-6, seconds=200)
+    assert stopped == "time" and 200 < machine.now < 215 and len(ones) > 24
+    _, stopped, ones, _ = Machine(noise=0.2).compare(precision=1e-6, seconds=0.1)
+    assert stopped == "time" and len(ones) == 24
+
+
+# -- models ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_have_the_size_they_are_called(name: str) -> None:
+    billions = float(name.rsplit("-", 1)[1].removesuffix("b"))
+    parameters = skeleton(shape_config(name), torch.bfloat16).num_parameters()
+    # names round up to a tenth or so: Llama-3.2-1B has 1.24, Qwen3-0.6B 0.60
+    assert 0.95 * billions < parameters / 1e9 < 1.25 * billions
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "phi3"])
+def test_random_models_are_finite_and_have_their_own_memory(name: str) -> None:
+    config = CONFIGS[name]()
+    model = random_model(config, torch.float32)
+    places = [parameter.data_ptr() for parameter in model.parameters()]
+    assert len(set(places)) == len(places)
+    logits = model(torch.arange(12)[None]).logits
+    assert torch.isfinite(logits).all() and logits.std() > 0
+
+
+def test_random_models_need_nothing_but_a_config() -> None:
+    with pytest.raises(TacoError, match="only a real checkpoint"):
+        random_model(CONFIGS["gemma3"](), torch.float32)  # scales its embeddings by a buffer
+
+
+def test_redundant_layers_are_deep_runs_and_the_last_layer_stays() -> None:
+    assert redundant_layers(22, 5) == [16, 17, 18, 19, 20]
+    assert redundant_layers(22, 5, runs=2) == [15, 16, 18, 19, 20]
+    with pytest.raises(TacoError, match="do not fit"):
+        redundant_layers(4, 4)
+
+
+@pytest.mark.parametrize("method, arguments", [("bridge", {"layers": 2}), ("paper", {"layers": 2}), ("taco", {})])
+def test_models_of_a_shape_share_all_they_can(method: str, arguments: dict) -> None:
+    config = CONFIGS["llama"]()
+    structure, redundant = shape_structure(config, method, dtype=torch.float32, **arguments)
+    made = from_shape(config, structure, redundant, torch.float32)
+    planned = from_shape(config, structure, redundant, torch.float32, "meta")
+    assert ("removal" in made.models) == (method != "taco")
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for model in made.models.values()
+        for tensor in [*model.parameters(), *model.buffers()]
+    }
+    assert made.bytes == sum(storages.values()) == planned.bytes
+    ids = torch.arange(6)[None]
+    for model in made.models.values():
+        assert torch.isfinite(model(ids).logits).all()
+    dense, compressed = made.models["dense"], made.models["compressed"]
+    assert not torch.equal(dense(ids).logits, compressed(ids).logits)
+    if method == "bridge":
+        assert len(made.models["removal"].model.layers) == len(dense.model.layers) - 2
+
+
+@pytest.mark.parametrize("method, keep", [("paper", 0.8), ("taco", 0.9), ("taco", 0.7)])
+def test_structures_of_a_shape_keep_the_share_that_was_asked_for(method: str, keep: float) -> None:
+    config = shape_config("qwen3-0.6b")
+    structure, _ = shape_structure(config, method, keep=keep)
+    made = from_shape(config, structure, [], torch.bfloat16, "meta")
+    dense, compressed = (sum(p.numel() for p in made.models[name].parameters()) for name in ("dense", "compressed"))
+    # ranks are rounded down, to whole numbers or to multiples of 16
+    assert keep - 0.03 < compressed / dense <= keep
+
+
+def test_plain_structures_count_the_same_parameters_twice() -> None:
+    config = CONFIGS["llama"]()
+    structure, redundant = shape_structure(config, "paper", layers=[1, 3], dtype=torch.float32)
+    compressed = from_shape(config, structure, redundant, torch.float32).models["compressed"]
+    expected = structure_parameters(Architecture(skeleton(config, torch.float32)), structure)
+    assert compressed.num_parameters() == expected and redundant == [1, 3]
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ({"method": "svd"}, "--method must be"),
+        ({"method": "taco", "layers": 2}, "--layers goes with"),
+        ({"method": "bridge", "keep": 0.8}, "--keep goes with"),
+        ({"method": "taco", "keep": 0.01}, "cannot be reached"),
+        ({"method": "paper", "bridge_rank": 4}, "--bridge-rank"),
+        ({"method": "bridge", "layers": [1, 1]}, "different"),
+        ({"method": "bridge", "share": 1.5}, "--share"),
+    ],
+)
+def test_shapes_that_make_no_sense_are_refused(arguments: dict, said: str) -> None:
+    with pytest.raises(TacoError, match=said):
+        shape_structure(CONFIGS["llama"](), **arguments)
+
+
+def test_work_counts_what_a_phase_must_do() -> None:
+    model = tiny_model("llama")  # 5 layers, hidden 32, 2 key/value heads of 8, tied embeddings
+    assert cache_bytes(model.config, 3, 10, torch.float32) == 2 * 3 * 10 * 2 * 8 * 5 * 4
+    weights = sum(parameter.numel() for parameter in model.parameters()) * 4
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    assert work(model, "decode", 3, 10) == weights + buffers + cache_bytes(model.config, 3, 10, torch.float32)
+    matrices = sum(sum(m * n for m, n in Sizes.of(Architecture(model)).linear_shapes) for _ in range(5))
+    assert work(model, "prefill", 3, 10) == 3 * (10 * matrices + 10 * 10 * 32 * 5 + 96 * 32)
+
+
+# -- runners -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_what_is_timed_is_what_the_model_computes(mode: str, compressed_tiny: Callable) -> None:
+    """Logits of the timed steps against a plain forward pass over the whole text, before and after starting over."""
+    model = compressed_tiny("llama", "bridge")[1]
+    seen: list[torch.Tensor] = []
+    forward = type(model).forward
+
+    class Watching(type(model)):  # type: ignore[misc]
+        def forward(self, *args: object, **kwargs: object):
+            output = forward(self, *args, **kwargs)
+            seen.append(output.logits)
+            return output
+
+    original = type(model)
+    model.__class__ = Watching
+    try:
+        runner = Runner(model, mode, batch=2, prompt=6, window=3)
+        if mode == "compiled":  # a list cannot be appended to inside the compiled graph: watch it from outside
+            # and without generated code, which takes longer to build than all other tests of this file
+            compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
+            runner._prefill = _watched(compiled, model, runner, seen)
+            step = compiled
+            runner._step = lambda: seen.append(
+                step(model, input_ids=runner.token, past_key_values=runner._cache, use_cache=True).logits
+            )
+        seen.clear()
+        runner.prefill()
+        for _ in range(2):  # twice: the second time over a cache that was taken back
+            assert runner.decode(2) > 0
+            assert runner.decode(1) > 0
+    finally:
+        model.__class__ = original
+    assert runner.used == 3
+    cache_type = DynamicCache if mode == "eager" else StaticCache
+    assert isinstance(runner._cache, cache_type)
+    with torch.inference_mode():
+        expected_prefill = model(runner.ids).logits[:, -1:]
+        prompt = runner.ids[:1].expand(2, -1)  # decoding starts from the first prompt, in every row
+        text = torch.cat([prompt, runner.token.expand(2, 3)], 1)
+        expected = model(text).logits[:, 6:]
+    # float32 products summed in another order, through five layers of width 32
+    torch.testing.assert_close(seen[0], expected_prefill, rtol=1e-4, atol=1e-4)
+    assert len(seen) == 7
+    torch.testing.assert_close(torch.cat(seen[1:4], 1), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat(seen[4:7], 1), expected, rtol=1e-4, atol=1e-4)
+
+
+def _watched(forward: Callable, model: object, runner: Runner, seen: list[torch.Tensor]) -> Callable:
+    def run(cache: object) -> None:
+        output = forward(model, input_ids=runner.ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        seen.append(output.logits)
+
+    return run
+
+
+def test_graphs_need_a_gpu(compressed_tiny: Callable) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(TacoError, match="needs a GPU"):
+        Runner(compressed_tiny("llama", "bridge")[1], "graph")
+
+
+# -- whole runs --------------------------------------------------------------------------------------------------
+
+
+def test_a_run_from_a_checkpoint(compressed_tiny: Callable, tmp_path: Path) -> None:
+    _, model, plan = compressed_tiny("llama", "bridge")
+    save_compressed(model, plan, tmp_path / "small")
+    made = from_checkpoint(tmp_path / "small", model)
+    settings = BenchSettings(batches=(1, 2), prompt=4, window=4, modes=("eager",), rounds=2, control=True)
+    result = json.loads(json.dumps(run_bench(made, settings)))
+    assert [(row["batch"], row["phase"]) for row in result["results"]] == [
+        (1, "prefill"), (1, "decode"), (2, "prefill"), (2, "decode"),
+    ]  # fmt: skip
+    for row in result["results"]:
+        assert set(row["models"]) == {"dense", "removal", "compressed", "control"}
+        assert set(row["comparisons"]) == {"compressed/removal", "compressed/dense", "control/removal"}
+        for comparison in row["comparisons"].values():
+            ratio = comparison["overhead"]
+            assert ratio["low"] <= ratio["median"] <= ratio["high"]
+            assert comparison["rounds"] == 2 and comparison["stopped"] == "rounds"
+        share = row["comparisons"]["compressed/dense"]["bytes" if row["phase"] == "decode" else "flops"]
+        assert 0 < share < 1
+        tokens = row["batch"] * (4 if row["phase"] == "prefill" else 1)
+        for values in row["models"].values():
+            # the median of an even number of samples lies between two of them in both figures alike
+            assert values["tokens_per_second"] * values["seconds"]["p50"] == pytest.approx(tokens, rel=1e-9)
+    assert result["redundant"] == [2, 3] and result["method"] == "bridge"
+    assert Structure.from_dict(result["structure"]) == plan.structure
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"modes": ("jit",)}, "--mode takes"),
+        ({"phases": ("train",)}, "--phase takes"),
+        ({"batches": (0,)}, "at least 1"),
+        ({"rounds": 0}, "--rounds"),
+        ({"precision": 0.0}, "--precision"),
+        ({"prompt": 60, "window": 10}, "exceed the context of 64"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict, said: str) -> None:
+    structure, redundant = shape_structure(CONFIGS["llama"](), "bridge", 1, dtype=torch.float32)
+    made = from_shape(CONFIGS["llama"](), structure, redundant, torch.float32)
+    with pytest.raises(TacoError, match=said):
+        run_bench(made, BenchSettings(**settings))
+
+
+def test_what_does_not_fit_is_refused_with_figures(monkeypatch: pytest.MonkeyPatch, invoke: Callable) -> None:
+    assert (bench_memory.available_bytes(torch.device("cpu")) or 1 << 30) > 1 << 20
+    monkeypatch.setattr(bench_memory, "available_bytes", lambda device: 10**9)
+    check_memory(int(0.9e9), torch.device("cpu"), "it")
+    with pytest.raises(TacoError, match=r"it needs 0.9 GB, and 1.0 GB are free"):
+        check_memory(int(0.94e9), torch.device("cpu"), "it")
+    code, stdout, stderr = invoke("bench", "--shape", "llama-2-7b")
+    assert code == 2 and stdout == "" and "needs 13.5 GB, and 1.0 GB are free" in stderr
+    structure, redundant = shape_structure(CONFIGS["llama"](), "bridge", 1, dtype=torch.float32)
+    made = from_shape(CONFIGS["llama"](), structure, redundant, torch.float32)
+    monkeypatch.setattr(bench_memory, "available_bytes", lambda device: 10**5)
+    with pytest.raises(TacoError, match="Caches of batch 8"):
+        run_bench(made, BenchSettings(batches=(1, 8), prompt=32, window=8))
+
+
+def test_energy_counters(tmp_path: Path) -> None:
+    counter, why = energy_counter(torch.device("cpu"), tmp_path)
+    assert counter is None and "not reported" in why
+    for name, value in (("intel-rapl:0", 3_000_000), ("intel-rapl:1", 500_000), ("intel-rapl:0:0", 7)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "energy_uj").write_text(f"{value}\n")
+    counter, why = energy_counter(torch.device("cpu"), tmp_path)
+    assert counter is not None and counter() == 3.5 and "RAPL" in why  # a package's parts are in it already
+
+
+def test_energy_lands_in_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    import taco_svd.bench as module
+
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(module, "energy_counter", lambda device: (lambda: float(next(ticks)), "a test"))
+    monkeypatch.setattr(module._joules, "__defaults__", (0.01,))
+    structure, redundant = shape_structure(CONFIGS["llama"](), "bridge", 1, dtype=torch.float32)
+    made = from_shape(CONFIGS["llama"](), structure, redundant, torch.float32)
+    row = run_bench(made, BenchSettings(prompt=4, window=4, rounds=1, phases=("decode",)))["results"][0]
+    assert row["energy"] == "a test"
+    assert all(values["joules_per_token"] > 0 for values in row["models"].values())
+
+
+# -- command line ------------------------------------------------------------------------------------------------
+
+
+def test_bench_of_a_shape_writes_json_and_a_picture(
+    monkeypatch: pytest.MonkeyPatch, invoke: Callable, tmp_path: Path
+) -> None:
+    import taco_svd.shapes as shapes
+
+    monkeypatch.setattr(shapes, "shape_config", lambda name: CONFIGS["llama"]())
+    arguments = ["bench", "--shape", "tiny", "--layers", "2", "--prompt", "4", "--decode", "2", "--rounds", "2"]
+    code, stdout, stderr = invoke(*arguments, "--save", tmp_path / "a.json", "--plot", tmp_path / "a.png", "--json")
+    assert code == 0, stderr
+    result = json.loads(stdout)
+    assert result == json.loads((tmp_path / "a.json").read_text())
+    assert result["shape"] == "tiny" and result["redundant"] == [2, 3] and result["dtype"] == "bfloat16"
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    code, stdout, _ = invoke(*arguments, "--method", "taco", "--keep", "0.9", "--dtype", "float32")
+    assert code == 2  # taco takes no --layers
+    code, stdout, _ = invoke(*arguments[:3], *arguments[5:], "--method", "taco", "--phase", "decode", "--control")
+    assert code == 0 and "compressed over dense" in stdout and "removal" not in stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--shape", "llama-9"], "--shape must be one of"),
+        (["--shape", "list"], "tinyllama-1.1b"),
+        ([], "--shape"),
+        (["DIR", "--shape", "llama-2-7b"], "not both"),
+        (["DIR", "--batch", "one"], "--batch takes numbers"),
+        (["DIR", "--against", "magic"], "--against"),
+        (["DIR", "--save", "no/such/place.json"], "cannot be written"),
+        (["--shape", "qwen3-0.6b", "--layers", "x"], "--layers takes"),
+        (["--shape", "qwen3-0.6b", "--device", "nonsense"], "Device"),
+        (["DIR", "--threads", "0"], "--threads"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(arguments: list[str], said: str, invoke: Callable) -> None:
+    code, stdout, stderr = invoke("bench", *arguments)
+    assert code == 2 and stdout == "" and said in stderr and len(stderr.strip().splitlines()) == 1
