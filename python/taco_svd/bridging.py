@@ -57,7 +57,7 @@ def fit_bridge(
     assert moments.xx is not None and moments.dx is not None
     count = moments.tokens
     mean_x, mean_d = moments.sum_x / count, moments.sum_d / count
-    xx = damped(moments.xx / count - torch.outer(mean_x, mean_x), RIDGE)
+    xx = damped(moments.xx / count - torch.outer(mean_x, mean_x), RIDGE, torch.float64)
     dx = moments.dx / count - torch.outer(mean_d, mean_x)
     full = torch.linalg.solve(xx, dx.T).T
     parts = weighted_svd(full, xx, gradients)

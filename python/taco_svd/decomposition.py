@@ -21,6 +21,8 @@ WEIGHTED_LEAST, WEIGHTED_SHARE = 512, 0.5
 PLAIN_LEAST, PLAIN_SHARE = 1024, 0.25
 # Attribution looks at single directions, not only at the space that they span: two iterations more than that needs.
 PLAIN_POWER_ITERS = 4
+# Second moments of more features than this are handled in float32.
+LARGE_MOMENT = 1024
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,11 @@ def weighted_svd(
             of the least possible; any other matrix through a full one in float64.
     """
     if min(weight.shape) >= WEIGHTED_LEAST:
-        root_a, root_g = (None if moment is None else triangular_root(moment) for moment in (inputs, gradients))
-        if (root_a is None) == (inputs is None) and (root_g is None) == (gradients is None):
+        roots = _triangular_roots(inputs, gradients)
+        if roots is not None:
             if rank is not None and sketch_pays(weight.shape[0], weight.shape[1], rank, weighted=True):
-                return sketched_weighted_svd(weight, root_a, root_g, rank)
-            return _full_by_triangular_roots(weight, root_a, root_g)
+                return sketched_weighted_svd(weight, *roots, rank)
+            return _full_by_triangular_roots(weight, *roots)
     # float64: the inverse roots below amplify rounding by the condition number of the statistics
     core = weight.double()
     left_back = right_back = None
@@ -98,6 +100,23 @@ def weighted_svd(
     if right_back is not None:
         right = right @ right_back
     return Decomposition(left.float(), sigma.float(), right.float())
+
+
+def weighted_spectrum(
+    weight: torch.Tensor, inputs: torch.Tensor | None = None, gradients: torch.Tensor | None = None
+) -> torch.Tensor:
+    """All singular values of ``G^(1/2) W A^(1/2)``, descending; arguments as for `weighted_svd`.
+
+    Those of a large matrix come from its Gram matrix in the dtype of the moments: of values below a thousandth of the
+    largest only the size is right, which is all that a sum of their squares needs.
+    """
+    if min(weight.shape) >= WEIGHTED_LEAST:
+        roots = _triangular_roots(inputs, gradients)
+        if roots is not None:
+            core = _core(weight, *roots)
+            gram = core @ core.T if core.shape[0] <= core.shape[1] else core.T @ core
+            return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).sqrt().float()
+    return weighted_svd(weight, inputs, gradients).sigma
 
 
 def _svd_by_gram(core: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -132,6 +151,19 @@ def triangular_root(moment: torch.Tensor) -> torch.Tensor | None:
     return None if int(failed) or not torch.isfinite(root.diagonal()).all() else root
 
 
+def _triangular_roots(
+    inputs: torch.Tensor | None, gradients: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
+    """Roots of both moments in one dtype, the narrower of theirs; None where one of them has none."""
+    given = [moment for moment in (inputs, gradients) if moment is not None]
+    narrow = min((moment.dtype for moment in given), key=lambda dtype: torch.finfo(dtype).bits, default=torch.float32)
+    roots = [None if moment is None else triangular_root(moment) for moment in (inputs, gradients)]
+    if any(root is None and moment is not None for root, moment in zip(roots, (inputs, gradients), strict=True)):
+        return None
+    root_a, root_g = (None if root is None else root.to(narrow) for root in roots)
+    return root_a, root_g
+
+
 def sketched_weighted_svd(
     weight: torch.Tensor, root_a: torch.Tensor | None, root_g: torch.Tensor | None, rank: int
 ) -> Decomposition:
@@ -156,13 +188,19 @@ def sketched_weighted_svd(
 def _full_by_triangular_roots(
     weight: torch.Tensor, root_a: torch.Tensor | None, root_g: torch.Tensor | None
 ) -> Decomposition:
-    """All directions of a large matrix, in float64: a Cholesky factor costs a fraction of an eigendecomposition."""
-    core = weight.double()
+    """All directions of a large matrix: a Cholesky factor costs a fraction of an eigendecomposition.
+
+    The products with the roots are in their dtype, what is sensitive (the Gram matrix) in float64.
+    """
+    return _taken_back(*_svd_by_gram(_core(weight, root_a, root_g).double()), root_a, root_g)
+
+
+def _core(weight: torch.Tensor, root_a: torch.Tensor | None, root_g: torch.Tensor | None) -> torch.Tensor:
+    """``L_G^T W L_A`` in the roots' dtype."""
+    core = weight.to(next((root.dtype for root in (root_a, root_g) if root is not None), torch.float32))
     if root_g is not None:
-        core = root_g.double().T @ core
-    if root_a is not None:
-        core = core @ root_a.double()
-    return _taken_back(*_svd_by_gram(core), root_a, root_g)
+        core = root_g.T @ core
+    return core if root_a is None else core @ root_a
 
 
 def _taken_back(
@@ -180,8 +218,14 @@ def _taken_back(
     return Decomposition(left.float(), sigma.float(), right.float())
 
 
-def damped(moment: torch.Tensor, damping: float, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """Shrinks second moments towards their mean diagonal: ``(1 - a) C + a mean(diag C) I``, a new tensor of `dtype`."""
+def damped(moment: torch.Tensor, damping: float, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Shrinks second moments towards their mean diagonal: ``(1 - a) C + a mean(diag C) I``, a new tensor.
+
+    In float64 by default, and in float32 beyond `LARGE_MOMENT`: there it would take twice the time and memory of
+    everything else, and the shrinkage holds the condition number far below what float32 can tell.
+    """
+    if dtype is None:
+        dtype = torch.float64 if moment.shape[0] <= LARGE_MOMENT else torch.float32
     mean = moment.diagonal().double().mean()
     result = moment.to(dtype, copy=True).mul_(1 - damping)
     result.diagonal().add_(damping * mean)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .architectures import Architecture
-from .suffix import SuffixRunner
+from .suffix import SuffixRunner, forward_replaced
 
 MEASURES = ("bi", "angular", "greedy")
 
@@ -77,14 +77,8 @@ def bypassed(architecture: Architecture, layers: set[int], returns_tuple: bool =
         hidden = args[0] if args else kwargs["hidden_states"]
         return (hidden,) if returns_tuple else hidden
 
-    chosen = [architecture.layers[index] for index in sorted(layers)]
-    for layer in chosen:
-        layer.forward = identity
-    try:
+    with forward_replaced([architecture.layers[index] for index in sorted(layers)], lambda forward: identity):
         yield
-    finally:
-        for layer in chosen:
-            del layer.forward
 
 
 def greedy_removal(runner: SuffixRunner, count: int, progress: Progress | None = None) -> tuple[list[int], list[float]]:

@@ -7,10 +7,12 @@ token, nats per token, with one change made at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from .architectures import Architecture, LinearSite, linear_shape
@@ -18,15 +20,21 @@ from .calibration import embedding_weight
 from .decomposition import Decomposition
 from .divergence import kl_per_token
 from .factorise import put_factors
-from .importance import bypassed
+from .mapped import is_mapped, page_out
 from .progress import Report
-from .suffix import SuffixRunner
+from .store import Store
+from .walk import Walk
 
 # Ranks that are measured, as shares of the full rank: the curve is bent most where few directions stay.
 MEASURED_SHARES = (0.1, 0.4)
 # Bytes of reference log-probabilities that may be kept: large vocabularies are measured on fewer tokens.
 REFERENCE_BYTES = 1 << 28
 MEASURED_TOKENS = 1024
+# Layers whose maps are measured; between them the factor is interpolated. A model twice as deep would else cost four
+# times as much to measure.
+MEASURED_LAYERS = 16
+# Hidden states of changed models that climb through the layers side by side.
+STREAM_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -81,73 +89,225 @@ def scaled_curve(tail: torch.Tensor, points: Sequence[tuple[int, float]]) -> tor
     return curve.flip(0).cummax(0).values.flip(0)
 
 
-class Divergence:
-    """KL(dense || changed) per token on a few calibration windows, for changes at or above one layer at a time."""
+@dataclass(frozen=True)
+class _Change:
+    """A single change of the model, and the hidden states that it leads to so far, per batch."""
 
-    def __init__(self, architecture: Architecture, tokens: torch.Tensor) -> None:
+    site: LinearSite | None
+    layer: int
+    rank: int
+    hidden: list[torch.Tensor]
+
+
+class CurveMeasurement:
+    """Measures maps at a few ranks and layers' removal, one change at a time, on a few calibration windows.
+
+    Changed streams of hidden states climb through the dense model side by side, so each layer is read once for all
+    changes below it. Layers are measured in groups whose streams fit in memory; each finished group is kept in `store`.
+
+    Args:
+        architecture: a copy whose modules may be replaced; it is as before when `run` returns.
+        tokens: calibration windows; the first `MEASURED_TOKENS` tokens are used, fewer for large vocabularies.
+        decompose: (map, rank) -> its decomposition with at least that many directions. Called once per measured map.
+        spectrum: map -> all its weighted singular values.
+        shares: ranks to measure, as shares of the full rank.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        tokens: torch.Tensor,
+        decompose: Callable[[LinearSite, int], Decomposition],
+        spectrum: Callable[[LinearSite], torch.Tensor],
+        store: Store | None = None,
+        shares: Sequence[float] = MEASURED_SHARES,
+    ) -> None:
+        self.architecture, self.decompose, self.spectrum, self.shares = architecture, decompose, spectrum, shares
+        self.store = store or Store()
+        self.depth = len(architecture.layers)
         vocabulary = embedding_weight(architecture.model).shape[0]
         most = max(2, min(MEASURED_TOKENS, REFERENCE_BYTES // (4 * vocabulary)))
         length = min(tokens.shape[1], most)
         self.tokens = tokens[: max(1, most // length), :length]
-        self.runner = SuffixRunner(architecture, self.tokens, 0)
-        with torch.no_grad():
-            self.reference = [self._log_probabilities(index) for index in range(len(self.runner.batches))]
+        self.walk = Walk(architecture, [self.tokens])
+        self._mapped = is_mapped(architecture.model)
 
-    def _log_probabilities(self, index: int) -> torch.Tensor:
-        return torch.log_softmax(self.runner.logits(index).float(), -1)
+    def run(self, sites: Sequence[LinearSite], report: Report) -> LossCurves:
+        """The curves of `sites`, and the loss of every layer's removal."""
+        measured_layers = layers_to_measure(sites, self.depth)
+        stream = self._climb(0, 0, self.walk.entering)
+        reference: list[torch.Tensor] | None = None
+        points: dict[LinearSite, list[tuple[int, float]]] = {}
+        removal: dict[int, float] = {}
+        tails: dict[LinearSite, torch.Tensor] = {}
+        for first, last in self._groups(sites, measured_layers, stream):
+            entry = f"curves/{first}-{last}"
+            here = [site for site in sites if first <= site.layer <= last]
+            if entry not in self.store:
+                if reference is None:
+                    reference = self._log_probabilities(self._climb(first, self.depth, stream))
+                found, costs, spectra = self._group(first, last, here, measured_layers, stream, reference)
+                tensors = {site.name: spectrum for site, spectrum in spectra.items()}
+                note = {
+                    "points": {site.name: values for site, values in found.items()},
+                    "removal": {str(layer): loss for layer, loss in costs.items()},
+                }
+                self.store.put(entry, tensors, note)
+            kept, note = self.store.get(entry), self.store.note(entry)
+            for site in here:
+                tails[site] = tail_energies(kept[site.name])
+                if site.name in note["points"]:
+                    points[site] = [(int(rank), float(loss)) for rank, loss in note["points"][site.name]]
+            removal |= {int(layer): float(loss) for layer, loss in note["removal"].items()}
+            stream = self._climb(first, last + 1, stream)
+            report(last + 1, self.depth)
+        curves = {
+            site: scaled_curve(tail, points.get(site) or _between(site, tail, points, tails, self.shares)).cpu()
+            for site, tail in tails.items()
+        }
+        measured = tuple((site, rank, loss) for site, values in points.items() for rank, loss in values)
+        return LossCurves(curves, removal, measured)
 
-    def climb(self, layer: int) -> None:
-        """From now on changes are made at or above `layer`: what lies below is not computed again."""
-        self.runner = self.runner.at(layer)
+    # -- one group of layers ----------------------------------------------------------------------------------------
+
+    def _groups(
+        self, sites: Sequence[LinearSite], measured: set[int], stream: list[torch.Tensor]
+    ) -> list[tuple[int, int]]:
+        """(first, last) layers of groups whose changed streams take at most `STREAM_BYTES`."""
+        one = sum(hidden.numel() * hidden.element_size() for hidden in stream)
+        groups: list[tuple[int, int]] = []
+        used = 0
+        for layer in range(self.depth):
+            streams = 1 + len(self.shares) * sum(site.layer == layer for site in sites) * (layer in measured)
+            if not groups or used + streams * one > STREAM_BYTES:
+                groups.append((layer, layer))
+                used = 0
+            groups[-1] = (groups[-1][0], layer)
+            used += streams * one
+        return groups
 
     @torch.no_grad()
-    def measure(self) -> float:
+    def _group(
+        self,
+        first: int,
+        last: int,
+        sites: Sequence[LinearSite],
+        measured: set[int],
+        stream: list[torch.Tensor],
+        reference: list[torch.Tensor],
+    ) -> tuple[dict[LinearSite, list[tuple[int, float]]], dict[int, float], dict[LinearSite, torch.Tensor]]:
+        """Measured points, losses of removal and spectra of the layers first .. last, into which `stream` enters."""
+        changes: list[_Change] = []
+        spectra: dict[LinearSite, torch.Tensor] = {}
+        for layer in range(first, self.depth):
+            module = self.architecture.layers[layer]
+            changes = [self._higher(change, module, layer) for change in changes]
+            if layer <= last:
+                for site in [site for site in sites if site.layer == layer]:
+                    made, spectra[site] = self._changed(site, stream, layer in measured)
+                    changes += made
+                changes.append(_Change(None, layer, 0, stream))
+                stream = [self.walk.run(module, layer, batch, hidden) for batch, hidden in enumerate(stream)]
+            if self._mapped:
+                page_out(module)
+        points: dict[LinearSite, list[tuple[int, float]]] = {}
+        removal: dict[int, float] = {}
+        for change in changes:
+            loss = self._divergence(reference, self._log_probabilities(change.hidden))
+            if change.site is None:
+                removal[change.layer] = loss
+            else:
+                points.setdefault(change.site, []).append((change.rank, loss))
+        return points, removal, spectra
+
+    def _higher(self, change: _Change, module: nn.Module, layer: int) -> _Change:
+        hidden = [self.walk.run(module, layer, batch, h) for batch, h in enumerate(change.hidden)]
+        return _Change(change.site, change.layer, change.rank, hidden)
+
+    def _changed(
+        self, site: LinearSite, stream: list[torch.Tensor], measure: bool
+    ) -> tuple[list[_Change], torch.Tensor]:
+        """What leaves the map's layer when it is factorised, at every rank to measure; and its spectrum."""
+        dense = self.architecture.module(site)
+        full = min(linear_shape(dense))
+        ranks = ranks_to_measure(full, self.shares) if measure else []
+        if not ranks:
+            return [], self.spectrum(site)
+        parts = self.decompose(site, ranks[-1])
+        changes = []
+        for rank in ranks:
+            try:
+                put_factors(self.architecture, site, parts, torch.arange(rank, device=parts.sigma.device))
+                module = self.architecture.layers[site.layer]
+                hidden = [self.walk.run(module, site.layer, batch, h) for batch, h in enumerate(stream)]
+            finally:
+                self.architecture.replace(site, dense)
+            changes.append(_Change(site, site.layer, rank, hidden))
+        return changes, parts.sigma if len(parts.sigma) == full else self.spectrum(site)
+
+    def _climb(self, start: int, end: int, stream: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The dense stream that enters layer `end`, from the one that enters `start`."""
+        for layer in range(start, end):
+            module = self.architecture.layers[layer]
+            stream = [self.walk.run(module, layer, batch, hidden) for batch, hidden in enumerate(stream)]
+            if self._mapped:
+                page_out(module)
+        return stream
+
+    @torch.no_grad()
+    def _log_probabilities(self, stream: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [torch.log_softmax(self.walk.logits(batch, h).float(), -1) for batch, h in enumerate(stream)]
+
+    def _divergence(self, reference: list[torch.Tensor], ours: list[torch.Tensor]) -> float:
+        """Mean KL(dense || changed) per token."""
         total = 0.0
-        for index, reference in enumerate(self.reference):
-            ours = self._log_probabilities(index)
-            rows = reference.shape[0] * reference.shape[1]
-            total += float((reference.exp() * (reference - ours)).sum(-1).double().mean()) * rows
+        for truth, other in zip(reference, ours, strict=True):
+            rows = truth.shape[0] * truth.shape[1]
+            total += float((truth.exp() * (truth - other)).sum(-1).double().mean()) * rows
         return total / self.tokens.numel()
 
 
-def measure_curves(
-    architecture: Architecture,
-    tokens: torch.Tensor,
-    sites: Sequence[LinearSite],
-    decompose: Callable[[LinearSite], Decomposition],
-    report: Report,
-    shares: Sequence[float] = MEASURED_SHARES,
-) -> LossCurves:
-    """Measures every map of `sites` at a few ranks and every layer's removal, one change at a time.
+def ranks_to_measure(full: int, shares: Sequence[float]) -> list[int]:
+    """Ranks at those shares of the full rank, below it, ascending."""
+    return sorted({max(1, min(full - 1, round(share * full))) for share in shares}) if full > 1 else []
 
-    `decompose` is called once per map and its result let go, so that no second model's worth of factors is held.
-    `architecture` must be a copy whose modules may be replaced; it is as before when this returns.
-    """
-    divergence = Divergence(architecture, tokens)
-    maps: dict[LinearSite, torch.Tensor] = {}
-    removal: dict[int, float] = {}
-    measured: list[tuple[LinearSite, int, float]] = []
-    depth = len(architecture.layers)
-    returns_tuple = SuffixRunner(architecture, tokens[:1, :2], 1).returns_tuple if depth > 1 else False
-    for layer in range(depth):
-        divergence.climb(layer)
-        for site in [site for site in sites if site.layer == layer]:
-            parts = decompose(site)
-            full = min(linear_shape(architecture.module(site)))
-            dense = architecture.module(site)
-            points = []
-            for rank in sorted({max(1, min(full - 1, round(share * full))) for share in shares if full > 1}):
-                try:
-                    put_factors(architecture, site, parts, torch.arange(rank, device=parts.sigma.device))
-                    points.append((rank, divergence.measure()))
-                finally:
-                    architecture.replace(site, dense)
-            measured += [(site, rank, loss) for rank, loss in points]
-            maps[site] = scaled_curve(tail_energies(parts.sigma), points).cpu()
-        with bypassed(architecture, {layer}, returns_tuple):
-            removal[layer] = divergence.measure()
-        report(layer + 1, depth)
-    return LossCurves(maps, removal, tuple(measured))
+
+def layers_to_measure(sites: Sequence[LinearSite], depth: int) -> set[int]:
+    """Evenly spaced layers, at most `MEASURED_LAYERS`, and for each map's path at least one layer that has it."""
+    count = min(depth, MEASURED_LAYERS)
+    chosen = {round(number * (depth - 1) / max(1, count - 1)) for number in range(count)}
+    for path in dict.fromkeys(site.path for site in sites):
+        layers = [site.layer for site in sites if site.path == path]
+        if not chosen & set(layers):
+            chosen.add(layers[len(layers) // 2])
+    return chosen
+
+
+def _between(
+    site: LinearSite,
+    tail: torch.Tensor,
+    points: Mapping[LinearSite, list[tuple[int, float]]],
+    tails: Mapping[LinearSite, torch.Tensor],
+    shares: Sequence[float],
+) -> list[tuple[int, float]]:
+    """Points for a map that was not measured: the logarithm of measured over predicted loss is taken as linear in
+    depth between the nearest layers whose map of the same path was measured."""
+    found = []
+    for number, rank in enumerate(ranks_to_measure(len(tail) - 1, shares)):
+        known = sorted(
+            (other.layer, max(values[number][1], 1e-12) / float(tails[other][values[number][0]]))
+            for other, values in points.items()
+            if other.path == site.path and number < len(values) and float(tails[other][values[number][0]]) > 0
+        )
+        below = [entry for entry in known if entry[0] <= site.layer] or known[:1]
+        above = [entry for entry in known if entry[0] >= site.layer] or known[-1:]
+        if not known:
+            continue
+        (low, at_low), (high, at_high) = below[-1], above[0]
+        share = (site.layer - low) / (high - low) if high > low else 0.0
+        factor = math.exp((1 - share) * math.log(at_low) + share * math.log(at_high))
+        found.append((rank, factor * float(tail[rank])))
+    return found
 
 
 @torch.no_grad()

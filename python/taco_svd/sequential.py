@@ -17,11 +17,15 @@ from torch import nn
 
 from .architectures import Architecture, LinearSite, dense_weight
 from .bridging import BridgeMoments, fit_bridge
+from .built import restore_layer, save_layer, with_own_parameters
 from .consistency import FitMoments, refit
 from .decomposition import Decomposition, damped, weighted_svd
 from .factorise import put_factors
+from .mapped import is_mapped, page_out
+from .memory import release
 from .progress import Report
 from .replacement import LowRankBridge, attach_bridge
+from .store import Store
 from .structure import BridgeSpec, Structure
 from .walk import Walk, residual_writers, watching
 
@@ -61,6 +65,7 @@ class UpwardPass:
         bridge_gradients: damped second moments of dL/dh leaving each run's last layer, by that layer.
         input_damping: shrinkage of the inputs' second moments.
         with_refit: whether maps that stay, and those that are factorised, are re-fitted (`consistency`).
+        store: keeps every finished layer; those that it has are taken from there.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class UpwardPass:
         bridge_gradients: Mapping[int, torch.Tensor],
         input_damping: float,
         with_refit: bool = True,
+        store: Store | None = None,
     ) -> None:
         self.dense, self.working, self.structure = dense, working, structure
         self.gradients, self.bridge_gradients = gradients, bridge_gradients
@@ -85,6 +91,8 @@ class UpwardPass:
         self.bridges: dict[int, BridgeSpec] = {bridge.after: bridge for bridge in structure.bridges}
         self.records: list[dict[str, Any]] = []
         self.drift: list[dict[str, Any]] = []
+        self.store = store
+        self._mapped = is_mapped(dense.model)
 
     def run(self, report: Report) -> None:
         """Builds everything; `records` and `drift` then tell what each re-fit did and how far the streams differ."""
@@ -101,8 +109,32 @@ class UpwardPass:
                 truth = self._advance(self.dense, layer, truth)
                 ours = truth
             else:
-                truth, ours = self._layer(layer, truth, ours, writers)
+                truth, ours = self._finished_layer(layer, truth, ours, writers)
+            if self._mapped:
+                page_out(self.dense.layers[layer])
             report(layer + 1, depth)
+
+    def _finished_layer(
+        self, layer: int, truth: list[torch.Tensor], ours: list[torch.Tensor], writers: Any
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """As `_layer`, unless the store has the layer; what is made is kept there, and its memory with it."""
+        entry = f"built/{layer}"
+        if self.store is None:
+            return self._layer(layer, truth, ours, writers)
+        if entry in self.store:
+            note = restore_layer(self.store, entry, self.working, self.structure, layer)
+            self.records += note["records"]
+            self.drift += note["drift"]
+            return self._advance(self.dense, layer, truth), self._advance(self.working, layer, ours)
+        records, drift = len(self.records), len(self.drift)
+        truth, ours = self._layer(layer, truth, ours, writers)
+        note = {"records": self.records[records:], "drift": self.drift[drift:]}
+        save_layer(self.store, entry, self.dense.layers[layer], self.working.layers[layer], note)
+        restore_layer(self.store, entry, self.working, self.structure, layer)
+        if self._mapped:
+            page_out(self.working.layers[layer])
+        release()
+        return truth, ours
 
     def _lowest_change(self) -> int:
         """The lowest layer that differs from the dense model's: factorised, or the last before a removed one."""
@@ -229,7 +261,7 @@ class UpwardPass:
     def _change(self, site: LinearSite, weight: torch.Tensor, bias_change: torch.Tensor | None) -> None:
         """Gives a map a new weight [out, in] (and bias) of its own: the one it has belongs to the dense model too."""
         old = self.working.module(site)
-        new = _shallow_copy(old)
+        new = with_own_parameters(old)
         stored: Any = old.weight
         as_stored = weight if dense_weight(old) is stored else weight.T
         new.weight = nn.Parameter(as_stored.to(stored.dtype).contiguous(), requires_grad=stored.requires_grad)
@@ -267,13 +299,3 @@ class UpwardPass:
 
 def _at(site: LinearSite | None, layer: int) -> LinearSite | None:
     return None if site is None else LinearSite(layer, site.path, site.block)
-
-
-def _shallow_copy(module: nn.Module) -> nn.Module:
-    """A module of the same class and settings whose parameters can be set without touching the original's."""
-    new = module.__new__(type(module))
-    new.__dict__.update(module.__dict__)
-    new._parameters = dict(module._parameters)
-    new._buffers = dict(module._buffers)
-    new._modules = dict(module._modules)
-    return new

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
 import taco_kernels
 
-from .architectures import Architecture, LinearSite, linear_shape
-
-# Moments that are held at once may take this share of the model's bytes, or this much where that is less: what does
-# not fit is gathered in further passes.
-MOMENT_SHARE = 0.08
-LEAST_MOMENT_BYTES = 64 << 20
+from .architectures import LinearSite
 
 
 class SecondMoments:
@@ -62,28 +58,31 @@ class SecondMoments:
         """E[g g^T] of a site: a new tensor [out, out], float32 (g: gradient of the set's mean loss, per token)."""
         return taco_kernels.second_moment_dense(self._gradients[site]).div_(self._tokens[self._owner[site]])
 
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """(tensors, note) from which `of_state` makes the moments again; the note is what JSON can hold."""
+        tensors = {f"inputs.{site.name}": value for site, value in self._inputs.items()}
+        tensors |= {f"gradients.{site.name}": value for site, value in self._gradients.items()}
+        owners = {site.name: owner.name for site, owner in self._owner.items()}
+        return tensors, {"owners": owners, "tokens": {site.name: count for site, count in self._tokens.items()}}
+
+    @classmethod
+    def of_state(
+        cls, sites: Iterable[LinearSite], tensors: Mapping[str, torch.Tensor], note: Mapping[str, Any]
+    ) -> SecondMoments:
+        """The moments of `sites`, which are among those whose state this is."""
+        names = {site.name: site for site in sites}
+        made = cls()
+        for name, site in names.items():
+            # itself, where the map that it shares inputs with is not asked for
+            owner = names.get(note["owners"][name], site)
+            made._owner[site] = owner
+            made._gradients[site] = tensors[f"gradients.{name}"]
+            made._inputs[owner] = tensors[f"inputs.{note['owners'][name]}"]
+            made._tokens[owner] = note["tokens"][note["owners"][name]]
+        return made
+
 
 def _add(moments: dict[LinearSite, torch.Tensor], site: LinearSite, rows: torch.Tensor) -> None:
     if site not in moments:
         moments[site] = taco_kernels.second_moment_zeros(rows.shape[-1], device=rows.device)
     taco_kernels.second_moment_(moments[site], rows)
-
-
-def groups_within_memory(architecture: Architecture, sites: Sequence[LinearSite]) -> list[list[LinearSite]]:
-    """Splits sites, in order, so that the moments of each group fit in memory at once (see `MOMENT_SHARE`).
-
-    A site that is too large alone is a group of its own.
-    """
-    model = sum(parameter.numel() * parameter.element_size() for parameter in architecture.model.parameters())
-    budget = max(LEAST_MOMENT_BYTES, MOMENT_SHARE * model)
-    groups: list[list[LinearSite]] = []
-    used = 0.0
-    for site in sites:
-        # a little over half of each symmetric matrix in float32; that inputs may be shared is not counted on
-        size = 2.3 * sum(side * side for side in linear_shape(architecture.module(site)))
-        if not groups or used + size > budget:
-            groups.append([])
-            used = 0.0
-        groups[-1].append(site)
-        used += size
-    return groups

@@ -8,7 +8,7 @@ architecture: the skipped layers are silenced in place, the first of them handin
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -155,41 +155,18 @@ class SuffixRunner:
             yield
             return
         hidden = self._capture()[index][start]
-        silenced = list(self.architecture.layers[:start])
 
         def passing(*args: Any, **kwargs: Any) -> Any:
             return (hidden,) if self._returns_tuple else hidden
 
-        for layer in silenced:
-            layer.forward = passing
-        try:
+        with forward_replaced(self.architecture.layers[:start], lambda forward: passing):
             yield
-        finally:
-            for layer in silenced:
-                del layer.forward  # the instance attribute; the class's forward shows again
 
     @contextmanager
     def _attention(self) -> Iterator[None]:
-        """While open, short windows of 16-bit models go through explicit attention on a CPU (see `EAGER_SEQ_LEN`)."""
-        config = self.architecture.model.config
-        heads = getattr(config, "num_attention_heads", 0)
         rows = max(len(batch) for batch in self.batches)
-        # probabilities in float32 and in 16 bits, per layer
-        kept = 6 * len(self.architecture.layers) * rows * heads * self.seq_len**2
-        if not (
-            self.device.type == "cpu"
-            and self.architecture.model.dtype in (torch.bfloat16, torch.float16)
-            and self.seq_len <= EAGER_SEQ_LEN
-            and kept <= EAGER_BYTES
-            and getattr(config, "_attn_implementation", None) == "sdpa"
-        ):
+        with explicit_attention(self.architecture, rows, self.seq_len, len(self.architecture.layers)):
             yield
-            return
-        config._attn_implementation = "eager"
-        try:
-            yield
-        finally:
-            config._attn_implementation = "sdpa"
 
     @contextmanager
     def _recomputing(self, lowest: int) -> Iterator[None]:
@@ -205,13 +182,8 @@ class SuffixRunner:
         if not wanted:
             yield
             return
-        for layer in layers:
-            layer.forward = partial(_recomputed, layer.forward)
-        try:
+        with forward_replaced(layers, lambda forward: partial(_recomputed, forward)):
             yield
-        finally:
-            for layer in layers:
-                del layer.forward
 
     def logits(self, index: int, start: int | None = None) -> torch.Tensor:
         """Logits of batch `index`, run from a kept layer (default: the first): [batch, seq_len, vocabulary]."""
@@ -330,6 +302,54 @@ class SuffixRunner:
         if missed:
             raise RuntimeError(f"the model's forward never called {', '.join(missed)}; no statistics for them")
         return total
+
+
+Forward = Callable[..., Any]
+
+
+@contextmanager
+def forward_replaced(layers: Iterable[nn.Module], make: Callable[[Forward], Forward]) -> Iterator[None]:
+    """While open, each layer's forward is what `make` makes of it.
+
+    Whatever was set on the instance before comes back: accelerate hangs its hooks there.
+    """
+    before = [(layer, layer.__dict__.get("forward")) for layer in layers]
+    for layer, _ in before:
+        layer.forward = make(layer.forward)
+    try:
+        yield
+    finally:
+        for layer, own in before:
+            if own is None:
+                del layer.forward  # the instance attribute; the class's forward shows again
+            else:
+                layer.forward = own
+
+
+@contextmanager
+def explicit_attention(architecture: Architecture, rows: int, seq_len: int, layers: int) -> Iterator[None]:
+    """While open, short windows of 16-bit models go through explicit attention on a CPU (see `EAGER_SEQ_LEN`).
+
+    `rows` windows run at once; the probabilities of so many `layers` are kept for a backward pass.
+    """
+    config = architecture.model.config
+    heads = getattr(config, "num_attention_heads", 0)
+    # probabilities in float32 and in 16 bits, per layer
+    kept = 6 * layers * rows * heads * seq_len**2
+    if not (
+        embedding_weight(architecture.model).device.type == "cpu"
+        and architecture.model.dtype in (torch.bfloat16, torch.float16)
+        and seq_len <= EAGER_SEQ_LEN
+        and kept <= EAGER_BYTES
+        and getattr(config, "_attn_implementation", None) == "sdpa"
+    ):
+        yield
+        return
+    config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = "sdpa"
 
 
 def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

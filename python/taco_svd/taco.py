@@ -11,15 +11,16 @@ from transformers import PreTrainedModel
 from .allocation import runs
 from .architectures import Architecture, LinearSite, dense_weight
 from .calibration import Calibration
-from .decomposition import Decomposition, damped, weighted_svd
-from .loss_curves import LossCurves, measure_curves
+from .decomposition import damped, weighted_spectrum, weighted_svd
+from .layerwise import LayerwisePass
+from .loss_curves import CurveMeasurement, LossCurves
 from .memory import release
 from .plan import Plan
-from .progress import Progress, Report
+from .progress import Progress
 from .replacement import structural_copy
 from .sequential import UpwardPass
-from .statistics import SecondMoments, groups_within_memory
-from .suffix import SuffixRunner
+from .statistics import SecondMoments
+from .store import Store
 
 # Shrinkage of the second moments in taco mode: on classics-16l's validation text 0.1 / 0.01 was the best of
 # {0, 0.01, 0.1} x {0.01, 0.1, 0.3}, within 0.1 perplexity of each other.
@@ -29,66 +30,93 @@ GRADIENT_DAMPING = 0.01
 BRIDGE_GRADIENT_DAMPING = 0.1
 
 
-class Analysis:
-    """Statistics of a dense model, gathered once however often they are needed: second moments and loss curves."""
+# Moments and hidden states that an analysis without a work directory may hold in memory, as a share of the model's
+# bytes and at least; what is more goes to a temporary directory.
+MEMORY_SHARE = 0.08
+LEAST_MEMORY = 256 << 20
 
-    def __init__(self, model: PreTrainedModel, calibration: Calibration) -> None:
+
+class Analysis:
+    """Statistics of a dense model, gathered once however often they are needed: second moments and loss curves.
+
+    Args:
+        store: keeps what is finished; by default in memory and in a temporary directory.
+    """
+
+    def __init__(self, model: PreTrainedModel, calibration: Calibration, store: Store | None = None) -> None:
         self.model, self.calibration = model, calibration
         self.architecture = Architecture(structural_copy(model))
-        self._groups: list[list[LinearSite]] = []
-        self._moments: SecondMoments | None = None
-        self._held: set[LinearSite] = set()
+        size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        self.store = store or Store(memory=max(LEAST_MEMORY, int(MEMORY_SHARE * size)))
+        self._last: tuple[int, SecondMoments] | None = None
         self._curves: LossCurves | None = None
 
     def prepare(self, sites: list[LinearSite], progress: Progress) -> None:
-        """Says which maps' statistics will be asked for, in the order of their layers.
-
-        Where memory holds them all they are gathered now, in one backward pass; else group by group, when the first
-        map of each is asked for.
-        """
-        if self._held >= set(sites):
+        """Gathers the statistics of these maps, where they are not there yet: one forward and one backward pass."""
+        missing = [site for site in sites if not self._has(site)]
+        if not missing:
             return
-        self._groups = groups_within_memory(self.architecture, sites)
-        if len(self._groups) == 1:
-            with progress.step("activation and gradient statistics") as report:
-                self._gather(self._groups[0], report)
+        layers = {site.layer for site in missing}
+        # whole layers: what else is wanted of them later comes without another pass
+        wanted = [site for site in self.architecture.sites() if site.layer in layers]
+        gathered: dict[int, SecondMoments] = {}
 
-    def _gather(self, sites: list[LinearSite], report: Report | None = None) -> None:
-        self._moments, self._held = None, set()  # what was held is let go before the next group is gathered
-        moments = SecondMoments()
-        runner = SuffixRunner(self.architecture, self.calibration.tokens, min(site.layer for site in sites))
-        runner.backward(sites, moments, report)
-        moments.finish()
-        release()
-        self._moments, self._held = moments, set(sites)
+        def collect(site: LinearSite, x: torch.Tensor, gradient: torch.Tensor) -> None:
+            gathered.setdefault(site.layer, SecondMoments())(site, x, gradient)
+
+        def finished(layer: int) -> None:
+            moments = gathered.pop(layer, None)
+            if moments is not None:
+                moments.finish()
+                self.store.put(f"moments/{layer}", *moments.state())
+                release()
+
+        passes = LayerwisePass(self.architecture, self.calibration.tokens, self.store, "statistics")
+        with progress.step("activation and gradient statistics, layer by layer") as report:
+            passes.backward(wanted, collect, finished=finished, report=report)
+
+    def _has(self, site: LinearSite) -> bool:
+        entry = f"moments/{site.layer}"
+        return entry in self.store and site.name in self.store.note(entry)["owners"]
 
     def _moments_of(self, site: LinearSite) -> SecondMoments:
-        if site not in self._held:
-            self._gather(next(group for group in self._groups if site in group))
-        assert self._moments is not None
-        return self._moments
+        if self._last is None or self._last[0] != site.layer:
+            entry = f"moments/{site.layer}"
+            sites = [other for other in self.architecture.sites([site.layer]) if self._has(other)]
+            moments = SecondMoments.of_state(sites, self.store.get(entry), self.store.note(entry))
+            self._last = (site.layer, moments)
+        return self._last[1]
 
     def gradients(self, site: LinearSite, options: Mapping[str, Any]) -> torch.Tensor | None:
         """Damped E[g g^T] of a map, [out, out]; None where no gradient reaches its output."""
-        moment = self._moments_of(site).gradients(site)
+        moment = self._moments_of(site).gradients(site).to(dense_weight(self.architecture.module(site)).device)
         if not float(moment.diagonal().sum()) > 0:
             return None
         return damped(moment, float(options.get("gradient_damping", GRADIENT_DAMPING)))
+
+    def _inputs(self, site: LinearSite, options: Mapping[str, Any]) -> torch.Tensor:
+        moment = self._moments_of(site).inputs(site).to(dense_weight(self.architecture.module(site)).device)
+        return damped(moment, float(options.get("input_damping", INPUT_DAMPING)))
 
     def curves(self, options: Mapping[str, Any], progress: Progress) -> LossCurves:
         """Loss over rank of every map, and of every layer's removal."""
         if self._curves is None:
             sites = self.architecture.sites()
             self.prepare(sites, progress)
-            input_damping = float(options.get("input_damping", INPUT_DAMPING))
 
-            def decompose(site: LinearSite) -> Decomposition:
+            def weighted(site: LinearSite) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
                 weight = dense_weight(self.architecture.module(site)).detach()
-                inputs = damped(self._moments_of(site).inputs(site), input_damping)
-                return weighted_svd(weight, inputs, self.gradients(site, options))
+                return weight, self._inputs(site, options), self.gradients(site, options)
 
+            measurement = CurveMeasurement(
+                self.architecture,
+                self.calibration.tokens,
+                lambda site, rank: weighted_svd(*weighted(site), rank=rank),
+                lambda site: weighted_spectrum(*weighted(site)),
+                self.store,
+            )
             with progress.step("loss over rank, map by map") as report:
-                self._curves = measure_curves(self.architecture, self.calibration.tokens, sites, decompose, report)
+                self._curves = measurement.run(sites, report)
         return self._curves
 
 
@@ -115,7 +143,7 @@ def build_upwards(
         structure,
         calibration.tokens,
         lambda site: analysis.gradients(site, plan.options),
-        _bridge_gradients(model, plan, calibration, progress),
+        _bridge_gradients(model, plan, calibration, progress, analysis.store),
         float(plan.options.get("input_damping", INPUT_DAMPING)),
         bool(plan.options.get("consistency", True)),
     )
@@ -125,7 +153,7 @@ def build_upwards(
 
 
 def _bridge_gradients(
-    model: PreTrainedModel, plan: Plan, calibration: Calibration, progress: Progress
+    model: PreTrainedModel, plan: Plan, calibration: Calibration, progress: Progress, store: Store
 ) -> dict[int, torch.Tensor]:
     """Damped second moments of dL/dh where each bridged run ends, by the run's last layer."""
     places = {bridge.after for bridge in plan.structure.bridges}
@@ -134,12 +162,19 @@ def _bridge_gradients(
         return {}
     found: dict[int, torch.Tensor] = {}
 
-    def collect(layer: int, _: torch.Tensor, gradient: torch.Tensor) -> None:
-        rows = gradient.flatten(0, -2).float()
-        found[layer] = found.get(layer, torch.zeros((), device=rows.device)) + rows.T @ rows
+    def collect(layer: int, gradient: torch.Tensor) -> None:
+        if layer in ends:
+            rows = gradient.flatten(0, -2).float()
+            found[layer] = found.get(layer, torch.zeros((), device=rows.device)) + rows.T @ rows
 
-    runner = SuffixRunner(Architecture(model), calibration.tokens, min(ends))
-    with progress.step("gradients at the bridges") as report:
-        runner.backward([], lambda site, x, gradient: None, report, collect, ends)
+    def finished(layer: int) -> None:
+        if layer in ends:
+            store.put(f"bridge-gradients/{layer}", {"moment": found[layer]})
+
+    if any(f"bridge-gradients/{layer}" not in store for layer in ends):
+        passes = LayerwisePass(Architecture(model), calibration.tokens, store, "bridge-gradients")
+        with progress.step("gradients at the bridges, layer by layer") as report:
+            passes.backward([], lambda site, x, gradient: None, min(ends), collect, finished, report)
     damping = float(plan.options.get("gradient_damping", BRIDGE_GRADIENT_DAMPING))
-    return {layer: damped(moment, damping) for layer, moment in found.items()}
+    device = next(model.parameters()).device
+    return {layer: damped(store.get(f"bridge-gradients/{layer}")["moment"].to(device), damping) for layer in ends}

@@ -1,13 +1,13 @@
 """Walks up a model layer by layer: each decoder layer is run by itself on hidden states that the caller holds.
 
 `SuffixRunner` runs whole suffixes, for gradients; a walk runs each layer as often as a closed-form fit needs it, and
-nothing else. Masks, positions and whatever else the model hands to its layers are recorded in one forward pass.
+nothing else. Masks, positions and whatever else the model hands to its layers are recorded once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,26 +16,35 @@ from torch import nn
 
 from .architectures import Architecture, LinearSite, linear_shape
 from .calibration import embedding_weight
-from .suffix import _hidden_argument
+from .suffix import _Enough, _hidden_argument, explicit_attention, forward_replaced
 
 # site, its input [batch, tokens, in], its output [batch, tokens, out]
 Watch = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 class Walk:
-    """The way a model calls its layers, recorded for every batch of a token set.
+    """The way a model calls its layers, recorded for every batch of a token set without running them.
+
+    Args:
+        explicit_attention: layers are called with explicit attention where that is faster (see
+            `suffix.explicit_attention`); by default the model's own.
 
     Attributes:
         batches: the token batches, int64 [rows, seq_len].
         entering: per batch the hidden states that enter layer 0: [rows, seq_len, hidden].
     """
 
-    def __init__(self, architecture: Architecture, batches: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self, architecture: Architecture, batches: Sequence[torch.Tensor], explicit_attention: bool = False
+    ) -> None:
+        self.architecture = architecture
         self.batches = tuple(batches)
         self.entering: list[torch.Tensor] = []
+        self._explicit_attention = explicit_attention
+        self._device = embedding_weight(architecture.model).device
+        self._returns_tuple = _layers_return_tuples(architecture, self.batches[0][:1, :2]) if self.batches else False
         self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
-        device = embedding_weight(architecture.model).device
-        for batch in self.batches:
+        for number, batch in enumerate(self.batches):
             calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
             def record(
@@ -48,20 +57,76 @@ class Walk:
                     self.entering.append(_hidden_argument(args, kwargs).detach())
                 rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
                 calls.append((args[1:], rest))
+                if len(calls) == len(architecture.layers):
+                    raise _Enough
 
-            with ExitStack() as stack, torch.no_grad():
+            with ExitStack() as stack, torch.no_grad(), suppress(_Enough):
                 for layer in architecture.layers:
                     stack.callback(layer.register_forward_pre_hook(record, with_kwargs=True).remove)
-                architecture.model(input_ids=batch.to(device), use_cache=False)
+                # what a layer is called with does not depend on what the layers below made of it
+                stack.enter_context(self._passing(None))
+                stack.enter_context(self.attention(number))
+                architecture.model(input_ids=batch.to(self._device), use_cache=False)
             self._calls.append(calls)
+
+    @contextmanager
+    def _passing(self, handed_out: torch.Tensor | None) -> Iterator[None]:
+        """While open, the layers hand through what they get, or `handed_out`."""
+
+        def passing(*args: Any, **kwargs: Any) -> Any:
+            hidden = _hidden_argument(args, kwargs) if handed_out is None else handed_out
+            return (hidden,) if self._returns_tuple else hidden
+
+        with forward_replaced(self.architecture.layers, lambda forward: passing):
+            yield
+
+    @contextmanager
+    def attention(self, batch: int) -> Iterator[None]:
+        """While open, layers run with the attention that they were recorded with (backward passes need it too)."""
+        if not self._explicit_attention:
+            yield
+            return
+        rows, seq_len = self.batches[batch].shape
+        with explicit_attention(self.architecture, rows, seq_len, 1):
+            yield
 
     @torch.no_grad()
     def run(self, layer: nn.Module, index: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         """What `layer`, called as the model's layer `index` is, makes of batch number `batch`'s hidden states."""
+        with self.attention(batch):
+            return self.call(layer, index, batch, hidden)
+
+    def call(self, layer: nn.Module, index: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
+        """As `run`, but gradients flow if they are enabled, and `attention` is the caller's matter."""
         args, kwargs = self._calls[batch][index]
         output: Any = layer(hidden, *args, **kwargs)
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result
+
+    def logits(self, batch: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What the model's last norm and head make of the hidden states that leave the last layer."""
+        with self._passing(hidden):
+            output = self.architecture.model(input_ids=self.batches[batch].to(self._device), use_cache=False)
+        logits: torch.Tensor = output.logits
+        return logits
+
+
+def _layers_return_tuples(architecture: Architecture, tokens: torch.Tensor) -> bool:
+    """Whether this model's layers return a tuple (older transformers) rather than the hidden states."""
+    seen: list[bool] = []
+
+    def after(_: nn.Module, __: Any, output: Any) -> None:
+        seen.append(isinstance(output, tuple))
+        raise _Enough
+
+    handle = architecture.layers[0].register_forward_hook(after)
+    try:
+        with torch.no_grad(), suppress(_Enough):
+            device = embedding_weight(architecture.model).device
+            architecture.model(input_ids=tokens.to(device), use_cache=False)
+    finally:
+        handle.remove()
+    return seen[0]
 
 
 @contextmanager

@@ -53,7 +53,8 @@ def test_several_texts_are_evaluated_on_one_model(dense: Path, tmp_path: Path, i
     second.write_text("w15 w16 w9 " * 40)
     for name, text in {"both": f"{first},{second}", "second": str(second)}.items():
         code, stdout, stderr = invoke(
-            "compare", model, "--methods", "removal", "--keep", "0.85", *SMALL, "--rounds", "0", "--text", text, "--json"
+            "compare", model, "--methods", "removal", "--keep", "0.85", *SMALL,
+            "--rounds", "0", "--json", "--text", text,
         )  # fmt: skip
         assert code == 0, stderr
         rows[name] = json.loads(stdout)["models"]

@@ -57,7 +57,7 @@ def choose_run(workspace: Workspace, length: int, progress: Progress) -> tuple[l
 
 def linear_bridge(mm: torch.Tensor, dm: torch.Tensor) -> torch.Tensor:
     """T = argmin E|T m - d|^2 from E[m m^T] and E[d m^T], [hidden, hidden]: float64."""
-    return torch.linalg.solve(damped(mm, RIDGE), dm.double().T).T
+    return torch.linalg.solve(damped(mm, RIDGE, torch.float64), dm.double().T).T
 
 
 def writes_to_stream(runner: SuffixRunner, site: LinearSite) -> bool:

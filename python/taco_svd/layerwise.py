@@ -1,0 +1,208 @@
+"""One forward and one backward pass, a layer at a time: all calibration batches go through a layer before the next.
+
+Of a model that is larger than memory each layer is then read twice, however many batches there are, and what is
+gathered at a layer is complete when its turn is over. Hidden states between layers are kept in a `Store`, so that a
+pass that was interrupted goes on where it stopped. The mathematics is that of `SuffixRunner.backward` with every
+layer's activations computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from .architectures import Architecture, LinearSite
+from .calibration import embedding_weight
+from .loss import next_token_loss
+from .mapped import is_mapped, page_out
+from .progress import Report
+from .store import Store
+from .suffix import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, SiteCallback
+from .walk import Walk
+
+# layer, gradient of the loss with respect to the hidden states that leave it: [batch, tokens, hidden]
+ResidualCallback = Callable[[int, torch.Tensor], None]
+
+
+class LayerwisePass:
+    """Runs a token set forward to the loss and backward to a layer, one layer at a time.
+
+    Args:
+        architecture: the model; it is not changed.
+        tokens: int64 [samples, seq_len].
+        store: where hidden states and gradients between layers are kept; entries are named after `name`.
+        name: tells passes over different sets apart.
+        batch_tokens: at most this many tokens are run at once (never less than one window).
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        tokens: torch.Tensor,
+        store: Store,
+        name: str = "pass",
+        batch_tokens: int | None = None,
+    ) -> None:
+        self.architecture, self.tokens, self.store, self.name = architecture, tokens, store, name
+        self.device = embedding_weight(architecture.model).device
+        if batch_tokens is None:
+            batch_tokens = CPU_BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS
+        rows = max(1, batch_tokens // tokens.shape[1])
+        self.walk = Walk(architecture, tokens.split(rows), explicit_attention=True)
+        self.depth = len(architecture.layers)
+        self._mapped = is_mapped(architecture.model)
+
+    def backward(
+        self,
+        sites: Sequence[LinearSite],
+        callback: SiteCallback,
+        lowest: int | None = None,
+        residual_callback: ResidualCallback | None = None,
+        finished: Callable[[int], None] | None = None,
+        report: Report | None = None,
+    ) -> None:
+        """Hands every site's input and output gradient to `callback`, layer by layer from the top.
+
+        Args:
+            lowest: the pass ends there; default the lowest layer among the sites.
+            residual_callback: gets the gradient at the hidden states that leave each layer, batch by batch.
+            finished: called when a layer has handed out everything; what it stores survives an interruption that
+                comes later. A pass that goes on after one hands out the layers that were not finished.
+
+        Raises:
+            RuntimeError: when a site was not run by the model's forward.
+        """
+        if lowest is None:
+            lowest = min(site.layer for site in sites)
+        model = self.architecture.model
+        # a float16 gradient of the mean over all tokens would be subnormal; what is handed out has the factor taken out
+        scale = float(self.tokens.numel()) if model.dtype == torch.float16 else 1.0
+        was_training = model.training
+        frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        total = (self.depth - lowest) * 2
+        tell = report or (lambda done, of: None)
+        try:
+            model.eval()
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+            above = self._resume_at(lowest)
+            if above is None:
+                self._forward(lowest, lambda done: tell(done, total))
+                above = self.depth
+                gradients = self._head(scale)
+            else:
+                gradients = self._load("gradient", above)
+            for layer in range(above - 1, lowest - 1, -1):
+                here = [site for site in sites if site.layer == layer]
+                gradients = self._layer(layer, here, gradients, callback, residual_callback, scale)
+                if finished is not None:
+                    finished(layer)
+                self._save("gradient", layer, gradients)
+                self.store.drop(self._entry("gradient", layer + 1))
+                self.store.drop(self._entry("hidden", layer + 1))
+                tell(self.depth - lowest + self.depth - layer, total)
+            self.store.drop(self._entry("hidden", lowest))
+            self.store.drop(self._entry("gradient", lowest))
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            model.train(was_training)
+
+    # -- steps ------------------------------------------------------------------------------------------------------
+
+    def _forward(self, lowest: int, tell: Callable[[int], None]) -> None:
+        """Stores what enters each layer from `lowest` on, and what leaves the last."""
+        start = next((layer for layer in range(self.depth, lowest - 1, -1) if self._has("hidden", layer)), None)
+        hidden = list(self.walk.entering) if start is None else self._load("hidden", start)
+        for layer in range(start or 0, self.depth):
+            if layer >= lowest and not self._has("hidden", layer):
+                self._save("hidden", layer, hidden)
+            module = self.architecture.layers[layer]
+            hidden = [self.walk.run(module, layer, batch, h) for batch, h in enumerate(hidden)]
+            self._let_go(module)
+            if layer >= lowest:
+                tell(layer + 1 - lowest)
+        if not self._has("hidden", self.depth):
+            self._save("hidden", self.depth, hidden)
+
+    def _head(self, scale: float) -> list[torch.Tensor]:
+        """Gradients of the set's mean loss (times `scale`) at the hidden states that leave the last layer."""
+        found = []
+        for batch, hidden in enumerate(self._load("hidden", self.depth)):
+            h = hidden.requires_grad_(True)
+            tokens = self.walk.batches[batch].to(self.device)
+            with torch.enable_grad():
+                loss = next_token_loss(self.walk.logits(batch, h), tokens, len(tokens) / len(self.tokens))
+                (gradient,) = torch.autograd.grad(loss * scale, h)
+            found.append(gradient)
+        return found
+
+    def _layer(
+        self,
+        layer: int,
+        sites: Sequence[LinearSite],
+        gradients: list[torch.Tensor],
+        callback: SiteCallback,
+        residual_callback: ResidualCallback | None,
+        scale: float,
+    ) -> list[torch.Tensor]:
+        """Gradients at the hidden states that enter the layer, from those that leave it."""
+
+        def unscaled(gradient: torch.Tensor) -> torch.Tensor:
+            return gradient.detach() if scale == 1 else gradient.detach().float() / scale
+
+        module = self.architecture.layers[layer]
+        seen: set[LinearSite] = set()
+        entering = []
+        with ExitStack() as stack, torch.enable_grad():
+            for site in sites:
+
+                def watch(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor, site: LinearSite = site) -> None:
+                    x = args[0].detach()
+                    seen.add(site)
+                    output.register_hook(lambda gradient: callback(site, x, unscaled(gradient)))
+
+                stack.callback(self.architecture.module(site).register_forward_hook(watch).remove)
+            for batch, hidden in enumerate(self._load("hidden", layer)):
+                if residual_callback is not None:
+                    residual_callback(layer, unscaled(gradients[batch]))
+                h = hidden.requires_grad_(True)
+                with self.walk.attention(batch):
+                    out = self.walk.call(module, layer, batch, h)
+                    (gradient,) = torch.autograd.grad(out, h, gradients[batch].to(out.dtype))
+                entering.append(gradient)
+        self._let_go(module)
+        missed = [site.name for site in sites if site not in seen]
+        if missed:
+            raise RuntimeError(f"the model's forward never called {', '.join(missed)}; no statistics for them")
+        return entering
+
+    def _let_go(self, module: nn.Module) -> None:
+        if self._mapped:
+            page_out(module)
+
+    # -- what is kept between layers --------------------------------------------------------------------------------
+
+    def _entry(self, kind: str, layer: int) -> str:
+        return f"{self.name}/{kind}/{layer}"
+
+    def _has(self, kind: str, layer: int) -> bool:
+        return self._entry(kind, layer) in self.store
+
+    def _resume_at(self, lowest: int) -> int | None:
+        """The layer whose entering gradients are known and below which everything needed is there."""
+        for layer in range(lowest + 1, self.depth):
+            if self._has("gradient", layer) and all(self._has("hidden", below) for below in range(lowest, layer)):
+                return layer
+        return None
+
+    def _save(self, kind: str, layer: int, batches: Sequence[torch.Tensor]) -> None:
+        self.store.put(self._entry(kind, layer), {str(number): tensor for number, tensor in enumerate(batches)})
+
+    def _load(self, kind: str, layer: int) -> list[torch.Tensor]:
+        found = self.store.get(self._entry(kind, layer))
+        return [found[str(number)].detach().to(self.device) for number in range(len(self.walk.batches))]

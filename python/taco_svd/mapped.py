@@ -1,0 +1,150 @@
+"""Models whose weights stay in their files: mapped into memory, read when a layer runs, given back afterwards.
+
+The system keeps of a mapped file what fits and drops the rest, so a model may be larger than memory; `page_out` tells
+it what will not be needed soon. Nothing else has to know: a mapped parameter is an ordinary tensor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from .errors import TacoError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# <linux/mman.h>: give pages back to the system; a written page is never lost by it
+MADV_PAGEOUT = 21
+
+
+def load_mapped(directory: str | Path, dtype: str | torch.dtype = "auto") -> PreTrainedModel | None:
+    """A dense model on the CPU whose parameters are mapped from the safetensors files of `directory`.
+
+    None where that is not possible, and the model must be loaded the ordinary way: no safetensors, another dtype than
+    the stored one, or a checkpoint whose tensors transformers converts while loading.
+
+    Raises:
+        TacoError: the files are damaged, or weights are missing or of another shape.
+    """
+    directory = Path(directory)
+    files = _files(directory)
+    if not files:
+        return None
+    stored: dict[str, torch.Tensor] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for key in opened.keys():  # noqa: SIM118 - not a dict
+                    stored[key] = opened.get_tensor(key)
+        except (OSError, SafetensorError) as error:
+            raise TacoError(f"{file} cannot be read ({str(error).splitlines()[0]}); copy it again.") from error
+    config = AutoConfig.from_pretrained(directory)
+    dtypes = {tensor.dtype for tensor in stored.values()}
+    wanted = next(iter(dtypes)) if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if dtypes != {wanted}:
+        return None
+    with _parameters_without_data():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=wanted)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    names = dict(model.named_parameters(remove_duplicate=False))
+    if not set(stored) <= set(names):
+        return None  # named or shaped otherwise than the model's own: transformers knows how
+    missing = [name for name in names if name not in stored and name not in tied]
+    if missing:
+        return None  # the ordinary way says what is missing, and of which file
+    for name, tensor in stored.items():
+        if tensor.shape != names[name].shape:
+            raise TacoError(
+                f"{directory}: {name} is {tuple(tensor.shape)} in its file, the config describes "
+                f"{tuple(names[name].shape)}; the checkpoint is damaged."
+            )
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
+    model.tie_weights()
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return None
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    model.config._name_or_path = str(directory)
+    model.taco_mapped = True  # type: ignore[assignment]
+    return model.eval()
+
+
+def _files(directory: Path) -> list[Path]:
+    if (directory / WEIGHTS).is_file():
+        return [directory / WEIGHTS]
+    if not (directory / INDEX).is_file():
+        return []
+    try:
+        names = set(json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TacoError(f"{directory / INDEX} is not an index of safetensors files; copy it again.") from error
+    for name in names:
+        # an index must not lead out of its directory
+        if not isinstance(name, str) or Path(name).name != name:
+            raise TacoError(f"{directory / INDEX} names {name!r}, which is no file of that directory.")
+        if not (directory / name).is_file():
+            raise TacoError(f"{directory} lacks {name}, which its index names; copy it again.")
+    return sorted(directory / name for name in names)
+
+
+@contextmanager
+def _parameters_without_data() -> Iterator[None]:
+    """While open, new parameters have shapes and no data; buffers (rotary frequencies) are made as always."""
+    register = nn.Module.register_parameter
+
+    def without_data(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = without_data  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+@functools.cache
+def _advise() -> Callable[[int, int, int], int] | None:
+    try:
+        madvise = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):
+        return None
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    found: Callable[[int, int, int], int] = madvise
+    return found
+
+
+def page_out(module: nn.Module) -> None:
+    """Gives the pages of a module's CPU parameters back to the system; they are read again when they are used.
+
+    Only mapped files are affected (and, where there is swap, anything else); contents never change. Does nothing
+    where the system has no such call.
+    """
+    madvise = _advise()
+    if madvise is None or not hasattr(os, "sysconf"):
+        return
+    page = os.sysconf("SC_PAGE_SIZE")
+    for parameter in module.parameters():
+        if parameter.device.type != "cpu" or not parameter.is_contiguous():
+            continue
+        start = -(-parameter.data_ptr() // page) * page
+        end = (parameter.data_ptr() + parameter.numel() * parameter.element_size()) // page * page
+        if end > start:
+            madvise(start, end - start, MADV_PAGEOUT)
+
+
+def is_mapped(model: nn.Module) -> bool:
+    """Whether a model was loaded by `load_mapped`, or is a structural copy of such a one."""
+    return bool(getattr(model, "taco_mapped", False))
