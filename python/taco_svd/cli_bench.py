@@ -128,7 +128,7 @@ def _from_directory(directory: Path, others: list[str], dtype: str, device: str)
     from .plan import Plan
 
     plan = Plan.load(directory)
-    if others == ["removal"] and len(plan.redundant) == plan.structure.source_layers:
+    if "removal" in others and len(plan.redundant) == plan.structure.source_layers:
         raise TacoError(
             "Every layer of this model is compressed: there is no removal to compare with; --against dense."
         )
