@@ -36,7 +36,9 @@ def restore_layer(
         own = {key.removeprefix(f"{site.path}."): value for key, value in tensors.items() if _of(key, site.path)}
         rank = structure.low_rank.get(layer, {}).get(site.path)
         made: nn.Module
-        if rank is not None:
+        if isinstance(module, LowRankLinear):
+            made = module
+        elif rank is not None:
             made = empty_factors(module, rank, structure.is_pivoted(layer, site.path), device)
         elif own:
             made = with_own_parameters(module)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -12,12 +11,17 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .errors import TacoError
+from .errors import DiskFullError, TacoError
+from .mapped import is_mapped, load_mapped, save_mapped
+from .memory import free_memory
 from .modeling import CompressedModel
 from .plan import PLAN_FILE, Plan
 from .replacement import LowRankLinear, NarrowLinear
+from .store import disk_full
 
 DEFAULT_MODEL = Path(__file__).parent / "data" / "classics-16l"
+# From this share of the free memory on a model is better mapped than loaded.
+MAPPED_SHARE = 0.4
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -76,17 +80,11 @@ def write_whole(out: str | Path, write: Callable[[Path], None], force: bool = Fa
             partial.rename(out)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if _disk_full(error):
-            raise TacoError(
+        if disk_full(error):
+            raise DiskFullError(
                 f"No space left on the disk of {out.parent}; nothing was written. Free some and run again."
             ) from error
         raise
-
-
-def _disk_full(error: BaseException) -> bool:
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    # safetensors wraps the system's error into its own type
-    return full or "No space left" in str(error) or "os error 28" in str(error)
 
 
 def save_compressed(
@@ -108,7 +106,10 @@ def save_compressed(
         raise TacoError(f"{type(model).__name__} is not a compressed model; use its own save_pretrained.")
 
     def write(directory: Path) -> None:
-        model.save_pretrained(directory, max_shard_size=max_shard_size)
+        if is_mapped(model):
+            save_mapped(model, directory)
+        else:
+            model.save_pretrained(directory, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
         plan.save(directory / PLAN_FILE)
@@ -117,17 +118,30 @@ def save_compressed(
 
 
 def load_model(
-    name: str | Path, dtype: str | torch.dtype = "auto", device: str = "cpu"
+    name: str | Path, dtype: str | torch.dtype = "auto", device: str = "cpu", mapped: bool | None = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A dense or compressed model and its tokenizer (None where the directory has none), ready for inference.
 
+    With `mapped` a dense model's weights stay in their files (see `mapped`); None: where they would take more than
+    `MAPPED_SHARE` of the free memory.
+
     Raises:
-        TacoError: no such model, unreadable files, or weights that are missing or do not fit.
+        TacoError: no such model, unreadable files, or weights that are missing or do not fit; or it was to be mapped
+            and cannot be.
     """
     path = Path(name)
     looks_local = path.exists() or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1
     if looks_local and not (path / "config.json").is_file():
         raise TacoError(f"No model at {name}: there is no config.json in it.")
+    if mapped or (mapped is None and device == "cpu" and _is_large(path)):
+        model = load_mapped(path, dtype) if path.is_dir() and device == "cpu" else None
+        if model is not None:
+            return model, _tokenizer_of(name)
+        if mapped:
+            raise TacoError(
+                f"{name} cannot be streamed: that takes a local directory of safetensors in the dtype that is asked "
+                "for, named as the model names them, and --device cpu."
+            )
     try:
         config = AutoConfig.from_pretrained(name)
         loaded: Any = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
@@ -140,19 +154,28 @@ def load_model(
     missing = sorted(info["missing_keys"])
     if missing:
         raise TacoError(f"The model {name} lacks {len(missing)} weights (first: {missing[0]}); it is incomplete.")
-    tokenizer = None
-    # for a directory without tokenizer files transformers makes an empty tokenizer of the model's kind
-    if not path.is_dir() or any((path / file).is_file() for file in TOKENIZER_FILES):
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
-        except Exception:  # a model without a tokenizer is usable on tokens
-            tokenizer = None
     try:
         model = model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise TacoError(f"Device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
     model.eval()
-    return model, tokenizer
+    return model, _tokenizer_of(name)
+
+
+def _is_large(directory: Path) -> bool:
+    """Whether a model's files would take more than `MAPPED_SHARE` of the free memory."""
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors")) > MAPPED_SHARE * free_memory()
+
+
+def _tokenizer_of(name: str | Path) -> PreTrainedTokenizerBase | None:
+    path = Path(name)
+    # for a directory without tokenizer files transformers makes an empty tokenizer of the model's kind
+    if path.is_dir() and not any((path / file).is_file() for file in TOKENIZER_FILES):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception:  # a model without a tokenizer is usable on tokens
+        return None
 
 
 def weight_bytes(model: PreTrainedModel) -> int:

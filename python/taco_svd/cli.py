@@ -14,7 +14,7 @@ from .cli_compare import compare
 from .cli_eval import evaluate
 from .cli_heal import heal
 from .cli_report import report
-from .cli_shared import Bars, DeviceOption, DtypeOption, JsonOption, ModelArgument, SeedOption
+from .cli_shared import Bars, DeviceOption, DtypeOption, JsonOption, ModelArgument, SeedOption, errors
 from .cli_shared import load as _load
 from .cli_shared import out_console as _out
 from .cli_shared import print_json as _print_json
@@ -70,6 +70,20 @@ def compress(
         ),
     ] = False,
     plan: Annotated[Path | None, typer.Option(help="Carry out this plan (a file or a compressed directory).")] = None,
+    work_dir: Annotated[
+        Path | None, typer.Option(help="Where finished steps are kept until the model is saved; default: OUT.work.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the finished steps of the same command, stopped earlier.")
+    ] = False,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Leave the weights in their files and read them layer by layer; by default where they would take "
+            "more than 40% of the free memory (CPU only).",
+        ),
+    ] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     seed: SeedOption = 0,
@@ -85,32 +99,42 @@ def compress(
     from .errors import TacoError
     from .plan import Plan
     from .report import info_table
+    from .work_directory import check_work_directory, finished_steps_kept
 
     check_output(out, force)
+    work_dir = work_dir or out.with_name(f"{out.name}.work")
+    check_work_directory(work_dir, resume)
     loaded_plan = Plan.load(plan) if plan is not None else None
     if loaded_plan is None and keep is None and layers is None:
         raise TacoError("Say how much to compress: --keep 0.8 (share of parameters), --layers N, or --plan FILE.")
-    dense, tokenizer = _load(model, dtype, device)
+    dense, tokenizer = _load(model, dtype, device, stream)
     check_output(out, force, needed_bytes=int(1.05 * weight_bytes(dense)))
-    compressed, made = run(
-        dense,
-        tokenizer,
-        method=method,
-        keep=keep,
-        layers=layers,
-        compression_ratio=compression_ratio,
-        calibration=calibration,
-        samples=samples,
-        seq_len=seq_len,
-        seed=seed,
-        importance=importance,
-        bridge_rank=bridge_rank,
-        one_shot=one_shot,
-        consistency=consistency,
-        plan=loaded_plan,
-        progress=Bars(as_json),
-    )
-    save_compressed(compressed, made, out, tokenizer, force)
+    try:
+        with finished_steps_kept(work_dir):
+            compressed, made = run(
+                dense,
+                tokenizer,
+                method=method,
+                keep=keep,
+                layers=layers,
+                compression_ratio=compression_ratio,
+                calibration=calibration,
+                samples=samples,
+                seq_len=seq_len,
+                seed=seed,
+                importance=importance,
+                bridge_rank=bridge_rank,
+                one_shot=one_shot,
+                consistency=consistency,
+                plan=loaded_plan,
+                progress=Bars(as_json),
+                work_dir=work_dir,
+                resume=resume,
+            )
+            save_compressed(compressed, made, out, tokenizer, force)
+    except KeyboardInterrupt as stop:  # typer would end with no word
+        errors.print(f"taco-svd: stopped; {stop or 'nothing was written.'}")
+        raise typer.Exit(130) from stop
     if as_json:
         _print_json(describe(out))
     else:

@@ -62,12 +62,14 @@ def check_dtype(dtype: str) -> None:
         raise TacoError(f"--dtype must be auto, float32, bfloat16 or float16, got {dtype!r}.")
 
 
-def load(name: str | None, dtype: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+def load(
+    name: str | None, dtype: str, device: str, mapped: bool | None = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     from .checkpoint import DEFAULT_MODEL, load_model
 
     quiet_libraries()
     check_dtype(dtype)
-    return load_model(name or DEFAULT_MODEL, dtype, device)
+    return load_model(name or DEFAULT_MODEL, dtype, device, mapped)
 
 
 def print_json(values: Any) -> None:

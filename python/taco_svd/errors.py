@@ -12,3 +12,7 @@ class TacoError(Exception):
 
 class UnsupportedModelError(TacoError):
     """The model's structure is not one that layers can be taken out of; the message says what was found."""
+
+
+class DiskFullError(TacoError):
+    """There is no space left; what was finished before is kept."""

@@ -6,10 +6,13 @@ directions are kept, and on which state of the model the statistics are gathered
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .architectures import Architecture, LinearSite, dense_weight, linear_shape
 from .attribution import SigmaGradients, expected_missing, top_directions
+from .built import restore_layer
 from .decomposition import Decomposition, plain_svd
 from .errors import TacoError
 from .gauge import pivoted_factors
@@ -17,6 +20,7 @@ from .memory import release
 from .plan import Plan
 from .progress import Progress
 from .replacement import LowRankLinear
+from .store import Store
 from .structure import Structure
 from .suffix import SuffixRunner
 
@@ -26,8 +30,12 @@ CANDIDATES = 3
 MISSING_SHARE = 0.01
 
 
-def factorise(architecture: Architecture, plan: Plan, runner: SuffixRunner, progress: Progress) -> None:
+def factorise(
+    architecture: Architecture, plan: Plan, runner: SuffixRunner, progress: Progress, store: Store | None = None
+) -> None:
     """Puts factors in place of every linear map that `plan.structure.low_rank` names, in place.
+
+    With a `store` finished layers (paper mode: blocks) are kept there, and taken from there.
 
     Raises:
         TacoError: when the plan's method makes no low-rank layers.
@@ -35,7 +43,7 @@ def factorise(architecture: Architecture, plan: Plan, runner: SuffixRunner, prog
     ways = {"svd": _factorise_plain, "paper": _factorise_paper}
     if plan.method not in ways:
         raise TacoError(f"The plan has low-rank layers, which method {plan.method!r} does not make.")
-    ways[plan.method](architecture, plan, runner, progress)
+    ways[plan.method](architecture, plan, runner, progress, store)
 
 
 def check_ranks(architecture: Architecture, structure: Structure) -> None:
@@ -86,17 +94,57 @@ def _planned_sites(architecture: Architecture, plan: Plan) -> list[LinearSite]:
     return [site for site in architecture.sites() if site.path in plan.structure.low_rank.get(site.layer, {})]
 
 
-def _factorise_plain(architecture: Architecture, plan: Plan, runner: SuffixRunner, progress: Progress) -> None:
+def _factorise_plain(
+    architecture: Architecture, plan: Plan, runner: SuffixRunner, progress: Progress, store: Store | None
+) -> None:
     """Largest singular values of each weight."""
     sites = _planned_sites(architecture, plan)
+    layers = sorted({site.layer for site in sites})
     with progress.step("singular value decomposition") as report:
-        for done, site in enumerate(sites):
-            parts = plain_svd(dense_weight(architecture.module(site)).detach(), _rank_of(plan, site))
-            put_factors(architecture, site, parts, torch.arange(_rank_of(plan, site), device=parts.sigma.device))
-            report(done + 1, len(sites))
+        for done, layer in enumerate(layers):
+            if not _restored(store, f"built/{layer}", architecture, plan, layer):
+                for site in [site for site in sites if site.layer == layer]:
+                    rank = _rank_of(plan, site)
+                    parts = plain_svd(dense_weight(architecture.module(site)).detach(), rank)
+                    put_factors(architecture, site, parts, torch.arange(rank, device=parts.sigma.device))
+                _keep(store, f"built/{layer}", architecture, plan, layer)
+            report(done + 1, len(layers))
 
 
-def _factorise_paper(architecture: Architecture, plan: Plan, runner: SuffixRunner, progress: Progress) -> None:
+def _restored(
+    store: Store | None, entry: str, architecture: Architecture, plan: Plan, layer: int, block: str | None = None
+) -> bool:
+    """Puts a layer (or one of its blocks) from the store into place, where it is there."""
+    if store is None or entry not in store:
+        return False
+    restore_layer(store, entry, architecture, plan.structure, layer, block)
+    return True
+
+
+def _keep(
+    store: Store | None,
+    entry: str,
+    architecture: Architecture,
+    plan: Plan,
+    layer: int,
+    block: str | None = None,
+    note: Any = None,
+) -> None:
+    """Stores the factors of a layer (or of one of its blocks); those in use are the stored ones from then on."""
+    if store is None:
+        return
+    own: dict[str, torch.Tensor] = {}
+    for site in architecture.sites([layer], block):
+        module = architecture.module(site)
+        if isinstance(module, LowRankLinear):
+            own |= {f"{site.path}.{name}": tensor for name, tensor in module.state_dict().items()}
+    store.put(entry, own, note)
+    restore_layer(store, entry, architecture, plan.structure, layer, block)
+
+
+def _factorise_paper(
+    architecture: Architecture, plan: Plan, runner: SuffixRunner, progress: Progress, store: Store | None
+) -> None:
     """arXiv 2501.00339, algorithm 1: layers from the top down, MLP then attention, |sigma dL/dsigma|.
 
     With the option `one_shot` the gradients of all maps come from one pass over the dense model instead.
@@ -112,6 +160,14 @@ def _factorise_paper(architecture: Architecture, plan: Plan, runner: SuffixRunne
     full: set[str] = set()
     with progress.step("gradient attribution" + ("" if len(groups) == 1 else ", layer by layer")) as report:
         for done, sites in enumerate(groups):
+            one_block = {(site.layer, site.block) for site in sites}
+            entry, (layer, block) = "", min(one_block)
+            if len(one_block) == 1:  # in one shot all are finished at once
+                entry = f"built/{layer}-{block}"
+                if _restored(store, entry, architecture, plan, layer, block):
+                    assert store is not None
+                    full = set(store.note(entry))
+                    continue
             weights = {site: dense_weight(architecture.module(site)).detach() for site in sites}
             parts = {
                 site: plain_svd(weights[site], None if site.path in full else CANDIDATES * _rank_of(plan, site))
@@ -141,4 +197,6 @@ def _factorise_paper(architecture: Architecture, plan: Plan, runner: SuffixRunne
             for site in sites:
                 directions = top_directions(importance[site], _rank_of(plan, site))
                 put_factors(architecture, site, parts[site], directions)
+            if entry:
+                _keep(store, entry, architecture, plan, layer, block, sorted(full))
             release()

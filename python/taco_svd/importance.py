@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from .architectures import Architecture
+from .mapped import is_mapped, page_out
 from .suffix import SuffixRunner, forward_replaced
+from .walk import Walk
 
 MEASURES = ("bi", "angular", "greedy")
 
@@ -36,18 +38,11 @@ class LayerImportance:
 
 def block_influence(runner: SuffixRunner, progress: Progress | None = None) -> list[float]:
     """BI_i = mean over tokens of 1 - cos(h_i, h_{i+1}), h_i entering layer i (ShortGPT, arXiv 2403.03853, eq. 1)."""
-    depth = len(runner.architecture.layers)
-    sums = [0.0] * depth
-    tokens = 0
-    for index in range(len(runner.batches)):
-        hidden = runner.layer_inputs(index, range(depth + 1))
-        for layer in range(depth):
-            cosine = torch.cosine_similarity(hidden[layer].float(), hidden[layer + 1].float(), dim=-1)
-            sums[layer] += float((1 - cosine).double().sum())
-        tokens += hidden[0].shape[0] * hidden[0].shape[1]
-        if progress is not None:
-            progress(index + 1, len(runner.batches))
-    return [total / tokens for total in sums]
+    sums = []
+    for before, after in _streams(runner, progress):
+        cosines = [torch.cosine_similarity(h.float(), h2.float(), dim=-1) for h, h2 in zip(before, after, strict=True)]
+        sums.append(sum(float((1 - cosine).double().sum()) for cosine in cosines))
+    return [total / (runner.samples * runner.seq_len) for total in sums]
 
 
 def angular_distances(runner: SuffixRunner, length: int, progress: Progress | None = None) -> list[float]:
@@ -55,18 +50,33 @@ def angular_distances(runner: SuffixRunner, length: int, progress: Progress | No
 
     One value per start i of a run of `length` layers.
     """
-    depth = len(runner.architecture.layers)
-    sums = [0.0] * (depth - length + 1)
-    for index in range(len(runner.batches)):
-        hidden = runner.layer_inputs(index, range(depth + 1))
-        for start in range(len(sums)):
-            cosine = torch.cosine_similarity(
-                hidden[start][:, -1].double(), hidden[start + length][:, -1].double(), dim=-1
-            )
-            sums[start] += float(torch.arccos(cosine.clamp(-1, 1)).sum()) / math.pi
+    last: list[torch.Tensor] = []  # hidden states of the windows' last tokens, entering each layer
+    for before, after in _streams(runner, progress):
+        last.append(torch.cat([h[:, -1].double() for h in before]))
+        final = torch.cat([h[:, -1].double() for h in after])
+    last.append(final)
+    distances = []
+    for start in range(len(last) - length):
+        cosine = torch.cosine_similarity(last[start], last[start + length], dim=-1)
+        distances.append(float(torch.arccos(cosine.clamp(-1, 1)).sum()) / math.pi / runner.samples)
+    return distances
+
+
+def _streams(
+    runner: SuffixRunner, progress: Progress | None
+) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    """Per layer the hidden states that enter and leave it, per batch; each layer is run for all batches at once."""
+    architecture = runner.architecture
+    walk = Walk(architecture, runner.batches, explicit_attention=True)
+    hidden = list(walk.entering)
+    for layer, module in enumerate(architecture.layers):
+        leaving = [walk.run(module, layer, batch, h) for batch, h in enumerate(hidden)]
+        if is_mapped(architecture.model):
+            page_out(module)
         if progress is not None:
-            progress(index + 1, len(runner.batches))
-    return [total / runner.samples for total in sums]
+            progress(layer + 1, len(architecture.layers))
+        yield hidden, leaving
+        hidden = leaving
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
@@ -80,6 +81,47 @@ def load_mapped(directory: str | Path, dtype: str | torch.dtype = "auto") -> Pre
     return model.eval()
 
 
+def save_mapped(model: PreTrainedModel, directory: Path, shard_bytes: int = 1 << 30) -> None:
+    """As ``model.save_pretrained(directory)``, with at most a shard in memory.
+
+    For models whose parameters have the names of their checkpoint, as `load_mapped` makes them.
+    """
+    tensors = {**dict(model.named_parameters()), **_lasting_buffers(model)}
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if shards[-1] and used + size > shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    places: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        file = WEIGHTS if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        save_file({name: tensors[name].detach().contiguous() for name in names}, directory / file, {"format": "pt"})
+        for name in names:
+            page_out_tensor(tensors[name])
+            places[name] = file
+    if len(shards) > 1:
+        total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(directory)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(directory)
+
+
+def _lasting_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        f"{path}.{name}" if path else name: buffer
+        for path, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
+
+
 def _files(directory: Path) -> list[Path]:
     if (directory / WEIGHTS).is_file():
         return [directory / WEIGHTS]
@@ -132,17 +174,33 @@ def page_out(module: nn.Module) -> None:
     Only mapped files are affected (and, where there is swap, anything else); contents never change. Does nothing
     where the system has no such call.
     """
+    for parameter in module.parameters():
+        page_out_tensor(parameter)
+
+
+def page_out_tensor(tensor: torch.Tensor) -> None:
+    """As `page_out`, for one tensor."""
     madvise = _advise()
-    if madvise is None or not hasattr(os, "sysconf"):
+    if madvise is None or not hasattr(os, "sysconf") or tensor.device.type != "cpu" or not tensor.is_contiguous():
         return
     page = os.sysconf("SC_PAGE_SIZE")
-    for parameter in module.parameters():
-        if parameter.device.type != "cpu" or not parameter.is_contiguous():
-            continue
-        start = -(-parameter.data_ptr() // page) * page
-        end = (parameter.data_ptr() + parameter.numel() * parameter.element_size()) // page * page
-        if end > start:
-            madvise(start, end - start, MADV_PAGEOUT)
+    start = -(-tensor.data_ptr() // page) * page
+    end = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // page * page
+    if end > start:
+        madvise(start, end - start, MADV_PAGEOUT)
+
+
+def not_finite(model: nn.Module) -> str | None:
+    """The name of the first parameter with NaN or infinite values, None where there is none; reads each once."""
+    mapped = is_mapped(model)
+    for name, parameter in model.named_parameters():
+        # a sum propagates NaN and inf without a mask the size of the weight
+        finite = bool(torch.isfinite(parameter.detach().sum(dtype=torch.float64)))
+        if mapped:
+            page_out_tensor(parameter)
+        if not finite:
+            return name
+    return None
 
 
 def is_mapped(model: nn.Module) -> bool:

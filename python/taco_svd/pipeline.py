@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from .errors import TacoError
 from .factorise import check_ranks, factorise
 from .importance import MEASURES, rank_layers
 from .loss_curves import divergence_between
+from .mapped import not_finite
 from .modeling import CompressedModel, as_compressed
 from .plan import METHODS, Plan
 from .progress import Progress, Silent
@@ -37,6 +39,7 @@ from .replacement import drop_layers, structural_copy
 from .sequential import held_out_windows
 from .suffix import SuffixRunner
 from .taco import BRIDGE_GRADIENT_DAMPING, GRADIENT_DAMPING, INPUT_DAMPING, Analysis, build_upwards
+from .work_directory import check_work_directory, open_run, weights_digest
 
 # Greedy removal runs the set once per candidate: a part of it orders the layers as well.
 GREEDY_SAMPLES = 16
@@ -55,9 +58,9 @@ def check_model(model: PreTrainedModel) -> Architecture:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise TacoError(f"{name} has no data (meta device); load the model with its weights.")
-        # one pass over the weights; a sum propagates NaN and inf without a mask the size of the weight
-        if not torch.isfinite(parameter.detach().sum(dtype=torch.float64)):
-            raise TacoError(f"{name} has NaN or infinite weights; the checkpoint is damaged.")
+    damaged = not_finite(model)
+    if damaged is not None:
+        raise TacoError(f"{damaged} has NaN or infinite weights; the checkpoint is damaged.")
     _probe(architecture)
     return architecture
 
@@ -162,12 +165,23 @@ def make_plan(
         options=options,
         source=describe_source(model),
         result={"parameters": parameters, "share": parameters / parameter_count(model), **result},
-        versions={
-            "taco_kernels": taco_kernels.__version__,
-            "torch": str(torch.__version__),
-            "transformers": transformers.__version__,
-        },
+        versions=_versions(),
     )
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "taco_kernels": taco_kernels.__version__,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+    }
+
+
+def _calibration_name(calibration: str | Path | torch.Tensor | Calibration) -> str:
+    """What tells one calibration from another before it is loaded."""
+    if isinstance(calibration, torch.Tensor):
+        calibration = Calibration(calibration, "tokens", 0)
+    return calibration.digest if isinstance(calibration, Calibration) else str(calibration)
 
 
 def _count_and_ratio(
@@ -228,7 +242,7 @@ def apply_plan(
 
 def _analysis(workspace: Workspace, model: PreTrainedModel, calibration: Calibration) -> Analysis:
     """Taco mode's statistics of the dense model, shared like those of the baselines."""
-    return workspace.keep("taco", lambda: Analysis(model, calibration))
+    return workspace.keep("taco", lambda: Analysis(model, calibration, workspace.store))
 
 
 def _carry_out(
@@ -252,13 +266,13 @@ def _carry_out(
     elif plan.structure.low_rank:
         factorised = sorted(plan.structure.low_rank)
         runner = SuffixRunner(architecture, calibration.tokens, factorised[0], starts=factorised)
-        factorise(architecture, plan, runner, progress)
+        factorise(architecture, plan, runner, progress, workspace.store)
     kept = list(plan.structure.kept)
     drop_layers(architecture, kept)
     compressed = as_compressed(working, slice_config(model.config, kept), plan.structure)
-    for name, parameter in compressed.named_parameters():
-        if not torch.isfinite(parameter.detach().sum(dtype=torch.float64)):
-            raise TacoError(f"The factors of {name} came out as NaN or infinite; try another --calibration.")
+    name = not_finite(compressed)
+    if name is not None:
+        raise TacoError(f"The factors of {name} came out as NaN or infinite; try another --calibration.")
     return compressed, record
 
 
@@ -281,6 +295,8 @@ def compress(
     plan: Plan | None = None,
     progress: Progress | None = None,
     workspace: Workspace | None = None,
+    work_dir: str | Path | None = None,
+    resume: bool = False,
 ) -> tuple[PreTrainedModel, Plan]:
     """Compresses a language model.
 
@@ -305,6 +321,10 @@ def compress(
         workspace: statistics of the dense model, to be shared by calls on the same model and calibration.
         consistency: methods "taco" and "bridge" re-fit the maps that write to the residual stream (see `consistency`).
         plan: carries out this plan instead of making one (method, keep, layers ... are then not looked at).
+        work_dir: keeps finished steps in this directory, so that the same call with `resume` goes on from them after
+            an interruption and gives the same bits. The compressed model's factors are mapped from its files: delete
+            it once the model is saved (`taco-svd compress` does both).
+        resume: goes on from what `work_dir` has.
 
     Returns:
         (compressed model, plan); save with `taco_svd.save_compressed` or the model's `save_pretrained`.
@@ -313,18 +333,52 @@ def compress(
         TacoError: anything wrong with the arguments, the model, the tokenizer or the text, before long work.
     """
     progress = progress or Silent()
+    if work_dir is not None:
+        check_work_directory(work_dir, resume)
+        if workspace is not None:
+            raise TacoError("A workspace serves many runs, a work directory keeps the steps of one; pass one of them.")
+    elif resume:
+        raise TacoError("resume needs the work_dir of the run that was stopped.")
     architecture = check_model(model)
     if plan is None:  # what the arguments alone can tell, before calibration takes its time
         if method not in METHODS:
             raise TacoError(f"--method must be one of {', '.join(METHODS)}, got {method!r}.")
         _count_and_ratio(architecture, method, keep, _how_many(layers), compression_ratio)
+    store = None
+    if work_dir is not None:
+        arguments = {
+            "method": method,
+            "keep": keep,
+            "layers": layers,
+            "compression_ratio": compression_ratio,
+            "calibration": _calibration_name(calibration),
+            "samples": samples,
+            "seq_len": seq_len,
+            "seed": seed,
+            "importance": importance,
+            "bridge_rank": bridge_rank,
+            "one_shot": one_shot,
+            "consistency": consistency,
+            "plan": None if plan is None else hashlib.sha256(json.dumps(plan.to_dict()).encode()).hexdigest(),
+        }
+        with progress.step("looking at the weights"):
+            run = {**arguments, "weights": weights_digest(model), "versions": _versions()}
+        store = open_run(work_dir, run, resume)
+        if "calibration" in store:
+            kept = store.note("calibration")
+            calibration = Calibration(store.get("calibration")["tokens"], kept["source"], kept["seed"])
     if not isinstance(calibration, Calibration):
         with progress.step("calibration text") as report:
             calibration = load_calibration(calibration, model, tokenizer, samples, seq_len, seed, report)
+    if store is not None and "calibration" not in store:
+        note = {"source": calibration.source, "seed": calibration.seed}
+        store.put("calibration", {"tokens": calibration.tokens}, note)
     if workspace is None:
-        workspace = Workspace(model, calibration)
+        workspace = Workspace(model, calibration, store)
     elif not workspace.is_for(model, calibration):
         raise TacoError("The workspace belongs to another model or another calibration set.")
+    if plan is None and store is not None and "plan" in store:
+        plan = Plan.from_dict(store.note("plan"))
     if plan is None:
         plan = make_plan(
             model,
@@ -341,9 +395,11 @@ def compress(
             workspace,
             architecture,
         )
+        if store is not None:
+            store.put("plan", {}, plan.to_dict())
     compressed, record = _carry_out(model, plan, calibration, progress, workspace)
     windows = held_out_windows(calibration.tokens)
-    if plan.method in ("taco", "bridge") and len(windows):
+    if plan.method in ("taco", "bridge") and len(windows) and "measured_loss" not in record:
         with progress.step("measuring the loss on held-out windows"):
             record["measured_loss"] = divergence_between(model, compressed, windows)
     plan = dataclasses.replace(

@@ -248,8 +248,9 @@ def bridged_class(layer_class: type[nn.Module]) -> type[nn.Module]:
 
 
 def attach_bridge(layer: nn.Module, bridge: LowRankBridge) -> None:
-    """Makes a decoder layer pass its output through `bridge`, in place."""
-    layer.__class__ = bridged_class(type(layer))
+    """Makes a decoder layer pass its output through `bridge`, in place; a bridge that it has is replaced."""
+    if not isinstance(layer, _BridgedMixin):
+        layer.__class__ = bridged_class(type(layer))
     layer.bridge = bridge
 
 

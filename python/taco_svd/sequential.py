@@ -20,6 +20,7 @@ from .bridging import BridgeMoments, fit_bridge
 from .built import restore_layer, save_layer, with_own_parameters
 from .consistency import FitMoments, refit
 from .decomposition import Decomposition, damped, weighted_svd
+from .divergence import kl_per_token
 from .factorise import put_factors
 from .mapped import is_mapped, page_out
 from .memory import release
@@ -92,6 +93,8 @@ class UpwardPass:
         self.records: list[dict[str, Any]] = []
         self.drift: list[dict[str, Any]] = []
         self.store = store
+        # the streams that leave the last layer, once `run` has returned
+        self.final: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         self._mapped = is_mapped(dense.model)
 
     def run(self, report: Report) -> None:
@@ -110,9 +113,8 @@ class UpwardPass:
                 ours = truth
             else:
                 truth, ours = self._finished_layer(layer, truth, ours, writers)
-            if self._mapped:
-                page_out(self.dense.layers[layer])
             report(layer + 1, depth)
+        self.final = truth, ours
 
     def _finished_layer(
         self, layer: int, truth: list[torch.Tensor], ours: list[torch.Tensor], writers: Any
@@ -144,7 +146,23 @@ class UpwardPass:
 
     def _advance(self, architecture: Architecture, layer: int, stream: list[torch.Tensor]) -> list[torch.Tensor]:
         module = architecture.layers[layer]
-        return [self.walk.run(module, layer, batch, hidden) for batch, hidden in enumerate(stream)]
+        leaving = [self.walk.run(module, layer, batch, hidden) for batch, hidden in enumerate(stream)]
+        if self._mapped:
+            page_out(module)
+        return leaving
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float | None:
+        """Mean KL(dense || compressed) of the next token over the held-out windows; None where there are none."""
+        truth, ours = self.final
+        total, windows = 0.0, 0
+        for batch in self.held_batches:
+            for window in range(len(truth[batch])):
+                part = slice(window, window + 1)
+                dense, compressed = (self.walk.logits(batch, stream[batch], part) for stream in (truth, ours))
+                total += float(kl_per_token(dense, compressed).double().mean())
+                windows += 1
+        return total / windows if windows else None
 
     # -- one layer ---------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ is renamed after it. So whatever the index names was written whole, and what a c
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .errors import TacoError
+from .errors import DiskFullError, TacoError
 
 INDEX = "index.json"
 FORMAT = 1
@@ -56,7 +57,7 @@ class Store:
         """Keeps an entry; it is lasting once this returns.
 
         Raises:
-            OSError: the disk is full.
+            DiskFullError: there is no space for it.
         """
         if name in self._held:
             self.drop(name)
@@ -76,8 +77,13 @@ class Store:
                 partial.write_bytes(b"")
             digest = _digest(partial)
             partial.replace(self._folder() / file)
-        except BaseException:
+        except BaseException as error:
             partial.unlink(missing_ok=True)
+            if disk_full(error):
+                raise DiskFullError(
+                    f"No space left on the disk of {self._folder()}; finished steps are kept. Free some, and run the "
+                    "same command with --resume."
+                ) from error
             raise
         self._index[name] = {"file": file, "sha256": digest, "note": note}
         self._checked.add(name)
@@ -181,6 +187,13 @@ class Store:
         partial = self._folder() / f".{INDEX}.{os.getpid()}.partial"
         partial.write_text(json.dumps({"format": FORMAT, "entries": self._index}), encoding="utf-8")
         partial.replace(self._folder() / INDEX)
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether an error says that there is no space left."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # safetensors wraps the system's error into its own type
+    return full or "No space left" in str(error) or "os error 28" in str(error)
 
 
 def _digest(path: Path) -> str:

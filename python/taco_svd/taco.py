@@ -14,6 +14,7 @@ from .calibration import Calibration
 from .decomposition import damped, weighted_spectrum, weighted_svd
 from .layerwise import LayerwisePass
 from .loss_curves import CurveMeasurement, LossCurves
+from .mapped import is_mapped
 from .memory import release
 from .plan import Plan
 from .progress import Progress
@@ -146,10 +147,14 @@ def build_upwards(
         _bridge_gradients(model, plan, calibration, progress, analysis.store),
         float(plan.options.get("input_damping", INPUT_DAMPING)),
         bool(plan.options.get("consistency", True)),
+        analysis.store if analysis.store.lasting else None,
     )
     with progress.step("building, layer by layer") as report:
         upwards.run(report)
-    return {"consistency": upwards.records, "drift": upwards.drift}
+    record: dict[str, Any] = {"consistency": upwards.records, "drift": upwards.drift}
+    if is_mapped(model):  # running both models again would read each once per window
+        record["measured_loss"] = upwards.held_out_loss()
+    return record
 
 
 def _bridge_gradients(

@@ -103,10 +103,13 @@ class Walk:
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
-    def logits(self, batch: int, hidden: torch.Tensor) -> torch.Tensor:
-        """What the model's last norm and head make of the hidden states that leave the last layer."""
-        with self._passing(hidden):
-            output = self.architecture.model(input_ids=self.batches[batch].to(self._device), use_cache=False)
+    def logits(self, batch: int, hidden: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
+        """What the model's last norm and head make of the hidden states that leave the last layer.
+
+        `rows` of the batch only, so that the logits of a large vocabulary need not be held for all of them.
+        """
+        with self._passing(hidden[rows]):
+            output = self.architecture.model(input_ids=self.batches[batch][rows].to(self._device), use_cache=False)
         logits: torch.Tensor = output.logits
         return logits
 

@@ -17,6 +17,7 @@ from ..architectures import Architecture, LinearSite
 from ..calibration import Calibration
 from ..progress import Progress, Silent
 from ..statistics import SecondMoments
+from ..store import Store
 from ..suffix import SuffixRunner
 
 # LEMS drops the first and last eighth of each window from the gradients and clips token norms to this many means.
@@ -104,10 +105,14 @@ class Workspace:
 
     Holds statistics of all linear maps at once: about as many numbers as the weights of the layers have, several
     times over. That is the price of one pass for a dozen methods; it is freed with the workspace.
+
+    Args:
+        store: where one run keeps its finished steps (see `work_directory`); None for any number of runs in memory.
     """
 
-    def __init__(self, model: PreTrainedModel, calibration: Calibration) -> None:
+    def __init__(self, model: PreTrainedModel, calibration: Calibration, store: Store | None = None) -> None:
         self.architecture = Architecture(model)
+        self.store = store
         self.calibration = calibration
         self._moments: Moments | None = None
         self._kept: dict[Any, Any] = {}

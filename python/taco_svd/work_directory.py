@@ -1,0 +1,103 @@
+"""The directory of a compression run: finished steps are kept there, and a run that was stopped goes on from them."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .errors import DiskFullError, TacoError
+from .mapped import is_mapped, page_out_tensor
+from .store import INDEX, Store
+
+RUN = "run"
+
+
+def check_work_directory(path: str | Path, resume: bool) -> None:
+    """Refuses a directory that holds another run's steps, or is something else, before the model is loaded.
+
+    Raises:
+        TacoError: it is a file, holds other files than a run's, or finished steps that `resume` does not ask for.
+    """
+    path = Path(path)
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise TacoError(f"{path} is a file; a work directory is needed there. Choose another --work-dir.")
+    inside = [entry.name for entry in path.iterdir()]
+    if inside and INDEX not in inside and not all(name.endswith((".safetensors", ".partial")) for name in inside):
+        raise TacoError(f"{path} holds other files; choose another --work-dir.")
+    if INDEX in inside and not resume:
+        raise TacoError(
+            f"{path} holds the finished steps of a run that was stopped: --resume goes on from them; "
+            "delete it to start again."
+        )
+
+
+def open_run(path: str | Path, run: dict[str, Any], resume: bool) -> Store:
+    """The store of a run described by `run` (plain JSON values), new or continued.
+
+    Raises:
+        TacoError: see `check_work_directory`; or what it holds belongs to a run of other arguments, model or versions.
+    """
+    check_work_directory(path, resume)
+    store = Store(path)
+    if RUN in store:
+        there = store.note(RUN)
+        differing = sorted(key for key in {*run, *there} if run.get(key) != there.get(key))
+        if differing:
+            told = "; ".join(f"{key}: {there.get(key)!r} then, {run.get(key)!r} now" for key in differing)
+            raise TacoError(f"{path} belongs to another run ({told}). Repeat its arguments, or delete it.")
+    else:
+        store.put(RUN, {}, run)
+    return store
+
+
+@contextmanager
+def finished_steps_kept(path: Path) -> Iterator[None]:
+    """While open, a command works in that directory: it goes when the work is done, and stays when it was stopped.
+
+    Errors of the user's (`TacoError`) leave no directory that was not there before, a full disk does. Ctrl-C carries
+    on with a message that says how to go on.
+    """
+    there_before = path.exists()
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if not path.exists():
+            raise
+        raise KeyboardInterrupt(
+            f"finished steps are in {path}: the same command with --resume goes on from them."
+        ) from stop
+    except DiskFullError:
+        raise
+    except TacoError:
+        if not there_before:
+            shutil.rmtree(path, ignore_errors=True)
+        raise
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """A hash of the names, shapes, dtypes and contents of a model's parameters.
+
+    Contents enter as two sums per parameter: telling models apart needs no more, and reads each weight once.
+    """
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        values = parameter.detach()
+        rows = values.flatten(1) if values.dim() > 1 else values[:, None] if values.dim() else values.view(1, 1)
+        per_row = rows.sum(1, dtype=torch.float64)
+        weighted = (per_row * torch.arange(1, len(per_row) + 1, device=per_row.device)).sum()
+        found.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
+        found.update(struct.pack("<dd", float(per_row.sum()), float(weighted)))
+        if is_mapped(model):
+            page_out_tensor(values)
+    return found.hexdigest()

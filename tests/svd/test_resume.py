@@ -1,0 +1,210 @@
+"""A run that was stopped anywhere goes on and gives the same bits; nothing half-done is taken for done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from taco_svd import TacoError, compress
+from taco_svd.store import INDEX, Store
+
+from .test_cli import run
+from .tiny_models import tiny_model
+
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "taco": {"method": "taco", "keep": 0.8},
+    "bridge": {"method": "bridge", "layers": [1, 3], "bridge_rank": 2},
+    "paper": {"method": "paper", "layers": [1, 2], "compression_ratio": 0.5},
+    "svd": {"method": "svd", "layers": 2},
+    "kfac": {"method": "kfac", "keep": 0.8},
+}
+
+
+class Stopped(BaseException):
+    """Not an Exception: nothing may catch it and go on."""
+
+
+def bits(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, number: int, before: bool) -> list[str]:
+    """Stops the run at the store's so manieth entry, just before or just after it is written; returns their names."""
+    put, names = Store.put, []
+
+    def counting(self: Store, name: str, *rest: Any, **more: Any) -> None:
+        names.append(name)
+        if before and len(names) == number:
+            raise Stopped
+        put(self, name, *rest, **more)
+        if not before and len(names) == number:
+            raise Stopped
+
+    monkeypatch.setattr(Store, "put", counting)
+    return names
+
+
+@pytest.mark.parametrize("name", list(ARGUMENTS))
+def test_stopped_at_every_step(
+    name: str, calibration_tokens: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+
+    def go(work: str, resume: bool = False) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        compressed, plan = compress(
+            model, calibration=calibration_tokens, work_dir=tmp_path / work, resume=resume, **ARGUMENTS[name]
+        )
+        return bits(compressed), plan.to_dict()
+
+    plain, plan = compress(model, calibration=calibration_tokens, **ARGUMENTS[name])
+    with monkeypatch.context() as patch:
+        steps = stop_at(patch, -1, True)
+        expected, expected_plan = go("whole")
+    assert expected_plan == plan.to_dict()  # a work directory changes nothing
+    assert all(torch.equal(expected[key], value) for key, value in bits(plain).items())
+    assert len(steps) >= 3
+    # of many steps a third: all kinds of them are among these
+    for number in range(1, len(steps) + 1, 1 + len(steps) // 20):
+        work = f"stopped-{number}"
+        with monkeypatch.context() as patch:
+            stop_at(patch, number, before=number % 2 == 0)
+            with pytest.raises(Stopped):
+                go(work)
+        with monkeypatch.context() as patch:
+            again = stop_at(patch, -1, True)
+            found, found_plan = go(work, resume=True)
+        assert found_plan == expected_plan
+        assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+        # what was kept is not made twice
+        finished = [step for step in steps[: number - 1] if step.startswith(("moments/", "built/", "curves/", "plan"))]
+        assert not set(finished) & set(again)
+
+
+def test_another_run_is_not_continued(calibration_tokens: torch.Tensor, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    model = tiny_model("llama")
+    compress(model, method="svd", layers=2, calibration=calibration_tokens, work_dir=work)
+    with pytest.raises(TacoError, match="--resume"):
+        compress(model, method="svd", layers=2, calibration=calibration_tokens, work_dir=work)
+    for change, told in [
+        ({"layers": 1}, "layers"),
+        ({"compression_ratio": 0.6}, "compression_ratio"),
+        ({"model": tiny_model("llama", seed=1)}, "weights"),
+        ({"calibration": calibration_tokens.flip(0)}, "calibration"),
+    ]:
+        arguments = {"model": model, "method": "svd", "layers": 2, "calibration": calibration_tokens, **change}
+        with pytest.raises(TacoError, match=told):
+            compress(**arguments, work_dir=work, resume=True)
+    with pytest.raises(TacoError, match="work_dir"):
+        compress(model, method="svd", layers=2, calibration=calibration_tokens, resume=True)
+
+
+def test_damaged_steps_are_made_again(calibration_tokens: torch.Tensor, tmp_path: Path) -> None:
+    model, work = tiny_model("llama"), tmp_path / "work"
+    arguments: dict[str, Any] = {"calibration": calibration_tokens, **ARGUMENTS["taco"]}
+    expected = bits(compress(model, work_dir=work, **arguments)[0])
+    for file in sorted(work.glob("*.safetensors"))[::2]:
+        content = bytearray(file.read_bytes())
+        if content:
+            content[len(content) // 2] ^= 0x10
+            file.write_bytes(content)
+    found = bits(compress(model, work_dir=work, resume=True, **arguments)[0])
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "llama"
+    tiny_model("llama").save_pretrained(path)
+    return path
+
+
+def command(dense: Path, out: Path, *more: str) -> list[str]:
+    return [
+        *("compress", str(dense), "--keep", "0.8", "--samples", "4", "--seq-len", "12", "--out", str(out)),
+        *more,
+    ]
+
+
+def files(directory: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(directory.iterdir())}
+
+
+def test_killed_and_resumed(dense: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    """kill -9 while it works; the same command with --resume then writes the same files as one that was left alone."""
+    stream = "--stream"
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    code, _, stderr = run(command(dense, whole, stream), capsys, monkeypatch)
+    assert code == 0, stderr
+    assert not whole.with_name("whole.work").exists()
+    work = out.with_name("out.work")
+    with subprocess.Popen(
+        [sys.executable, "-m", "taco_svd", *command(dense, out, stream, "--resume")],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:  # fmt: skip
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            index = work / INDEX
+            if index.exists() and len(json.loads(index.read_text())["entries"]) >= 10:
+                process.send_signal(signal.SIGKILL)
+                break
+        process.wait()
+    assert process.returncode in (-signal.SIGKILL, 0)
+    assert out.exists() == (process.returncode == 0)  # it may be faster than this test looks
+    if not out.exists():
+        code, _, stderr = run(command(dense, out), capsys, monkeypatch)
+        assert code == 2 and "--resume" in stderr
+        code, _, stderr = run(command(dense, out, stream, "--resume"), capsys, monkeypatch)
+        assert code == 0, stderr
+    assert files(out) == files(whole)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_streamed_and_loaded_give_the_same_files(dense: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    for name in ("--stream", "--no-stream"):
+        code, _, stderr = run(command(dense, tmp_path / name, name), capsys, monkeypatch)
+        assert code == 0, stderr
+    streamed, loaded = files(tmp_path / "--stream"), files(tmp_path / "--no-stream")
+    assert streamed["model.safetensors"] == loaded["model.safetensors"] and streamed.keys() == loaded.keys()
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("--stream", "--no-stream")]
+    assert configs[0] == configs[1]
+
+
+def test_a_wrong_argument_leaves_no_directory(dense: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    code, _, stderr = run(command(dense, tmp_path / "out", "--calibration", "nowhere.txt"), capsys, monkeypatch)
+    assert code == 2 and "tokenizer" in stderr
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "out.work").mkdir()
+    (tmp_path / "out.work" / "mine.txt").write_text("keep this")
+    code, _, stderr = run(command(dense, tmp_path / "out"), capsys, monkeypatch)
+    assert code == 2 and "other files" in stderr
+    assert (tmp_path / "out.work" / "mine.txt").read_text() == "keep this"
+
+
+def test_ctrl_c_says_how_to_go_on(dense: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    put = Store.put
+
+    def interrupted(self: Store, name: str, *rest: Any) -> None:
+        put(self, name, *rest)
+        if name.startswith("moments/"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "put", interrupted)
+        code, _, stderr = run(command(dense, tmp_path / "out"), capsys, monkeypatch)
+    assert code == 130 and "--resume" in stderr and "out.work" in stderr.replace("\n", "")
+    code, _, stderr = run(command(dense, tmp_path / "out", "--resume"), capsys, monkeypatch)
+    assert code == 0, stderr
