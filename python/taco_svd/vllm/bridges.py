@@ -1,0 +1,92 @@
+"""Bridges in vLLM: a decoder layer that passes the residual stream through a low-rank map."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.layernorm import RMSNorm
+
+import taco_kernels
+
+from ..errors import TacoError
+from ..structure import BridgeSpec
+
+# Layer classes that return (hidden_states, residual) whose sum is the residual stream. Others return a pair that means
+# something else (Cohere's second one is stale), so a pair from an unknown class is refused.
+PAIRS = frozenset(
+    {
+        "LlamaDecoderLayer",
+        "MistralDecoderLayer",
+        "Qwen2DecoderLayer",
+        "Qwen3DecoderLayer",
+        "GemmaDecoderLayer",
+        "Gemma2DecoderLayer",
+        "Gemma3DecoderLayer",
+    }
+)
+
+
+class Bridge(nn.Module):
+    """``h + u (v rmsnorm(h)) + bias`` on the residual stream h [tokens, hidden]; every rank computes all of it.
+
+    Parameters `v` [rank, hidden], `u` [hidden, rank], `bias` [hidden] or None.
+    """
+
+    def __init__(self, hidden: int, spec: BridgeSpec, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.eps = spec.eps
+        self.v = nn.Parameter(torch.empty(spec.rank, hidden, dtype=dtype), requires_grad=False)
+        self.u = nn.Parameter(torch.empty(hidden, spec.rank, dtype=dtype), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(hidden, dtype=dtype), requires_grad=False) if spec.bias else None
+        self.norm = RMSNorm(hidden, eps=spec.eps, has_weight=False, dtype=dtype)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return taco_kernels.low_rank_bridge(hidden, self.v, self.u, self.bias, self.eps)
+
+    def forward_pair(self, hidden: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for a stream that is kept as a pair to be summed by the next norm.
+
+        Adding and normalising is one fused kernel of vLLM, and what the bridge adds is summed by the next layer's norm
+        like any layer's output: a bridge costs one norm and one low-rank linear map.
+        """
+        normed, stream = self.norm(hidden, residual)
+        return taco_kernels.low_rank_linear(normed, self.v, self.u, self.bias), stream
+
+
+class _BridgedMixin:
+    bridge: Bridge
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)  # type: ignore[misc]
+        if isinstance(output, tuple):
+            hidden, residual, *rest = output
+            if residual is None:
+                return self.bridge(hidden), None, *rest
+            return *self.bridge.forward_pair(hidden, residual), *rest
+        return self.bridge(output)
+
+
+_bridged_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def attach(layer: nn.Module, spec: BridgeSpec, hidden: int, dtype: torch.dtype) -> None:
+    """Makes a decoder layer of vLLM pass its output through a bridge (with empty weights), in place.
+
+    Raises:
+        TacoError: the layer's class returns a pair whose meaning is not known.
+    """
+    base: Any = type(layer)
+    definer = next(cls for cls in base.__mro__ if "forward" in vars(cls))
+    # layers that hand on a pair take one
+    if "residual" in inspect.signature(definer.forward).parameters and definer.__name__ not in PAIRS:
+        raise TacoError(
+            f"vLLM's {base.__name__} hands on its residual stream in a way that bridges have not been tested with; "
+            "compress without bridges for vLLM (--method taco, paper or removal), or serve with transformers."
+        )
+    if base not in _bridged_classes:
+        _bridged_classes[base] = type(f"Bridged{base.__name__}", (_BridgedMixin, base), {"__module__": __name__})
+    layer.__class__ = _bridged_classes[base]
+    layer.bridge = Bridge(hidden, spec, dtype)

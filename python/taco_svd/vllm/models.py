@@ -1,0 +1,116 @@
+"""Model classes for vLLM, made on demand: `TacoLlamaForCausalLM` is vLLM's own `LlamaForCausalLM`, compressed.
+
+The registry of vLLM names classes as "module:class"; here the class is made when it is asked for. It builds vLLM's
+model for the kept layers, with factors where the structure has them (`factors`) and bridges (`bridges`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from vllm.model_executor.models.registry import ModelRegistry
+from vllm.model_executor.models.utils import PPMissingLayer
+
+from ..errors import TacoError
+from ..modeling import compressed_config_class
+from ..structure import Structure
+from .bridges import attach
+from .factors import FactorsConfig
+from .registration import PREFIX
+
+
+class ServedModel:
+    """Mixin over a model class of vLLM."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:
+        hf_config = vllm_config.model_config.hf_config
+        structure = Structure.from_dict(getattr(hf_config, "taco_svd", None))
+        factors = FactorsConfig(structure, vllm_config.quant_config)
+        factors.packed_modules_mapping = dict(getattr(self, "packed_modules_mapping", None) or {})
+        # for the time of building only: a draft model that is built from the same config is none of ours
+        given, vllm_config.quant_config = vllm_config.quant_config, factors
+        try:
+            super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)  # type: ignore[call-arg]
+        finally:
+            vllm_config.quant_config = given
+        self._taco_expected = expected_weights(hf_config)
+        layers = decoder_layers(self, len(structure.kept))  # type: ignore[arg-type]
+        here = [position for position, layer in enumerate(layers) if not isinstance(layer, PPMissingLayer)]
+        for position in here:
+            for path in structure.low_rank.get(structure.kept[position], {}):
+                if (position, path) not in factors.claimed:
+                    raise TacoError(
+                        f"vLLM's {type(self).__name__} has no linear layer for {path} of layer {position}, which is "
+                        "factorised in this checkpoint."
+                    )
+        for bridge in structure.bridges:
+            position = structure.position(bridge.after)
+            if position in here:
+                attach(layers[position], bridge, hf_config.hidden_size, vllm_config.model_config.dtype)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
+        """Loads a checkpoint, and raises where vLLM would leave weights that it lacks at random values.
+
+        Raises:
+            TacoError: the checkpoint lacks weights, or has some of the wrong shape.
+        """
+        missing = dict(self._taco_expected)
+
+        def watched() -> Iterable[tuple[str, torch.Tensor]]:
+            for name, weight in weights:
+                shape = missing.pop(name, None)
+                if shape is not None and shape != tuple(weight.shape):
+                    raise TacoError(f"{name} is {tuple(weight.shape)}, {shape} is needed; the checkpoint is damaged.")
+                yield name, weight
+
+        loaded = super().load_weights(watched())  # type: ignore[misc]
+        if missing:
+            raise TacoError(
+                f"{len(missing)} weights are missing from the checkpoint (first: {min(missing)}); it is incomplete. "
+                "Copy it again, or compress again."
+            )
+        return loaded
+
+
+def expected_weights(hf_config: Any) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what a checkpoint of this config must hold: those of the transformers model, built empty."""
+    plain = type(hf_config)
+    config = compressed_config_class(plain).from_dict({**hf_config.to_dict(), "taco_svd": hf_config.taco_svd})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    stateful = set(model.state_dict(keep_vars=True))
+    tensors = [*model.named_parameters(), *model.named_buffers()]  # tied ones once
+    return {name: tuple(tensor.shape) for name, tensor in tensors if name in stateful}
+
+
+def decoder_layers(model: nn.Module, depth: int) -> nn.ModuleList:
+    """The model's one list of `depth` decoder layers.
+
+    Raises:
+        TacoError: it has none, or several.
+    """
+    found = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
+    found = [stack for stack in found if any(len(list(layer.children())) > 1 for layer in stack)]
+    if len(found) != 1:
+        raise TacoError(f"{type(model).__name__}: looked for one list of {depth} decoder layers, found {len(found)}.")
+    return found[0]
+
+
+def served_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The class of compressed models over a model class of vLLM."""
+    name = PREFIX + base.__name__
+    return type(name, (ServedModel, base), {"__module__": __name__, "__qualname__": name})
+
+
+def __getattr__(name: str) -> type[nn.Module]:
+    architecture = name.removeprefix(PREFIX)
+    if name == architecture or architecture not in ModelRegistry.models:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    made = served_class(ModelRegistry.models[architecture].load_model_cls())
+    globals()[name] = made  # one class per name: pickles refer to it by that
+    return made

@@ -1,0 +1,93 @@
+"""Makes vLLM accept compressed checkpoints: model classes by name, and configs as vLLM expects them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+from vllm.model_executor.models.registry import ModelRegistry
+from vllm.transformers_utils import config as vllm_config_module
+from vllm.transformers_utils.config import get_config_parser, register_config_parser
+
+from ..errors import TacoError
+from ..modeling import CompressedConfig
+
+PREFIX = "Taco"
+FALLBACK = "TransformersForCausalLM"
+SUFFIXES = ("ForCausalLM", "LMHeadModel")
+
+
+def register() -> None:
+    """Registers everything with vLLM; may be called any number of times in any process."""
+    register_models()
+    register_parser()
+
+
+def register_models() -> None:
+    """For each language model X that vLLM has, TacoX: named only, nothing is imported until it is asked for."""
+    for architecture in list(ModelRegistry.get_supported_archs()):
+        served = PREFIX + architecture
+        if not architecture.endswith(SUFFIXES) or architecture.startswith(PREFIX):
+            continue
+        if served not in ModelRegistry.models:
+            ModelRegistry.register_model(served, f"{__package__}.models:{served}")
+        if architecture in MODELS_CONFIG_MAP:  # what vLLM sets for this architecture, it must set for ours
+            MODELS_CONFIG_MAP[served] = MODELS_CONFIG_MAP[architecture]
+
+
+def register_parser() -> None:
+    """Puts our reading of configs over vLLM's for Hugging Face checkpoints; all others pass through unchanged."""
+    base: Any = type(get_config_parser("hf"))
+    if getattr(base, "reads_taco", False):
+        return
+
+    class Parser(base):
+        reads_taco = True
+
+        def parse(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], Any]:
+            values, config = super().parse(*args, **kwargs)
+            return values, as_vllm_expects(config)
+
+    with _quiet(vllm_config_module.logger):  # it warns that "hf" is replaced, on every start, whatever is served
+        register_config_parser("hf")(Parser)
+
+
+def as_vllm_expects(config: Any) -> Any:
+    """An ordinary config of the base model, plus our architecture and structure; configs of others as they are.
+
+    vLLM decides by `model_type` how heads are counted, which dtypes work, and more. The structure travels along as
+    `taco_svd`, which also makes it part of what vLLM's cache of compiled graphs is keyed by.
+
+    Raises:
+        TacoError: the checkpoint holds something that cannot be served.
+    """
+    if not isinstance(config, CompressedConfig):
+        return config
+    if config.structure.narrow:
+        raise TacoError(
+            "This checkpoint has narrowed maps (--method modegpt), which are not supported in vLLM. Export it as an "
+            "ordinary model (taco-svd export DIR --dense OUT), which vLLM serves without this plugin."
+        )
+    base = config.base_class
+    values = config.to_dict()  # type: ignore[attr-defined]
+    structure = values.pop("taco_svd")
+    values["model_type"] = base.model_type
+    plain: Any = base.from_dict(values)
+    plain.taco_svd = structure
+    plain._name_or_path = getattr(config, "_name_or_path", "")
+    served = [name for name in values.get("architectures") or [] if name in ModelRegistry.models]
+    plain.architectures = served or [PREFIX + FALLBACK]
+    return plain
+
+
+@contextmanager
+def _quiet(logger: logging.Logger) -> Iterator[None]:
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,85 @@
+"""Runs vLLM's engine and transformers on the same prompts."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import taco_svd  # noqa: F401 (registers compressed checkpoints with transformers)
+
+# before vLLM is imported: a gigabyte of cache is plenty, and no core is to be bound twice
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+MAX_LENGTH = 128
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Tokens that continue a prompt, and the log-probability of each."""
+
+    tokens: list[int]
+    logprobs: list[float]
+
+
+def prompts(count: int, vocabulary: int, seed: int = 0) -> list[list[int]]:
+    """Random prompts of 1 to 59 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 60, (count,), generator=generator).tolist()
+    return [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in lengths]
+
+
+def vllm_answers(
+    directory: Path, asked: list[list[int]], tokens: int, dtype: str = "float32", **options: Any
+) -> list[Answer]:
+    """Greedy answers of vLLM's engine; `options` are arguments of `vllm.LLM`."""
+    from vllm import LLM, SamplingParams
+
+    options.setdefault("enforce_eager", True)
+    engine = LLM(
+        model=str(directory),
+        dtype=dtype,
+        skip_tokenizer_init=True,
+        max_model_len=MAX_LENGTH,
+        max_num_seqs=16,
+        **options,
+    )
+    parameters = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, logprobs=0)
+    results = engine.generate([{"prompt_token_ids": prompt} for prompt in asked], parameters, use_tqdm=False)
+    answers = []
+    for result in results:
+        output = result.outputs[0]
+        assert output.logprobs is not None
+        logprobs = [entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True)]
+        answers.append(Answer(list(output.token_ids), logprobs))
+    engine.llm_engine.engine_core.shutdown()
+    return answers
+
+
+@torch.no_grad()
+def agreement(
+    directory: Path, asked: list[list[int]], answers: list[Answer], dtype: torch.dtype = torch.float32
+) -> tuple[float, float]:
+    """How well answers agree with transformers, which reads the same text, each token after the same ones before.
+
+    Returns the share of tokens that are transformers' most likely one, and the largest difference of
+    log-probabilities. A share of 1 says that greedy decoding in transformers (each step computed afresh, without a
+    cache) gives the same tokens, by induction over the positions.
+    """
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    right, total, worst = 0, 0, 0.0
+    for prompt, answer in zip(asked, answers, strict=True):
+        logits = model(torch.tensor([prompt + answer.tokens])).logits[0, len(prompt) - 1 : -1]
+        chosen = torch.tensor(answer.tokens)
+        right += int((logits.argmax(-1) == chosen).sum())
+        total += len(chosen)
+        mine = logits.float().log_softmax(-1).gather(1, chosen[:, None])[:, 0]
+        worst = max(worst, float((mine - torch.tensor(answer.logprobs)).abs().max()))
+    return right / total, worst

@@ -1,0 +1,269 @@
+"""Linear layers of vLLM that hold factors: every kind of layer, every rank of several, against float64."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed here; `make test-vllm` sets it up and runs this", allow_module_level=True)
+
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers import linear
+
+from taco_svd import Structure, TacoError
+from taco_svd.vllm.factors import FactorsConfig, FactorsMethod
+
+HIDDEN, HEAD, HEADS, KV_HEADS, WIDE = 48, 8, 4, 2, 40
+PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+SIZES = {
+    "q_proj": HEADS * HEAD,
+    "k_proj": KV_HEADS * HEAD,
+    "v_proj": KV_HEADS * HEAD,
+    "gate_proj": WIDE,
+    "up_proj": WIDE,
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    on_rank(monkeypatch, 0, 1)
+    with set_current_vllm_config(VllmConfig()):
+        yield
+
+
+class Map:
+    """A random map of the checkpoint: stored tensors by name, and what it computes in float64."""
+
+    def __init__(self, outputs: int, inputs: int, rank: int | None, pivoted: bool = False, bias: bool = False) -> None:
+        self.rank, self.pivoted = rank, pivoted
+        self.stored: dict[str, torch.Tensor] = {}
+        if rank is None:
+            self.stored["weight"] = torch.randn(outputs, inputs)
+            self.weight = self.stored["weight"].double()
+        else:
+            self.stored["v"] = torch.randn(rank, inputs - rank if pivoted else inputs)
+            self.stored["u"] = torch.randn(outputs, rank)
+            v = self.stored["v"].double()
+            if pivoted:
+                pivot = torch.randperm(inputs)
+                self.stored["pivot"] = pivot.to(torch.int32)
+                v = torch.cat([torch.eye(rank, dtype=torch.float64), v], 1)[:, pivot.argsort()]
+            self.weight = self.stored["u"].double() @ v
+        self.bias = torch.randn(outputs) if bias else None
+        if self.bias is not None:
+            self.stored["bias"] = self.bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.double() @ self.weight.T
+        return y if self.bias is None else y + self.bias.double()
+
+
+def config_for(maps: dict[str, Map]) -> FactorsConfig:
+    structure = Structure(
+        source_layers=1,
+        kept=(0,),
+        low_rank={0: {path: m.rank for path, m in maps.items() if m.rank is not None}},
+        pivoted={0: tuple(path for path, m in maps.items() if m.pivoted)},
+    )
+    config = FactorsConfig(structure, None)
+    config.packed_modules_mapping = dict(PACKED)
+    return config
+
+
+def load(layer: Any, stored: dict[str, torch.Tensor], shard: Any = None) -> None:
+    for name, tensor in stored.items():
+        param = getattr(layer, name)
+        if shard is None:
+            param.weight_loader(param, tensor)
+        else:
+            param.weight_loader(param, tensor, shard)
+
+
+def finished(layer: Any) -> Any:
+    layer.quant_method.process_weights_after_loading(layer)
+    return layer
+
+
+def on_rank(monkeypatch: pytest.MonkeyPatch, rank: int, ranks: int) -> None:
+    """Layers built from now on believe to be rank `rank` of `ranks`."""
+    from vllm.model_executor import parameter
+
+    for module in (linear, parameter):
+        monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
+        monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: ranks)
+    monkeypatch.setattr(linear, "tensor_model_parallel_all_reduce", lambda tensor: tensor)  # summed by the test
+
+
+def close(found: torch.Tensor, exact: torch.Tensor, inputs: int, rank: int) -> None:
+    """float32 sums over `inputs` and then `rank` products of unit variance: errors grow as the root of their number."""
+    scale = float((inputs * max(rank, 1)) ** 0.5)
+    tolerance = (inputs + rank) * torch.finfo(torch.float32).eps * scale
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=tolerance)
+
+
+QKV_KINDS = {
+    "all plain": ((5, False), (3, False), (7, False)),
+    "all pivoted": ((5, True), (3, True), (7, True)),
+    "dense between": ((5, True), (None, False), (7, False)),
+    "dense at both ends": ((None, False), (4, False), (None, False)),
+    "one pivoted": ((None, False), (None, False), (9, True)),
+}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])  # with 4, each of the two key heads is on two ranks
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", list(QKV_KINDS))
+def test_qkv(kind: str, bias: bool, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("q_proj", "k_proj", "v_proj")
+    maps = {
+        f"self_attn.{name}": Map(SIZES[name], HIDDEN, rank, pivoted, bias)
+        for name, (rank, pivoted) in zip(names, QKV_KINDS[kind], strict=True)
+    }
+    x = torch.randn(5, HIDDEN)
+    exact = [one(x) for one in maps.values()]
+    for rank in range(ranks):
+        on_rank(monkeypatch, rank, ranks)
+        layer: Any = linear.QKVParallelLinear(
+            HIDDEN,
+            HEAD,
+            HEADS,
+            KV_HEADS,
+            bias=bias,
+            quant_config=config_for(maps),
+            prefix="model.layers.0.self_attn.qkv_proj",
+        )
+        assert isinstance(layer.quant_method, FactorsMethod)
+        for shard, one in zip(("q", "k", "v"), maps.values(), strict=True):
+            load(layer, one.stored, shard)
+        found, _ = finished(layer)(x)
+        wide, narrow = SIZES["q_proj"] // ranks, max(SIZES["k_proj"] // ranks, HEAD)
+        key = rank * KV_HEADS // ranks if ranks >= KV_HEADS else rank  # which block of keys this rank holds
+        mine = [exact[0][:, rank * wide : (rank + 1) * wide]]
+        mine += [part[:, key * narrow : (key + 1) * narrow] for part in exact[1:]]
+        close(found, torch.cat(mine, 1), HIDDEN, 9)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("gate, up", [((6, False), (9, False)), ((6, True), (None, False)), ((None, False), (3, True))])
+def test_gate_and_up(
+    gate: tuple[int | None, bool], up: tuple[int | None, bool], ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps = {"mlp.gate_proj": Map(WIDE, HIDDEN, *gate), "mlp.up_proj": Map(WIDE, HIDDEN, *up)}
+    x = torch.randn(3, HIDDEN)
+    for rank in range(ranks):
+        on_rank(monkeypatch, rank, ranks)
+        layer: Any = linear.MergedColumnParallelLinear(
+            HIDDEN, [WIDE, WIDE], bias=False, quant_config=config_for(maps), prefix="model.layers.0.mlp.gate_up_proj"
+        )
+        for shard, one in enumerate(maps.values()):
+            load(layer, one.stored, shard)
+        found, _ = finished(layer)(x)
+        part = WIDE // ranks
+        exact = torch.cat([one(x)[:, rank * part : (rank + 1) * part] for one in maps.values()], 1)
+        close(found, exact, HIDDEN, 9)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("pivoted", [False, True])
+def test_maps_that_the_checkpoint_has_fused(pivoted: bool, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pair of factors for q, k and v together: each rank holds rows of all three."""
+    rows = [SIZES["q_proj"], SIZES["k_proj"], SIZES["v_proj"]]
+    maps = {"self_attn.qkv_proj": Map(sum(rows), HIDDEN, 13, pivoted)}
+    x = torch.randn(4, HIDDEN)
+    exact = maps["self_attn.qkv_proj"](x).split(rows, dim=1)
+    for rank in range(ranks):
+        on_rank(monkeypatch, rank, ranks)
+        config = config_for(maps)
+        config.packed_modules_mapping = {"qkv_proj": ["qkv_proj"]}
+        layer: Any = linear.QKVParallelLinear(
+            HIDDEN, HEAD, HEADS, KV_HEADS, bias=False, quant_config=config, prefix="model.layers.0.self_attn.qkv_proj"
+        )
+        load(layer, maps["self_attn.qkv_proj"].stored)
+        found, _ = finished(layer)(x)
+        mine = [part.chunk(ranks, dim=1)[rank] for part in exact]
+        close(found, torch.cat(mine, 1), HIDDEN, 13)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("pivoted", [False, True])
+def test_row_parallel(pivoted: bool, bias: bool, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = {"mlp.down_proj": Map(HIDDEN, WIDE, 17, pivoted, bias)}
+    x = torch.randn(6, WIDE)
+    parts = []
+    for rank in range(ranks):
+        on_rank(monkeypatch, rank, ranks)
+        layer: Any = linear.RowParallelLinear(
+            WIDE, HIDDEN, bias=bias, quant_config=config_for(maps), prefix="model.layers.0.mlp.down_proj"
+        )
+        load(layer, maps["mlp.down_proj"].stored)
+        found, _ = finished(layer)(x.chunk(ranks, dim=1)[rank].contiguous())
+        parts.append(found.double())
+    close(torch.stack(parts).sum(0), maps["mlp.down_proj"](x), WIDE, 17)
+
+
+def test_layers_without_factors_stay_vllms_own() -> None:
+    config = config_for({"mlp.down_proj": Map(HIDDEN, WIDE, 3)})
+    layer: Any = linear.RowParallelLinear(WIDE, HIDDEN, quant_config=config, prefix="model.layers.0.self_attn.o_proj")
+    assert isinstance(layer.quant_method, linear.UnquantizedLinearMethod)
+    assert config.claimed == set()
+
+
+def test_the_given_quantisation_gets_the_dense_layers() -> None:
+    class Inner(FactorsConfig):
+        def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+            asked.append(prefix)
+            return linear.UnquantizedLinearMethod()
+
+    asked: list[str] = []
+    config = config_for({"mlp.down_proj": Map(HIDDEN, WIDE, 3)})
+    config.inner = Inner(config.structure, None)
+    for name in ("mlp.down_proj", "self_attn.o_proj"):
+        linear.RowParallelLinear(WIDE, HIDDEN, quant_config=config, prefix=f"model.layers.0.{name}")
+    assert asked == ["model.layers.0.self_attn.o_proj"]
+
+
+def down_proj(pivoted: bool = False) -> tuple[Any, Map]:
+    one = Map(HIDDEN, WIDE, 6, pivoted)
+    config = config_for({"mlp.down_proj": one})
+    layer: Any = linear.RowParallelLinear(
+        WIDE, HIDDEN, bias=False, quant_config=config, prefix="model.layers.0.mlp.down_proj"
+    )
+    return layer, one
+
+
+@pytest.mark.parametrize("name", ["v", "u"])
+def test_factors_of_the_wrong_shape_are_refused(name: str) -> None:
+    layer, one = down_proj()
+    with pytest.raises(TacoError, match="damaged"):
+        load(layer, {name: one.stored[name][:, 1:]})
+
+
+def test_a_pivot_that_is_no_permutation_is_refused() -> None:
+    layer, one = down_proj(pivoted=True)
+    pivot = one.stored["pivot"].clone()
+    pivot[0] = pivot[1]
+    with pytest.raises(TacoError, match="no permutation"):
+        load(layer, {"pivot": pivot})
+
+
+def test_a_rank_larger_than_the_map_is_refused() -> None:
+    one = Map(HIDDEN, WIDE, WIDE + 1)
+    with pytest.raises(TacoError, match="rank 41"):
+        linear.RowParallelLinear(
+            WIDE, HIDDEN, quant_config=config_for({"mlp.down_proj": one}), prefix="model.layers.0.mlp.down_proj"
+        )
+
+
+def test_a_layer_without_weights_can_run() -> None:
+    """`--load-format dummy` leaves the pivot as it was made: it must be an index all the same."""
+    layer, _ = down_proj(pivoted=True)
+    for name in ("v", "u"):
+        getattr(layer, name).data.zero_()
+    found, _ = finished(layer)(torch.randn(2, WIDE))
+    assert torch.equal(found, torch.zeros(2, HIDDEN))

@@ -1,0 +1,61 @@
+"""Random checkpoints that use everything the format has, served by vLLM's engine, against transformers."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed here; `make test-vllm` sets it up and runs this", allow_module_level=True)
+
+from .engine import agreement, prompts, vllm_answers
+from .random_checkpoints import VOCABULARY, write_checkpoint
+
+TOKENS = 24
+# Logits of these models are below 10. Their float32 rounding errors: a few hundred operations deep, unit roundoff 6e-8.
+LOGPROB_TOLERANCE = 10 * 300 * 6e-8 / 10
+# vLLM's attention on a CPU approximates tanh where logits are capped; its dense Gemma 2 is off by as much.
+CAPPED_TOLERANCE = 5e-3
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "llama_biased", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "opt"]
+)
+def test_vllm_decodes_as_transformers_does(name: str, tmp_path: Path) -> None:
+    directory = write_checkpoint(name, tmp_path / name)
+    asked = prompts(16, VOCABULARY)
+    answers = vllm_answers(directory, asked, TOKENS)
+    share, worst = agreement(directory, asked, answers)
+    assert share == 1.0
+    assert worst < (CAPPED_TOLERANCE if name == "gemma2" else LOGPROB_TOLERANCE)
+
+
+def test_an_architecture_that_vllm_has_not_runs_by_its_transformers_backend(tmp_path: Path) -> None:
+    directory = write_checkpoint("gpt_neox", tmp_path / "gpt_neox")
+    asked = prompts(16, VOCABULARY)
+    share, worst = agreement(directory, asked, vllm_answers(directory, asked, TOKENS))
+    assert share == 1.0 and worst < LOGPROB_TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_two_ranks_decode_as_one(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip(f"tensor parallelism binds each rank to a core of its own; there is {len(cores)}")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[1]}")
+    directory = write_checkpoint(name, tmp_path / name)
+    asked = prompts(16, VOCABULARY)
+    answers = vllm_answers(directory, asked, TOKENS, tensor_parallel_size=2)
+    share, worst = agreement(directory, asked, answers)
+    assert share == 1.0 and worst < LOGPROB_TOLERANCE
+
+
+def test_compiled_graphs_decode_as_transformers_does(tmp_path: Path) -> None:
+    directory = write_checkpoint("llama", tmp_path / "llama")
+    asked = prompts(16, VOCABULARY)
+    answers = vllm_answers(directory, asked, TOKENS, enforce_eager=False)
+    share, worst = agreement(directory, asked, answers)
+    assert share == 1.0 and worst < LOGPROB_TOLERANCE
