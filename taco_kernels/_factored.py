@@ -7,13 +7,16 @@ from torch import Tensor
 
 from taco_kernels._library import FLOATS
 
-__all__ = ["complain", "factors_fit", "fits", "gradients", "rows_2d", "turned"]
+__all__ = ["complain", "factors_fit", "fits", "gradients", "require_tensors", "rows_2d", "turned"]
 
 
 def fits(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None) -> bool:
     """Whether x [..., in], v [rank, in], u [out, rank] and bias [out] belong together: quick, for the hot path."""
-    dtype = x.dtype
-    return dtype in FLOATS and x.dim() > 0 and factors_fit(x.shape[-1], dtype, x.device, v, u, bias)
+    try:
+        dtype = x.dtype
+        return dtype in FLOATS and x.dim() > 0 and factors_fit(x.shape[-1], dtype, x.device, v, u, bias)
+    except AttributeError:  # None, which torch lets pass for a tensor; `complain` says so
+        return False
 
 
 def factors_fit(
@@ -50,6 +53,7 @@ def complain(
 
     The names are what the caller of ``op`` knows the arguments by; ``others`` must agree with x in dtype and device.
     """
+    require_tensors(op, **{x_name: x}, **dict(zip(names[:2], (v, u), strict=True)))
     if x.dtype not in FLOATS:
         raise TypeError(f"{op}: {x_name} has dtype {x.dtype}; float32, float16, bfloat16 and float64 are supported")
     for name, t in {**dict(zip(names, (v, u, bias), strict=True)), **(others or {})}.items():
@@ -75,6 +79,13 @@ def complain(
         )
     if bias is not None and bias.shape != u.shape[:1]:
         raise ValueError(f"{op}: {bias_name} {tuple(bias.shape)} must be [{out_name}] = ({u.shape[0]},)")
+
+
+def require_tensors(op: str, **named: object) -> None:
+    """Raises TypeError where one of ``named`` is no tensor: torch's own checks let None pass."""
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, not {type(value).__name__}")
 
 
 def turned(factor: Tensor) -> bool:

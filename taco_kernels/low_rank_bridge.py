@@ -14,7 +14,7 @@ from torch import Tensor
 
 from taco_kernels import dispatch, native
 from taco_kernels._cuda import low_rank as _cuda_call
-from taco_kernels._factored import complain, fits, gradients, rows_2d
+from taco_kernels._factored import complain, fits, gradients, require_tensors, rows_2d
 from taco_kernels._library import (
     any_autocast,
     apply_function,
@@ -111,6 +111,7 @@ _BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Te
 def _check(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None) -> None:
     # One quick expression on the hot path; the slow functions write the message.
     if not (fits(h, v, u, bias) and u.shape[0] == h.shape[-1]):
+        require_tensors("low_rank_bridge", h=h, v=v, u=u)
         bias = bias if u.shape[:1] == h.shape[-1:] else None  # or it would be called wrong for u's fault
         complain("low_rank_bridge", h, v, u, bias, x_name="h", in_name="hidden", out_name="hidden")
         raise ValueError(f"low_rank_bridge: u {tuple(u.shape)} must be [hidden, rank] = {(h.shape[-1], v.shape[0])}")

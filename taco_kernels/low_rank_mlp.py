@@ -16,7 +16,7 @@ from torch import Tensor
 from taco_kernels import dispatch, native
 from taco_kernels._cpu import map_of
 from taco_kernels._cuda import low_rank as _cuda_call
-from taco_kernels._factored import complain, factors_fit, fits, gradients, rows_2d
+from taco_kernels._factored import complain, factors_fit, fits, gradients, require_tensors, rows_2d
 from taco_kernels._library import (
     any_autocast,
     apply_function,
@@ -135,6 +135,8 @@ def _check(x: Tensor, gate: Projection, up: Projection, down: Projection, act: s
         and fits(x, *gate)
         and fits(x, *up)
         and up[1].shape[0] == gate[1].shape[0]
+        and down[0] is not None
+        and down[1] is not None
         and factors_fit(up[1].shape[0], x.dtype, x.device, *down)
     ):
         _complain(x, gate, up, down, act)
@@ -144,6 +146,7 @@ def _complain(x: Tensor, gate: Projection, up: Projection, down: Projection, act
     op = "low_rank_mlp"
     if act not in ACTIVATIONS:
         raise ValueError(f"{op}: act is {act!r}; choose one of {', '.join(ACTIVATIONS)}")
+    require_tensors(op, down_v=down[0], down_u=down[1])
     for name, factors in (("gate", gate), ("up", up)):
         complain(op, x, *factors, names=(f"{name}_v", f"{name}_u", f"{name}_bias"))
     width = gate[1].shape[0]

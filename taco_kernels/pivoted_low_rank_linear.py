@@ -15,7 +15,7 @@ from torch import Tensor
 
 from taco_kernels import dispatch, native
 from taco_kernels._cpu import map_of
-from taco_kernels._factored import rows_2d
+from taco_kernels._factored import require_tensors, rows_2d
 from taco_kernels._library import (
     FLOATS,
     any_autocast,
@@ -53,11 +53,17 @@ def pivoted_low_rank_linear_reference(
 
 def _check(x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
     name = "pivoted_low_rank_linear"
+    if x is None or v is None or u is None or pivot is None:
+        require_tensors(name, x=x, v=v, u=u, pivot=pivot)
     if x.dtype not in FLOATS:
         raise TypeError(f"{name}: x has dtype {x.dtype}; float32, float16, bfloat16 and float64 are supported")
     for label, t in (("v", v), ("u", u), ("bias", bias), ("residual", residual)):
         if t is not None and t.dtype != x.dtype:
             raise TypeError(f"{name}: {label} has dtype {t.dtype}, but x has {x.dtype}; all must agree")
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{name}: {label} is on {t.device}, but x is on {x.device}; all must agree")
+    if pivot.device != x.device:
+        raise ValueError(f"{name}: pivot is on {pivot.device}, but x is on {x.device}; all must agree")
     if pivot.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: pivot has dtype {pivot.dtype}; int32 or int64 is needed")
     if x.dim() < 1 or v.dim() != 2 or u.dim() != 2 or pivot.dim() != 1:
@@ -101,7 +107,7 @@ def _cpp(x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None, re
     # torch gathers: it checks every index, so that no pivot can make the kernel read elsewhere
     gathered = x.index_select(-1, pivot)
     width = gathered.shape[-1]
-    rows = gathered.numel() // width
+    rows = gathered.shape[:-1].numel()
     y = gathered.new_empty((*x.shape[:-1], u.shape[0]))
     keep: list[Tensor] = []  # copies that must outlive the call
     v_ptr, v_stride, u_ptr, u_stride, bias_ptr, y_ptr, rank, out_features = map_of(v, u, bias, y, keep)
@@ -161,6 +167,7 @@ def _autograd(
     x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
     if needs_grad(x, v, u, bias, residual):
+        _check(x, v, u, pivot, bias, residual)
         # torch differentiates its own operations; training is bound by large products, not by launches
         return _library(x, v, u, pivot, bias, residual)
     with below_autograd():

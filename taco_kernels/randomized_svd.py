@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from taco_kernels._factored import require_tensors
 from taco_kernels._library import FLOATS
 from taco_kernels.svd.adaptive import IDENTITY_LIMIT, adaptive_svd
 from taco_kernels.svd.factorise import Projection, project, small_svd, vectors
@@ -71,9 +72,13 @@ def _matrices(a: Tensor | Sequence[Tensor]) -> tuple[list[Tensor], tuple[int, ..
         if a.dim() < 2:
             raise ValueError(f"randomized_svd: a must be [..., m, n], but its shape is {tuple(a.shape)}")
         return list(a.reshape(a.shape[:-2].numel(), *a.shape[-2:])), tuple(a.shape[:-2])
+    if not isinstance(a, (list, tuple)):
+        require_tensors("randomized_svd", a=a)
     found = list(a)
     if not found:
         raise ValueError("randomized_svd: a is an empty list")
+    for number, t in enumerate(found):
+        require_tensors("randomized_svd", **{f"a[{number}]": t})
     for t in found:
         if t.shape != found[0].shape or t.dim() != 2 or t.dtype != found[0].dtype or t.device != found[0].device:
             raise ValueError("randomized_svd: a list of matrices must agree in shape [m, n], dtype and device")
@@ -96,6 +101,7 @@ def _weights(
     if len(found) != count:
         raise ValueError(f"randomized_svd: {name} holds {len(found)} weights for {count} matrices")
     for t in found:
+        require_tensors("randomized_svd", **{name: t})
         if t.dtype not in FLOATS:
             raise TypeError(f"randomized_svd: {name} has dtype {t.dtype}; a floating dtype is needed")
         if t.device != a.device:

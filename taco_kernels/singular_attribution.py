@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from taco_kernels import dispatch, native
+from taco_kernels._factored import require_tensors
 from taco_kernels._library import FLOATS, below_autograd, computing_dtype, library
 
 __all__ = ["SingularAttribution", "singular_attribution", "singular_attribution_reference"]
@@ -153,6 +154,7 @@ def _choose(device_type: str, wide: torch.dtype) -> str:
 
 
 def _check(x: Tensor, grad: Tensor, u: Tensor, v: Tensor) -> None:
+    require_tensors("singular_attribution", x=x, grad=grad, u=u, v=v)
     for name, t in (("x", x), ("grad", grad), ("u", u), ("v", v)):
         if t.dtype not in FLOATS:
             raise TypeError(f"singular_attribution: {name} has dtype {t.dtype}; a floating dtype is needed")

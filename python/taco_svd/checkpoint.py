@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from collections.abc import Callable
@@ -10,14 +11,17 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from .checksums import write_checksums
 from .errors import DiskFullError, TacoError
 from .mapped import is_mapped, load_mapped, save_mapped
 from .memory import free_memory
-from .modeling import CompressedModel
+from .modeling import MODEL_TYPE, CompressedConfig, CompressedModel
 from .plan import PLAN_FILE, Plan
 from .replacement import LowRankLinear, NarrowLinear
 from .store import disk_full
+from .untrusted import check_config, check_contained, check_depth, check_size, check_weights
 
 DEFAULT_MODEL = Path(__file__).parent / "data" / "classics-16l"
 # From this share of the free memory on a model is better mapped than loaded.
@@ -108,6 +112,7 @@ def save_compressed(
     def write(directory: Path) -> None:
         if is_mapped(model):
             save_mapped(model, directory)
+            write_checksums(directory)
         else:
             model.save_pretrained(directory, max_shard_size=max_shard_size)
         if tokenizer is not None:
@@ -130,26 +135,36 @@ def load_model(
             and cannot be.
     """
     path = Path(name)
-    looks_local = path.exists() or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1
-    if looks_local and not (path / "config.json").is_file():
-        raise TacoError(f"No model at {name}: there is no config.json in it.")
-    if mapped or (mapped is None and device == "cpu" and _is_large(path)):
-        model = load_mapped(path, dtype) if path.is_dir() and device == "cpu" else None
-        if model is not None:
-            return model, _tokenizer_of(name)
-        if mapped:
-            raise TacoError(
-                f"{name} cannot be streamed: that takes a local directory of safetensors in the dtype that is asked "
-                "for, named as the model names them, and --device cpu."
-            )
+    looks_local = os.path.exists(path) or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1
+    if looks_local:
+        if not os.path.isfile(path / "config.json"):
+            raise TacoError(f"No model at {name}: there is no config.json in it.")
+        _check_local(path)
+    elif not str(name).isascii() or not str(name).strip():
+        raise TacoError(f"{str(name)!r} is neither a directory nor the name of a model on the hub.")
     try:
-        config = AutoConfig.from_pretrained(name)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if path.is_dir() and not isinstance(config, CompressedConfig):  # compressed models check themselves
+            with torch.device("meta"):
+                skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+            check_size(skeleton, check_weights(path), str(name))
+        if mapped or (mapped is None and device == "cpu" and _is_large(path)):
+            model = load_mapped(path, dtype) if path.is_dir() and device == "cpu" else None
+            if model is not None:
+                return model, _tokenizer_of(name)
+            if mapped:
+                raise TacoError(
+                    f"{name} cannot be streamed: that takes a local directory of safetensors in the dtype that is asked "
+                    "for, named as the model names them, and --device cpu."
+                )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False, use_safetensors=True
+        )
         model, info = loaded
-    except TacoError:
+    except (TacoError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # transformers, huggingface_hub and safetensors raise many kinds
-        first = str(error).strip().split("\n")[0]
+        first = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise TacoError(f"The model {name} cannot be loaded: {first}") from error
     missing = sorted(info["missing_keys"])
     if missing:
@@ -159,6 +174,8 @@ def load_model(
     except (RuntimeError, AssertionError) as error:
         raise TacoError(f"Device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
     model.eval()
+    if path.is_dir():
+        _try_out(model, str(name))
     return model, _tokenizer_of(name)
 
 
@@ -167,15 +184,65 @@ def _is_large(directory: Path) -> bool:
     return sum(file.stat().st_size for file in directory.glob("*.safetensors")) > MAPPED_SHARE * free_memory()
 
 
+@torch.no_grad()
+def _try_out(model: PreTrainedModel, name: str) -> None:
+    """Two tokens forward: a config can describe a model that has the right weights and cannot run.
+
+    Raises:
+        TacoError: with what went wrong.
+    """
+    try:
+        model(input_ids=torch.zeros((1, 2), dtype=torch.int64, device=model.device), use_cache=False)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # model classes trust their configs: anything can go wrong in them
+        first = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise TacoError(f"The model {name} cannot run ({type(error).__name__}: {first[:300]}).") from error
+
+
+def _check_local(path: Path) -> None:
+    """What can be wrong with a directory before transformers reads its config.
+
+    Raises:
+        TacoError: see `untrusted`; or its model class is code inside it.
+    """
+    values = check_config(path)
+    kind = values.get("model_type")
+    if kind != MODEL_TYPE:  # a compressed one is checked as it is read
+        check_depth(values, len(check_weights(path)), str(path))
+    if "auto_map" in values and (not isinstance(kind, str) or kind not in CONFIG_MAPPING):
+        raise TacoError(
+            f"{path}: its model class is code inside the checkpoint (auto_map), which is never run; only models that "
+            "transformers itself knows can be loaded."
+        )
+    for name in (*TOKENIZER_FILES, "generation_config.json", "special_tokens_map.json", "added_tokens.json"):
+        check_contained(path, name)
+
+
 def _tokenizer_of(name: str | Path) -> PreTrainedTokenizerBase | None:
+    """The model's tokenizer, None where there is none.
+
+    Raises:
+        TacoError: its files are there and cannot be read.
+    """
     path = Path(name)
+    local = path.is_dir()
     # for a directory without tokenizer files transformers makes an empty tokenizer of the model's kind
-    if path.is_dir() and not any((path / file).is_file() for file in TOKENIZER_FILES):
+    if local and not any((path / file).is_file() for file in TOKENIZER_FILES):
         return None
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except Exception:  # a model without a tokenizer is usable on tokens
-        return None
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return tokenizer
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # Rust code panics with a class of its own, which is no Exception
+        if not local:  # a model without a tokenizer is usable on tokens
+            return None
+        first = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise TacoError(
+            f"The tokenizer of {name} cannot be loaded ({first[:300]}); copy its files again, or take them out to use "
+            "the model on tokens."
+        ) from error
 
 
 def weight_bytes(model: PreTrainedModel) -> int:

@@ -78,4 +78,6 @@ def print_json(values: Any) -> None:
 
 def out_console() -> Console:
     # wide enough for the tables when the output is a file or a pipe
-    return Console() if sys.stdout.isatty() else Console(width=140)
+    # names and records come from files: no markup in them
+    width = None if sys.stdout.isatty() else 140
+    return Console(width=width, markup=False, emoji=False)

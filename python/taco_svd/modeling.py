@@ -8,16 +8,23 @@ not know, so a process that has not imported this package gets an error that nam
 
 from __future__ import annotations
 
+import copy
+import os
+from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from .architectures import PER_LAYER_CONFIG_LISTS
+from .checksums import check_checksums, write_checksums
 from .errors import TacoError
 from .replacement import LowRankBridge, LowRankLinear, NarrowLinear, install
-from .structure import Structure
+from .structure import MAX_LAYERS, Structure
+from .untrusted import check_config, check_depth, check_size, check_weights, refuse_foreign_code
 
 MODEL_TYPE = "taco_svd"
 
@@ -39,11 +46,24 @@ class CompressedConfig:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Raises:
+        TacoError: the structure is damaged, or the base config is none.
+        """
         values = dict(config_dict)
         if "base_config" in values:
             values = flatten_config(values)
-        Structure.from_dict(values.get("taco_svd"))
-        return super().from_dict(values, **kwargs)  # type: ignore[misc]
+        structure = Structure.from_dict(values.get("taco_svd"))
+        check_depth(values, MAX_LAYERS, "config.json")
+        for key in PER_LAYER_CONFIG_LISTS:
+            if isinstance(values.get(key), list) and len(values[key]) != len(structure.kept):
+                raise TacoError(f"config.json: {key} has {len(values[key])} entries for {len(structure.kept)} layers.")
+        try:
+            return super().from_dict(values, **kwargs)  # type: ignore[misc]
+        except TacoError:
+            raise
+        except Exception as error:  # the base config's own checks raise many kinds
+            first = (str(error).strip() or type(error).__name__).splitlines()
+            raise TacoError(f"config.json: `base_config` is not valid ({' '.join(first)[:300]}).") from error
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The form that is written to config.json: base fields nested, a guard where others would read them."""
@@ -72,10 +92,13 @@ def flatten_config(values: dict[str, Any]) -> dict[str, Any]:
     base = values["base_config"]
     if not isinstance(base, dict):
         raise TacoError("config.json: `base_config` must be an object; the checkpoint is damaged.")
+    if "base_config" in base or "taco_svd" in base or "auto_map" in base:
+        raise TacoError("config.json: `base_config` holds what an ordinary config has not; the checkpoint is damaged.")
+    refuse_foreign_code(base, "config.json")
     flat = {**base, "taco_svd": values.get("taco_svd"), "architectures": values.get("architectures")}
     for key, value in values.items():
         # what from_pretrained's keyword arguments put on top (num_labels, attn_implementation, dtype ...)
-        if key not in flat and key not in ("base_config", "base_model_type", "model_type", GUARD_FIELD):
+        if key not in flat and key not in ("base_config", "base_model_type", "model_type", "auto_map", GUARD_FIELD):
             flat[key] = value
     if values.get("dtype") is not None:
         flat["dtype"] = values["dtype"]
@@ -97,7 +120,7 @@ class TacoSVDConfig(PreTrainedConfig):
             raise TacoError("config.json: no `base_model_type` or no `base_config`; the checkpoint is damaged.")
         if base_model_type == MODEL_TYPE or base_model_type not in CONFIG_MAPPING:
             raise TacoError(
-                f"The compressed model's base type {base_model_type!r} is not known to transformers "
+                f"The compressed model's base type {base_model_type[:80]!r} is not known to transformers "
                 f"{transformers.__version__}; install the transformers release that it was made with "
                 f"({config_dict.get('transformers_version', 'unknown')})."
             )
@@ -131,11 +154,30 @@ class CompressedModel:
     def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
         """Like `PreTrainedModel.from_pretrained`, and raises where that would leave factors at random values.
 
+        Safetensors only; a directory is checked before memory is taken for it (see `untrusted`).
+
         Raises:
-            TacoError: when weights of the kept layers or their replacements are missing from the checkpoint.
+            TacoError: the checkpoint is damaged, incomplete, or asks for what no checkpoint needs.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        if kwargs.setdefault("use_safetensors", True) is not True:
+            raise TacoError("Compressed models are stored as safetensors; use_safetensors=False cannot read them.")
+        if isinstance(path, (str, os.PathLike)) and os.path.isdir(path) and kwargs.get("state_dict") is None:
+            directory = Path(path) / (kwargs.get("subfolder") or "")
+            check_config(directory)
+            stored = check_weights(directory)
+            config = kwargs.get("config")
+            if isinstance(config, CompressedConfig):
+                check_depth(config, len(stored), str(directory))
+                check_size(cls._skeleton(config, directory), stored, str(directory))
+            check_checksums(directory)
+        try:
+            model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        except (RuntimeError, ValueError) as error:  # shapes that do not fit, an unreadable config
+            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+                raise
+            lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+            raise TacoError(f"{path} cannot be loaded: {' '.join(lines[:3])[:400]}") from error
         missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
         lost = [key for key in missing if key.startswith(cls.base_model_prefix + ".")]  # type: ignore[attr-defined]
         if lost:
@@ -147,7 +189,31 @@ class CompressedModel:
             # an index that is no permutation would read other inputs than were meant, or none at all
             if isinstance(module, LowRankLinear) and not module.pivot_is_permutation():
                 raise TacoError(f"{path}: {name}.pivot is no permutation; the checkpoint is damaged.")
+            if isinstance(module, NarrowLinear) and not module.index_is_valid():
+                raise TacoError(f"{path}: {name}.index names places that are not there; the checkpoint is damaged.")
         return (model, info) if wants_info else model
+
+    @classmethod
+    def _skeleton(cls, config: Any, directory: Path) -> Any:
+        """The model without memory for its weights.
+
+        Raises:
+            TacoError: nothing can be built from this config.
+        """
+        try:
+            with torch.device("meta"):
+                return cls(copy.deepcopy(config))
+        except TacoError:
+            raise
+        except Exception as error:  # model classes trust their configs: anything can go wrong in them
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise TacoError(f"{directory}: no model can be built from its config ({first[:300]}).") from error
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Like `PreTrainedModel.save_pretrained`, and writes the SHA-256 of every weight file beside them."""
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if kwargs.get("is_main_process", True):
+            write_checksums(Path(save_directory))
 
 
 _config_classes: dict[type[PreTrainedConfig], type[PreTrainedConfig]] = {}

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .errors import TacoError
 from .structure import Structure
+from .untrusted import check_contained, read_json
 
 PLAN_FILE = "taco_plan.json"
 # Ours and the paper's first, then published methods to compare with (`baselines`).
@@ -55,7 +58,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise TacoError(f"plan: method must be one of {', '.join(METHODS)}, got {self.method!r}.")
+            raise TacoError(f"plan: method must be one of {', '.join(METHODS)}, got {str(self.method)[:80]!r}.")
         outside = [layer for layer in self.redundant if not 0 <= layer < self.structure.source_layers]
         if outside or list(self.redundant) != sorted(set(self.redundant)):
             raise TacoError(
@@ -80,22 +83,26 @@ class Plan:
         names = {entry.name for entry in dataclasses.fields(cls)}
         unknown = sorted(set(data) - names)
         if unknown:
-            raise TacoError(f"plan: unknown fields {', '.join(unknown)}.")
+            raise TacoError(f"plan: unknown fields {', '.join(unknown)[:200]}.")
         values = dict(data)
         try:
             values["structure"] = Structure.from_dict(values["structure"])
-            if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in values["redundant"]):
+            redundant = values["redundant"]
+            if not isinstance(redundant, (list, tuple)) or not all(_is_integer(layer) for layer in redundant):
                 raise TypeError("`redundant` must be a list of integers")
             values["redundant"] = tuple(values["redundant"])
             for name in ("importance", "calibration", "options", "source", "result", "versions"):
                 if not isinstance(values.get(name, {}), dict):
                     raise TypeError(f"`{name}` must be an object")
+                _check_fields(name, values.get(name, {}))
             ratio = values.get("compression_ratio")
             if ratio is not None:
+                if not _is_number(ratio) or not 0 < ratio < 1:
+                    raise ValueError("`compression_ratio` must be a number above 0 and below 1")
                 values["compression_ratio"] = float(ratio)
             return cls(**values)
-        except (KeyError, TypeError, ValueError) as error:
-            raise TacoError(f"plan: not readable ({type(error).__name__}: {error}).") from error
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise TacoError(f"plan: not readable ({type(error).__name__}: {str(error)[:200]}).") from error
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -108,19 +115,81 @@ class Plan:
             TacoError: no such file, or not a plan.
         """
         path = Path(path)
-        if path.is_dir():
-            path = path / PLAN_FILE
+        if os.path.isdir(path):  # Path.is_dir raises for names that no file can have
+            path = check_contained(path, PLAN_FILE)
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = read_json(path)
         except FileNotFoundError as error:
             raise TacoError(f"No plan at {path}; is this a directory that `taco-svd compress` wrote?") from error
-        except (OSError, ValueError) as error:
-            raise TacoError(f"{path} is not a readable plan ({error}).") from error
         return cls.from_dict(data)
 
     def diff(self, other: Plan) -> dict[str, tuple[Any, Any]]:
         """What differs: dotted field name -> (here, there). Empty when the plans are the same."""
         return dict(_differences("", self.to_dict(), other.to_dict()))
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    # more than any machine counts: such integers cannot even become floating-point numbers
+    return math.isfinite(value) if isinstance(value, float) else abs(value) < 1 << 63
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_size(value: Any) -> bool:
+    return _is_integer(value) and 0 <= value < 1 << 63
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_numbers(value: Any) -> bool:
+    # greedy importance has no score for layers that it never tried
+    return isinstance(value, (list, tuple)) and all(item is None or _is_number(item) for item in value)
+
+
+def _is_records(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(item, dict) for item in value)
+
+
+# What others read out of a plan's free objects, and of which type it must be; everything else may be any JSON.
+_FIELDS = {
+    "importance": {"measure": _is_text, "order": _is_numbers},
+    "calibration": {
+        "source": _is_text, "samples": _is_size, "seq_len": _is_size, "tokens": _is_size, "seed": _is_integer,
+        "sha256": _is_text,
+    },
+    "options": {
+        "input_damping": _is_number, "gradient_damping": _is_number, "consistency": lambda value: isinstance(
+            value, (bool, list)
+        ),
+        "one_shot": lambda value: isinstance(value, bool),
+    },
+    "source": {
+        "name": _is_text, "model_type": _is_text, "architecture": _is_text, "layers": _is_size,
+        "parameters": _is_size, "bytes": _is_size, "dtype": _is_text, "config": _is_object,
+    },
+    "result": {
+        "parameters": _is_size, "bytes": _is_size, "share": _is_number, "dtype": _is_text,
+        "predicted_loss": _is_number, "measured_loss": _is_number, "consistency": _is_records,
+    },
+}  # fmt: skip
+
+
+def _check_fields(name: str, values: dict[str, Any]) -> None:
+    if name == "versions" and not all(isinstance(version, str) for version in values.values()):
+        raise TypeError("`versions` must hold texts")
+    for key, fits in _FIELDS.get(name, {}).items():
+        if key in values and not fits(values[key]):
+            raise TypeError(f"`{name}.{key}` cannot be {str(values[key])[:80]!r}")
 
 
 def _differences(name: str, here: Any, there: Any) -> list[tuple[str, tuple[Any, Any]]]:

@@ -145,6 +145,14 @@ class NarrowLinear(nn.Module):
             return y.new_zeros(*y.shape[:-1], self.out_features).index_copy(-1, self.index, y)
         return y
 
+    def index_is_valid(self) -> bool:
+        """Whether the index names places of the original vector, none twice (true where there is none)."""
+        if self.index is None or self.index.is_meta:
+            return True
+        places = self.out_features if self.spec.spread == "rows" else self.in_features
+        index = self.index.cpu()
+        return bool(((index >= 0) & (index < places)).all()) and len(index.unique()) == len(index)
+
     def full_weight(self) -> torch.Tensor:
         """The map of the model's own size that does the same, [out_features, in_features]."""
         full = self.weight.new_zeros(self.out_features, self.in_features)
@@ -341,6 +349,8 @@ def install(model: PreTrainedModel, structure: Structure, device: torch.device |
             )
     hidden = model.config.hidden_size
     for bridge in structure.bridges:
+        if bridge.rank > hidden:
+            raise TacoError(f"bridge after layer {bridge.after}: rank {bridge.rank} of a {hidden} x {hidden} map.")
         layer = architecture.layers[structure.position(bridge.after)]
         reference = next(layer.parameters())
         attach_bridge(

@@ -158,7 +158,7 @@ def info_table(info: dict[str, Any]) -> Table:
     if losses:
         table.add_row("KL to the dense model", f"{', '.join(losses)} nats per token (held-out calibration windows)")
     if result.get("consistency"):
-        adopted = sum(bool(record["adopted"]) for record in result["consistency"])
+        adopted = sum(bool(record.get("adopted")) for record in result["consistency"])
         table.add_row("re-fitted maps", f"{adopted} of {len(result['consistency'])} tried")
     table.add_row("layer importance", str(info["importance"].get("measure")))
     table.add_row("made with", ", ".join(f"{name} {version}" for name, version in info["versions"].items()))

@@ -6,6 +6,7 @@ field is checked before anything is allocated.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)  # 1 had no pivoted factors
 MAX_RANK = 1 << 20
 MAX_LAYERS = 1 << 16
+MAX_PATH = 256
 
 
 @dataclass(frozen=True)
@@ -81,14 +83,15 @@ class Structure:
             raise TacoError("structure: `kept` must list at least one layer, in ascending order, none twice.")
         if self.kept[0] < 0 or self.kept[-1] >= self.source_layers:
             raise TacoError(f"structure: `kept` names a layer outside 0..{self.source_layers - 1}.")
+        kept = set(self.kept)
         for layer, ranks in self.low_rank.items():
-            if layer not in self.kept:
+            if layer not in kept:
                 raise TacoError(f"structure: layer {layer} has factorised linear maps but is not kept.")
             for path, rank in ranks.items():
                 if not 0 < rank <= MAX_RANK:
                     raise TacoError(f"structure: layer {layer}, {path}: rank {rank} is not between 1 and {MAX_RANK}.")
         for layer, specs in self.narrow.items():
-            if layer not in self.kept:
+            if layer not in kept:
                 raise TacoError(f"structure: layer {layer} has narrower linear maps but is not kept.")
             for path, spec in specs.items():
                 if path in self.low_rank.get(layer, {}):
@@ -103,12 +106,12 @@ class Structure:
         if afters != sorted(set(afters)):
             raise TacoError("structure: bridges must be ascending, one per place.")
         for bridge in self.bridges:
-            if bridge.after not in self.kept:
+            if bridge.after not in kept:
                 raise TacoError(f"structure: a bridge follows layer {bridge.after}, which is not kept.")
             if not 0 < bridge.rank <= MAX_RANK:
                 raise TacoError(f"structure: bridge after layer {bridge.after}: rank {bridge.rank} is out of range.")
-            if not bridge.eps > 0:
-                raise TacoError(f"structure: bridge after layer {bridge.after}: eps must be positive.")
+            if not 0 < bridge.eps <= 1:
+                raise TacoError(f"structure: bridge after layer {bridge.after}: eps must be above 0 and at most 1.")
 
     @property
     def removed(self) -> tuple[int, ...]:
@@ -151,50 +154,86 @@ class Structure:
         if not isinstance(data, dict):
             raise TacoError("structure: expected a JSON object.")
         version = data.get("format_version")
-        if version not in READABLE_VERSIONS:
+        if isinstance(version, bool) or not isinstance(version, int) or version not in READABLE_VERSIONS:
             raise TacoError(
-                f"This checkpoint has format version {version!r}; this taco-kernels reads up to {FORMAT_VERSION}. "
-                "Install the taco-kernels release that wrote it."
+                f"This checkpoint has format version {str(version)[:40]}; this taco-kernels reads up to "
+                f"{FORMAT_VERSION}. Install the taco-kernels release that wrote it."
             )
         try:
             return cls(
                 source_layers=_integer(data["source_layers"]),
-                kept=tuple(_integer(index) for index in data["kept"]),
+                kept=tuple(_integer(index) for index in _list(data["kept"])),
                 low_rank={
-                    int(layer): {_path(path): _integer(rank) for path, rank in ranks.items()}
+                    _index(layer): {_path(path): _integer(rank) for path, rank in ranks.items()}
                     for layer, ranks in data.get("low_rank", {}).items()
                 },
                 bridges=tuple(
                     BridgeSpec(
                         after=_integer(bridge["after"]),
                         rank=_integer(bridge["rank"]),
-                        bias=bool(bridge["bias"]),
-                        eps=float(bridge["eps"]),
+                        bias=_boolean(bridge["bias"]),
+                        eps=_number(bridge["eps"]),
                     )
-                    for bridge in data.get("bridges", [])
+                    for bridge in _list(data.get("bridges", []))
                 ),
                 narrow={
-                    int(layer): {
+                    _index(layer): {
                         _path(path): NarrowSpec(_integer(spec["rows"]), _integer(spec["columns"]), str(spec["spread"]))
                         for path, spec in specs.items()
                     }
                     for layer, specs in data.get("narrow", {}).items()
                 },
                 pivoted={
-                    int(layer): tuple(_path(path) for path in paths) for layer, paths in data.get("pivoted", {}).items()
+                    _index(layer): tuple(_path(path) for path in _list(paths))
+                    for layer, paths in data.get("pivoted", {}).items()
                 },
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise TacoError(f"structure: not readable ({type(error).__name__}: {error}).") from error
+            raise TacoError(f"structure: not readable ({type(error).__name__}: {str(error)[:200]}).") from error
 
 
 def _integer(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"expected an integer, got {value!r}")
+        raise TypeError(f"expected an integer, got {str(value)[:80]!r}")
+    if abs(value) > 1 << 53:
+        raise ValueError("an integer beyond 2^53")
     return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"expected a number, got {str(value)[:80]!r}")
+    number = float(value) if isinstance(value, float) else float(_integer(value))
+    if not math.isfinite(number):
+        raise ValueError("a number that is not finite")
+    return number
+
+
+def _boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"expected true or false, got {str(value)[:80]!r}")
+    return value
+
+
+def _list(value: Any) -> list[Any] | tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"expected a list, got {str(value)[:80]!r}")
+    return value
+
+
+def _index(text: str) -> int:
+    """A layer's index as `to_dict` writes it: no sign, no leading zero, no digits of other scripts."""
+    if not text.isascii() or not text.isdecimal() or len(text) > 6 or str(int(text)) != text:
+        raise ValueError(f"not the index of a layer: {text[:80]!r}")
+    return int(text)
 
 
 def _path(value: str) -> str:
-    if not all(part.isidentifier() for part in value.split(".")):
-        raise ValueError(f"not a module path: {value!r}")
+    if len(value) > MAX_PATH or not value.isascii() or not all(_is_name(part) for part in value.split(".")):
+        raise ValueError(f"not a module path: {value[:80]!r}")
     return value
+
+
+def _is_name(part: str) -> bool:
+    # numbers are the names of modules in a list; dunder names are no modules at all
+    return part.isdecimal() or (part.isidentifier() and not part.startswith("__"))
