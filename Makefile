@@ -19,7 +19,7 @@ BUILD_INPUTS := setup.py pyproject.toml constraints.txt taco_kernels/_version.py
                 $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-packaging test-vllm lint format bench env clean distclean
+.PHONY: help venv demo test test-packaging test-vllm test-sanitizers fuzz test-matrix lint format bench env clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +69,16 @@ test-vllm:  ## serves checkpoints with a real vLLM, in .venv-vllm (minutes; skip
 	else \
 		echo "test-vllm: SKIPPED, $(VLLM) cannot be installed here (the reason is above)"; \
 	fi
+
+test-sanitizers: $(STAMP)  ## op tests on builds with AddressSanitizer + UBSan, then ThreadSanitizer (minutes)
+	@$(BIN)/python tests/run_sanitizers.py $(SANITIZERS)
+
+# FUZZ=ops FUZZ_SECONDS=3600 for one target and a long run
+fuzz: $(STAMP)  ## coverage-guided fuzzing of plans, configs, weight files and op arguments (atheris, Python 3.11 to 3.13)
+	@$(BIN)/python tests/fuzz/run_atheris.py $(if $(FUZZ),--target $(FUZZ)) --seconds $(or $(FUZZ_SECONDS),60)
+
+test-matrix: ## oldest and newest torch and transformers, Python 3.10 to 3.13, one wheel (gigabytes of downloads)
+	@$(PYTHON) tests/packaging/matrix.py $(MATRIX)
 
 lint: $(STAMP)  ## ruff and mypy
 	@status=0; \

@@ -7,6 +7,8 @@ TACO_CUDA   auto (default): CUDA kernels are built when nvcc is on PATH, or unde
 TACO_CUDA_ARCHS  which of 80, 90a, 100a to build for, separated by commas (default: all that nvcc knows)
 TACO_CPP    auto (default): without a C++ compiler or Python.h the package is installed without its extension
             0: never built;  1: always, and it is an error if it cannot be
+TACO_SANITIZE  empty (default), or what to instrument the C++ code with: address, undefined, thread, separated by commas;
+            for `make test-sanitizers`, never for use
 TACO_JOBS   parallel compile jobs (default: all cores)
 CXX         the C++ compiler
 """
@@ -152,6 +154,18 @@ def cuda_archs() -> list[str]:
     return named or list(CUDA_ARCHS)
 
 
+def sanitizers() -> list[str]:
+    """What the C++ code is instrumented with; a Refusal for what the compilers have not."""
+    named = [name.strip() for name in os.environ.get("TACO_SANITIZE", "").split(",") if name.strip()]
+    unknown = sorted(set(named) - {"address", "undefined", "thread"})
+    if unknown or {"address", "thread"} <= set(named):
+        raise Refusal(
+            f"TACO_SANITIZE={','.join(named)}: choose from address, undefined, thread; address and thread exclude each "
+            "other."
+        )
+    return named
+
+
 class Build(build_ext):
     """Compiles csrc/ with ninja, each file with flags of its own, which distutils' compilers cannot do."""
 
@@ -197,8 +211,16 @@ class Build(build_ext):
             "-Wextra",
             "-DNDEBUG",
             "-fno-math-errno",
+            # Products and sums fuse where the source says so and nowhere else: a compiler that fuses them in a loop's
+            # body and not in its tail gives an output other bits when the threads' shares begin elsewhere.
+            "-ffp-contract=off",
         ]
         common += ["-fopenmp"] if openmp else []
+        checked = sanitizers()
+        if checked:
+            # after -O3, so that it counts; a finding ends the process, or a test could pass over it
+            common += [f"-fsanitize={','.join(checked)}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"]
+            common += ["-O1"]
         common += [f"-D{CPU_LEVELS[name][0]}" for name in levels]
         common += ["-DTACO_WITH_CUDA"] if nvcc else []
         common += [f"-I{folder}" for folder in includes]
@@ -209,6 +231,8 @@ class Build(build_ext):
         # gcc's own AVX-512 header trips its uninitialised warnings (undefined upper halves are meant).
         quiet = ["-Wno-uninitialized"]
         quiet += ["-Wno-maybe-uninitialized"] if compiles(cxx, ["-Werror", "-Wmaybe-uninitialized"], probe) else []
+        if "thread" in checked:
+            sources.append("cpu/checked_team.cpp")
         extra = {f"cpu/{CPU_LEVELS[name][2]}": CPU_LEVELS[name][1] + quiet for name in levels}
         for source in sources:
             objects.append(("cxx", CSRC / source, work / (source.replace("/", "_") + ".o"), extra.get(source, [])))
@@ -247,6 +271,7 @@ class Build(build_ext):
             link = ["-shared", "-undefined", "dynamic_lookup"]
         else:
             link = ["-shared", "-Wl,-z,now", "-Wl,--exclude-libs,ALL", "-Wl,--as-needed"]
+            link += [f"-fsanitize={','.join(checked)}"] if checked else []
         if nvcc:
             link = ["-shared", "-cudart=static", "-ccbin", cxx[0], "-Xlinker=-z,now", "-Xlinker=--exclude-libs,ALL"]
         self._ninja(work, target, cxx, nvcc, common, objects, link)
