@@ -7,8 +7,8 @@ TACO_CUDA   auto (default): CUDA kernels are built when nvcc is on PATH, or unde
 TACO_CUDA_ARCHS  which of 80, 90a, 100a to build for, separated by commas (default: all that nvcc knows)
 TACO_CPP    auto (default): without a C++ compiler or Python.h the package is installed without its extension
             0: never built;  1: always, and it is an error if it cannot be
-TACO_SANITIZE  empty (default), or what to instrument the C++ code with: address, undefined, thread, separated by commas;
-            for `make test-sanitizers`, never for use
+TACO_SANITIZE  empty (default), or what to instrument the C++ code with (address, undefined, thread; with commas), for
+            `make test-sanitizers`
 TACO_JOBS   parallel compile jobs (default: all cores)
 CXX         the C++ compiler
 """

@@ -87,7 +87,7 @@ def run(kind: str, arguments: list[str]) -> int:
 def main() -> int:
     given = sys.argv[1:]
     arguments = given[given.index("--") + 1 :] if "--" in given else []
-    kinds = [word for word in given[: given.index("--") if "--" in given else None]] or list(BUILDS)
+    kinds = given[: given.index("--") if "--" in given else None] or list(BUILDS)
     return max([run(kind, arguments) for kind in kinds], key=abs)
 
 

@@ -154,8 +154,8 @@ def load_model(
                 return model, _tokenizer_of(name)
             if mapped:
                 raise TacoError(
-                    f"{name} cannot be streamed: that takes a local directory of safetensors in the dtype that is asked "
-                    "for, named as the model names them, and --device cpu."
+                    f"{name} cannot be streamed: that takes a local directory of safetensors in the dtype that is "
+                    "asked for, named as the model names them, and --device cpu."
                 )
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False, use_safetensors=True
