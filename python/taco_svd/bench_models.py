@@ -67,6 +67,8 @@ def from_checkpoint(directory: Path, model: PreTrainedModel) -> BenchModels:
         "redundant": list(plan.redundant),
         "structure": plan.structure.to_dict(),
     }
+    if "cost_budget" in plan.result:
+        description["cost_budget"] = plan.result["cost_budget"]
     return BenchModels(models, description)
 
 
@@ -180,9 +182,12 @@ def from_shape(
     redundant: list[int],
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
+    dense: PreTrainedModel | None = None,
 ) -> BenchModels:
-    """Random models of a shape; ``device="meta"`` gives them without data, for counting bytes."""
-    dense = random_model(config, dtype, device)
+    """Random models of a shape, around `dense` if it exists already; ``device="meta"`` gives them without data, for
+    counting bytes.
+    """
+    dense = dense or random_model(config, dtype, device)
     working = structural_copy(dense)
     architecture = Architecture(working)
     fill = RandomFill(dtype, seed=1)

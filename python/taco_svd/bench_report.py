@@ -36,8 +36,24 @@ def bench_table(result: dict[str, Any]) -> Table:
             table.add_row("", "", "", what, "", "", text, f"{values['rounds']}, {values['stopped']}", style="bold")
         table.add_section()
     sizes = ", ".join(f"{name} {size / 1e9:.3f} GB" for name, size in result["weight_bytes"].items())
-    table.caption = f"Weights: {sizes}. Energy: {_energy(result)}."
+    table.caption = f"Weights: {sizes}. Energy: {_energy(result)}.{_predicted(result)}"
     return table
+
+
+def _predicted(result: dict[str, Any]) -> str:
+    """What the cost model said beforehand, to be held against the table."""
+    record = result.get("cost_budget", {})
+    text = ""
+    ranks = sorted({bridge["rank"] for bridge in result["structure"]["bridges"]})
+    if ranks:
+        text += f" Bridges: {len(result['structure']['bridges'])} of rank {', '.join(map(str, ranks))}."
+    if "predicted_overhead" in record:
+        parts = (f"{phase} {value:.2%}" for phase, value in record["predicted_overhead"].items())
+        text += f" Predicted overhead: {', '.join(parts)} (prompt {record['prompt']}, batch 1)."
+    if "predicted_latency" in record:
+        ratio = record["predicted_latency"] / record["dense_latency"] - 1
+        text += f" Predicted over dense: {ratio:+.1%} ({record['predicted_latency'] * 1e3:.2f} ms per token)."
+    return text
 
 
 def _energy(result: dict[str, Any]) -> str:

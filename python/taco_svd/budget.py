@@ -2,13 +2,15 @@
 out, such that the predicted loss is least.
 
 For a price per parameter each map's best option is found by itself; the price is bisected until the budget is met, and
-what is left over then buys the ranks that win most per parameter.
+what is left over then buys the ranks that win most per parameter. A budget may as well be one of bytes or of measured
+seconds (`device_costs`): what an option costs is a `Costs` object's to say.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -35,6 +37,69 @@ class Option:
     pivoted: bool
     parameters: int
     loss: float
+    cost: float
+
+
+class Costs(Protocol):
+    """What a budget counts.
+
+    Attributes:
+        unit: what `render` calls it in messages and plans.
+        total, layer: of the dense model, and of one of its layers.
+    """
+
+    unit: str
+    total: float
+    layer: float
+
+    def of_map(self, out_features: int, in_features: int, rank: int | None, pivoted: bool) -> float:
+        """Of one linear map, dense (rank None) or factorised."""
+        ...
+
+    def render(self, amount: float) -> str:
+        """An amount for people."""
+        ...
+
+
+class ParameterCosts:
+    """A budget of parameters: the indices of a pivot count as numbers."""
+
+    unit = "parameters"
+
+    def __init__(self, sizes: Sizes) -> None:
+        self.total: float = sizes.total
+        self.layer: float = sizes.layer
+
+    def of_map(self, out_features: int, in_features: int, rank: int | None, pivoted: bool) -> float:
+        return out_features * in_features if rank is None else _numbers(out_features, in_features, rank, pivoted)
+
+    def render(self, amount: float) -> str:
+        return f"{int(amount):,} parameters"
+
+
+class ByteCosts:
+    """A budget of bytes of weights; a pivot's indices are int32."""
+
+    unit = "bytes"
+
+    def __init__(self, sizes: Sizes, itemsize: int) -> None:
+        self.itemsize = itemsize
+        self.total: float = sizes.total * itemsize
+        self.layer: float = sizes.layer * itemsize
+
+    def of_map(self, out_features: int, in_features: int, rank: int | None, pivoted: bool) -> float:
+        if rank is None:
+            return out_features * in_features * self.itemsize
+        numbers = _numbers(out_features, in_features, rank, pivoted) - pivoted * in_features
+        return numbers * self.itemsize + pivoted * in_features * 4
+
+    def render(self, amount: float) -> str:
+        return f"{int(amount):,} bytes"
+
+
+def _numbers(out_features: int, in_features: int, rank: int, pivoted: bool) -> int:
+    plain = rank * (out_features + in_features)
+    return plain - rank * rank + in_features if pivoted else plain
 
 
 @dataclass(frozen=True)
@@ -45,41 +110,48 @@ class Allocation:
         structure: layers that stay, ranks, pivots.
         parameters: of the whole model.
         predicted_loss: sum of the single losses (KL, nats per token) of everything chosen.
+        cost: in the budget's unit.
     """
 
     structure: Structure
     parameters: int
     predicted_loss: float
+    cost: float
 
 
 def factor_parameters(out_features: int, in_features: int, rank: int) -> tuple[int, bool]:
     """(numbers that two factors of that rank take, whether they are pivoted): the pivot's indices count as numbers."""
-    plain = rank * (out_features + in_features)
-    pivoted = plain - rank * rank + in_features
+    plain, pivoted = (_numbers(out_features, in_features, rank, is_pivoted) for is_pivoted in (False, True))
     return (pivoted, True) if plain - pivoted >= LEAST_PIVOT_SAVING * plain else (plain, False)
 
 
-def map_options(out_features: int, in_features: int, curve: torch.Tensor) -> list[Option]:
-    """Dense, and every rank worth having, with what they cost; the largest first."""
+def map_options(out_features: int, in_features: int, curve: torch.Tensor, costs: Costs | None = None) -> list[Option]:
+    """Dense, and every rank worth having, with what they cost (default: parameters); the dearest first.
+
+    What costs no less than the dense map is left out: with measured seconds, factors that are not faster.
+    """
     size = out_features * in_features
     full = min(out_features, in_features)
     step = RANK_MULTIPLE if full >= LARGE_MAP else 1
-    found = [Option(None, False, size, 0.0)]
+    dense = size if costs is None else costs.of_map(out_features, in_features, None, False)
+    found = [Option(None, False, size, 0.0, dense)]
     for rank in range(full - full % step if step > 1 else full, 0, -step):
         parameters, pivoted = factor_parameters(out_features, in_features, rank)
         if parameters <= (1 - LEAST_SAVING) * size:
-            found.append(Option(rank, pivoted, parameters, float(curve[rank])))
-    return sorted(found, key=lambda option: -option.parameters)
+            cost = parameters if costs is None else costs.of_map(out_features, in_features, rank, pivoted)
+            if cost < dense:
+                found.append(Option(rank, pivoted, parameters, float(curve[rank]), cost))
+    return sorted(found, key=lambda option: -option.cost)
 
 
 def lower_hull(options: list[Option]) -> list[Option]:
-    """The options on the lower convex hull of loss over size, the largest first.
+    """The options on the lower convex hull of loss over cost, the dearest first.
 
     Those above it are never best at any price.
     """
     hull: list[Option] = []
-    for option in sorted(options, key=lambda entry: (-entry.parameters, entry.loss)):
-        if hull and option.parameters == hull[-1].parameters:
+    for option in sorted(options, key=lambda entry: (-entry.cost, entry.loss)):
+        if hull and option.cost == hull[-1].cost:
             continue
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], option):
             hull.pop()
@@ -88,80 +160,88 @@ def lower_hull(options: list[Option]) -> list[Option]:
 
 
 def _slope(larger: Option, smaller: Option) -> float:
-    """Loss per parameter saved."""
-    return (smaller.loss - larger.loss) / (larger.parameters - smaller.parameters)
+    """Loss per unit of cost saved."""
+    return (smaller.loss - larger.loss) / (larger.cost - smaller.cost)
 
 
 def allocate(
-    architecture: Architecture, curves: LossCurves, most_parameters: int, layers: list[int] | None = None
+    architecture: Architecture,
+    curves: LossCurves,
+    most: float,
+    layers: list[int] | None = None,
+    costs: Costs | None = None,
 ) -> Allocation:
-    """The structure of least predicted loss that has at most `most_parameters`.
+    """The structure of least predicted loss that costs at most `most`.
 
     Args:
         curves: losses of single changes; maps that are not in it stay dense.
         layers: which layers may be touched; default all.
+        costs: what the budget counts; default parameters.
 
     Raises:
         TacoError: the budget cannot be reached; says what can.
     """
     sizes = Sizes.of(architecture)
+    costs = costs or ParameterCosts(sizes)
     depth = sizes.depth
     allowed = set(range(depth) if layers is None else layers)
     every = {
-        site: map_options(*linear_shape(architecture.module(site)), curve)
+        site: map_options(*linear_shape(architecture.module(site)), curve, costs)
         for site, curve in curves.maps.items()
         if site.layer in allowed
     }
     options = {site: lower_hull(choices) for site, choices in every.items()}
-    dense = sizes.total
-    least = dense - sum(choices[0].parameters - choices[-1].parameters for choices in options.values())
+    dense = costs.total
+    least = dense - sum(choices[0].cost - choices[-1].cost for choices in options.values())
 
     def choose(price: float) -> tuple[dict[LinearSite, Option], set[int]]:
         chosen = {
-            site: min(choices, key=lambda option: option.loss + price * option.parameters)
+            site: min(choices, key=lambda option: option.loss + price * option.cost)
             for site, choices in options.items()
         }
         removed: set[int] = set()
         for layer in sorted(allowed, key=lambda index: curves.removal.get(index, float("inf"))):
             here = [option for site, option in chosen.items() if site.layer == layer]
-            maps = sum(options[site][0].parameters for site in options if site.layer == layer)
+            maps = sum(options[site][0].cost for site in options if site.layer == layer)
             stays = sum(option.loss for option in here) + price * (
-                sizes.layer - maps + sum(option.parameters for option in here)
+                costs.layer - maps + sum(option.cost for option in here)
             )
             if curves.removal.get(layer, float("inf")) < stays and len(removed) < depth - 1:
                 removed.add(layer)
         return {site: option for site, option in chosen.items() if site.layer not in removed}, removed
 
-    def parameters(chosen: Mapping[LinearSite, Option], removed: set[int]) -> int:
+    def cost(chosen: Mapping[LinearSite, Option], removed: set[int]) -> float:
         return (
             dense
-            - len(removed) * sizes.layer
-            - sum(options[site][0].parameters - option.parameters for site, option in chosen.items())
+            - len(removed) * costs.layer
+            - sum(options[site][0].cost - option.cost for site, option in chosen.items())
         )
 
     low, high = 0.0, 1.0
-    while parameters(*choose(high)) > most_parameters:
+    while cost(*choose(high)) > most:
         high *= 10
-        if high > 1e12:
+        if high > 1e12 / min(1.0, costs.layer):  # seconds are small numbers, and their prices large ones
             raise TacoError(
-                f"A budget of {most_parameters:,} parameters ({most_parameters / dense:.1%}) cannot be reached: with "
-                f"every linear map at its smallest rank {least:,} ({least / dense:.1%}) remain; embeddings, norms and "
-                "the head are not compressed."
+                f"A budget of {costs.render(most)} ({most / dense:.1%}) cannot be reached: with "
+                f"every linear map at its smallest rank {costs.render(least)} ({least / dense:.1%}) remain; "
+                "embeddings, norms and the head are not compressed."
             )
     for _ in range(100):
         middle = (low + high) / 2 if low else high / 2
-        if parameters(*choose(middle)) <= most_parameters:
+        if cost(*choose(middle)) <= most:
             high = middle
         else:
             low = middle
         if low and high / low < 1 + 1e-9:
             break
     chosen, removed = choose(high)
-    _spend_the_rest(chosen, every, most_parameters - parameters(chosen, removed))
+    _spend_the_rest(chosen, every, most - cost(chosen, removed))
     low_rank: dict[int, dict[str, int]] = {}
     pivoted: dict[int, list[str]] = {}
+    saved = len(removed) * sizes.layer
     for site, option in chosen.items():
         if option.rank is not None:
+            saved += every[site][0].parameters - option.parameters
             low_rank.setdefault(site.layer, {})[site.path] = option.rank
             if option.pivoted:
                 pivoted.setdefault(site.layer, []).append(site.path)
@@ -172,16 +252,16 @@ def allocate(
         pivoted={layer: tuple(paths) for layer, paths in sorted(pivoted.items())},
     )
     loss = sum(option.loss for option in chosen.values()) + sum(curves.removal[layer] for layer in removed)
-    return Allocation(structure, parameters(chosen, removed), loss)
+    return Allocation(structure, sizes.total - saved, loss, cost(chosen, removed))
 
 
-def _spend_the_rest(chosen: dict[LinearSite, Option], options: Mapping[LinearSite, list[Option]], spare: int) -> None:
+def _spend_the_rest(chosen: dict[LinearSite, Option], options: Mapping[LinearSite, list[Option]], spare: float) -> None:
     """Moves maps to larger options, the best bargain first, while the budget allows it."""
     while True:
         best: tuple[float, LinearSite, Option] | None = None
         for site, option in chosen.items():
             for larger in options[site]:
-                cost = larger.parameters - option.parameters
+                cost = larger.cost - option.cost
                 if not 0 < cost <= spare:
                     continue
                 gain = (option.loss - larger.loss) / cost
@@ -189,5 +269,5 @@ def _spend_the_rest(chosen: dict[LinearSite, Option], options: Mapping[LinearSit
                     best = (gain, site, larger)
         if best is None:
             return
-        spare -= best[2].parameters - chosen[best[1]].parameters
+        spare -= best[2].cost - chosen[best[1]].cost
         chosen[best[1]] = best[2]

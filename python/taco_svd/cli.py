@@ -42,7 +42,9 @@ def compress(
             "svd: largest singular values. removal: layers out. bridge: layers out, one low-rank map per run of them."
         ),
     ] = "taco",
-    keep: Annotated[float | None, typer.Option(help="Share of all parameters that may remain, e.g. 0.8.")] = None,
+    keep: Annotated[
+        str | None, typer.Option(help="Share of all parameters that may remain, 0.8; or bytes: 4.2GB, 900MiB.")
+    ] = None,
     layers: Annotated[int | None, typer.Option(help="Number of redundant layers (instead of --keep).")] = None,
     compression_ratio: Annotated[
         float | None,
@@ -56,6 +58,20 @@ def compress(
     importance: Annotated[str, typer.Option(help="How redundant layers are found: bi, angular or greedy.")] = "bi",
     bridge_rank: Annotated[
         int | None, typer.Option(help="Rank of the bridges; default: 0.3% of the layers that stay, in all.")
+    ] = None,
+    max_overhead: Annotated[
+        float | None,
+        typer.Option(
+            help="bridge: instead of a rank, what all bridges may cost over bare removal, in time that is measured on "
+            "--device (0.003 is 0.3%)."
+        ),
+    ] = None,
+    max_latency: Annotated[
+        str | None,
+        typer.Option(
+            help="taco, instead of --keep: a fraction of the dense model's latency (0.8) or milliseconds per decoded "
+            "token (12.5ms), measured on --device, batch 1."
+        ),
     ] = None,
     consistency: Annotated[
         bool,
@@ -105,8 +121,11 @@ def compress(
     work_dir = work_dir or out.with_name(f"{out.name}.work")
     check_work_directory(work_dir, resume)
     loaded_plan = Plan.load(plan) if plan is not None else None
-    if loaded_plan is None and keep is None and layers is None:
-        raise TacoError("Say how much to compress: --keep 0.8 (share of parameters), --layers N, or --plan FILE.")
+    if loaded_plan is None and keep is None and layers is None and max_latency is None:
+        raise TacoError(
+            "Say how much to compress: --keep 0.8 (share of parameters) or 4.2GB, --layers N, --max-latency 0.8 or "
+            "12.5ms, or --plan FILE."
+        )
     dense, tokenizer = _load(model, dtype, device, stream)
     check_output(out, force, needed_bytes=int(1.05 * weight_bytes(dense)))
     try:
@@ -128,6 +147,8 @@ def compress(
                 consistency=consistency,
                 plan=loaded_plan,
                 progress=Bars(as_json),
+                max_overhead=max_overhead,
+                max_latency=max_latency,
                 work_dir=work_dir,
                 resume=resume,
             )

@@ -33,6 +33,9 @@ def bench(
         float | None, typer.Option(help="With --shape and paper or taco: share of parameters that stays.")
     ] = None,
     bridge_rank: Annotated[int | None, typer.Option(help="With --shape: rank of the bridges.")] = None,
+    max_overhead: Annotated[
+        float, typer.Option(help="With --shape and bridge, unless --bridge-rank: the ranks that should cost this.")
+    ] = 0.003,
     against: Annotated[str, typer.Option(help="dense, removal or both, with a comma.")] = "dense,removal",
     batch: Annotated[str, typer.Option(help="Sequences at once; several with commas: 1,8,64.")] = "1",
     prompt: Annotated[int, typer.Option(help="Prompt tokens per sequence.")] = 128,
@@ -95,7 +98,7 @@ def bench(
         if directory is not None:
             raise TacoError("Give a directory or --shape, not both.")
         made = _from_shape(
-            shape, method, layers, share, runs, keep, bridge_rank, dtype, device, "dense" in others, progress
+            shape, method, layers, share, runs, keep, bridge_rank, max_overhead, dtype, device, others, progress
         )
     else:
         if directory is None:
@@ -144,9 +147,10 @@ def _from_shape(
     runs: int,
     keep: float | None,
     bridge_rank: int | None,
+    max_overhead: float,
     dtype: str,
     device: str,
-    with_dense: bool,
+    others: list[str],
     progress: Progress,
 ) -> BenchModels:
     import torch
@@ -154,8 +158,9 @@ def _from_shape(
     from .bench_memory import check_memory
     from .bench_models import from_shape, shape_structure
     from .cli_shared import quiet_libraries
+    from .cost_budget import bridges_within
     from .errors import TacoError
-    from .shapes import SHAPES, shape_config
+    from .shapes import SHAPES, random_model, shape_config
 
     if shape == "list":
         raise TacoError(f"Known shapes: {', '.join(SHAPES)}.")
@@ -171,14 +176,19 @@ def _from_shape(
     target = _device(device)
     structure, redundant = shape_structure(config, method, chosen, share, runs, keep, bridge_rank, kind)
     planned = from_shape(config, structure, redundant, kind, "meta")
-    if not with_dense:
+    if "dense" not in others:
         planned.models.pop("dense")
     check_memory(planned.bytes, target, f"{shape} in {kind} with what replaces its layers")
     with progress.step("random weights"), torch.no_grad():
-        made = from_shape(config, structure, redundant, kind, target)
-    if not with_dense:
+        dense = random_model(config, kind, target)
+    record = {}
+    if method == "bridge" and bridge_rank is None:
+        within = bridges_within(dense, redundant, max_overhead, progress=progress)
+        structure, record = within.structure, {"cost_budget": within.record}
+    made = from_shape(config, structure, redundant, kind, target, dense)
+    if "dense" not in others:
         made.models.pop("dense")
-    made.description = {"shape": shape, "method": method, **made.description}
+    made.description = {"shape": shape, "method": method, **made.description, **record}
     return made
 
 

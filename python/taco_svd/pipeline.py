@@ -24,9 +24,10 @@ from .allocation import (
 )
 from .architectures import Architecture, slice_config
 from .baselines import BASELINES, Workspace, choose_run, everywhere, make_budget, uniform_budget
-from .budget import allocate
+from .budget import ByteCosts, Costs, allocate
 from .calibration import Calibration, load_calibration
 from .checkpoint import parameter_count, weight_bytes
+from .cost_budget import CostBudget, LatencyCosts, bridges_within, parse_keep
 from .errors import TacoError
 from .factorise import check_ranks, factorise
 from .importance import MEASURES, rank_layers
@@ -92,6 +93,7 @@ def make_plan(
     one_shot: bool = False,
     workspace: Workspace | None = None,
     _architecture: Architecture | None = None,
+    cost: CostBudget | None = None,
 ) -> Plan:
     """Decides which layers are redundant and what replaces them; arguments as in `compress`."""
     progress = progress or Silent()
@@ -106,7 +108,13 @@ def make_plan(
     architecture = _architecture or check_model(model)
     chosen = list(layers) if isinstance(layers, (list, tuple)) else None
     measured: dict[str, Any]
-    count, ratio = _count_and_ratio(architecture, method, keep, _how_many(layers), compression_ratio)
+    cost = cost or CostBudget()
+    cost.check(method, keep, layers, bridge_rank)
+    if cost.keep_bytes is not None:
+        keep = cost.keep_bytes / weight_bytes(model)
+    count, ratio = 0, None
+    if cost.max_latency is None:
+        count, ratio = _count_and_ratio(architecture, method, keep, _how_many(layers), compression_ratio)
     baseline = BASELINES.get(method)
     workspace = workspace or Workspace(model, calibration)
     depth = len(architecture.layers)
@@ -114,7 +122,7 @@ def make_plan(
         if len(set(chosen)) != len(chosen) or not all(0 <= layer < depth for layer in chosen):
             raise TacoError(f"The layers to replace must be different and in 0..{depth - 1}, got {chosen}.")
         redundant, measured = sorted(chosen), {"measure": "given"}
-    elif everywhere(method, keep):
+    elif everywhere(method, keep) or cost.max_latency is not None:
         redundant, measured = list(range(depth)), {"measure": "all layers"}
     elif method == "replaceme":
         redundant, distances = choose_run(workspace, count, progress)
@@ -126,21 +134,26 @@ def make_plan(
             ranking = rank_layers(SuffixRunner(architecture, tokens, 0), importance, count, report)
         redundant, measured = sorted(ranking.order[:count]), dataclasses.asdict(ranking)
     options: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     if method == "removal" or (baseline is not None and baseline.removes):
         structure = removal_structure(architecture, redundant)
+    elif method == "bridge" and cost.max_overhead is not None:
+        within = bridges_within(model, redundant, cost.max_overhead, progress=progress)
+        structure, result = within.structure, {"cost_budget": within.record}
     elif method == "bridge":
         structure = bridge_structure(architecture, redundant, bridge_rank)
     elif baseline is not None and baseline.allocate is not None:
         budget = make_budget(architecture, method, keep, redundant, ratio)
         decision = baseline.allocate(workspace, budget, progress)
         structure, options = decision.structure, decision.options
+    elif cost.max_latency is not None:
+        structure = removal_structure(architecture, [])  # taco's allocator decides below
     else:
         assert ratio is not None
         structure = low_rank_structure(architecture, redundant, ratio)
     parameters = structure_parameters(architecture, structure)
     if one_shot:
         options = {"one_shot": True}
-    result: dict[str, Any] = {}
     if method == "bridge":
         options = {"gradient_damping": BRIDGE_GRADIENT_DAMPING, "consistency": consistency}
     if method == "taco":
@@ -150,11 +163,22 @@ def make_plan(
             "consistency": consistency,
         }
         # with `layers`, the budget is what the paper's method needs for the same arguments
-        most = parameters if keep is None else int(keep * parameter_count(model))
+        most: float = parameters if keep is None else int(keep * parameter_count(model))
+        costs: Costs | None = None
+        if cost.keep_bytes is not None:
+            most, costs = cost.keep_bytes, ByteCosts(Sizes.of(architecture), model.dtype.itemsize)
+        elif cost.max_latency is not None:  # measured before the long work: the budget may be met already
+            costs = LatencyCosts(model, progress=progress)
+            most = costs.budget(cost.max_latency)
         curves = _analysis(workspace, model, calibration).curves(options, progress)
-        allocation = allocate(architecture, curves, most, chosen)
+        allocation = allocate(architecture, curves, most, chosen, costs)
         structure, parameters = allocation.structure, allocation.parameters
         result = {"budget": most, "predicted_loss": allocation.predicted_loss}
+        if costs is not None:
+            result["budget_unit"] = costs.unit
+        if isinstance(costs, LatencyCosts):
+            result["cost_budget"] = costs.record(most, allocation.cost)
+            costs.costs.close()
     return Plan(
         method=method,
         structure=structure,
@@ -281,7 +305,7 @@ def compress(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     method: str = "taco",
-    keep: float | None = None,
+    keep: float | str | None = None,
     layers: int | list[int] | None = None,
     compression_ratio: float | None = None,
     calibration: str | Path | torch.Tensor | Calibration = "self",
@@ -297,6 +321,8 @@ def compress(
     workspace: Workspace | None = None,
     work_dir: str | Path | None = None,
     resume: bool = False,
+    max_overhead: float | None = None,
+    max_latency: str | float | None = None,
 ) -> tuple[PreTrainedModel, Plan]:
     """Compresses a language model.
 
@@ -308,7 +334,7 @@ def compress(
             (arXiv 2501.00339), "svd" (plain), "removal" (layers out, nothing in their place) or "bridge" (layers out,
             one low-rank map per run of them); or a published method to compare with (`baselines.BASELINES`), which
             with `keep` compresses all layers alike.
-        keep: share of all parameters that may remain; or
+        keep: share of all parameters that may remain, or bytes as text ("4.2GB"); or
         layers: number of redundant layers, or which ones; with
         compression_ratio: the paper's c for their matrices (default 0.7).
         calibration: "self" (text the model writes), a text file, "wikitext2", "c4", int64 tokens [samples, seq_len],
@@ -316,6 +342,10 @@ def compress(
         samples, seq_len, seed: number and length of calibration windows, and the seed of their draw.
         importance: how redundant layers are found: "bi", "angular" or "greedy".
         bridge_rank: rank of the bridges; default: all of them cost 0.3% of the layers that stay.
+        max_overhead: method "bridge": instead of a rank, what all bridges may cost over bare removal, in measured
+            time (0.003 is 0.3%), see `cost_budget`.
+        max_latency: method "taco": a budget of measured time instead of `keep`; a fraction of the dense model's
+            latency (0.8) or milliseconds per decoded token ("12.5ms").
         one_shot: paper method only: one pass over the dense model attributes all maps, instead of one pass per block
             on the model compressed so far.
         workspace: statistics of the dense model, to be shared by calls on the same model and calibration.
@@ -333,6 +363,8 @@ def compress(
         TacoError: anything wrong with the arguments, the model, the tokenizer or the text, before long work.
     """
     progress = progress or Silent()
+    share, keep_bytes = (None, None) if keep is None else parse_keep(keep)
+    budget = CostBudget(keep_bytes, max_overhead, max_latency)
     if work_dir is not None:
         check_work_directory(work_dir, resume)
         if workspace is not None:
@@ -343,7 +375,10 @@ def compress(
     if plan is None:  # what the arguments alone can tell, before calibration takes its time
         if method not in METHODS:
             raise TacoError(f"--method must be one of {', '.join(METHODS)}, got {method!r}.")
-        _count_and_ratio(architecture, method, keep, _how_many(layers), compression_ratio)
+        budget.check(method, share, layers, bridge_rank)
+        if max_latency is None:
+            part = share if keep_bytes is None else keep_bytes / weight_bytes(model)
+            _count_and_ratio(architecture, method, part, _how_many(layers), compression_ratio)
     store = None
     if work_dir is not None:
         arguments = {
@@ -359,6 +394,8 @@ def compress(
             "bridge_rank": bridge_rank,
             "one_shot": one_shot,
             "consistency": consistency,
+            "max_overhead": max_overhead,
+            "max_latency": max_latency,
             "plan": None if plan is None else hashlib.sha256(json.dumps(plan.to_dict()).encode()).hexdigest(),
         }
         with progress.step("looking at the weights"):
@@ -384,7 +421,7 @@ def compress(
             model,
             calibration,
             method,
-            keep,
+            share,
             layers,
             compression_ratio,
             importance,
@@ -394,6 +431,7 @@ def compress(
             one_shot,
             workspace,
             architecture,
+            budget,
         )
         if store is not None:
             store.put("plan", {}, plan.to_dict())

@@ -334,7 +334,9 @@ def test_bench_of_a_shape_writes_json_and_a_picture(
 
     monkeypatch.setattr(shapes, "shape_config", lambda name: CONFIGS["llama"]())
     arguments = ["bench", "--shape", "tiny", "--layers", "2", "--prompt", "4", "--decode", "2", "--rounds", "2"]
-    code, stdout, stderr = invoke(*arguments, "--save", tmp_path / "a.json", "--plot", tmp_path / "a.png", "--json")
+    code, stdout, stderr = invoke(
+        *arguments, "--bridge-rank", "4", "--save", tmp_path / "a.json", "--plot", tmp_path / "a.png", "--json"
+    )
     assert code == 0, stderr
     result = json.loads(stdout)
     assert result == json.loads((tmp_path / "a.json").read_text())

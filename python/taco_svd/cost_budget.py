@@ -1,0 +1,277 @@
+"""Budgets of measured time: a latency that a model must not exceed, an overhead that its bridges must not."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .allocation import bridge_structure
+from .architectures import Architecture, slice_config
+from .bench_runner import PHASES, Runner
+from .budget import Costs
+from .calibration import context_length
+from .device_costs import DeviceCosts
+from .errors import TacoError
+from .progress import Progress, Silent
+from .replacement import drop_layers, structural_copy
+from .structure import Structure
+
+# Of the overhead that is allowed, what the prediction may use: the rest covers what single calls do not show.
+SAFETY = 0.8
+PROMPT = 512
+
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def parse_keep(text: str | float) -> tuple[float | None, int | None]:
+    """(share, bytes), one of them None: ``0.8`` is a share of the parameters, ``4.2GB`` or ``900MiB`` are bytes.
+
+    Raises:
+        TacoError: neither.
+    """
+    if not isinstance(text, str):
+        return float(text), None
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", text)
+    if match and not match[2]:
+        return float(match[1]), None
+    if match and match[2].lower() in _UNITS:
+        return None, int(float(match[1]) * _UNITS[match[2].lower()])
+    raise TacoError(f"--keep takes a share of the parameters (0.8) or bytes (4.2GB, 900MiB), got {text!r}.")
+
+
+def parse_latency(text: str | float) -> tuple[float | None, float | None]:
+    """(fraction of the dense model's, seconds per decoded token), one of them None: ``0.8``, or ``12.5ms``.
+
+    Raises:
+        TacoError: neither, or not above zero.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(ms)?\s*", str(text))
+    if not match or float(match[1]) <= 0:
+        raise TacoError(
+            f"--max-latency takes a fraction of the dense model's (0.8) or milliseconds per decoded token (12.5ms), "
+            f"got {text!r}."
+        )
+    value = float(match[1])
+    if match[2]:
+        return None, value / 1e3
+    if value >= 1:
+        raise TacoError(f"--max-latency as a fraction must be below 1, got {text}; milliseconds are written {text}ms.")
+    return value, None
+
+
+def model_seconds(model: PreTrainedModel, phase: str, prompt: int, samples: int = 7) -> float:
+    """Median seconds of a decode step (batch 1, after `prompt` tokens) or of a prefill of `prompt` tokens."""
+    runner = Runner(model, "eager", 1, prompt, samples + 2, (phase,))
+    sample: Callable[[], float] = runner.prefill if phase == "prefill" else runner.decode
+    first = [sample() for _ in range(2)][-1]
+    # a sample of seconds is steady enough to need few of them
+    return statistics.median(sample() for _ in range(samples if first < 1 else 3))
+
+
+def without_layers(model: PreTrainedModel, gone: list[int]) -> PreTrainedModel:
+    """A structural copy of a dense model without some layers: same weights, no memory."""
+    bare = structural_copy(model)
+    depth = len(Architecture(bare).layers)
+    keep = [layer for layer in range(depth) if layer not in gone]
+    drop_layers(Architecture(bare), keep)
+    config, old = slice_config(model.config, keep), bare.config
+    for module in bare.modules():
+        if getattr(module, "config", None) is old:
+            module.config = config  # type: ignore[assignment]
+    return bare.eval()
+
+
+def prompt_length(model: PreTrainedModel, prompt: int = PROMPT) -> int:
+    """`prompt`, or what the model's context leaves room for."""
+    return max(1, min(prompt, context_length(model) - 16))
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Bridges whose predicted cost stays below a limit.
+
+    Attributes:
+        structure: with the rank that was chosen.
+        rank: of the bridges.
+        predicted: phase -> cost of all bridges over the latency of bare removal.
+        record: for the plan.
+    """
+
+    structure: Structure
+    rank: int
+    predicted: dict[str, float]
+    record: dict[str, Any]
+
+
+def bridges_within(
+    model: PreTrainedModel,
+    redundant: list[int],
+    max_overhead: float,
+    costs: DeviceCosts | None = None,
+    seconds: Callable[[PreTrainedModel, str, int], float] = model_seconds,
+    progress: Progress | None = None,
+) -> Overhead:
+    """The largest rank at which all bridges together cost at most `max_overhead` of the model with the layers removed.
+
+    Holds in prefill (512 tokens, or the context) and in decode after it, batch 1. The rank never exceeds the default
+    of `bridge_structure`: a bridge is to be small in memory as well.
+
+    Args:
+        model: dense, on the device that is measured.
+        redundant: layers that are taken out.
+        max_overhead: e.g. 0.003.
+
+    Raises:
+        TacoError: not between 0 and 1, or out of reach even at rank 1.
+    """
+    if not 0 < max_overhead < 1:
+        raise TacoError(f"--max-overhead must be above 0 and below 1 (0.003 is 0.3%), got {max_overhead}.")
+    architecture = Architecture(model)
+    widest = bridge_structure(architecture, redundant, None)
+    hidden, prompt = model.config.hidden_size, prompt_length(model)
+    if not widest.bridges:
+        return Overhead(widest, 0, dict.fromkeys(PHASES, 0.0), {"max_overhead": max_overhead})
+    costs = costs or DeviceCosts(model.device, model.dtype)
+    with (progress or Silent()).step("measuring what bridges cost") as report:
+        bare = without_layers(model, redundant)
+        whole = {}
+        for number, phase in enumerate(PHASES):
+            whole[phase] = seconds(bare, phase, prompt)
+            report(number + 1, len(PHASES) + 1)
+        rows = {"prefill": prompt, "decode": 1}
+        count, most = len(widest.bridges), widest.bridges[0].rank
+
+        def overhead(rank: int) -> dict[str, float]:
+            return {phase: count * costs.bridge(hidden, rank, rows[phase]) / whole[phase] for phase in PHASES}
+
+        fits = [rank for rank in _ranks_to_try(most) if max(overhead(rank).values()) <= SAFETY * max_overhead]
+        costs.close()
+    if not fits:
+        phase, least = max(overhead(1).items(), key=lambda entry: entry[1])
+        raise TacoError(
+            f"--max-overhead {max_overhead:.2%} is out of reach: {count} bridge{'s' * (count > 1)} of rank 1 cost "
+            f"{least:.2%} in {phase} here (the layers that stay take {whole[phase] * 1e3:.1f} ms); "
+            f"allow {least / SAFETY:.2%}, or take --method removal."
+        )
+    rank = max(fits)
+    predicted = overhead(rank)
+    record = {
+        "max_overhead": max_overhead,
+        "cost_model": dict(costs.key),
+        "predicted_overhead": predicted,
+        "prompt": prompt,
+    }
+    return Overhead(bridge_structure(architecture, redundant, rank), rank, predicted, record)
+
+
+def _ranks_to_try(most: int) -> list[int]:
+    """Up to 8 every rank, from there on multiples of 8."""
+    return [rank for rank in range(1, most + 1) if rank < 8 or rank % 8 == 0]
+
+
+class LatencyCosts(Costs):
+    """A budget of measured seconds per decoded token, batch 1.
+
+    The dense model and what its layers take are measured as they run; a factorised map changes that by the difference
+    between its own measured time and the dense map's.
+
+    Raises:
+        TacoError: taking layers out does not make this model faster here.
+    """
+
+    unit = "seconds"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        costs: DeviceCosts | None = None,
+        seconds: Callable[[PreTrainedModel, str, int], float] = model_seconds,
+        progress: Progress | None = None,
+    ) -> None:
+        self.costs = costs or DeviceCosts(model.device, model.dtype)
+        depth, prompt = len(Architecture(model).layers), prompt_length(model, 128)
+        gone = list(range(1, 1 + max(1, depth // 2)))
+        with (progress or Silent()).step("measuring the dense model") as report:
+            self.total: float = seconds(model, "decode", prompt)
+            report(1, 2)
+            fewer = seconds(without_layers(model, gone), "decode", prompt)
+            report(2, 2)
+        self.layer: float = (self.total - fewer) / len(gone)
+        if self.layer <= 0:
+            raise TacoError(
+                "A latency budget needs quieter timings: without half of its layers the model was measured no faster. "
+                "Stop what else runs on this machine, or give --keep."
+            )
+        self.prompt = prompt
+
+    def of_map(self, out_features: int, in_features: int, rank: int | None, pivoted: bool) -> float:
+        if rank is None:
+            return self.costs.linear(out_features, in_features)
+        return self.costs.low_rank(out_features, in_features, rank, pivoted)
+
+    def render(self, amount: float) -> str:
+        return f"{amount * 1e3:.3f} ms per token"
+
+    def budget(self, max_latency: str | float) -> float:
+        """Seconds per token that `max_latency` allows.
+
+        Raises:
+            TacoError: not readable, or no less than the dense model takes.
+        """
+        fraction, seconds = parse_latency(max_latency)
+        if seconds is None:
+            assert fraction is not None
+            return fraction * self.total
+        if seconds >= self.total:
+            raise TacoError(
+                f"--max-latency {seconds * 1e3:g}ms is met by the dense model: it takes {self.render(self.total)} here."
+            )
+        return seconds
+
+    def record(self, most: float, cost: float) -> dict[str, Any]:
+        """What the plan says of the budget."""
+        return {
+            "max_latency": most,
+            "cost_model": dict(self.costs.key),
+            "dense_latency": self.total,
+            "predicted_latency": cost,
+            "prompt": self.prompt,
+        }
+
+
+@dataclass(frozen=True)
+class CostBudget:
+    """What a budget asks for beside a share of parameters; everything None asks for nothing.
+
+    Attributes:
+        keep_bytes: bytes of all weights that may remain.
+        max_overhead: method "bridge": cost of all bridges over the latency of bare removal.
+        max_latency: method "taco": see `parse_latency`.
+    """
+
+    keep_bytes: int | None = None
+    max_overhead: float | None = None
+    max_latency: str | float | None = None
+
+    def check(self, method: str, keep: float | None, layers: Any, bridge_rank: int | None) -> None:
+        """Raises TacoError for budgets that contradict each other or the method; long work comes later."""
+        if self.max_overhead is not None:
+            if method != "bridge":
+                raise TacoError(
+                    "--max-overhead goes with --method bridge; --method taco takes --max-latency, or a --keep."
+                )
+            if bridge_rank is not None:
+                raise TacoError("Give --max-overhead or --bridge-rank, not both.")
+            if not 0 < self.max_overhead < 1:
+                raise TacoError(f"--max-overhead must be above 0 and below 1 (0.003 is 0.3%), got {self.max_overhead}.")
+        if self.max_latency is not None:
+            if method != "taco":
+                raise TacoError("--max-latency goes with --method taco.")
+            if keep is not None or self.keep_bytes is not None or layers is not None:
+                raise TacoError("--max-latency is a budget of its own: leave out --keep and --layers.")
+            parse_latency(self.max_latency)

@@ -1,0 +1,228 @@
+"""What linear maps, factors and bridges cost on the device at hand: measured once, kept in the user's cache, and read
+between measured ranks.
+
+Every time is that of a call whose weights come from memory, as they do inside a model, not from a cache. A bridge is
+timed after a product that has swept the caches, its Python code with them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+import taco_kernels
+
+from .bench import device_name
+from .budget import LEAST_SAVING, factor_parameters
+from .replacement import LowRankBridge
+
+FORMAT = 1
+# of one block that weights are cut from in turn: several times the last cache of common machines (L2 of a GPU)
+_BLOCK_BYTES = 256 << 20
+# what is swept between two calls of a bridge
+_SWEEP_BYTES = 96 << 20
+_SAMPLES, _SECONDS = 25, 0.4
+# on a GPU calls are queued: so many between two synchronisations
+_QUEUED = 20
+
+
+def cache_directory() -> Path:
+    """``TACO_CACHE_DIR``, else ``taco-kernels`` below ``XDG_CACHE_HOME`` or ``~/.cache``."""
+    named = os.environ.get("TACO_CACHE_DIR")
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "taco-kernels"
+
+
+class DeviceCosts:
+    """Seconds of single calls on one device, in one dtype, with torch's current number of threads.
+
+    Measures what it is asked for and has not seen; `save` keeps that for other processes. Results of other versions of
+    torch or of this package, of another thread count or device do not count.
+
+    Args:
+        directory: of the cache file; default `cache_directory()`.
+        measure: times one point, ``(op, out, in, rank, rows) -> seconds``; for tests.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        directory: Path | None = None,
+        measure: Callable[[str, int, int, int, int], float] | None = None,
+    ) -> None:
+        self.device, self.dtype = torch.device(device), dtype
+        self.key = {
+            "format": FORMAT,
+            "device": device_name(self.device),
+            "dtype": str(dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads() if self.device.type == "cpu" else 0,
+            "taco_kernels": taco_kernels.__version__,
+            "torch": str(torch.__version__),
+            "native": taco_kernels.native.module is not None,
+        }
+        digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
+        self.path = (directory or cache_directory()) / f"costs-{digest}.json"
+        self.seconds: dict[str, float] = self._load()
+        self._measure = measure or self._time
+        self._block: torch.Tensor | None = None
+        self._new = False
+
+    # -- asking ------------------------------------------------------------------------------------------------
+
+    def linear(self, out_features: int, in_features: int, rows: int = 1) -> float:
+        """A dense map of `rows` vectors."""
+        return self._point("linear", out_features, in_features, 0, rows)
+
+    def low_rank(self, out_features: int, in_features: int, rank: int, pivoted: bool, rows: int = 1) -> float:
+        """A factorised map; between measured ranks a straight line, never falling with the rank."""
+        op = "pivoted" if pivoted else "low_rank"
+        return self._between(op, out_features, in_features, rank, rows, self._ranks(out_features, in_features, pivoted))
+
+    def bridge(self, hidden: int, rank: int, rows: int = 1) -> float:
+        """A bridge, its module and the norm included."""
+        ranks = sorted({min(rank, hidden) for rank in (8, 32, 128, 512)})
+        return self._between("bridge", hidden, hidden, rank, rows, ranks)
+
+    @staticmethod
+    def _ranks(out_features: int, in_features: int, pivoted: bool) -> list[int]:
+        """Ranks to measure: where `factor_parameters` chooses this gauge and factors are smaller than the matrix."""
+        size = out_features * in_features
+        usable = [
+            rank
+            for rank in range(1, min(out_features, in_features) + 1)
+            if factor_parameters(out_features, in_features, rank)[1] == pivoted
+            and factor_parameters(out_features, in_features, rank)[0] <= (1 - LEAST_SAVING) * size
+        ]
+        if not usable:
+            return [1]
+        first, last = usable[0], usable[-1]
+        # multiples of 16 where there are any: other ranks can fall onto slow paths, and are not chosen either
+        found = {first + (last - first) * part // 4 for part in range(5)}
+        return sorted({max(first, rank - rank % 16) if rank >= 16 else rank for rank in found})
+
+    def _between(self, op: str, out_features: int, in_features: int, rank: int, rows: int, ranks: list[int]) -> float:
+        known = [self._point(op, out_features, in_features, point, rows) for point in ranks]
+        for index in range(1, len(known)):  # a larger rank moves more bytes: what says otherwise is noise
+            known[index] = max(known[index], known[index - 1])
+        if len(ranks) == 1:
+            return known[0]
+        right = next((index for index in range(1, len(ranks)) if ranks[index] >= rank), len(ranks) - 1)
+        (r0, r1), (t0, t1) = ranks[right - 1 : right + 1], known[right - 1 : right + 1]
+        return max(known[0] if rank >= ranks[0] else 0.0, t0 + (t1 - t0) * (rank - r0) / (r1 - r0))
+
+    def _point(self, op: str, out_features: int, in_features: int, rank: int, rows: int) -> float:
+        name = f"{op}/{out_features}x{in_features}/{rank}/{rows}"
+        if name not in self.seconds:
+            self.seconds[name] = self._measure(op, out_features, in_features, rank, rows)
+            self._new = True
+        return self.seconds[name]
+
+    # -- keeping -----------------------------------------------------------------------------------------------
+
+    def _load(self) -> dict[str, float]:
+        try:
+            data = json.loads(self.path.read_text(encoding="utf-8"))
+            if data["key"] != self.key:
+                return {}
+            found = {str(name): float(value) for name, value in data["seconds"].items()}
+            return found if all(0 < value < 3600 for value in found.values()) else {}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}  # absent or damaged: it is measured again
+
+    def save(self) -> None:
+        """Writes what was measured beside what another process has written meanwhile; harmless where it cannot."""
+        if not self._new:
+            return
+        content = {"key": self.key, "seconds": dict(sorted({**self._load(), **self.seconds}.items()))}
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.path.with_suffix(f".{os.getpid()}.partial")
+            partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            partial.replace(self.path)
+            self._new = False
+
+    def close(self) -> None:
+        """Saves, and gives the block of weights back."""
+        self.save()
+        self._block = None
+
+    # -- measuring ---------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _time(self, op: str, out_features: int, in_features: int, rank: int, rows: int) -> float:
+        x = torch.randn(rows, in_features, device=self.device).to(self.dtype)
+        if op == "linear":
+            weights = self._pieces(out_features * in_features)
+            return self._median(lambda: functional.linear(x, next(weights).view(out_features, in_features)))
+        if op == "bridge":
+            return self._time_bridge(in_features, rank, rows)
+        columns = in_features - rank if op == "pivoted" else in_features
+        split, total = rank * columns, rank * (columns + out_features)
+        weights = self._pieces(total)
+        pivot = torch.randperm(in_features).to(torch.int32).to(self.device)
+
+        def call() -> torch.Tensor:
+            piece = next(weights)
+            v, u = piece[:split].view(rank, columns), piece[split:].view(out_features, rank)
+            if op == "pivoted":
+                return taco_kernels.pivoted_low_rank_linear(x, v, u, pivot)
+            return taco_kernels.low_rank_linear(x, v, u)
+
+        return self._median(call)
+
+    def _time_bridge(self, hidden: int, rank: int, rows: int) -> float:
+        h = torch.randn(1, rows, hidden, device=self.device).to(self.dtype)
+        bridges = []
+        for _ in range(4):
+            bridge = LowRankBridge(hidden, rank, True, 1e-6, device=self.device, dtype=self.dtype)
+            bridges.append(bridge.requires_grad_(False).eval())
+        size = _SWEEP_BYTES // self.dtype.itemsize // hidden
+        sweep, vector = next(self._pieces(size * hidden)).view(size, hidden), h[0, :1]
+        count = iter(range(1 << 30))
+        return self._median(
+            lambda: bridges[next(count) % 4](h),
+            before=(lambda: functional.linear(vector, sweep)) if self.device.type == "cpu" else None,
+        )
+
+    def _pieces(self, numbers: int) -> Iterator[torch.Tensor]:
+        """Pieces of `numbers` weights, another one each time, no end."""
+        least = max(_BLOCK_BYTES // self.dtype.itemsize, 2 * numbers)
+        if self._block is None or self._block.numel() < least:
+            self._block = None
+            part = torch.randn(1 << 20, device=self.device).mul_(0.02).to(self.dtype)
+            self._block = part.repeat(-(-least // part.numel()))
+        count, index = self._block.numel() // numbers, 0
+        while True:
+            yield self._block[index * numbers : (index + 1) * numbers]
+            index = (index + 1) % count
+
+    def _median(self, call: Callable[[], Any], before: Callable[[], Any] | None = None) -> float:
+        on_gpu = self.device.type == "cuda"
+        for _ in range(2):
+            call()
+        times: list[float] = []
+        began = time.perf_counter()
+        while len(times) < 5 or (len(times) < _SAMPLES and time.perf_counter() - began < _SECONDS):
+            if before is not None:
+                before()
+            if on_gpu:
+                torch.cuda.synchronize(self.device)
+            start = time.perf_counter()
+            for _ in range(_QUEUED if on_gpu else 1):
+                call()
+            if on_gpu:
+                torch.cuda.synchronize(self.device)
+            times.append((time.perf_counter() - start) / (_QUEUED if on_gpu else 1))
+        return statistics.median(times)
