@@ -24,6 +24,8 @@ from .errors import TacoError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# Numbers that are looked at at once.
+BLOCK = 1 << 22
 # <linux/mman.h>: give pages back to the system; a written page is never lost by it
 MADV_PAGEOUT = 21
 
@@ -78,6 +80,10 @@ def load_mapped(directory: str | Path, dtype: str | torch.dtype = "auto") -> Pre
         model.generation_config = GenerationConfig.from_pretrained(directory)
     model.config._name_or_path = str(directory)
     model.taco_mapped = True  # type: ignore[assignment]
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            for layer in module:
+                layer.register_forward_hook(_page_out_after)
     return model.eval()
 
 
@@ -168,6 +174,26 @@ def _advise() -> Callable[[int, int, int], int] | None:
     return found
 
 
+_held = 0
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """While open, layers keep their pages when they have run: the caller runs them again, and calls `page_out`."""
+    global _held
+    _held += 1
+    try:
+        yield
+    finally:
+        _held -= 1
+
+
+def _page_out_after(layer: nn.Module, _: object, __: object) -> None:
+    """A whole forward pass must not leave the whole model in memory."""
+    if not _held:
+        page_out(layer)
+
+
 def page_out(module: nn.Module) -> None:
     """Gives the pages of a module's CPU parameters back to the system; they are read again when they are used.
 
@@ -194,8 +220,9 @@ def not_finite(model: nn.Module) -> str | None:
     """The name of the first parameter with NaN or infinite values, None where there is none; reads each once."""
     mapped = is_mapped(model)
     for name, parameter in model.named_parameters():
-        # a sum propagates NaN and inf without a mask the size of the weight
-        finite = bool(torch.isfinite(parameter.detach().sum(dtype=torch.float64)))
+        # a sum propagates NaN and inf; in blocks, for torch makes a float64 copy of what it sums
+        blocks = parameter.detach().reshape(-1).split(BLOCK)
+        finite = all(bool(torch.isfinite(block.sum(dtype=torch.float64))) for block in blocks)
         if mapped:
             page_out_tensor(parameter)
         if not finite:

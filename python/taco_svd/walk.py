@@ -16,6 +16,7 @@ from torch import nn
 
 from .architectures import Architecture, LinearSite, linear_shape
 from .calibration import embedding_weight
+from .mapped import held
 from .suffix import _Enough, _hidden_argument, explicit_attention, forward_replaced
 
 # site, its input [batch, tokens, in], its output [batch, tokens, out]
@@ -99,7 +100,8 @@ class Walk:
     def call(self, layer: nn.Module, index: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         """As `run`, but gradients flow if they are enabled, and `attention` is the caller's matter."""
         args, kwargs = self._calls[batch][index]
-        output: Any = layer(hidden, *args, **kwargs)
+        with held():  # whoever walks runs the layer for every batch
+            output: Any = layer(hidden, *args, **kwargs)
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result
 

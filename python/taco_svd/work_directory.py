@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .errors import DiskFullError, TacoError
-from .mapped import is_mapped, page_out_tensor
+from .mapped import BLOCK, is_mapped, page_out_tensor
 from .store import INDEX, Store
 
 RUN = "run"
@@ -88,16 +88,14 @@ def finished_steps_kept(path: Path) -> Iterator[None]:
 def weights_digest(model: PreTrainedModel) -> str:
     """A hash of the names, shapes, dtypes and contents of a model's parameters.
 
-    Contents enter as two sums per parameter: telling models apart needs no more, and reads each weight once.
+    Contents enter as sums of blocks: telling models apart needs no more, and reads each weight once.
     """
     found = hashlib.sha256()
     for name, parameter in model.named_parameters():
         values = parameter.detach()
-        rows = values.flatten(1) if values.dim() > 1 else values[:, None] if values.dim() else values.view(1, 1)
-        per_row = rows.sum(1, dtype=torch.float64)
-        weighted = (per_row * torch.arange(1, len(per_row) + 1, device=per_row.device)).sum()
         found.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
-        found.update(struct.pack("<dd", float(per_row.sum()), float(weighted)))
+        for block in values.reshape(-1).split(BLOCK):
+            found.update(struct.pack("<d", float(block.sum(dtype=torch.float64))))
         if is_mapped(model):
             page_out_tensor(values)
     return found.hexdigest()
