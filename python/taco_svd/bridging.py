@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from .decomposition import damped, weighted_svd
+from .team import Team
 
 RIDGE = 1e-3
 
@@ -43,6 +44,13 @@ class BridgeMoments:
             self.xx = self.xx + sums[2]
             self.dx = self.dx + sums[3]
         self.tokens += h.shape[0]
+
+    def sum_over(self, team: Team) -> None:
+        """Adds up what the processes of a team have gathered."""
+        for sums in (self.sum_x, self.sum_d, self.xx, self.dx):
+            assert sums is not None
+            team.sum_(sums)
+        self.tokens = round(team.sum(self.tokens))
 
 
 def fit_bridge(

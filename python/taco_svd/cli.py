@@ -115,10 +115,15 @@ def compress(
     from .errors import TacoError
     from .plan import Plan
     from .report import info_table
+    from .team import Team
     from .work_directory import check_work_directory, finished_steps_kept
 
     check_output(out, force)
+    team = Team.from_environment(device)
+    as_json = as_json or team.rank > 0
     work_dir = work_dir or out.with_name(f"{out.name}.work")
+    if team.rank > 0:
+        work_dir = work_dir.with_name(f"{work_dir.name}.{team.rank}")
     check_work_directory(work_dir, resume)
     loaded_plan = Plan.load(plan) if plan is not None else None
     if loaded_plan is None and keep is None and layers is None and max_latency is None:
@@ -151,11 +156,17 @@ def compress(
                 max_latency=max_latency,
                 work_dir=work_dir,
                 resume=resume,
+                team=team,
             )
-            save_compressed(compressed, made, out, tokenizer, force)
+            if team.rank == 0:
+                save_compressed(compressed, made, out, tokenizer, force)
+            # whoever is first must not take its finished steps away before the model is there
+            team.all(True)
     except KeyboardInterrupt as stop:  # typer would end with no word
         errors.print(f"taco-svd: stopped; {stop or 'nothing was written.'}")
         raise typer.Exit(130) from stop
+    if team.rank > 0:
+        return
     if as_json:
         _print_json(describe(out))
     else:

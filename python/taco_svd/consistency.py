@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .team import Team
+
 # Ridge strengths that are tried, as multiples of the inputs' mean second moment.
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 # Above this many features the moments are kept in float32: two float64 matrices would be larger than the layer.
@@ -46,6 +48,13 @@ class FitMoments:
         self.es = es if self.es is None else self.es.add_(es)
         self.ee += float(e.square().sum(dtype=torch.float64))
         self.tokens += s.shape[0]
+
+    def sum_over(self, team: Team) -> None:
+        """Adds up what the processes of a team have gathered."""
+        assert self.ss is not None and self.es is not None
+        team.sum_(self.ss)
+        team.sum_(self.es)
+        self.ee, self.tokens = team.sum(self.ee), round(team.sum(self.tokens))
 
     def error_with(self, change: torch.Tensor | None) -> float:
         """Mean |e - D s|^2 per token for a change D [out, in], or mean |e|^2 without one."""

@@ -14,5 +14,13 @@ class UnsupportedModelError(TacoError):
     """The model's structure is not one that layers can be taken out of; the message says what was found."""
 
 
-class DiskFullError(TacoError):
-    """There is no space left; what was finished before is kept."""
+class StoppedError(TacoError):
+    """Work stopped for a reason outside of it; what was finished before is kept."""
+
+
+class DiskFullError(StoppedError):
+    """There is no space left."""
+
+
+class LostProcessError(StoppedError):
+    """Another process of the same run is gone, or did not answer in time."""

@@ -13,6 +13,7 @@ import torch
 from .architectures import Architecture
 from .mapped import is_mapped, page_out
 from .suffix import SuffixRunner, forward_replaced
+from .team import Team
 from .walk import Walk
 
 MEASURES = ("bi", "angular", "greedy")
@@ -36,16 +37,20 @@ class LayerImportance:
     order: tuple[int, ...]
 
 
-def block_influence(runner: SuffixRunner, progress: Progress | None = None) -> list[float]:
+def block_influence(runner: SuffixRunner, progress: Progress | None = None, team: Team | None = None) -> list[float]:
     """BI_i = mean over tokens of 1 - cos(h_i, h_{i+1}), h_i entering layer i (ShortGPT, arXiv 2403.03853, eq. 1)."""
     sums = []
     for before, after in _streams(runner, progress):
         cosines = [torch.cosine_similarity(h.float(), h2.float(), dim=-1) for h, h2 in zip(before, after, strict=True)]
         sums.append(sum(float((1 - cosine).double().sum()) for cosine in cosines))
-    return [total / (runner.samples * runner.seq_len) for total in sums]
+    team = team or Team()
+    tokens = team.sum(runner.samples * runner.seq_len)
+    return [team.sum(total) / tokens for total in sums]
 
 
-def angular_distances(runner: SuffixRunner, length: int, progress: Progress | None = None) -> list[float]:
+def angular_distances(
+    runner: SuffixRunner, length: int, progress: Progress | None = None, team: Team | None = None
+) -> list[float]:
     """d_i = mean over windows of arccos(cos(h_i, h_{i+length})) / pi at the last token (arXiv 2403.17887, eq. 7).
 
     One value per start i of a run of `length` layers.
@@ -58,8 +63,10 @@ def angular_distances(runner: SuffixRunner, length: int, progress: Progress | No
     distances = []
     for start in range(len(last) - length):
         cosine = torch.cosine_similarity(last[start], last[start + length], dim=-1)
-        distances.append(float(torch.arccos(cosine.clamp(-1, 1)).sum()) / math.pi / runner.samples)
-    return distances
+        distances.append(float(torch.arccos(cosine.clamp(-1, 1)).sum()) / math.pi)
+    team = team or Team()
+    samples = team.sum(runner.samples)
+    return [team.sum(total) / samples for total in distances]
 
 
 def _streams(
@@ -120,14 +127,19 @@ def greedy_removal(runner: SuffixRunner, count: int, progress: Progress | None =
     return removed, scores
 
 
-def rank_layers(runner: SuffixRunner, measure: str, count: int, progress: Progress | None = None) -> LayerImportance:
-    """Orders layers from the most redundant on, by one of `MEASURES`; `count` is how many will be taken."""
+def rank_layers(
+    runner: SuffixRunner, measure: str, count: int, progress: Progress | None = None, team: Team | None = None
+) -> LayerImportance:
+    """Orders layers from the most redundant on, by one of `MEASURES`; `count` is how many will be taken.
+
+    With a `team` the runner has this process's windows ("greedy": all of them).
+    """
     depth = len(runner.architecture.layers)
     if measure == "bi":
-        scores = block_influence(runner, progress)
+        scores = block_influence(runner, progress, team)
         return LayerImportance(measure, tuple(scores), tuple(sorted(range(depth), key=lambda layer: scores[layer])))
     if measure == "angular":
-        distances = angular_distances(runner, count, progress)
+        distances = angular_distances(runner, count, progress, team)
         start = min(range(len(distances)), key=lambda index: distances[index])
         # a layer's score: the best run that it is part of
         scores = [

@@ -37,6 +37,7 @@ class LayerwisePass:
         store: where hidden states and gradients between layers are kept; entries are named after `name`.
         name: tells passes over different sets apart.
         batch_tokens: at most this many tokens are run at once (never less than one window).
+        samples: windows of the whole set whose mean loss is meant, where `tokens` are a part of it.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class LayerwisePass:
         store: Store,
         name: str = "pass",
         batch_tokens: int | None = None,
+        samples: int | None = None,
     ) -> None:
         self.architecture, self.tokens, self.store, self.name = architecture, tokens, store, name
         self.device = embedding_weight(architecture.model).device
@@ -54,6 +56,7 @@ class LayerwisePass:
         rows = max(1, batch_tokens // tokens.shape[1])
         self.walk = Walk(architecture, tokens.split(rows), explicit_attention=True)
         self.depth = len(architecture.layers)
+        self._samples = samples or len(tokens)
         self._mapped = is_mapped(architecture.model)
 
     def backward(
@@ -80,7 +83,7 @@ class LayerwisePass:
             lowest = min(site.layer for site in sites)
         model = self.architecture.model
         # a float16 gradient of the mean over all tokens would be subnormal; what is handed out has the factor taken out
-        scale = float(self.tokens.numel()) if model.dtype == torch.float16 else 1.0
+        scale = float(self._samples * self.tokens.shape[1]) if model.dtype == torch.float16 else 1.0
         was_training = model.training
         frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
         total = (self.depth - lowest) * 2
@@ -136,7 +139,7 @@ class LayerwisePass:
             h = hidden.requires_grad_(True)
             tokens = self.walk.batches[batch].to(self.device)
             with torch.enable_grad():
-                loss = next_token_loss(self.walk.logits(batch, h), tokens, len(tokens) / len(self.tokens))
+                loss = next_token_loss(self.walk.logits(batch, h), tokens, len(tokens) / self._samples)
                 (gradient,) = torch.autograd.grad(loss * scale, h)
             found.append(gradient)
         return found

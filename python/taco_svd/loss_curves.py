@@ -23,6 +23,7 @@ from .factorise import put_factors
 from .mapped import is_mapped, page_out
 from .progress import Report
 from .store import Store
+from .team import Team
 from .walk import Walk
 
 # Ranks that are measured, as shares of the full rank: the curve is bent most where few directions stay.
@@ -111,6 +112,7 @@ class CurveMeasurement:
         decompose: (map, rank) -> its decomposition with at least that many directions. Called once per measured map.
         spectrum: map -> all its weighted singular values.
         shares: ranks to measure, as shares of the full rank.
+        team: every process measures its share of the changes.
     """
 
     def __init__(
@@ -121,7 +123,9 @@ class CurveMeasurement:
         spectrum: Callable[[LinearSite], torch.Tensor],
         store: Store | None = None,
         shares: Sequence[float] = MEASURED_SHARES,
+        team: Team | None = None,
     ) -> None:
+        self.team = team or Team()
         self.architecture, self.decompose, self.spectrum, self.shares = architecture, decompose, spectrum, shares
         self.store = store or Store()
         self.depth = len(architecture.layers)
@@ -203,10 +207,13 @@ class CurveMeasurement:
             module = self.architecture.layers[layer]
             changes = [self._higher(change, module, layer) for change in changes]
             if layer <= last:
-                for site in [site for site in sites if site.layer == layer]:
-                    made, spectra[site] = self._changed(site, stream, layer in measured)
-                    changes += made
-                changes.append(_Change(None, layer, 0, stream))
+                here = [site for site in sites if site.layer == layer]
+                for number, site in enumerate(here):
+                    if self.team.deals(number):
+                        made, spectra[site] = self._changed(site, stream, layer in measured)
+                        changes += made
+                if self.team.deals(len(here)):
+                    changes.append(_Change(None, layer, 0, stream))
                 stream = [self.walk.run(module, layer, batch, hidden) for batch, hidden in enumerate(stream)]
             if self._mapped:
                 page_out(module)
@@ -218,6 +225,12 @@ class CurveMeasurement:
                 removal[change.layer] = loss
             else:
                 points.setdefault(change.site, []).append((change.rank, loss))
+        for other_points, other_removal, other_spectra in self.team.gather(
+            (points, removal, {site: sigma.cpu() for site, sigma in spectra.items()})
+        ):
+            points |= other_points
+            removal |= other_removal
+            spectra |= other_spectra
         return points, removal, spectra
 
     def _higher(self, change: _Change, module: nn.Module, layer: int) -> _Change:

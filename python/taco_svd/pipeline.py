@@ -37,11 +37,14 @@ from .modeling import CompressedModel, as_compressed
 from .plan import METHODS, Plan
 from .progress import Progress, Silent
 from .replacement import drop_layers, structural_copy
-from .sequential import held_out_windows
+from .sequential import HELD_OUT_SHARE, held_out_windows
 from .suffix import SuffixRunner
 from .taco import BRIDGE_GRADIENT_DAMPING, GRADIENT_DAMPING, INPUT_DAMPING, Analysis, build_upwards
+from .team import Team
 from .work_directory import check_work_directory, open_run, weights_digest
 
+# What several processes can do together.
+TEAM_METHODS = ("taco", "bridge", "removal")
 # Greedy removal runs the set once per candidate: a part of it orders the layers as well.
 GREEDY_SAMPLES = 16
 
@@ -129,9 +132,11 @@ def make_plan(
         measured = {"measure": "cosine distance of runs", "scores": distances}
     else:
         importance = (baseline and baseline.importance) or importance
-        tokens = calibration.tokens[:GREEDY_SAMPLES] if importance == "greedy" else calibration.tokens
+        tokens = workspace.team.windows(calibration.tokens)
+        if importance == "greedy":  # one loss decides after the other: every process finds the same
+            tokens = calibration.tokens[:GREEDY_SAMPLES]
         with progress.step(f"layer importance ({importance})") as report:
-            ranking = rank_layers(SuffixRunner(architecture, tokens, 0), importance, count, report)
+            ranking = rank_layers(SuffixRunner(architecture, tokens, 0), importance, count, report, workspace.team)
         redundant, measured = sorted(ranking.order[:count]), dataclasses.asdict(ranking)
     options: dict[str, Any] = {}
     result: dict[str, Any] = {}
@@ -266,7 +271,7 @@ def apply_plan(
 
 def _analysis(workspace: Workspace, model: PreTrainedModel, calibration: Calibration) -> Analysis:
     """Taco mode's statistics of the dense model, shared like those of the baselines."""
-    return workspace.keep("taco", lambda: Analysis(model, calibration, workspace.store))
+    return workspace.keep("taco", lambda: Analysis(model, calibration, workspace.store, workspace.team))
 
 
 def _carry_out(
@@ -323,6 +328,7 @@ def compress(
     resume: bool = False,
     max_overhead: float | None = None,
     max_latency: str | float | None = None,
+    team: Team | None = None,
 ) -> tuple[PreTrainedModel, Plan]:
     """Compresses a language model.
 
@@ -355,6 +361,8 @@ def compress(
             an interruption and gives the same bits. The compressed model's factors are mapped from its files: delete
             it once the model is saved (`taco-svd compress` does both).
         resume: goes on from what `work_dir` has.
+        team: the processes that do this together (methods taco, bridge and removal), each with a `work_dir` of its
+            own; all return the same model.
 
     Returns:
         (compressed model, plan); save with `taco_svd.save_compressed` or the model's `save_pretrained`.
@@ -365,6 +373,9 @@ def compress(
     progress = progress or Silent()
     share, keep_bytes = (None, None) if keep is None else parse_keep(keep)
     budget = CostBudget(keep_bytes, max_overhead, max_latency)
+    team = team or Team()
+    if team.size > 1 and (method if plan is None else plan.method) not in TEAM_METHODS:
+        raise TacoError(f"Several processes work on --method {', '.join(TEAM_METHODS)} only; start one for {method}.")
     if work_dir is not None:
         check_work_directory(work_dir, resume)
         if workspace is not None:
@@ -400,18 +411,27 @@ def compress(
         }
         with progress.step("looking at the weights"):
             run = {**arguments, "weights": weights_digest(model), "versions": _versions()}
-        store = open_run(work_dir, run, resume)
+        run["processes"] = team.size
+        store = open_run(work_dir, run, resume, team)
         if "calibration" in store:
             kept = store.note("calibration")
             calibration = Calibration(store.get("calibration")["tokens"], kept["source"], kept["seed"])
     if not isinstance(calibration, Calibration):
         with progress.step("calibration text") as report:
-            calibration = load_calibration(calibration, model, tokenizer, samples, seq_len, seed, report)
+            if team.rank == 0:
+                calibration = load_calibration(calibration, model, tokenizer, samples, seq_len, seed, report)
+        calibration = team.broadcast(calibration)
+        assert isinstance(calibration, Calibration)
+    if team.size > 1 and len(calibration.tokens) < HELD_OUT_SHARE * team.size:
+        raise TacoError(
+            f"{team.size} processes need at least {HELD_OUT_SHARE * team.size} calibration windows, there are "
+            f"{len(calibration.tokens)}."
+        )
     if store is not None and "calibration" not in store:
         note = {"source": calibration.source, "seed": calibration.seed}
         store.put("calibration", {"tokens": calibration.tokens}, note)
     if workspace is None:
-        workspace = Workspace(model, calibration, store)
+        workspace = Workspace(model, calibration, store, team)
     elif not workspace.is_for(model, calibration):
         raise TacoError("The workspace belongs to another model or another calibration set.")
     if plan is None and store is not None and "plan" in store:
@@ -433,6 +453,8 @@ def compress(
             architecture,
             budget,
         )
+        plan = team.broadcast(plan)  # measured costs differ from process to process
+        assert plan is not None
         if store is not None:
             store.put("plan", {}, plan.to_dict())
     compressed, record = _carry_out(model, plan, calibration, progress, workspace)

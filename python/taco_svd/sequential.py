@@ -17,7 +17,7 @@ from torch import nn
 
 from .architectures import Architecture, LinearSite, dense_weight
 from .bridging import BridgeMoments, fit_bridge
-from .built import restore_layer, save_layer, with_own_parameters
+from .built import empty_factors, restore_layer, save_layer, with_own_parameters
 from .consistency import FitMoments, refit
 from .decomposition import Decomposition, damped, weighted_svd
 from .divergence import kl_per_token
@@ -25,24 +25,28 @@ from .factorise import put_factors
 from .mapped import is_mapped, page_out
 from .memory import release
 from .progress import Report
-from .replacement import LowRankBridge, attach_bridge
+from .replacement import LowRankBridge, LowRankLinear, attach_bridge
 from .store import Store
 from .structure import BridgeSpec, Structure
+from .team import Team
 from .walk import Walk, residual_writers, watching
 
 # One window in eight, and at least one, is kept from the fits to judge them.
 HELD_OUT_SHARE = 8
 
 
-def split_held_out(tokens: torch.Tensor, batch_tokens: int = 4096) -> tuple[list[torch.Tensor], int]:
+def split_held_out(
+    tokens: torch.Tensor, batch_tokens: int = 4096, team: Team | None = None
+) -> tuple[list[torch.Tensor], int]:
     """(batches, how many of them, from the end, are held out) of calibration windows [samples, seq_len].
 
-    A single window cannot be split: then nothing is held out.
+    A single window cannot be split: then nothing is held out. Of both kinds a `team`'s process gets its share.
     """
+    team = team or Team()
     rows = max(1, batch_tokens // tokens.shape[1])
     kept_back = held_out_windows(tokens)
-    fit = list(tokens[: len(tokens) - len(kept_back)].split(rows))
-    last = list(kept_back.split(rows)) if len(kept_back) else []
+    fit = list(team.windows(tokens[: len(tokens) - len(kept_back)]).split(rows))
+    last = list(team.windows(kept_back).split(rows)) if len(kept_back) else []
     return fit + last, len(last)
 
 
@@ -67,6 +71,7 @@ class UpwardPass:
         input_damping: shrinkage of the inputs' second moments.
         with_refit: whether maps that stay, and those that are factorised, are re-fitted (`consistency`).
         store: keeps every finished layer; those that it has are taken from there.
+        team: every process fits on its share of the windows and decomposes its share of the maps.
     """
 
     def __init__(
@@ -80,11 +85,13 @@ class UpwardPass:
         input_damping: float,
         with_refit: bool = True,
         store: Store | None = None,
+        team: Team | None = None,
     ) -> None:
+        self.team = team or Team()
         self.dense, self.working, self.structure = dense, working, structure
         self.gradients, self.bridge_gradients = gradients, bridge_gradients
         self.input_damping = input_damping
-        batches, held = split_held_out(tokens)
+        batches, held = split_held_out(tokens, team=self.team)
         self.walk = Walk(dense, batches)
         self.fit_batches = range(len(batches) - held)
         self.held_batches = range(len(batches) - held, len(batches))
@@ -162,6 +169,7 @@ class UpwardPass:
                 dense, compressed = (self.walk.logits(batch, stream[batch], part) for stream in (truth, ours))
                 total += float(kl_per_token(dense, compressed).double().mean())
                 windows += 1
+        total, windows = self.team.sum(total), round(self.team.sum(windows))
         return total / windows if windows else None
 
     # -- one layer ---------------------------------------------------------------------------------------------
@@ -234,8 +242,38 @@ class UpwardPass:
                         moments[site] = FitMoments()
                 if owner[site] == site:
                     moments[site].add(inputs, inputs[..., :0])
-        for site in sites:
-            self._truncate(site, dense_weight(self.working.module(site)), moments[owner[site]].second_moment())
+        for shared in moments.values():
+            shared.sum_over(self.team)
+        for number, site in enumerate(sites):
+            if self.team.deals(number):
+                self._truncate(site, dense_weight(self.working.module(site)), moments[owner[site]].second_moment())
+        for number, site in enumerate(sites):
+            self._hand_over(site, number % self.team.size)
+
+    def _hand_over(self, site: LinearSite, owner: int) -> None:
+        """Gives the module that one process has put in a map's place to the others."""
+        if self.team.size == 1:
+            return
+        module = self.working.module(site)
+        changed = isinstance(module, LowRankLinear) or any(
+            mine.data_ptr() != theirs.data_ptr()
+            for mine, theirs in zip(module.parameters(), self.dense.module(site).parameters(), strict=True)
+        )
+        if not self.team.broadcast(changed, owner):
+            return
+        if self.team.rank != owner:
+            rank = self._rank(site)
+            device = dense_weight(self.dense.module(site)).device
+            if rank is not None:
+                pivoted = self.structure.is_pivoted(site.layer, site.path)
+                module = empty_factors(module, rank, pivoted, "meta").to_empty(device=device)
+            else:
+                module = with_own_parameters(self.dense.module(site))
+                for name, parameter in list(module.named_parameters()):
+                    setattr(module, name, nn.Parameter(torch.empty_like(parameter), parameter.requires_grad))
+            self.working.replace(site, module)
+        for tensor in [*module.parameters(), *module.buffers()]:
+            self.team.broadcast_(tensor.detach(), owner)
 
     def _truncate(self, site: LinearSite, weight: torch.Tensor, inputs: torch.Tensor) -> None:
         rank = self._rank(site)
@@ -258,6 +296,19 @@ class UpwardPass:
             reached = out - seen[mlp][1].view_as(out) if mlp is not None and mlp != writer else out
             moments = fit if batch in self.fit_batches else held_out
             moments.add(seen[writer][0], target[batch].float() - reached.float())
+        fit.sum_over(self.team)
+        held_out.sum_over(self.team)
+        found = None
+        if self.team.rank == 0:
+            found = self._change_by(writer, fit, held_out, affine)
+        self._hand_over(writer, 0)
+        record = self.team.broadcast(found)
+        assert record is not None
+        self.records.append(record)
+
+    def _change_by(self, writer: LinearSite, fit: FitMoments, held_out: FitMoments, affine: bool) -> dict[str, Any]:
+        """Re-fits the map by its moments and factorises it where the plan says so; returns the record of it."""
+        module = self.working.module(writer)
         found = refit(fit, held_out)
         weight = dense_weight(module).detach().float()
         if found.change is not None:
@@ -265,16 +316,14 @@ class UpwardPass:
             weight = weight + change[:, : weight.shape[1]]
             self._change(writer, weight, change[:, -1] if affine else None)
         self._truncate(writer, weight, fit.second_moment())
-        self.records.append(
-            {
-                "layer": writer.layer,
-                "path": writer.path,
-                "before": found.before,
-                "after": found.after,
-                "adopted": found.change is not None,
-                "ridge": found.ridge,
-            }
-        )
+        return {
+            "layer": writer.layer,
+            "path": writer.path,
+            "before": found.before,
+            "after": found.after,
+            "adopted": found.change is not None,
+            "ridge": found.ridge,
+        }
 
     def _change(self, site: LinearSite, weight: torch.Tensor, bias_change: torch.Tensor | None) -> None:
         """Gives a map a new weight [out, in] (and bias) of its own: the one it has belongs to the dense model too."""
@@ -294,17 +343,21 @@ class UpwardPass:
         moments = BridgeMoments(spec.eps)
         for batch in self.fit_batches:
             moments.add(ours[batch], leaving[batch])
-        u, v, bias = fit_bridge(moments, spec.rank, self.bridge_gradients.get(run_end))
+        moments.sum_over(self.team)
         module = self.working.layers[layer]
         like = next(module.parameters())
-        bridge = LowRankBridge(u.shape[0], spec.rank, spec.bias, spec.eps, device="meta", dtype=like.dtype).to_empty(
-            device=like.device
-        )
-        with torch.no_grad():
-            bridge.u.copy_(u)
-            bridge.v.copy_(v)
-            if bridge.bias is not None:
-                bridge.bias.copy_(bias)
+        bridge = LowRankBridge(
+            ours[0].shape[-1], spec.rank, spec.bias, spec.eps, device="meta", dtype=like.dtype
+        ).to_empty(device=like.device)
+        if self.team.rank == 0:
+            u, v, bias = fit_bridge(moments, spec.rank, self.bridge_gradients.get(run_end))
+            with torch.no_grad():
+                bridge.u.copy_(u)
+                bridge.v.copy_(v)
+                if bridge.bias is not None:
+                    bridge.bias.copy_(bias)
+        for parameter in bridge.parameters():
+            self.team.broadcast_(parameter.detach(), 0)
         attach_bridge(module, bridge)
 
     def _note_drift(self, layer: int, truth: list[torch.Tensor], ours: list[torch.Tensor]) -> None:
@@ -312,6 +365,7 @@ class UpwardPass:
         batches = self.held_batches or self.fit_batches
         difference = sum(float((ours[b].double() - truth[b].double()).square().sum()) for b in batches)
         size = sum(float(truth[b].double().square().sum()) for b in batches)
+        difference, size = self.team.sum(difference), self.team.sum(size)
         self.drift.append({"layer": layer, "relative_error": difference / size if size else 0.0})
 
 

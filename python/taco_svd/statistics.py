@@ -10,6 +10,7 @@ import torch
 import taco_kernels
 
 from .architectures import LinearSite
+from .team import Team
 
 
 class SecondMoments:
@@ -58,6 +59,13 @@ class SecondMoments:
         """E[g g^T] of a site: a new tensor [out, out], float32 (g: gradient of the set's mean loss, per token)."""
         return taco_kernels.second_moment_dense(self._gradients[site]).div_(self._tokens[self._owner[site]])
 
+    def sum_over(self, team: Team) -> None:
+        """Adds up what the processes of a team have gathered, each from its own windows."""
+        for moments in (self._inputs, self._gradients):
+            for site in sorted(moments, key=lambda site: site.name):
+                team.sum_(moments[site])
+        self._tokens = {site: round(team.sum(count)) for site, count in sorted(self._tokens.items(), key=_by_name)}
+
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """(tensors, note) from which `of_state` makes the moments again; the note is what JSON can hold."""
         tensors = {f"inputs.{site.name}": value for site, value in self._inputs.items()}
@@ -80,6 +88,10 @@ class SecondMoments:
             made._inputs[owner] = tensors[f"inputs.{note['owners'][name]}"]
             made._tokens[owner] = note["tokens"][note["owners"][name]]
         return made
+
+
+def _by_name(entry: tuple[LinearSite, int]) -> str:
+    return entry[0].name
 
 
 def _add(moments: dict[LinearSite, torch.Tensor], site: LinearSite, rows: torch.Tensor) -> None:

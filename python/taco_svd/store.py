@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .errors import DiskFullError, TacoError
+from .team import Team
 
 INDEX = "index.json"
 FORMAT = 1
@@ -34,9 +35,11 @@ class Store:
         directory: where entries are kept for a later process. Without one they live in memory, and beyond `memory`
             bytes in a temporary directory that goes with the store.
         memory: bytes of entries that may be held in memory when there is no directory.
+        team: processes with a store each. `in` then means that all of them have the entry, and all must ask.
     """
 
-    def __init__(self, directory: str | Path | None = None, memory: int = 0) -> None:
+    def __init__(self, directory: str | Path | None = None, memory: int = 0, team: Team | None = None) -> None:
+        self.team = team or Team()
         self.lasting = directory is not None
         self._directory = Path(directory) if directory is not None else None
         self._memory, self._used = memory, 0
@@ -51,6 +54,9 @@ class Store:
     # -- entries ----------------------------------------------------------------------------------------------------
 
     def __contains__(self, name: str) -> bool:
+        return self.team.all(self._here(name)) if self.lasting else self._here(name)
+
+    def _here(self, name: str) -> bool:
         return name in self._held or (name in self._index and self._sound(name))
 
     def put(self, name: str, tensors: Mapping[str, torch.Tensor], note: Any = None) -> None:
@@ -97,7 +103,7 @@ class Store:
         """
         if name in self._held:
             return dict(self._held[name][0])
-        if name not in self:
+        if not self._here(name):
             raise KeyError(name)
         file = self._folder() / self._index[name]["file"]
         if file.stat().st_size == 0:
@@ -113,7 +119,7 @@ class Store:
         """
         if name in self._held:
             return self._held[name][1]
-        if name not in self:
+        if not self._here(name):
             raise KeyError(name)
         return self._index[name]["note"]
 

@@ -22,6 +22,7 @@ from .replacement import structural_copy
 from .sequential import UpwardPass
 from .statistics import SecondMoments
 from .store import Store
+from .team import Team
 
 # Shrinkage of the second moments in taco mode: on classics-16l's validation text 0.1 / 0.01 was the best of
 # {0, 0.01, 0.1} x {0.01, 0.1, 0.3}, within 0.1 perplexity of each other.
@@ -42,9 +43,17 @@ class Analysis:
 
     Args:
         store: keeps what is finished; by default in memory and in a temporary directory.
+        team: splits the windows and the maps between processes.
     """
 
-    def __init__(self, model: PreTrainedModel, calibration: Calibration, store: Store | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        calibration: Calibration,
+        store: Store | None = None,
+        team: Team | None = None,
+    ) -> None:
+        self.team = team or Team()
         self.model, self.calibration = model, calibration
         self.architecture = Architecture(structural_copy(model))
         size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -69,10 +78,14 @@ class Analysis:
             moments = gathered.pop(layer, None)
             if moments is not None:
                 moments.finish()
+                moments.sum_over(self.team)
                 self.store.put(f"moments/{layer}", *moments.state())
                 release()
 
-        passes = LayerwisePass(self.architecture, self.calibration.tokens, self.store, "statistics")
+        tokens = self.calibration.tokens
+        passes = LayerwisePass(
+            self.architecture, self.team.windows(tokens), self.store, "statistics", samples=len(tokens)
+        )
         with progress.step("activation and gradient statistics, layer by layer") as report:
             passes.backward(wanted, collect, finished=finished, report=report)
 
@@ -83,8 +96,9 @@ class Analysis:
     def _moments_of(self, site: LinearSite) -> SecondMoments:
         if self._last is None or self._last[0] != site.layer:
             entry = f"moments/{site.layer}"
-            sites = [other for other in self.architecture.sites([site.layer]) if self._has(other)]
-            moments = SecondMoments.of_state(sites, self.store.get(entry), self.store.note(entry))
+            note = self.store.note(entry)
+            sites = [other for other in self.architecture.sites([site.layer]) if other.name in note["owners"]]
+            moments = SecondMoments.of_state(sites, self.store.get(entry), note)
             self._last = (site.layer, moments)
         return self._last[1]
 
@@ -115,6 +129,7 @@ class Analysis:
                 lambda site, rank: weighted_svd(*weighted(site), rank=rank),
                 lambda site: weighted_spectrum(*weighted(site)),
                 self.store,
+                team=self.team,
             )
             with progress.step("loss over rank, map by map") as report:
                 self._curves = measurement.run(sites, report)
@@ -144,21 +159,22 @@ def build_upwards(
         structure,
         calibration.tokens,
         lambda site: analysis.gradients(site, plan.options),
-        _bridge_gradients(model, plan, calibration, progress, analysis.store),
+        _bridge_gradients(model, plan, calibration, progress, analysis),
         float(plan.options.get("input_damping", INPUT_DAMPING)),
         bool(plan.options.get("consistency", True)),
         analysis.store if analysis.store.lasting else None,
+        analysis.team,
     )
     with progress.step("building, layer by layer") as report:
         upwards.run(report)
     record: dict[str, Any] = {"consistency": upwards.records, "drift": upwards.drift}
-    if is_mapped(model):  # running both models again would read each once per window
+    if is_mapped(model) or analysis.team.size > 1:  # running both models again would read each once per window
         record["measured_loss"] = upwards.held_out_loss()
     return record
 
 
 def _bridge_gradients(
-    model: PreTrainedModel, plan: Plan, calibration: Calibration, progress: Progress, store: Store
+    model: PreTrainedModel, plan: Plan, calibration: Calibration, progress: Progress, analysis: Analysis
 ) -> dict[int, torch.Tensor]:
     """Damped second moments of dL/dh where each bridged run ends, by the run's last layer."""
     places = {bridge.after for bridge in plan.structure.bridges}
@@ -166,6 +182,7 @@ def _bridge_gradients(
     if not ends:
         return {}
     found: dict[int, torch.Tensor] = {}
+    store, team = analysis.store, analysis.team
 
     def collect(layer: int, gradient: torch.Tensor) -> None:
         if layer in ends:
@@ -174,10 +191,13 @@ def _bridge_gradients(
 
     def finished(layer: int) -> None:
         if layer in ends:
-            store.put(f"bridge-gradients/{layer}", {"moment": found[layer]})
+            store.put(f"bridge-gradients/{layer}", {"moment": team.sum_(found[layer])})
 
-    if any(f"bridge-gradients/{layer}" not in store for layer in ends):
-        passes = LayerwisePass(Architecture(model), calibration.tokens, store, "bridge-gradients")
+    if not all([f"bridge-gradients/{layer}" in store for layer in ends]):  # noqa: C419 - every process asks for all
+        tokens = calibration.tokens
+        passes = LayerwisePass(
+            Architecture(model), team.windows(tokens), store, "bridge-gradients", samples=len(tokens)
+        )
         with progress.step("gradients at the bridges, layer by layer") as report:
             passes.backward([], lambda site, x, gradient: None, min(ends), collect, finished, report)
     damping = float(plan.options.get("gradient_damping", BRIDGE_GRADIENT_DAMPING))

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .errors import DiskFullError, TacoError
+from .errors import StoppedError, TacoError
 from .mapped import BLOCK, is_mapped, page_out_tensor
 from .store import INDEX, Store
+from .team import Team
 
 RUN = "run"
 
@@ -41,14 +42,14 @@ def check_work_directory(path: str | Path, resume: bool) -> None:
         )
 
 
-def open_run(path: str | Path, run: dict[str, Any], resume: bool) -> Store:
+def open_run(path: str | Path, run: dict[str, Any], resume: bool, team: Team | None = None) -> Store:
     """The store of a run described by `run` (plain JSON values), new or continued.
 
     Raises:
         TacoError: see `check_work_directory`; or what it holds belongs to a run of other arguments, model or versions.
     """
     check_work_directory(path, resume)
-    store = Store(path)
+    store = Store(path, team=team)
     if RUN in store:
         there = store.note(RUN)
         differing = sorted(key for key in {*run, *there} if run.get(key) != there.get(key))
@@ -76,7 +77,7 @@ def finished_steps_kept(path: Path) -> Iterator[None]:
         raise KeyboardInterrupt(
             f"finished steps are in {path}: the same command with --resume goes on from them."
         ) from stop
-    except DiskFullError:
+    except StoppedError:
         raise
     except TacoError:
         if not there_before:

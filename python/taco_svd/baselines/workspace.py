@@ -19,6 +19,7 @@ from ..progress import Progress, Silent
 from ..statistics import SecondMoments
 from ..store import Store
 from ..suffix import SuffixRunner
+from ..team import Team
 
 # LEMS drops the first and last eighth of each window from the gradients and clips token norms to this many means.
 EDGE = 0.125
@@ -110,8 +111,11 @@ class Workspace:
         store: where one run keeps its finished steps (see `work_directory`); None for any number of runs in memory.
     """
 
-    def __init__(self, model: PreTrainedModel, calibration: Calibration, store: Store | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, calibration: Calibration, store: Store | None = None, team: Team | None = None
+    ) -> None:
         self.architecture = Architecture(model)
+        self.team = team or Team()
         self.store = store
         self.calibration = calibration
         self._moments: Moments | None = None

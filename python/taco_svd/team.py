@@ -1,0 +1,107 @@
+"""Several processes that compress one model together, started by torchrun: torch.distributed, nothing of our own.
+
+Calibration windows are split over the processes and statistics summed; matrices are dealt out, decomposed by one
+process each, and handed to the others. Every process ends with the same compressed model. A team of one does none of
+this, so the code that uses it has no second path.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed
+
+from .errors import LostProcessError, TacoError
+
+# A process that waits longer than this for another one takes it for lost; TACO_TIMEOUT (seconds) sets it.
+TIMEOUT_SECONDS = 1800.0
+
+T = TypeVar("T")
+
+
+class Team:
+    """A rank among so many processes; collectives do nothing where there is one.
+
+    All processes must call the same methods in the same order.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+
+    @classmethod
+    def from_environment(cls, device: str = "cpu") -> Team:
+        """The team that torchrun describes by WORLD_SIZE, RANK and so on; of one without it.
+
+        Raises:
+            TacoError: the process group cannot be made.
+        """
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            return cls()
+        if not distributed.is_initialized():
+            seconds = float(os.environ.get("TACO_TIMEOUT", TIMEOUT_SECONDS))
+            backend = "nccl" if device.startswith("cuda") else "gloo"
+            try:
+                distributed.init_process_group(backend, timeout=timedelta(seconds=seconds))
+            except (RuntimeError, ValueError) as error:
+                first = str(error).splitlines()[0]
+                raise TacoError(f"The processes of torchrun do not find each other: {first}") from error
+        return cls(distributed.get_rank(), distributed.get_world_size())
+
+    def windows(self, tokens: torch.Tensor) -> torch.Tensor:
+        """This process's share of calibration windows [samples, seq_len]."""
+        return tokens[self.rank :: self.size]
+
+    def deals(self, number: int) -> bool:
+        """Whether the piece of work of that number is this process's."""
+        return number % self.size == self.rank
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sums a tensor over all processes, in place."""
+        if self.size > 1:
+            self._call(lambda: distributed.all_reduce(tensor))
+        return tensor
+
+    def sum(self, value: float) -> float:
+        if self.size == 1:
+            return value
+        return float(self.sum_(torch.tensor(value, dtype=torch.float64)))
+
+    def all(self, value: bool) -> bool:
+        """Whether it holds in every process."""
+        return self.sum(float(value)) == self.size
+
+    def gather(self, value: T) -> list[T]:
+        """What every process has, by rank; for small things."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        self._call(lambda: distributed.all_gather_object(found, value))
+        return found
+
+    def broadcast(self, value: T, source: int = 0) -> T:
+        """What `source` has; for small things."""
+        if self.size == 1:
+            return value
+        held: list[Any] = [value]
+        self._call(lambda: distributed.broadcast_object_list(held, src=source))
+        result: T = held[0]
+        return result
+
+    def broadcast_(self, tensor: torch.Tensor, source: int) -> None:
+        """Fills a tensor with what `source` has in it."""
+        if self.size > 1:
+            self._call(lambda: distributed.broadcast(tensor, src=source))
+
+    def _call(self, collective: Callable[[], Any]) -> None:
+        try:
+            collective()
+        except RuntimeError as error:
+            first = str(error).splitlines()[0]
+            raise LostProcessError(
+                f"Process {self.rank} of {self.size} lost another one ({first}). Finished steps are kept: run the same "
+                "command with --resume."
+            ) from error

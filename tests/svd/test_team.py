@@ -1,0 +1,114 @@
+"""Two processes give what one gives, and a lost one ends the run with a sentence and a state to go on from."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from taco_svd import TacoError, compress
+from taco_svd.store import INDEX
+from taco_svd.team import Team
+
+from .test_cli import run
+from .tiny_models import tiny_model
+
+BRIDGE = ("--method", "bridge", "--layers", "2", "--bridge-rank", "3")
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "llama"
+    tiny_model("llama").save_pretrained(path)
+    return path
+
+
+def command(dense: Path, out: Path, *more: str) -> list[str]:
+    return ["compress", str(dense), "--samples", "16", "--seq-len", "12", "--out", str(out), *more]
+
+
+def start(arguments: list[str], timeout: float = 60, size: int = 2) -> list[subprocess.Popen]:
+    """The processes that torchrun would start, without its supervision."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "taco_svd", *arguments],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, **common, "RANK": str(rank), "TACO_TIMEOUT": str(timeout)},
+        )
+        for rank in range(size)
+    ]  # fmt: skip
+
+
+def finish(processes: list[subprocess.Popen]) -> list[str]:
+    return [process.communicate(timeout=240)[1] for process in processes]
+
+
+@pytest.mark.parametrize("arguments", [("--keep", "0.8"), BRIDGE], ids=["taco", "bridge"])
+def test_two_processes_give_what_one_gives(
+    arguments: tuple[str, ...], dense: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    code, _, stderr = run(command(dense, tmp_path / "one", *arguments), capsys, monkeypatch)
+    assert code == 0, stderr
+    processes = start(command(dense, tmp_path / "two", *arguments))
+    errors = finish(processes)
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["one", "two"]
+    plans = [json.loads((tmp_path / name / "taco_plan.json").read_text()) for name in ("one", "two")]
+    assert plans[0]["structure"] == plans[1]["structure"] and plans[0]["calibration"] == plans[1]["calibration"]
+    assert plans[0]["result"]["measured_loss"] == pytest.approx(plans[1]["result"]["measured_loss"], rel=1e-3)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    # a map's factors are its product: single directions may turn where singular values are close
+    for name, u in one.items():
+        if name.endswith(".u") and name.replace(".u", ".pivot") not in one:
+            v = name.removesuffix("u") + "v"
+            torch.testing.assert_close(two[name] @ two[v], u @ one[v], rtol=1e-3, atol=1e-4 * float(u.abs().max()))
+        elif not name.endswith((".v", ".u", ".pivot")):
+            torch.testing.assert_close(two[name], u, rtol=1e-3, atol=1e-4)
+
+
+def test_a_lost_process_ends_the_run_and_resume_goes_on(dense: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    processes = start(command(dense, out, "--keep", "0.8"), timeout=20)
+    index = tmp_path / "out.work" / INDEX
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and processes[1].poll() is None:
+        if index.exists() and len(json.loads(index.read_text())["entries"]) >= 8:
+            processes[1].send_signal(signal.SIGKILL)
+            break
+    errors = finish(processes)
+    if processes[1].returncode == 0:
+        pytest.skip("the run was over before its process could be killed")
+    assert processes[0].returncode == 2 and "--resume" in errors[0] and "Traceback" not in errors[0], errors
+    assert not out.exists()
+    again = start(command(dense, out, "--keep", "0.8", "--resume"))
+    errors = finish(again)
+    assert [process.returncode for process in again] == [0, 0], errors
+    assert (out / "model.safetensors").exists() and not index.parent.exists()
+
+
+def test_what_a_team_cannot_do_is_said(calibration_tokens: torch.Tensor) -> None:
+    team = Team(0, 2)  # no collective is reached
+    with pytest.raises(TacoError, match="paper"):
+        compress(tiny_model("llama"), method="paper", layers=1, calibration=calibration_tokens, team=team)
+
+
+def test_a_team_of_one_does_nothing() -> None:
+    team = Team()
+    tensor = torch.arange(3.0)
+    assert torch.equal(team.sum_(tensor), torch.arange(3.0)) and team.sum(2.5) == 2.5
+    assert team.gather("x") == ["x"] and team.broadcast("x") == "x" and team.all(True) and not team.all(False)
+    assert torch.equal(team.windows(tensor), tensor) and team.deals(7)
