@@ -29,7 +29,8 @@ def save(compressed_tiny, folder, name="llama", method="taco", **changes):
     dense, compressed, plan = compressed_tiny(name, method)
     values = plan.to_dict()
     for key, value in changes.items():
-        values[key] = {**values[key], **value}
+        # an Ellipsis takes a field away
+        values[key] = {name: entry for name, entry in {**values[key], **value}.items() if entry is not ...}
     save_compressed(compressed, Plan.from_dict(values), folder / "small")
     dense.save_pretrained(folder / "dense")
     return folder / "small"
@@ -186,8 +187,8 @@ def test_without_the_dense_model_it_says_what_is_missing(compressed_tiny, tmp_pa
         compressed_tiny,
         tmp_path,
         source={"name": "gone"},
-        importance={"scores": []},
-        result={},
+        importance={"scores": ...},
+        result={"predicted_loss": ..., "consistency": ...},
     )
     out = tmp_path / "report.html"
     code, _, stderr = invoke("report", small, "--out", out, "--rounds", "1", "--window", "16")
