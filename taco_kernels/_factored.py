@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -95,7 +97,8 @@ def turned(factor: Tensor) -> bool:
 
 def rows_2d(x: Tensor) -> Tensor:
     """x [..., width] as [rows, width]; right for empty dimensions too, where -1 would be ambiguous."""
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    # not Size.numel(): it turns a length that torch.export keeps open into a number
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def gradients(

@@ -48,18 +48,23 @@ class Architecture:
     Holds no tensors of its own: it looks modules up in `model` each time, so it stays right while modules are
     being replaced.
 
+    Args:
+        model: an ordinary or a compressed model.
+        quantised: whether its dense weights may be, or be about to be, quantised: fine for a model that is loaded, not
+            for one that is to be compressed.
+
     Raises:
         UnsupportedModelError: when the structure is not one described at the top of this file.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, quantised: bool = False) -> None:
         self.model = model
         config = model.config
         if getattr(config, "is_encoder_decoder", False):
             raise UnsupportedModelError(
                 f"{type(model).__name__} is an encoder-decoder model; only decoder-only language models are supported."
             )
-        if getattr(config, "quantization_config", None) is not None:
+        if getattr(config, "quantization_config", None) is not None and not quantised:
             raise UnsupportedModelError(
                 f"{type(model).__name__} is loaded quantised; load it in float32, bfloat16 or float16 to compress it."
             )

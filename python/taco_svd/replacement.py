@@ -294,7 +294,8 @@ def install(model: PreTrainedModel, structure: Structure, device: torch.device |
     Raises:
         TacoError: when the structure names a module that the model does not have, or more layers than it has.
     """
-    architecture = Architecture(model)
+    # a quantiser replaces the dense maps after this, and leaves the modules that are put in here alone
+    architecture = Architecture(model, quantised=True)
     if len(architecture.layers) != len(structure.kept):
         raise TacoError(
             f"The checkpoint's structure keeps {len(structure.kept)} layers, its config describes "

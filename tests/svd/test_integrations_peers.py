@@ -1,0 +1,163 @@
+"""Compressed models with accelerate, PEFT, torchao and bitsandbytes, each where it is installed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from taco_svd import TacoError, save_compressed, with_lora_support
+from taco_svd.replacement import LowRankBridge, LowRankLinear
+
+from .tiny_models import VOCABULARY
+
+METHODS = ("bridge", "taco", "paper")
+
+
+def needs(package: str) -> None:
+    pytest.importorskip(package, reason=f"{package} is not installed (pip install {package})")
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    """int64 [2, 9]"""
+    return torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(4))
+
+
+@pytest.fixture(params=METHODS)
+def saved(request: pytest.FixtureRequest, compressed_tiny: Callable, tmp_path: Path) -> tuple[PreTrainedModel, Path]:
+    _, model, plan = compressed_tiny("llama", request.param)
+    save_compressed(model, plan, tmp_path / "model")
+    return model, tmp_path / "model"
+
+
+def our_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{part}": tensor
+        for name, module in model.named_modules()
+        if isinstance(module, (LowRankLinear, LowRankBridge))
+        for part, tensor in module.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("where", ["auto", "offloaded"])
+def test_device_maps_and_offloading(saved: tuple[PreTrainedModel, Path], ids: torch.Tensor, where: str) -> None:
+    needs("accelerate")
+    model, directory = saved
+    places: str | dict[str, str] = "auto"
+    if where == "offloaded":
+        places = {
+            f"model.layers.{index}": "disk" if index in (1, 2) else "cpu" for index in range(len(model.model.layers))
+        }
+        places.update(dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu"))
+    loaded = AutoModelForCausalLM.from_pretrained(
+        directory, device_map=places, offload_folder=str(directory / "offloaded")
+    )
+    if where == "offloaded":
+        assert any(tensor.is_meta for tensor in loaded.model.layers[1].parameters())
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=0)
+    tokens = [entry.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None) for entry in (loaded, model)]
+    assert torch.equal(*tokens)
+
+
+def test_a_layer_with_its_bridge_is_never_split(saved: tuple[PreTrainedModel, Path]) -> None:
+    needs("accelerate")
+    from accelerate import infer_auto_device_map
+
+    model = saved[0]
+    size = sum(p.numel() * p.element_size() for p in model.model.layers[0].parameters())
+    for share in range(1, 12):
+        places = infer_auto_device_map(
+            model,
+            max_memory={"cpu": int(share * size / 2), "disk": 10**9},
+            no_split_module_classes=list(model._no_split_modules),
+        )
+        assert not any(name.startswith("model.layers.") and name.count(".") > 2 for name in places), places
+
+
+def test_lora_on_factorised_maps(saved: tuple[PreTrainedModel, Path], ids: torch.Tensor, tmp_path: Path) -> None:
+    needs("peft")
+    import peft
+
+    model, directory = saved
+    targets = ["q_proj", "o_proj", "down_proj"]
+    config = with_lora_support(peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM"))
+    adapted = peft.get_peft_model(copy.deepcopy(model), config)
+    before = model(ids).logits
+    # B starts at zero; frozen factors take another backend, which rounds elsewhere: a few roundings of float32
+    torch.testing.assert_close(adapted(ids).logits, before, rtol=1e-4, atol=1e-5)
+    adapted.train()
+    adapted(ids, labels=ids).loss.backward()
+    touched = {name.split(".lora_")[0] for name, p in adapted.named_parameters() if p.grad is not None}
+    assert len(touched) == len(targets) * len(model.model.layers)
+    assert all("lora_" in name for name, p in adapted.named_parameters() if p.requires_grad)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+    adapted.eval()
+    changed = adapted(ids).logits
+    assert (changed - before).abs().max() > 1e-3
+    # one factorised map against its definition
+    for module in adapted.modules():
+        if isinstance(getattr(module, "base_layer", None), LowRankLinear):
+            x = torch.randn(4, module.base_layer.in_features)
+            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+            reference = module.base_layer(x).double() + 2.0 * (x.double() @ a.double().T @ b.double().T)
+            torch.testing.assert_close(module(x).double(), reference, rtol=1e-4, atol=1e-5)
+    with adapted.disable_adapter():
+        torch.testing.assert_close(adapted(ids).logits, before, rtol=1e-4, atol=1e-5)
+    adapted.save_pretrained(tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(directory)
+    again = with_lora_support(peft.LoraConfig.from_pretrained(tmp_path / "adapter"))
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", config=again)
+    torch.testing.assert_close(loaded(ids).logits, changed, rtol=0, atol=0)
+    if any(isinstance(module, LowRankLinear) for module in model.modules()):
+        with pytest.raises(TacoError, match="cannot be merged"):
+            loaded.merge_and_unload()
+
+
+def test_lora_support_wants_a_lora_config() -> None:
+    with pytest.raises(TacoError, match="LoraConfig"):
+        with_lora_support(object())
+
+
+def quantised_is_close(quantised: torch.Tensor, plain: torch.Tensor) -> None:
+    """int8 with one scale per row: each weight is off by at most 1/254 of its row's largest, at random. Logits of five
+    layers stay within a tenth of their size; factors at random, or a dense map in their place, would not."""
+    assert 0 < (quantised - plain).abs().max() < 0.1 * plain.abs().max()
+
+
+def test_torchao_quantises_the_dense_maps_only(saved: tuple[PreTrainedModel, Path], ids: torch.Tensor) -> None:
+    needs("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    model, directory = saved
+    loaded = AutoModelForCausalLM.from_pretrained(
+        directory, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()), device_map="cpu"
+    )
+    assert type(loaded.model.layers[0].mlp.up_proj.weight) not in (torch.Tensor, torch.nn.Parameter)
+    for name, tensor in our_weights(model).items():
+        assert torch.equal(tensor, loaded.get_parameter(name)), name
+    quantised_is_close(loaded(ids).logits, model(ids).logits)
+
+
+def test_bitsandbytes_quantises_the_dense_maps_only(saved: tuple[PreTrainedModel, Path], ids: torch.Tensor) -> None:
+    needs("bitsandbytes")
+    needs("accelerate")
+    from transformers import BitsAndBytesConfig
+
+    model, directory = saved
+    loaded = AutoModelForCausalLM.from_pretrained(
+        directory, quantization_config=BitsAndBytesConfig(load_in_8bit=True), device_map="cpu"
+    )
+    assert type(loaded.model.layers[0].mlp.up_proj).__name__ == "Linear8bitLt"
+    for name, tensor in our_weights(model).items():
+        # what it leaves alone it still casts to float16, its own default
+        torch.testing.assert_close(loaded.get_parameter(name).to(tensor.dtype), tensor, rtol=2**-10, atol=1e-7)
+    quantised_is_close(loaded(ids).logits.float(), model(ids).logits)
