@@ -7,9 +7,11 @@ interval over rounds. Only two models take turns at a time.
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -94,6 +96,19 @@ class BenchSettings:
         for name, values, known in (("--mode", self.modes, MODES), ("--phase", self.phases, PHASES)):
             if not values or not set(values) <= set(known):
                 raise TacoError(f"{name} takes {', '.join(known)}, with commas, got {','.join(values)!r}.")
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Python's garbage collector would stop one of the two, now and then, for milliseconds."""
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def compare_pair(
@@ -233,7 +248,10 @@ def _measure(
             if device.type == "cuda":
                 memory[name] = torch.cuda.max_memory_allocated(device)
         precision = settings.precision * (10 if other == "dense" else 1)
-        ratio, stopped, *both = compare_pair(samples[one], samples[other], precision, settings.seconds, settings.rounds)
+        with _no_collections():
+            ratio, stopped, *both = compare_pair(
+                samples[one], samples[other], precision, settings.seconds, settings.rounds
+            )
         for name, values in zip((one, other), both, strict=True):
             times.setdefault(name, []).extend(values)
             if counter is not None and name not in energy:

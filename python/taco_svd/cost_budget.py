@@ -21,8 +21,9 @@ from .progress import Progress, Silent
 from .replacement import drop_layers, structural_copy
 from .structure import Structure
 
-# Of the overhead that is allowed, what the prediction may use: the rest covers what single calls do not show.
-SAFETY = 0.8
+# Of the overhead that is allowed, what the prediction may use. The promise is about the upper end of an interval: the
+# other half covers the interval's width and what single calls do not show.
+SAFETY = 0.5
 PROMPT = 512
 
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}

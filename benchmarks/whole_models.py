@@ -1,0 +1,159 @@
+"""The table of whole models: what bridges cost over bare removal, and what factors cost against the dense model.
+
+Each row is one `taco-svd bench --shape ...` in a process of its own (memory of the last model is gone), in the order of
+what it tells; rows that this machine has measured already are left out. Nothing else may run meanwhile.
+
+    python benchmarks/whole_models.py --budget-seconds 1500      # ends between rows
+    python benchmarks/whole_models.py --report                   # prints the tables again
+    python benchmarks/whole_models.py --report --docs            # ... and writes them into docs/deployment.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from taco_svd.bench import device_name
+
+RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "deployment.md"
+BEGIN, END = "<!-- whole-models:begin -->", "<!-- whole-models:end -->"
+TARGET_OVERHEAD, TARGET_OVER_IDEAL = 0.003, 0.05
+
+
+def rows(seconds: float) -> dict[str, list[str]]:
+    """Row name -> arguments of `taco-svd bench`; `seconds` limits one comparison of the smallest shape."""
+    table: dict[str, list[str]] = {}
+    small, middle, large = (str(round(factor * seconds)) for factor in (1, 2.5, 5))
+    bridge = ["--method", "bridge", "--share", "0.25", "--against", "removal", "--prompt", "512", "--decode", "32"]
+    factors = ["--keep", "0.8", "--against", "dense", "--precision", "0.0015", "--prompt", "128", "--decode", "16"]
+    for shape, limit in (("tinyllama-1.1b", small), ("llama-3.2-3b", middle), ("llama-2-7b", large)):
+        for phase in ("decode", "prefill"):
+            table[f"{shape}-bridge-{phase}"] = ["--shape", shape, *bridge, "--phase", phase, "--seconds", limit]
+        if shape == "tinyllama-1.1b":
+            for method in ("taco", "paper"):
+                arguments = ["--shape", shape, "--method", method, *factors, "--seconds", str(round(seconds / 3))]
+                table[f"{shape}-{method}-decode"] = [*arguments, "--phase", "decode", "--batch", "1,8,64"]
+                table[f"{shape}-{method}-prefill"] = [*arguments, "--phase", "prefill", "--batch", "1,8"]
+    for method in ("taco", "paper"):
+        table[f"llama-3.2-3b-{method}-decode"] = [
+            *("--shape", "llama-3.2-3b", "--method", method, *factors, "--phase", "decode", "--batch", "1,8"),
+            *("--seconds", str(round(seconds / 2))),
+        ]
+    table["tinyllama-1.1b-control"] = [
+        *("--shape", "tinyllama-1.1b", *bridge, "--phase", "decode", "--seconds", small, "--control")
+    ]
+    return table
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60, help="limit of a comparison of the smallest shape")
+    parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="starts no row after so long")
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--restart", action="store_true", help="measures again what is there")
+    parser.add_argument("--report", action="store_true", help="prints what is there, measures nothing")
+    parser.add_argument("--docs", action="store_true", help="writes the tables into docs/deployment.md as well")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="folder; default results/cpu or results/gpu")
+    arguments = parser.parse_args()
+    folder: Path = arguments.out or RESULTS / ("cpu" if arguments.device == "cpu" else "gpu")
+    folder.mkdir(parents=True, exist_ok=True)
+    began, failed = time.monotonic(), 0
+    for name, command in {} if arguments.report else rows(arguments.seconds).items():
+        path = folder / f"whole-model-{name}.json"
+        if arguments.only not in name or (not arguments.restart and is_current(path, arguments.device)):
+            continue
+        if time.monotonic() - began > arguments.budget_seconds:
+            print(f"{name}: left for another call")
+            continue
+        print(f"{name}: taco-svd bench {' '.join(command)}", flush=True)
+        start = time.monotonic()
+        full = [sys.executable, "-m", "taco_svd", "bench", *command, "--device", arguments.device, "--save", str(path)]
+        done = subprocess.run(full, stdout=subprocess.DEVNULL)
+        failed += done.returncode != 0
+        print(f"  {time.monotonic() - start:.0f} s" + (f", exit code {done.returncode}" * (done.returncode != 0)))
+    print(report(folder))
+    if arguments.docs:
+        write_docs(report(folder), DOCS)
+    return 1 if failed else 0
+
+
+def is_current(path: Path, device: str) -> bool:
+    """Whether a result is there, of this device, thread count and torch."""
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    versions = result["versions"]
+    return bool(
+        result["device"] == device_name(torch.device(device))
+        and result["threads"] == torch.get_num_threads()
+        and versions["torch"] == torch.__version__
+        and versions["transformers"] == transformers.__version__
+    )
+
+
+def report(folder: Path) -> str:
+    """Both tables in markdown, of what is in the folder."""
+    overhead = ["| shape | phase | batch | bridges | removal | overhead (95%) | rounds | predicted | <= 0.3% |"]
+    overhead += ["|" + "---|" * 9]
+    factors = ["| shape | method | phase | batch | dense | against dense (95%) | bytes or operations | within 5% |"]
+    factors += ["|" + "---|" * 8]
+    read = [json.loads(path.read_text()) for path in sorted(folder.glob("whole-model-*.json"))]
+    for result in read:
+        for row in result["results"]:
+            for pair, compared in row["comparisons"].items():
+                line = _overhead_row if pair.endswith("/removal") else _factor_row
+                (overhead if pair.endswith("/removal") else factors).append(line(result, row, pair, compared))
+    machine = sorted(
+        {f"{r['device']}, {r['threads']} threads, torch {r['versions']['torch']}, {r['dtype']}" for r in read}
+    )
+    return "\n".join([*overhead, "", *factors, "", f"Measured on {'; '.join(machine)}."])
+
+
+def write_docs(tables: str, path: Path) -> None:
+    """Puts the tables between the markers of a document."""
+    before, rest = path.read_text().split(BEGIN)
+    _, after = rest.split(END)
+    path.write_text(f"{before}{BEGIN}\n{tables}\n{END}{after}")
+
+
+def _interval(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:+.2%} ({ratio['low']:+.2%} to {ratio['high']:+.2%})"
+
+
+def _overhead_row(result: dict[str, Any], row: dict[str, Any], pair: str, compared: dict[str, Any]) -> str:
+    bridges = result["structure"]["bridges"]
+    what = "removal again" if pair.startswith("control") else f"{len(bridges)} of rank {bridges[0]['rank']}"
+    predicted = result.get("cost_budget", {}).get("predicted_overhead", {}).get(row["phase"])
+    shown = "-" if predicted is None or pair.startswith("control") or row["batch"] != 1 else f"{predicted:.2%}"
+    met = "-" if pair.startswith("control") else "yes" if compared["overhead"]["high"] <= TARGET_OVERHEAD else "no"
+    milliseconds = row["models"]["removal"]["seconds"]["p50"] * 1e3
+    return (
+        f"| {result['shape']} | {row['phase']} {row['prompt']} | {row['batch']} | {what} | {milliseconds:.1f} ms "
+        f"| {_interval(compared['overhead'])} | {compared['rounds']} ({compared['stopped']}) | {shown} | {met} |"
+    )
+
+
+def _factor_row(result: dict[str, Any], row: dict[str, Any], pair: str, compared: dict[str, Any]) -> str:
+    share = compared.get("bytes") or compared["flops"]
+    ratio = compared["overhead"]
+    met = "yes" if ratio["high"] < 0 and 1 + ratio["median"] <= (1 + TARGET_OVER_IDEAL) * share else "no"
+    milliseconds = row["models"]["dense"]["seconds"]["p50"] * 1e3
+    return (
+        f"| {result['shape']} | {result['method']} | {row['phase']} | {row['batch']} | {milliseconds:.1f} ms "
+        f"| {_interval(ratio)} | {share - 1:+.1%} | {met} |"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

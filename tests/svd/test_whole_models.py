@@ -1,0 +1,91 @@
+"""benchmarks/whole_models.py: its rows are commands that work, and its tables say what the results say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import transformers
+
+
+@pytest.fixture
+def script(repo_root: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("whole_models", repo_root / "benchmarks" / "whole_models.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def tiny(name: str) -> transformers.PreTrainedConfig:
+    return transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=8, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024,
+    )  # fmt: skip
+
+
+def test_every_row_is_measured_and_reported(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, invoke: Callable, tmp_path: Path
+) -> None:
+    import taco_svd.shapes as shapes
+
+    monkeypatch.setattr(shapes, "shape_config", tiny)
+    rows = script.rows(60)
+    assert {name.split("-bridge-")[0] for name in rows if "-bridge-" in name} == {
+        "tinyllama-1.1b", "llama-3.2-3b", "llama-2-7b",
+    }  # fmt: skip
+    for name, command in rows.items():
+        path = tmp_path / f"whole-model-{name}.json"
+        extra = ["--rounds", "1", "--save", path]
+        # the rank that costs 0.3% of so small a model does not exist
+        if "bridge" in command:
+            extra += ["--bridge-rank", "2"]
+        code, _, stderr = invoke("bench", *command, *extra)
+        assert code == 0, (name, stderr)
+        assert script.is_current(path, "cpu")
+    report = script.report(tmp_path)
+    lines = [line for line in report.splitlines() if line.startswith("| ") and "---" not in line]
+    measured = [
+        compared
+        for path in tmp_path.glob("*.json")
+        for row in json.loads(path.read_text())["results"]
+        for compared in row["comparisons"].values()
+    ]
+    assert len(lines) == 2 + len(measured)
+    assert sum("removal again" in line for line in lines) == 1
+    document = tmp_path / "document.md"
+    document.write_text(f"above\n{script.BEGIN}\nold\n{script.END}\nbelow\n")
+    for _ in range(2):
+        script.write_docs(report, document)
+        assert document.read_text() == f"above\n{script.BEGIN}\n{report}\n{script.END}\nbelow\n"
+    assert script.DOCS.read_text().count(script.BEGIN) == script.DOCS.read_text().count(script.END) == 1
+
+
+def test_results_of_another_machine_do_not_count(script: ModuleType, tmp_path: Path) -> None:
+    assert not script.is_current(tmp_path / "none.json", "cpu")
+    (tmp_path / "bad.json").write_text("{")
+    assert not script.is_current(tmp_path / "bad.json", "cpu")
+    import torch
+
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    result = {"device": "another", "threads": torch.get_num_threads(), "versions": versions}
+    (tmp_path / "other.json").write_text(json.dumps(result))
+    assert not script.is_current(tmp_path / "other.json", "cpu")
+
+
+@pytest.mark.parametrize("high, met", [(0.0029, "yes"), (0.0031, "no")])
+def test_a_target_is_met_by_the_upper_end(script: ModuleType, high: float, met: str) -> None:
+    result = {"shape": "s", "method": "bridge", "structure": {"bridges": [{"rank": 8}]}}
+    ratio = {"median": 0.001, "low": 0.0, "high": high}
+    compared = {"overhead": ratio, "rounds": 12, "stopped": "time", "bytes": 0.8}
+    seconds = {"seconds": {"p50": 0.01}}
+    row = {"phase": "decode", "prompt": 512, "batch": 1, "models": {"removal": seconds, "dense": seconds}}
+    assert script._overhead_row(result, row, "compressed/removal", compared).endswith(f"| {met} |")
+    # against dense: below 1 at the upper end, and within 5% of the bytes that are left
+    for median, top, expected in ((-0.17, -0.1, "yes"), (-0.15, -0.1, "no"), (-0.17, 0.01, "no")):
+        compared["overhead"] = {"median": median, "low": -0.3, "high": top}
+        assert script._factor_row(result, row, "compressed/dense", compared).endswith(f"| {expected} |")
