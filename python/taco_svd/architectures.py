@@ -1,8 +1,10 @@
 """Finds the parts of a decoder-only language model that Taco-SVD works on, by structure and not by model name.
 
 A model is handled when it has exactly one stack of alike decoder layers, each with one attention block and
-dense linear maps (`nn.Linear`, or the transposed `Conv1D` of GPT-2). Anything else is refused before any work
-starts, with a sentence that says what was found.
+dense linear maps (`nn.Linear`, or the transposed `Conv1D` of GPT-2). Experts of a mixture (parameters of three
+dimensions, one matrix per expert) and their router stay as they are: they count, go and are bridged with their layer,
+and the linear maps around them are factorised. Anything else is refused before any work starts, with a sentence that
+says what was found.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from .errors import UnsupportedModelError
 PER_LAYER_CONFIG_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 
 BLOCKS = ("attention", "mlp")
+# What models call the map that chooses among experts, and the gate of experts that all tokens share.
+ROUTERS = ("gate", "router", "shared_expert_gate")
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ class Architecture:
         self._check_layers()
         self._attention_path = self._find_attention(self.layers[0])
         self.paths: tuple[str, ...] = tuple(self._linear_paths(self.layers[0]))
+        self.experts_block: str | None = _experts_block(self.layers[0])
         self._check_linears()
 
     # -- finding ---------------------------------------------------------------------------------------------
@@ -134,10 +139,11 @@ class Architecture:
                     "so layers cannot be taken out safely."
                 )
         for name, parameter in self.layers[0].named_parameters():
-            if parameter.ndim > 2:
+            owner = self.layers[0].get_submodule(name.rpartition(".")[0])
+            if parameter.ndim > 2 and not _is_experts(owner):
                 raise UnsupportedModelError(
                     f"{type(self.model).__name__}: the layer parameter {name} has {parameter.ndim} dimensions "
-                    f"{tuple(parameter.shape)} (a mixture of experts?); only dense layers are supported so far."
+                    f"{tuple(parameter.shape)}; only linear maps and the experts of a mixture are supported."
                 )
 
     def _find_attention(self, layer: nn.Module) -> str:
@@ -156,12 +162,17 @@ class Architecture:
 
     @staticmethod
     def _linear_paths(layer: nn.Module) -> Iterator[str]:
+        routed = {path.rpartition(".")[0] for path, module in layer.named_modules() if _is_experts(module)}
         for path, module in layer.named_modules():
-            if _is_map(module):
+            parent, _, name = path.rpartition(".")
+            # a router beside experts, where it is a linear map: which experts are chosen must not change
+            if _is_map(module) and not (parent in routed and name in ROUTERS):
                 yield path
 
     def _check_linears(self) -> None:
         blocks = {self.block_of(path) for path in self.paths}
+        if self.experts_block is not None:
+            blocks.add("mlp")
         if blocks != set(BLOCKS):
             raise UnsupportedModelError(
                 f"{type(self.model).__name__}: expected linear maps in an attention and in an MLP block, found "
@@ -169,7 +180,7 @@ class Architecture:
             )
         for index, layer in enumerate(self.layers):
             paths = tuple(self._linear_paths(layer))
-            if paths != self.paths:
+            if paths != self.paths or _experts_block(layer) != self.experts_block:
                 raise UnsupportedModelError(
                     f"{type(self.model).__name__}: layer {index} has the linear maps {', '.join(paths)} where layer 0 "
                     f"has {', '.join(self.paths)}; mixed stacks (some layers with experts?) are not supported."
@@ -211,6 +222,20 @@ class Architecture:
         setattr(self.layers[site.layer].get_submodule(parent_path), name, module)
 
 
+def _is_experts(module: nn.Module) -> bool:
+    """Experts as transformers 5 stores them: parameters [experts, ., .] for all of a layer's experts at once."""
+    own = list(module.parameters(recurse=False))
+    return "experts" in type(module).__name__.lower() and any(parameter.ndim == 3 for parameter in own)
+
+
+def _experts_block(layer: nn.Module) -> str | None:
+    """The child of a layer that holds its experts, None where there are none."""
+    for path, module in layer.named_modules():
+        if _is_experts(module):
+            return path.partition(".")[0]
+    return None
+
+
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
 
@@ -250,6 +275,11 @@ def slice_config(config: PreTrainedConfig, keep: list[int]) -> PreTrainedConfig:
     values[depth_key] = len(keep)
     sliced = type(config).from_dict(values)
     sliced._name_or_path = getattr(config, "_name_or_path", "")
-    # to_dict leaves the attention implementation out; the copy must run the same one
-    sliced._attn_implementation = config._attn_implementation
+    copy_implementations(config, sliced)
     return sliced
+
+
+def copy_implementations(source: PreTrainedConfig, target: PreTrainedConfig) -> None:
+    """Makes a copy of a config run the same attention and experts as its source: `to_dict` leaves both out."""
+    target._attn_implementation = source._attn_implementation
+    target._experts_implementation = source._experts_implementation

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .architectures import Architecture, slice_config
+from .architectures import Architecture, copy_implementations, slice_config
 from .errors import TacoError
 from .modeling import CompressedModel
 from .replacement import LowRankLinear, NarrowLinear, drop_layers, structural_copy
@@ -24,7 +24,7 @@ def base_config(model: PreTrainedModel) -> PreTrainedConfig:
     values["model_type"] = config.base_class.model_type
     values["architectures"] = [_base_class(model).__name__]
     plain: PreTrainedConfig = config.base_class.from_dict(values)
-    plain._attn_implementation = config._attn_implementation
+    copy_implementations(config, plain)
     return plain
 
 
@@ -146,7 +146,7 @@ def dense_stand_in(model: PreTrainedModel, source_config: dict[str, Any]) -> Pre
     config_class: Any = model.config.base_class
     values = {key: value for key, value in source_config.items() if key != "model_type"}
     config = config_class.from_dict(values)
-    config._attn_implementation = model.config._attn_implementation
+    copy_implementations(model.config, config)
     dense = structural_copy(model)
     architecture = Architecture(dense)
     transposed = _uses_conv1d(model)

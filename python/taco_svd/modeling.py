@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .architectures import PER_LAYER_CONFIG_LISTS
+from .architectures import PER_LAYER_CONFIG_LISTS, copy_implementations
 from .checksums import check_checksums, write_checksums
 from .errors import TacoError
 from .replacement import LowRankBridge, LowRankLinear, NarrowLinear, install
@@ -211,6 +211,8 @@ class CompressedModel:
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Like `PreTrainedModel.save_pretrained`, and writes the SHA-256 of every weight file beside them."""
+        # named as the modules are: the form on the hub (one tensor per expert, say) belongs to the base model's type
+        kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", True):
             write_checksums(Path(save_directory))
@@ -293,7 +295,7 @@ def as_compressed(model: PreTrainedModel, config: PreTrainedConfig, structure: S
     assert model_class.config_class is not None
     compressed_config = model_class.config_class.from_dict({**config.to_dict(), "taco_svd": structure.to_dict()})
     compressed_config._name_or_path = config._name_or_path
-    compressed_config._attn_implementation = config._attn_implementation
+    copy_implementations(config, compressed_config)
     old_config = model.config
     model.__class__ = model_class
     for module in model.modules():

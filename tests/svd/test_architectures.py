@@ -200,16 +200,20 @@ def _t5() -> PreTrainedModel:
     )
 
 
-def _mixtral() -> PreTrainedModel:
-    return transformers.MixtralForCausalLM(
-        transformers.MixtralConfig(
+def _some_layers_with_experts() -> PreTrainedModel:
+    return transformers.Qwen3MoeForCausalLM(
+        transformers.Qwen3MoeConfig(
             vocab_size=VOCABULARY,
             hidden_size=32,
             intermediate_size=56,
+            moe_intermediate_size=24,
             num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=2,
-            num_local_experts=3,
+            head_dim=8,
+            num_experts=3,
+            num_experts_per_tok=2,
+            mlp_only_layers=[1],
         )
     )
 
@@ -230,7 +234,7 @@ def _gpt2_scaled() -> PreTrainedModel:
     "build, says",
     [
         (_t5, "encoder-decoder"),
-        (_mixtral, "Mixtral"),
+        (_some_layers_with_experts, "mixed stacks"),
         (_mamba, "Mamba"),
         (_gpt2_scaled, "scale_attn_by_inverse_layer_idx"),
     ],
