@@ -12,6 +12,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import TacoError
+from .mapped import is_mapped
+from .untrusted import check_regular
 
 # Corpora that `datasets` knows how to fetch; (path, name, split, text column).
 NAMED_CORPORA = {
@@ -28,6 +30,9 @@ NAMED_TEST_CORPORA = {
 PTB_FILES = "hf://datasets/{path}@refs%2Fconvert%2Fparquet/{subset}/{split}/*.parquet"
 # c4 is 800 GB: read only as much as calibration can use
 C4_DOCUMENTS = 4096
+# Beyond these something else was meant: tokens of one run, and bytes of one text file.
+MAX_TOKENS = 1 << 31
+MAX_TEXT_BYTES = 16 << 30
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,14 @@ class Calibration:
     tokens: torch.Tensor
     source: str
     seed: int
+
+    def __post_init__(self) -> None:
+        tokens = self.tokens
+        if tokens.ndim != 2 or tokens.dtype != torch.int64 or 0 in tokens.shape or tokens.shape[1] < 2:
+            raise TacoError(
+                "Calibration tokens must be a non-empty int64 tensor of shape [samples, seq_len], with at least two "
+                f"tokens per window (one and the next); got {tokens.dtype} {list(tokens.shape)}."
+            )
 
     @property
     def digest(self) -> str:
@@ -94,18 +107,48 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase | None, model: PreTraine
         )
 
 
+def check_seed(seed: int) -> None:
+    """Raises:
+    TacoError: a seed that random generators do not take.
+    """
+    if not -(1 << 63) <= seed < 1 << 63:
+        raise TacoError(f"--seed must fit in 64 bits, got {str(seed)[:40]}.")
+
+
+@torch.no_grad()
+def check_activations(model: PreTrainedModel, calibration: Calibration) -> None:
+    """Refuses a model that overflows on its calibration text, which would make every statistic NaN: one window forward.
+
+    Models whose weights stay in their files are not run for this.
+
+    Raises:
+        TacoError: its logits are not finite.
+    """
+    if is_mapped(model):
+        return
+    device = embedding_weight(model).device
+    logits = model(input_ids=calibration.tokens[:1].to(device), use_cache=False).logits
+    if not bool(torch.isfinite(logits.sum(dtype=torch.float64))):
+        raise TacoError(
+            f"The model itself gives NaN or infinite logits on the calibration text in {model.dtype}: its activations "
+            "leave the range of the dtype. Load it in bfloat16 or float32 (--dtype)."
+        )
+
+
 def read_text(path: str | Path) -> str:
     """A UTF-8 text file.
 
     Raises:
-        TacoError: no such file, a directory, not UTF-8, or empty.
+        TacoError: no such file, no regular file, too large for memory, not UTF-8, or empty.
     """
     path = Path(path)
-    if not path.exists():
-        raise TacoError(f"No such text file: {path}")
-    if path.is_dir():
-        raise TacoError(f"{path} is a directory; pass one text file.")
+    check_regular(path, "text file")
     try:
+        size = path.stat().st_size
+        if size > MAX_TEXT_BYTES:
+            raise TacoError(
+                f"{path} has {size / 1e9:.0f} GB; pass a part of it (at most {MAX_TEXT_BYTES / 1e9:.0f} GB)."
+            )
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise TacoError(f"{path} is not UTF-8 text (byte {error.start}); convert it with iconv first.") from error
@@ -270,11 +313,11 @@ def load_calibration(
     limit = context_length(model)
     if isinstance(source, torch.Tensor):
         rows = embedding_weight(model).shape[0]
-        if source.ndim != 2 or source.dtype != torch.int64 or 0 in source.shape:
-            raise TacoError("Calibration tokens must be a non-empty int64 tensor of shape [samples, seq_len].")
+        given = Calibration(source.cpu(), "tokens", seed)
         if int(source.min()) < 0 or int(source.max()) >= rows:
             raise TacoError(f"Calibration tokens must lie in 0..{rows - 1}.")
-        return Calibration(source.cpu(), "tokens", seed)
+        return given
+    check_seed(seed)
     if samples < 1:
         raise TacoError(f"--samples must be at least 1, got {samples}.")
     if seq_len is None:
@@ -283,6 +326,11 @@ def load_calibration(
         raise TacoError(f"--seq-len must be at least 2 (a token and the one it predicts), got {seq_len}.")
     if seq_len > limit:
         raise TacoError(f"--seq-len {seq_len} is longer than the model's context of {limit} tokens.")
+    if samples * seq_len > MAX_TOKENS:
+        raise TacoError(
+            f"--samples {samples} of {seq_len} tokens are {samples * seq_len:,} tokens; calibration takes at most "
+            f"{MAX_TOKENS:,}."
+        )
     if str(source) == "self":
         return Calibration(sample_from_model(model, samples, seq_len, seed, progress=progress), "self", seed)
     if tokenizer is None:

@@ -237,12 +237,19 @@ def main() -> None:
     try:
         app()
     except TacoError as error:
-        print(f"taco-svd: {error}", file=sys.stderr)
+        # names of files need not be text
+        print(f"taco-svd: {error}".encode(errors="backslashreplace").decode(), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("taco-svd: stopped; nothing was written.", file=sys.stderr)
         sys.exit(130)
-    except MemoryError:
+    except BrokenPipeError:  # taco-svd ... | head: whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except (MemoryError, RuntimeError) as error:
+        # torch's own allocators raise RuntimeErrors
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in ("allocate memory", "of memory")):
+            raise
         print("taco-svd: out of memory; fewer --samples or a smaller --seq-len need less.", file=sys.stderr)
         sys.exit(2)
 

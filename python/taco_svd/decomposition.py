@@ -6,11 +6,15 @@ one it works on: ``W = left @ diag(sigma) @ right`` with the directions in an or
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 import taco_kernels
+
+from .errors import TacoError
 
 # Eigenvalues below this share of the largest are rounding of float32 statistics, not information.
 RELATIVE_FLOOR = 1e-6
@@ -222,11 +226,23 @@ def damped(moment: torch.Tensor, damping: float, dtype: torch.dtype | None = Non
     """Shrinks second moments towards their mean diagonal: ``(1 - a) C + a mean(diag C) I``, a new tensor.
 
     In float64 by default, and in float32 beyond `LARGE_MOMENT`: there it would take twice the time and memory of
-    everything else, and the shrinkage holds the condition number far below what float32 can tell.
+    everything else, and the shrinkage holds the condition number far below what float32 can tell. Moments that are zero
+    (a dead layer, a loss that does not depend on it) say nothing: the identity, by which no direction weighs more.
+
+    Raises:
+        TacoError: moments that are not finite.
     """
     if dtype is None:
         dtype = torch.float64 if moment.shape[0] <= LARGE_MOMENT else torch.float32
     mean = moment.diagonal().double().mean()
+    if not torch.isfinite(mean):
+        raise TacoError(
+            "The second moments of activations or gradients are not finite: they are beyond the range of float32 "
+            "(weights or activations of the model are huge, or NaN). No statistics can be taken; --method svd needs "
+            "none."
+        )
+    if mean <= 0:
+        return torch.eye(moment.shape[0], dtype=dtype, device=moment.device)
     result = moment.to(dtype, copy=True).mul_(1 - damping)
     result.diagonal().add_(damping * mean)
     return result
@@ -243,3 +259,20 @@ def _root_and_inverse(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
         raise ValueError("second moments are zero or not finite; no weighting can be taken from them")
     values = values.clamp(min=float(largest) * RELATIVE_FLOOR).sqrt()
     return (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
+
+
+@contextmanager
+def numerical_errors_named() -> Iterator[None]:
+    """While open, or around a function: decompositions that fail are the statistics' fault, and said to be.
+
+    Raises:
+        TacoError: instead of torch's LinAlgError.
+    """
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        first = str(error).splitlines()[0]
+        raise TacoError(
+            f"The statistics of this model and calibration text cannot be decomposed ({first}): activations are "
+            "constant, zero or beyond the range of numbers. Try another --calibration; --method svd needs none."
+        ) from error

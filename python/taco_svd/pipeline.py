@@ -25,9 +25,10 @@ from .allocation import (
 from .architectures import Architecture, slice_config
 from .baselines import BASELINES, Workspace, choose_run, everywhere, make_budget, uniform_budget
 from .budget import ByteCosts, Costs, allocate
-from .calibration import Calibration, load_calibration
+from .calibration import Calibration, check_activations, load_calibration
 from .checkpoint import parameter_count, weight_bytes
 from .cost_budget import CostBudget, LatencyCosts, bridges_within, parse_keep
+from .decomposition import numerical_errors_named
 from .errors import TacoError
 from .factorise import check_ranks, factorise
 from .importance import MEASURES, rank_layers
@@ -305,6 +306,7 @@ def _carry_out(
     return compressed, record
 
 
+@numerical_errors_named()
 def compress(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -430,6 +432,7 @@ def compress(
     if store is not None and "calibration" not in store:
         note = {"source": calibration.source, "seed": calibration.seed}
         store.put("calibration", {"tokens": calibration.tokens}, note)
+    check_activations(model, calibration)
     if workspace is None:
         workspace = Workspace(model, calibration, store, team)
     elif not workspace.is_for(model, calibration):

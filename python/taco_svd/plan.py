@@ -105,7 +105,9 @@ class Plan:
             raise TacoError(f"plan: not readable ({type(error).__name__}: {str(error)[:200]}).") from error
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        """Writes the plan as JSON, which has no infinities: numbers that are not finite become null."""
+        values = _without_infinities(self.to_dict())
+        Path(path).write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -128,6 +130,14 @@ class Plan:
         return dict(_differences("", self.to_dict(), other.to_dict()))
 
 
+def _without_infinities(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_infinities(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_infinities(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -137,6 +147,10 @@ def _is_number(value: Any) -> bool:
         return False
     # more than any machine counts: such integers cannot even become floating-point numbers
     return math.isfinite(value) if isinstance(value, float) else abs(value) < 1 << 63
+
+
+def _is_loss(value: Any) -> bool:
+    return value is None or _is_number(value)  # null: it was not finite
 
 
 def _is_text(value: Any) -> bool:
@@ -179,7 +193,7 @@ _FIELDS = {
     },
     "result": {
         "parameters": _is_size, "bytes": _is_size, "share": _is_number, "dtype": _is_text,
-        "predicted_loss": _is_number, "measured_loss": _is_number, "consistency": _is_records,
+        "predicted_loss": _is_loss, "measured_loss": _is_loss, "consistency": _is_records,
     },
 }  # fmt: skip
 

@@ -154,7 +154,8 @@ def info_table(info: dict[str, Any]) -> Table:
         f"{calibration.get('source')}: {calibration.get('samples')} windows of {calibration.get('seq_len')} tokens, "
         f"seed {calibration.get('seed')}",
     )
-    losses = [f"{name} {result[f'{name}_loss']:.4f}" for name in ("predicted", "measured") if f"{name}_loss" in result]
+    kinds = ("predicted", "measured")
+    losses = [f"{name} {result[f'{name}_loss']:.4f}" for name in kinds if result.get(f"{name}_loss") is not None]
     if losses:
         table.add_row("KL to the dense model", f"{', '.join(losses)} nats per token (held-out calibration windows)")
     if result.get("consistency"):

@@ -265,7 +265,9 @@ def nystroem(moment: torch.Tensor, tokens: int, units: int) -> tuple[torch.Tenso
     leverage = 1 - torch.linalg.inv(moment * tokens + identity).diagonal()
     stay = leverage.argsort(descending=True, stable=True)[:units].sort().values
     inner = moment[stay][:, stay]
-    inner = inner + RIDGE * inner.diagonal().mean() * torch.eye(units, dtype=torch.float64, device=moment.device)
+    mean = inner.diagonal().mean()
+    ridge = RIDGE * mean if mean > 0 else torch.ones_like(mean)  # units that never fire: any ridge gives zeros
+    inner = inner + ridge * torch.eye(units, dtype=torch.float64, device=moment.device)
     return stay, torch.linalg.solve(inner, moment[stay]).T
 
 
