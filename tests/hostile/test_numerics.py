@@ -155,8 +155,9 @@ def test_moments_of_nothing_weigh_nothing() -> None:
         damped(torch.full((3, 3), float("inf")), 0.1)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method, threads", [(method, 1) for method in METHODS] + [(method, 2) for method in ("taco", "paper", "bridge")]
+)
 def test_the_same_files_twice(method: str, threads: int, tokens: torch.Tensor, tmp_path: Path) -> None:
     torch.set_num_threads(threads)
     try:
