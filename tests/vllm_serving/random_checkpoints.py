@@ -57,6 +57,7 @@ CONFIGS = {
         **{**_COMMON, "ffn_dim": 176, "word_embed_proj_dim": 128}, do_layer_norm_before=True
     ),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**_COMMON),
+    "helium": lambda: transformers.HeliumConfig(**_GROUPED, head_dim=32),
     "cohere": lambda: transformers.CohereConfig(**_GROUPED),
 }
 

@@ -33,8 +33,9 @@ def test_vllm_decodes_as_transformers_does(name: str, tmp_path: Path) -> None:
     assert worst < (CAPPED_TOLERANCE if name == "gemma2" else LOGPROB_TOLERANCE)
 
 
-def test_an_architecture_that_vllm_has_not_runs_by_its_transformers_backend(tmp_path: Path) -> None:
-    directory = write_checkpoint("gpt_neox", tmp_path / "gpt_neox")
+@pytest.mark.parametrize("name", ["gpt_neox", "helium"])  # the second one is in vLLM's registry under no name at all
+def test_an_architecture_that_vllm_has_not_runs_by_its_transformers_backend(name: str, tmp_path: Path) -> None:
+    directory = write_checkpoint(name, tmp_path / name)
     asked = prompts(16, VOCABULARY)
     share, worst = agreement(directory, asked, vllm_answers(directory, asked, TOKENS))
     assert share == 1.0 and worst < LOGPROB_TOLERANCE

@@ -1,0 +1,186 @@
+"""What the plugin tells vLLM: model classes, configs, bridges; and what it refuses. No engine is started."""
+
+from __future__ import annotations
+
+import importlib.util
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed here; `make test-vllm` sets it up and runs this", allow_module_level=True)
+
+import transformers
+from transformers import AutoConfig
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.models.registry import ModelRegistry
+from vllm.transformers_utils.config import get_config, get_config_parser
+
+from taco_svd import BridgeSpec, TacoError
+from taco_svd.checkpoint import DEFAULT_MODEL
+from taco_svd.structure import NarrowSpec, Structure
+from taco_svd.vllm import register
+from taco_svd.vllm.bridges import attach
+from taco_svd.vllm.models import ServedModel, decoder_layers, expected_weights
+from taco_svd.vllm.registration import as_vllm_expects
+
+from .random_checkpoints import CONFIGS, KEPT, random_model, write_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> None:
+    register()
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    return write_checkpoint("llama", tmp_path / "llama")
+
+
+def test_registering_twice_changes_nothing() -> None:
+    before, parser = dict(ModelRegistry.models), type(get_config_parser("hf"))
+    register()
+    assert ModelRegistry.models == before
+    assert type(get_config_parser("hf")) is parser
+    assert not any(name.startswith("TacoTaco") for name in before)
+
+
+def test_vllm_sees_an_ordinary_config(llama: Path) -> None:
+    config: Any = get_config(str(llama), trust_remote_code=False)
+    assert type(config) is transformers.LlamaConfig and config.model_type == "llama"
+    assert config.architectures == ["TacoLlamaForCausalLM"]
+    assert config.num_hidden_layers == len(KEPT) and config.vocab_size == 384
+    assert Structure.from_dict(config.taco_svd).kept == KEPT
+    again = pickle.loads(pickle.dumps(config))  # it goes to vLLM's other processes
+    assert again.taco_svd == config.taco_svd
+
+
+def test_configs_of_others_are_left_alone() -> None:
+    config = get_config(str(DEFAULT_MODEL), trust_remote_code=False)
+    assert config.to_dict() == AutoConfig.from_pretrained(DEFAULT_MODEL).to_dict()
+    assert as_vllm_expects(config) is config
+
+
+def test_two_structures_never_share_a_compiled_graph(tmp_path: Path) -> None:
+    """vLLM keys compiled graphs by the config's JSON: factors of other ranks must give another key."""
+    one = get_config(str(write_checkpoint("llama", tmp_path / "one")), trust_remote_code=False)
+    other = get_config(str(write_checkpoint("llama", tmp_path / "other", bridges=False)), trust_remote_code=False)
+    assert one.to_json_string() != other.to_json_string()
+
+
+def test_an_architecture_that_vllm_has_not_goes_to_its_transformers_backend() -> None:
+    assert "HeliumForCausalLM" not in ModelRegistry.models, "choose another architecture for this test"
+    config = as_vllm_expects(random_model("helium").config)
+    assert config.architectures == ["TacoTransformersForCausalLM"]
+    assert "TacoTransformersForCausalLM" in ModelRegistry.models
+
+
+def test_narrowed_maps_are_refused() -> None:
+    config: Any = random_model("llama").config
+    structure = Structure(6, KEPT, narrow={1: {"mlp.up_proj": NarrowSpec(8, 128)}})
+    config.taco_svd = structure.to_dict()
+    with pytest.raises(TacoError, match="export"):
+        as_vllm_expects(config)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2"])
+def test_expected_weights_are_those_of_the_checkpoint(name: str) -> None:
+    model = random_model(name)
+    expected = expected_weights(as_vllm_expects(model.config))
+    stored = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    tied = set(model.all_tied_weights_keys)
+    assert expected == {key: shape for key, shape in stored.items() if key not in tied}
+    assert any(key.endswith(".pivot") for key in expected) and any(key.endswith("bridge.v") for key in expected)
+
+
+class _Loader:
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return {name for name, _ in weights}
+
+
+class _Served(ServedModel, _Loader):
+    def __init__(self) -> None:
+        self._taco_expected = {"a.weight": (2, 3), "b.v": (4,)}
+
+
+def test_missing_and_misshapen_weights_stop_the_loading() -> None:
+    whole = {"a.weight": torch.zeros(2, 3), "b.v": torch.zeros(4), "other": torch.zeros(1)}
+    assert _Served().load_weights(whole.items()) == set(whole)
+    assert _Served().load_weights(whole.items()) == set(whole)
+    with pytest.raises(TacoError, match=r"1 weights are missing.*b\.v"):
+        _Served().load_weights([("a.weight", whole["a.weight"])])
+    with pytest.raises(TacoError, match=r"b\.v is \(5,\)"):
+        _Served().load_weights([*whole.items(), ("b.v", torch.zeros(5))][::-1])
+
+
+def test_the_layers_are_found() -> None:
+    def block() -> nn.Module:
+        return nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+
+    model = nn.Module()
+    model.layers = nn.ModuleList(block() for _ in range(4))
+    model.small = nn.ModuleList(nn.Linear(1, 1) for _ in range(4))
+    assert decoder_layers(model, 4) is model.layers
+    with pytest.raises(TacoError, match="found 0"):
+        decoder_layers(model, 5)
+    model.again = nn.ModuleList(block() for _ in range(4))
+    with pytest.raises(TacoError, match="found 2"):
+        decoder_layers(model, 4)
+
+
+class LlamaDecoderLayer(nn.Module):  # by the name of vLLM's
+    def forward(self, positions: Any, hidden: torch.Tensor, residual: torch.Tensor | None) -> Any:
+        return hidden * 2, residual
+
+
+class SingleLayer(nn.Module):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden * 2
+
+
+class StrangeLayer(LlamaDecoderLayer):
+    def forward(self, positions: Any, hidden: torch.Tensor, residual: torch.Tensor | None) -> Any:
+        return hidden, residual
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_bridges_do_the_same_to_a_pair_and_to_a_sum(bias: bool) -> None:
+    hidden, eps = 24, 1e-5
+    x, residual = torch.randn(7, hidden), torch.randn(7, hidden)
+    with set_current_vllm_config(VllmConfig()):
+        layers: list[Any] = [LlamaDecoderLayer(), SingleLayer(), LlamaDecoderLayer()]
+        v, u, b = torch.randn(5, hidden), torch.randn(hidden, 5), torch.randn(hidden)
+        for layer in layers:
+            attach(layer, BridgeSpec(0, 5, bias, eps), hidden, torch.float32)
+            layer.bridge.v.data, layer.bridge.u.data = v, u
+            if bias:
+                layer.bridge.bias.data = b
+        found, stream = layers[0](None, x, residual)
+        (alone, nothing), single = layers[2](None, x, None), layers[1](x)
+
+    def exact(stream: torch.Tensor) -> torch.Tensor:
+        wide = stream.double()
+        normed = wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt()
+        return wide + normed @ v.double().T @ u.double().T + (b.double() if bias else 0)
+
+    tolerance = 60 * torch.finfo(torch.float32).eps * (hidden * 5) ** 0.5
+    torch.testing.assert_close((found + stream).double(), exact(2 * x + residual), rtol=0, atol=tolerance)
+    torch.testing.assert_close(stream, 2 * x + residual, rtol=0, atol=1e-6)
+    torch.testing.assert_close(single.double(), exact(2 * x), rtol=0, atol=tolerance)
+    assert nothing is None and torch.equal(alone, single)
+
+
+def test_a_pair_of_unknown_meaning_is_refused() -> None:
+    with pytest.raises(TacoError, match="StrangeLayer"):
+        attach(StrangeLayer(), BridgeSpec(0, 2), 8, torch.float32)
+
+
+def test_every_tested_architecture_has_a_class() -> None:
+    for name in CONFIGS:
+        config = as_vllm_expects(random_model(name).config)
+        assert config.architectures[0] in ModelRegistry.models
