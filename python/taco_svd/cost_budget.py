@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from .allocation import bridge_structure
 from .architectures import Architecture, slice_config
+from .bench import weight_bytes_of
 from .bench_runner import PHASES, Runner
 from .budget import Costs
 from .calibration import context_length
@@ -87,6 +88,11 @@ def without_layers(model: PreTrainedModel, gone: list[int]) -> PreTrainedModel:
     return bare.eval()
 
 
+def costs_for(model: PreTrainedModel) -> DeviceCosts:
+    """The table for models of this size, dtype and device."""
+    return DeviceCosts(model.device, model.dtype, working_set=weight_bytes_of(model))
+
+
 def prompt_length(model: PreTrainedModel, prompt: int = PROMPT) -> int:
     """`prompt`, or what the model's context leaves room for."""
     return max(1, min(prompt, context_length(model) - 16))
@@ -137,7 +143,7 @@ def bridges_within(
     hidden, prompt = model.config.hidden_size, prompt_length(model)
     if not widest.bridges:
         return Overhead(widest, 0, dict.fromkeys(PHASES, 0.0), {"max_overhead": max_overhead})
-    costs = costs or DeviceCosts(model.device, model.dtype)
+    costs = costs or costs_for(model)
     with (progress or Silent()).step("measuring what bridges cost") as report:
         bare = without_layers(model, redundant)
         whole = {}
@@ -194,7 +200,7 @@ class LatencyCosts(Costs):
         seconds: Callable[[PreTrainedModel, str, int], float] = model_seconds,
         progress: Progress | None = None,
     ) -> None:
-        self.costs = costs or DeviceCosts(model.device, model.dtype)
+        self.costs = costs or costs_for(model)
         depth, prompt = len(Architecture(model).layers), prompt_length(model, 128)
         gone = list(range(1, 1 + max(1, depth // 2)))
         with (progress or Silent()).step("measuring the dense model") as report:

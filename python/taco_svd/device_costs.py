@@ -1,8 +1,9 @@
 """What linear maps, factors and bridges cost on the device at hand: measured once, kept in the user's cache, and read
 between measured ranks.
 
-Every time is that of a call whose weights come from memory, as they do inside a model, not from a cache. A bridge is
-timed after a product that has swept the caches, its Python code with them.
+Every time is that of a call whose weights come from where a model of that size has them: from memory, or from a cache
+that holds the whole model. A bridge is timed after a product that has swept the caches as the model's layers would, its
+Python code with them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .budget import LEAST_SAVING, factor_parameters
 from .replacement import LowRankBridge
 
 FORMAT = 1
-# of one block that weights are cut from in turn: several times the last cache of common machines (L2 of a GPU)
+# at most, of the block that weights are cut from in turn: several times the last cache of common machines
 _BLOCK_BYTES = 256 << 20
 # what is swept between two calls of a bridge
 _SWEEP_BYTES = 96 << 20
@@ -51,6 +52,8 @@ class DeviceCosts:
     torch or of this package, of another thread count or device do not count.
 
     Args:
+        working_set: bytes of the model's weights, if they are few enough for a cache to hold them; default: they are
+            not.
         directory: of the cache file; default `cache_directory()`.
         measure: times one point, ``(op, out, in, rank, rows) -> seconds``; for tests.
     """
@@ -60,9 +63,13 @@ class DeviceCosts:
         device: torch.device | str,
         dtype: torch.dtype,
         directory: Path | None = None,
+        working_set: int | None = None,
         measure: Callable[[str, int, int, int, int], float] | None = None,
     ) -> None:
         self.device, self.dtype = torch.device(device), dtype
+        # powers of two: models of about the same size share a table
+        rounded = 1 << max(20, (working_set - 1).bit_length()) if working_set else _BLOCK_BYTES
+        self.block_bytes = min(_BLOCK_BYTES, rounded)
         self.key = {
             "format": FORMAT,
             "device": device_name(self.device),
@@ -70,6 +77,7 @@ class DeviceCosts:
             "threads": torch.get_num_threads() if self.device.type == "cpu" else 0,
             "taco_kernels": taco_kernels.__version__,
             "torch": str(torch.__version__),
+            "block_bytes": self.block_bytes,
             "native": taco_kernels.native.module is not None,
         }
         digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
@@ -188,7 +196,7 @@ class DeviceCosts:
         for _ in range(4):
             bridge = LowRankBridge(hidden, rank, True, 1e-6, device=self.device, dtype=self.dtype)
             bridges.append(bridge.requires_grad_(False).eval())
-        size = _SWEEP_BYTES // self.dtype.itemsize // hidden
+        size = max(1, min(_SWEEP_BYTES, self.block_bytes) // self.dtype.itemsize // hidden)
         sweep, vector = next(self._pieces(size * hidden)).view(size, hidden), h[0, :1]
         count = iter(range(1 << 30))
         return self._median(
@@ -198,7 +206,7 @@ class DeviceCosts:
 
     def _pieces(self, numbers: int) -> Iterator[torch.Tensor]:
         """Pieces of `numbers` weights, another one each time, no end."""
-        least = max(_BLOCK_BYTES // self.dtype.itemsize, 2 * numbers)
+        least = max(self.block_bytes // self.dtype.itemsize, 2 * numbers)
         if self._block is None or self._block.numel() < least:
             self._block = None
             part = torch.randn(1 << 20, device=self.device).mul_(0.02).to(self.dtype)

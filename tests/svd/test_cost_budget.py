@@ -97,6 +97,17 @@ def test_two_processes_add_to_one_file(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [one.path.name]
 
 
+def test_small_models_are_measured_in_the_caches_that_hold_them(tmp_path: Path) -> None:
+    sizes = {size: DeviceCosts("cpu", torch.float32, tmp_path, working_set=size) for size in (1, 3 << 20, 7 << 30)}
+    assert [costs.block_bytes for costs in sizes.values()] == [1 << 20, 4 << 20, 256 << 20]
+    assert len({costs.path for costs in sizes.values()}) == 3
+    assert sizes[7 << 30].path == DeviceCosts("cpu", torch.float32, tmp_path).path
+    pieces = sizes[3 << 20]._pieces(1000)
+    places = [next(pieces).data_ptr() for _ in range(3000)]
+    assert max(places) - min(places) < 4 << 20  # ... in turn, from no more than the model has
+    assert len(set(places)) == (4 << 20) // 4000
+
+
 def test_a_cache_that_cannot_be_written_does_no_harm(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     costs = costs_by_bytes(directory=tmp_path / "file" / "below")
