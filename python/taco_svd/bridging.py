@@ -16,11 +16,12 @@ from .decomposition import damped, weighted_svd
 from .team import Team
 
 RIDGE = 1e-3
+WIDE = 2048
 
 
 @dataclass
 class BridgeMoments:
-    """Running sums over tokens that the fit needs; float64 on the device of the hidden states."""
+    """Running sums over tokens that the fit needs, where the hidden states are; float64 up to `WIDE` features."""
 
     eps: float
     tokens: int = 0
@@ -31,9 +32,11 @@ class BridgeMoments:
 
     def add(self, entering: torch.Tensor, leaving: torch.Tensor) -> None:
         """Adds tokens: the hidden states the bridge will see, and those it should produce; both [..., hidden]."""
-        h = entering.flatten(0, -2).double()
+        # beyond `WIDE` products of float64 matrices would take longer than the model itself
+        wide = torch.float64 if entering.shape[-1] <= WIDE else torch.float32
+        h = entering.flatten(0, -2).to(wide)
         x = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
-        d = leaving.flatten(0, -2).double() - h
+        d = leaving.flatten(0, -2).to(wide) - h
         sums = (x.sum(0), d.sum(0), x.T @ x, d.T @ x)
         if self.sum_x is None:
             self.sum_x, self.sum_d, self.xx, self.dx = sums
@@ -64,9 +67,9 @@ def fit_bridge(
     assert moments.sum_x is not None and moments.sum_d is not None
     assert moments.xx is not None and moments.dx is not None
     count = moments.tokens
-    mean_x, mean_d = moments.sum_x / count, moments.sum_d / count
-    xx = damped(moments.xx / count - torch.outer(mean_x, mean_x), RIDGE, torch.float64)
-    dx = moments.dx / count - torch.outer(mean_d, mean_x)
+    mean_x, mean_d = moments.sum_x.double() / count, moments.sum_d.double() / count
+    xx = damped(moments.xx.double() / count - torch.outer(mean_x, mean_x), RIDGE, torch.float64)
+    dx = moments.dx.double() / count - torch.outer(mean_d, mean_x)
     full = torch.linalg.solve(xx, dx.T).T
     parts = weighted_svd(full, xx, gradients)
     u, v = parts.factors(torch.arange(rank, device=full.device))

@@ -8,17 +8,19 @@ seconds (`device_costs`): what an option costs is a `Costs` object's to say.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from .allocation import Sizes
+from .allocation import BRIDGE_EPS, Sizes
 from .architectures import Architecture, LinearSite, linear_shape
 from .errors import TacoError
 from .loss_curves import LossCurves
-from .structure import Structure
+from .run_bridges import Run
+from .structure import BridgeSpec, Structure
 
 # A map is factorised only if that saves at least this share of it: two products for less are not worth their launch.
 LEAST_SAVING = 0.05
@@ -56,6 +58,10 @@ class Costs(Protocol):
         """Of one linear map, dense (rank None) or factorised."""
         ...
 
+    def of_bridge(self, hidden: int, rank: int) -> float:
+        """Of one bridge."""
+        ...
+
     def render(self, amount: float) -> str:
         """An amount for people."""
         ...
@@ -72,6 +78,9 @@ class ParameterCosts:
 
     def of_map(self, out_features: int, in_features: int, rank: int | None, pivoted: bool) -> float:
         return out_features * in_features if rank is None else _numbers(out_features, in_features, rank, pivoted)
+
+    def of_bridge(self, hidden: int, rank: int) -> float:
+        return hidden * (2 * rank + 1)
 
     def render(self, amount: float) -> str:
         return f"{int(amount):,} parameters"
@@ -92,6 +101,9 @@ class ByteCosts:
             return out_features * in_features * self.itemsize
         numbers = _numbers(out_features, in_features, rank, pivoted) - pivoted * in_features
         return numbers * self.itemsize + pivoted * in_features * 4
+
+    def of_bridge(self, hidden: int, rank: int) -> float:
+        return hidden * (2 * rank + 1) * self.itemsize
 
     def render(self, amount: float) -> str:
         return f"{int(amount):,} bytes"
@@ -194,26 +206,27 @@ def allocate(
     dense = costs.total
     least = dense - sum(choices[0].cost - choices[-1].cost for choices in options.values())
 
-    def choose(price: float) -> tuple[dict[LinearSite, Option], set[int]]:
+    hidden = architecture.model.config.hidden_size
+    spans = {run: entry for run, entry in curves.bridged.items() if set(range(run[0], run[1] + 1)) <= allowed}
+
+    def choose(price: float) -> tuple[dict[LinearSite, Option], _Gone]:
         chosen = {
             site: min(choices, key=lambda option: option.loss + price * option.cost)
             for site, choices in options.items()
         }
-        removed: set[int] = set()
-        for layer in sorted(allowed, key=lambda index: curves.removal.get(index, float("inf"))):
-            here = [option for site, option in chosen.items() if site.layer == layer]
-            maps = sum(options[site][0].cost for site in options if site.layer == layer)
-            stays = sum(option.loss for option in here) + price * (
-                costs.layer - maps + sum(option.cost for option in here)
-            )
-            if curves.removal.get(layer, float("inf")) < stays and len(removed) < depth - 1:
-                removed.add(layer)
-        return {site: option for site, option in chosen.items() if site.layer not in removed}, removed
+        stays = [price * costs.layer] * depth
+        for site, option in chosen.items():
+            stays[site.layer] += option.loss + price * (option.cost - options[site][0].cost)
+        goes = [curves.removal.get(layer, math.inf) if layer in allowed else math.inf for layer in range(depth)]
+        bridges = {run: loss + price * costs.of_bridge(hidden, rank) for run, (rank, loss) in spans.items()}
+        gone = cheapest_layers(stays, goes, bridges)
+        return {site: option for site, option in chosen.items() if site.layer not in gone.layers}, gone
 
-    def cost(chosen: Mapping[LinearSite, Option], removed: set[int]) -> float:
+    def cost(chosen: Mapping[LinearSite, Option], gone: _Gone) -> float:
         return (
             dense
-            - len(removed) * costs.layer
+            - len(gone.layers) * costs.layer
+            + sum(costs.of_bridge(hidden, spans[run][0]) for run in gone.bridged)
             - sum(options[site][0].cost - option.cost for site, option in chosen.items())
         )
 
@@ -234,11 +247,11 @@ def allocate(
             low = middle
         if low and high / low < 1 + 1e-9:
             break
-    chosen, removed = choose(high)
-    _spend_the_rest(chosen, every, most - cost(chosen, removed))
+    chosen, gone = choose(high)
+    _spend_the_rest(chosen, every, most - cost(chosen, gone))
     low_rank: dict[int, dict[str, int]] = {}
     pivoted: dict[int, list[str]] = {}
-    saved = len(removed) * sizes.layer
+    saved = len(gone.layers) * sizes.layer - sum(hidden * (2 * spans[run][0] + 1) for run in gone.bridged)
     for site, option in chosen.items():
         if option.rank is not None:
             saved += every[site][0].parameters - option.parameters
@@ -247,12 +260,63 @@ def allocate(
                 pivoted.setdefault(site.layer, []).append(site.path)
     structure = Structure(
         depth,
-        tuple(layer for layer in range(depth) if layer not in removed),
+        tuple(layer for layer in range(depth) if layer not in gone.layers),
+        bridges=tuple(BridgeSpec(first - 1, spans[first, last][0], True, BRIDGE_EPS) for first, last in gone.bridged),
         low_rank=dict(sorted(low_rank.items())),
         pivoted={layer: tuple(paths) for layer, paths in sorted(pivoted.items())},
     )
-    loss = sum(option.loss for option in chosen.values()) + sum(curves.removal[layer] for layer in removed)
-    return Allocation(structure, sizes.total - saved, loss, cost(chosen, removed))
+    loss = (
+        sum(option.loss for option in chosen.values())
+        + sum(curves.removal[layer] for layer in gone.plainly)
+        + sum(spans[run][1] for run in gone.bridged)
+    )
+    return Allocation(structure, sizes.total - saved, loss, cost(chosen, gone))
+
+
+@dataclass(frozen=True)
+class _Gone:
+    """Layers that are taken out: some with nothing in their place, some in runs with a bridge."""
+
+    plainly: tuple[int, ...]
+    bridged: tuple[Run, ...]
+
+    @property
+    def layers(self) -> set[int]:
+        return {*self.plainly, *(layer for first, last in self.bridged for layer in range(first, last + 1))}
+
+
+def cheapest_layers(stays: Sequence[float], goes: Sequence[float], bridges: Mapping[Run, float]) -> _Gone:
+    """Which layers to take out, and how, at least total cost; at least one stays.
+
+    A bridge hangs on a layer that stays, and what follows its run stays too: a run that met another one would be one
+    longer run, which was measured as such. By dynamic programming over the layers from the bottom.
+
+    Args:
+        stays, goes: per layer what keeping it and plainly removing it cost (infinity: not allowed).
+        bridges: what runs (first, last) cost when a bridge stands for them.
+    """
+    depth = len(stays)
+    empty = _Gone((), ())
+    # for every number of layers decided: least cost and choice, by the kind of the last one; "none": all are gone
+    table: list[dict[str, tuple[float, _Gone]]] = [{"none": (0.0, empty)}]
+    for layer in range(depth):
+        best: dict[str, tuple[float, _Gone]] = {}
+
+        def offer(kind: str, cost: float, gone: _Gone, best: dict[str, tuple[float, _Gone]] = best) -> None:
+            if cost < best.get(kind, (math.inf,))[0]:
+                best[kind] = (cost, gone)
+
+        for kind, (cost, gone) in table[layer].items():
+            offer("stays", cost + stays[layer], gone)
+            if kind != "bridge":
+                after = "none" if kind == "none" else "goes"
+                offer(after, cost + goes[layer], _Gone((*gone.plainly, layer), gone.bridged))
+        for (first, last), price in bridges.items():
+            if last == layer and "stays" in table[first]:
+                cost, gone = table[first]["stays"]
+                offer("bridge", cost + price, _Gone(gone.plainly, (*gone.bridged, (first, last))))
+        table.append(best)
+    return min((entry for kind, entry in table[depth].items() if kind != "none"), key=lambda entry: entry[0])[1]
 
 
 def _spend_the_rest(chosen: dict[LinearSite, Option], options: Mapping[LinearSite, list[Option]], spare: float) -> None:

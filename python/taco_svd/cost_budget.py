@@ -221,6 +221,9 @@ class LatencyCosts(Costs):
             return self.costs.linear(out_features, in_features)
         return self.costs.low_rank(out_features, in_features, rank, pivoted)
 
+    def of_bridge(self, hidden: int, rank: int) -> float:
+        return self.costs.bridge(hidden, rank)
+
     def render(self, amount: float) -> str:
         return f"{amount * 1e3:.3f} ms per token"
 

@@ -22,6 +22,7 @@ from .divergence import kl_per_token
 from .factorise import put_factors
 from .mapped import is_mapped, page_out
 from .progress import Report
+from .run_bridges import LENGTHS, Run, bridge_rank, bridged, fit_run_bridges
 from .store import Store
 from .team import Team
 from .walk import Walk
@@ -46,11 +47,13 @@ class LossCurves:
         maps: per linear map float64 [full rank + 1]: the loss when that many directions stay; 0 at full rank.
         removal: per layer the loss when it is taken out.
         measured: what was measured: (map, rank, loss).
+        bridged: per run of layers (first, last) the rank and the loss when one bridge stands for it.
     """
 
     maps: Mapping[LinearSite, torch.Tensor]
     removal: Mapping[int, float]
     measured: tuple[tuple[LinearSite, int, float], ...] = field(default=())
+    bridged: Mapping[Run, tuple[int, float]] = field(default_factory=dict)
 
 
 def tail_energies(sigma: torch.Tensor) -> torch.Tensor:
@@ -92,9 +95,10 @@ def scaled_curve(tail: torch.Tensor, points: Sequence[tuple[int, float]]) -> tor
 
 @dataclass(frozen=True)
 class _Change:
-    """A single change of the model, and the hidden states that it leads to so far, per batch."""
+    """A single change of the model (a map, a run bridged, or a layer removed), and the hidden states that it leads to
+    so far, per batch."""
 
-    site: LinearSite | None
+    site: LinearSite | Run | None
     layer: int
     rank: int
     hidden: list[torch.Tensor]
@@ -133,11 +137,16 @@ class CurveMeasurement:
         most = max(2, min(MEASURED_TOKENS, REFERENCE_BYTES // (4 * vocabulary)))
         length = min(tokens.shape[1], most)
         self.tokens = tokens[: max(1, most // length), :length]
+        # what is measured must not have been fitted on the same windows
+        self.unused = tokens[len(self.tokens) :]
+        self._bridged: list[Run] = []
         self.walk = Walk(architecture, [self.tokens])
         self._mapped = is_mapped(architecture.model)
 
     def run(self, sites: Sequence[LinearSite], report: Report) -> LossCurves:
         """The curves of `sites`, and the loss of every layer's removal."""
+        self._bridged = fit_run_bridges(self.architecture, self.unused, self.store, lambda done, of: None, self.team)
+        spans: dict[Run, tuple[int, float]] = {}
         measured_layers = layers_to_measure(sites, self.depth)
         stream = self._climb(0, 0, self.walk.entering)
         reference: list[torch.Tensor] | None = None
@@ -150,11 +159,12 @@ class CurveMeasurement:
             if entry not in self.store:
                 if reference is None:
                     reference = self._log_probabilities(self._climb(first, self.depth, stream))
-                found, costs, spectra = self._group(first, last, here, measured_layers, stream, reference)
+                found, costs, spectra, spanned = self._group(first, last, here, measured_layers, stream, reference)
                 tensors = {site.name: spectrum for site, spectrum in spectra.items()}
                 note = {
                     "points": {site.name: values for site, values in found.items()},
                     "removal": {str(layer): loss for layer, loss in costs.items()},
+                    "bridged": [[*run, loss] for run, loss in sorted(spanned.items())],
                 }
                 self.store.put(entry, tensors, note)
             kept, note = self.store.get(entry), self.store.note(entry)
@@ -163,6 +173,8 @@ class CurveMeasurement:
                 if site.name in note["points"]:
                     points[site] = [(int(rank), float(loss)) for rank, loss in note["points"][site.name]]
             removal |= {int(layer): float(loss) for layer, loss in note["removal"].items()}
+            rank = bridge_rank(self.architecture.model.config.hidden_size)
+            spans |= {(int(start), int(end)): (rank, float(loss)) for start, end, loss in note["bridged"]}
             stream = self._climb(first, last + 1, stream)
             report(last + 1, self.depth)
         curves = {
@@ -170,7 +182,7 @@ class CurveMeasurement:
             for site, tail in tails.items()
         }
         measured = tuple((site, rank, loss) for site, values in points.items() for rank, loss in values)
-        return LossCurves(curves, removal, measured)
+        return LossCurves(curves, removal, measured, spans)
 
     # -- one group of layers ----------------------------------------------------------------------------------------
 
@@ -182,7 +194,9 @@ class CurveMeasurement:
         groups: list[tuple[int, int]] = []
         used = 0
         for layer in range(self.depth):
-            streams = 1 + len(self.shares) * sum(site.layer == layer for site in sites) * (layer in measured)
+            streams = (
+                1 + len(LENGTHS) + len(self.shares) * sum(site.layer == layer for site in sites) * (layer in measured)
+            )
             if not groups or used + streams * one > STREAM_BYTES:
                 groups.append((layer, layer))
                 used = 0
@@ -199,14 +213,22 @@ class CurveMeasurement:
         measured: set[int],
         stream: list[torch.Tensor],
         reference: list[torch.Tensor],
-    ) -> tuple[dict[LinearSite, list[tuple[int, float]]], dict[int, float], dict[LinearSite, torch.Tensor]]:
-        """Measured points, losses of removal and spectra of the layers first .. last, into which `stream` enters."""
+    ) -> tuple[
+        dict[LinearSite, list[tuple[int, float]]], dict[int, float], dict[LinearSite, torch.Tensor], dict[Run, float]
+    ]:
+        """Measured points, losses of removal and spectra of the layers first .. last, into which `stream` enters; and
+        losses of the bridged runs that begin there."""
         changes: list[_Change] = []
+        waiting: list[_Change] = []
+        runs = [run for number, run in enumerate(self._bridged) if first <= run[0] <= last and self.team.deals(number)]
         spectra: dict[LinearSite, torch.Tensor] = {}
         for layer in range(first, self.depth):
             module = self.architecture.layers[layer]
             changes = [self._higher(change, module, layer) for change in changes]
             if layer <= last:
+                # a bridge gives what leaves its run: it climbs on from there
+                for run in [run for run in runs if run[0] == layer]:
+                    waiting.append(_Change(run, layer, 0, [bridged(self.store, run, hidden) for hidden in stream]))
                 here = [site for site in sites if site.layer == layer]
                 for number, site in enumerate(here):
                     if self.team.deals(number):
@@ -215,23 +237,28 @@ class CurveMeasurement:
                 if self.team.deals(len(here)):
                     changes.append(_Change(None, layer, 0, stream))
                 stream = [self.walk.run(module, layer, batch, hidden) for batch, hidden in enumerate(stream)]
+            changes += [change for change in waiting if change.site[1] == layer]  # type: ignore[index]
             if self._mapped:
                 page_out(module)
         points: dict[LinearSite, list[tuple[int, float]]] = {}
         removal: dict[int, float] = {}
+        spanned: dict[Run, float] = {}
         for change in changes:
             loss = self._divergence(reference, self._log_probabilities(change.hidden))
             if change.site is None:
                 removal[change.layer] = loss
+            elif isinstance(change.site, tuple):
+                spanned[change.site] = loss
             else:
                 points.setdefault(change.site, []).append((change.rank, loss))
-        for other_points, other_removal, other_spectra in self.team.gather(
-            (points, removal, {site: sigma.cpu() for site, sigma in spectra.items()})
+        for other_points, other_removal, other_spectra, other_spanned in self.team.gather(
+            (points, removal, {site: sigma.cpu() for site, sigma in spectra.items()}, spanned)
         ):
             points |= other_points
             removal |= other_removal
             spectra |= other_spectra
-        return points, removal, spectra
+            spanned |= other_spanned
+        return points, removal, spectra, spanned
 
     def _higher(self, change: _Change, module: nn.Module, layer: int) -> _Change:
         hidden = [self.walk.run(module, layer, batch, h) for batch, h in enumerate(change.hidden)]

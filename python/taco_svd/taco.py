@@ -200,6 +200,8 @@ def _bridge_gradients(
         )
         with progress.step("gradients at the bridges, layer by layer") as report:
             passes.backward([], lambda site, x, gradient: None, min(ends), collect, finished, report)
-    damping = float(plan.options.get("gradient_damping", BRIDGE_GRADIENT_DAMPING))
+    # in taco mode the option is that of the factorised maps
+    own = plan.options.get("gradient_damping", BRIDGE_GRADIENT_DAMPING)
+    damping = float(own) if plan.method == "bridge" else BRIDGE_GRADIENT_DAMPING
     device = next(model.parameters()).device
     return {layer: damped(store.get(f"bridge-gradients/{layer}")["moment"].to(device), damping) for layer in ends}

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import re
 
 import pytest
 import torch
 
-from taco_svd import TacoError, compress
-from taco_svd.allocation import Sizes
-from taco_svd.architectures import Architecture, linear_shape
-from taco_svd.budget import allocate, factor_parameters, lower_hull, map_options
+from taco_svd import TacoError, compress, loss_curves
+from taco_svd.allocation import BRIDGE_EPS, Sizes, structure_parameters
+from taco_svd.architectures import Architecture, LinearSite, linear_shape
+from taco_svd.bridging import BridgeMoments, fit_bridge
+from taco_svd.budget import allocate, cheapest_layers, factor_parameters, lower_hull, map_options
 from taco_svd.calibration import Calibration
+from taco_svd.divergence import kl_per_token
 from taco_svd.loss_curves import LossCurves, scaled_curve, tail_energies
+from taco_svd.progress import Silent
 from taco_svd.replacement import LowRankLinear
+from taco_svd.run_bridges import bridge_rank, bridged, runs_to_bridge
+from taco_svd.taco import Analysis
+from taco_svd.walk import Walk
 
 from .tiny_models import VOCABULARY, tiny_model
 
@@ -111,3 +119,86 @@ def test_prediction_orders_what_is_measured() -> None:
     predicted = [result["predicted_loss"] for result in results]
     measured = [result["measured_loss"] for result in results]
     assert predicted == sorted(predicted) and measured == sorted(measured)
+
+
+def test_layers_are_taken_out_as_exhaustive_search_does() -> None:
+    """Every way to keep, remove and bridge six layers, costs drawn at random."""
+    depth = 6
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(30):
+        stays, goes = (torch.rand(depth, generator=generator).tolist() for _ in range(2))
+        runs = [(a, b) for a in range(1, depth) for b in range(a, min(depth, a + 3))]
+        bridges = {run: float(torch.rand((), generator=generator)) * 1.5 for run in runs}
+        best = (float("inf"), None)
+        for kinds in itertools.product("sgb", repeat=depth):
+            # a stretch of b is one bridged run: it follows a layer that stays, and is followed by one
+            text = "".join(kinds)
+            stretches = [(m.start(), m.end() - 1) for m in re.finditer("b+", text)]
+            allowed = all(
+                run in bridges and text[run[0] - 1] == "s" and (run[1] + 1 == depth or text[run[1] + 1] == "s")
+                for run in stretches
+            )
+            if "s" in text and allowed:
+                total = sum(bridges[run] for run in stretches)
+                total += sum({"s": stays, "g": goes}[kind][layer] for layer, kind in enumerate(text) if kind != "b")
+                best = min(best, (total, text))
+        gone = cheapest_layers(stays, goes, bridges)
+        found = sum(bridges[run] for run in gone.bridged) + sum(goes[layer] for layer in gone.plainly)
+        found += sum(stays[layer] for layer in range(depth) if layer not in gone.layers)
+        assert found == pytest.approx(best[0]), (gone, best)
+
+
+def test_a_cheap_bridge_is_chosen_and_counted() -> None:
+    architecture, curves = toy_curves()
+    dense = Sizes.of(architecture).total
+    hidden = architecture.model.config.hidden_size
+    curves = dataclasses.replace(curves, bridged={(1, 2): (4, 1e-6)})
+    found = allocate(architecture, curves, int(0.6 * dense))
+    assert found.structure.removed == (1, 2)
+    assert found.structure.bridges[0].after == 0 and found.structure.bridges[0].rank == 4
+    saved = sum(
+        out * wide - factor_parameters(out, wide, rank)[0]
+        for layer, ranks in found.structure.low_rank.items()
+        for path, rank in ranks.items()
+        for out, wide in [linear_shape(architecture.module(site_of(architecture, layer, path)))]
+    )
+    bare = dataclasses.replace(found.structure, low_rank={}, pivoted={})
+    assert found.parameters == structure_parameters(architecture, bare) - saved
+    assert hidden * (2 * 4 + 1) == structure_parameters(architecture, found.structure) - structure_parameters(
+        architecture, dataclasses.replace(found.structure, bridges=())
+    )
+    assert found.parameters <= 0.6 * dense
+    without = allocate(architecture, dataclasses.replace(curves, bridged={}), int(0.6 * dense))
+    assert found.predicted_loss < without.predicted_loss and not without.structure.bridges
+
+
+def site_of(architecture: Architecture, layer: int, path: str) -> LinearSite:
+    return next(site for site in architecture.sites([layer]) if site.path == path)
+
+
+def test_bridges_are_fitted_on_other_windows_than_they_are_measured_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_curves, "MEASURED_TOKENS", 24)
+    model = tiny_model("llama")
+    tokens = torch.randint(3, VOCABULARY, (10, 12), generator=torch.Generator().manual_seed(3))
+    analysis = Analysis(model, Calibration(tokens, "tokens", 0))
+    curves = analysis.curves({}, Silent())
+    assert set(curves.bridged) == set(runs_to_bridge(model.config.num_hidden_layers)) and all(
+        loss >= 0 for _, loss in curves.bridged.values()
+    )
+    # what was measured for one run, computed the long way
+    run = (1, 2)
+    h = model(tokens[:2], output_hidden_states=True).hidden_states[1].detach()
+    changed = bridged(analysis.store, run, h)
+    walk = Walk(Architecture(model), [tokens[:2]])
+    with torch.no_grad():
+        leaving = changed
+        for layer in range(3, model.config.num_hidden_layers):
+            leaving = walk.run(model.model.layers[layer], layer, 0, leaving)
+        expected = float(kl_per_token(model(tokens[:2]).logits, walk.logits(0, leaving)).double().mean())
+    assert curves.bridged[run][1] == pytest.approx(expected, rel=1e-4)
+    moments = BridgeMoments(BRIDGE_EPS)
+    states = model(tokens[2:], output_hidden_states=True).hidden_states
+    moments.add(states[1].detach(), states[3].detach())
+    u, v, _ = fit_bridge(moments, bridge_rank(model.config.hidden_size))
+    kept = analysis.store.get("run-bridge/1-2")
+    torch.testing.assert_close(kept["u"] @ kept["v"], u @ v, rtol=1e-3, atol=1e-5)
