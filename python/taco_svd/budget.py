@@ -219,7 +219,7 @@ def allocate(
             stays[site.layer] += option.loss + price * (option.cost - options[site][0].cost)
         goes = [curves.removal.get(layer, math.inf) if layer in allowed else math.inf for layer in range(depth)]
         bridges = {run: loss + price * costs.of_bridge(hidden, rank) for run, (rank, loss) in spans.items()}
-        gone = cheapest_layers(stays, goes, bridges)
+        gone = cheapest_layers(stays, goes, bridges, side_by_side)
         return {site: option for site, option in chosen.items() if site.layer not in gone.layers}, gone
 
     def cost(chosen: Mapping[LinearSite, Option], gone: _Gone) -> float:
@@ -230,9 +230,13 @@ def allocate(
             - sum(options[site][0].cost - option.cost for site, option in chosen.items())
         )
 
+    # Single losses of neighbours add up to less than both together cost; bridged runs were measured as runs.
+    side_by_side = not spans
     low, high = 0.0, 1.0
     while cost(*choose(high)) > most:
         high *= 10
+        if high > 1e12 / min(1.0, costs.layer) and not side_by_side:
+            side_by_side, high = True, 1.0
         if high > 1e12 / min(1.0, costs.layer):  # seconds are small numbers, and their prices large ones
             raise TacoError(
                 f"A budget of {costs.render(most)} ({most / dense:.1%}) cannot be reached: with "
@@ -285,7 +289,9 @@ class _Gone:
         return {*self.plainly, *(layer for first, last in self.bridged for layer in range(first, last + 1))}
 
 
-def cheapest_layers(stays: Sequence[float], goes: Sequence[float], bridges: Mapping[Run, float]) -> _Gone:
+def cheapest_layers(
+    stays: Sequence[float], goes: Sequence[float], bridges: Mapping[Run, float], side_by_side: bool = True
+) -> _Gone:
     """Which layers to take out, and how, at least total cost; at least one stays.
 
     A bridge hangs on a layer that stays, and what follows its run stays too: a run that met another one would be one
@@ -294,6 +300,7 @@ def cheapest_layers(stays: Sequence[float], goes: Sequence[float], bridges: Mapp
     Args:
         stays, goes: per layer what keeping it and plainly removing it cost (infinity: not allowed).
         bridges: what runs (first, last) cost when a bridge stands for them.
+        side_by_side: whether layers that are next to each other may be removed plainly.
     """
     depth = len(stays)
     empty = _Gone((), ())
@@ -308,7 +315,7 @@ def cheapest_layers(stays: Sequence[float], goes: Sequence[float], bridges: Mapp
 
         for kind, (cost, gone) in table[layer].items():
             offer("stays", cost + stays[layer], gone)
-            if kind != "bridge":
+            if kind == "stays" or (kind != "bridge" and side_by_side) or (kind == "none" and layer == 0):
                 after = "none" if kind == "none" else "goes"
                 offer(after, cost + goes[layer], _Gone((*gone.plainly, layer), gone.bridged))
         for (first, last), price in bridges.items():

@@ -125,7 +125,8 @@ def test_layers_are_taken_out_as_exhaustive_search_does() -> None:
     """Every way to keep, remove and bridge six layers, costs drawn at random."""
     depth = 6
     generator = torch.Generator().manual_seed(4)
-    for _ in range(30):
+    for trial in range(30):
+        side_by_side = trial % 2 == 0
         stays, goes = (torch.rand(depth, generator=generator).tolist() for _ in range(2))
         runs = [(a, b) for a in range(1, depth) for b in range(a, min(depth, a + 3))]
         bridges = {run: float(torch.rand((), generator=generator)) * 1.5 for run in runs}
@@ -138,11 +139,11 @@ def test_layers_are_taken_out_as_exhaustive_search_does() -> None:
                 run in bridges and text[run[0] - 1] == "s" and (run[1] + 1 == depth or text[run[1] + 1] == "s")
                 for run in stretches
             )
-            if "s" in text and allowed:
+            if "s" in text and allowed and (side_by_side or "gg" not in text):
                 total = sum(bridges[run] for run in stretches)
                 total += sum({"s": stays, "g": goes}[kind][layer] for layer, kind in enumerate(text) if kind != "b")
                 best = min(best, (total, text))
-        gone = cheapest_layers(stays, goes, bridges)
+        gone = cheapest_layers(stays, goes, bridges, side_by_side)
         found = sum(bridges[run] for run in gone.bridged) + sum(goes[layer] for layer in gone.plainly)
         found += sum(stays[layer] for layer in range(depth) if layer not in gone.layers)
         assert found == pytest.approx(best[0]), (gone, best)
