@@ -9,6 +9,9 @@ layer goes), is an ordinary checkpoint that vLLM serves with its own classes, wi
 part in it. Each model has a server of its own, all but the one being measured stopped (SIGSTOP); rounds take them by
 turns. Each round is `--clients` clients that send `--requests` requests each, the next when the last one is answered.
 
+Beside requests per second stands the processor time that the server's processes spend on a request (Linux), which other
+jobs on the machine disturb less.
+
 First both servers' log-probabilities are checked against transformers; no speed is printed where they are off.
 Writes benchmarks/results/<cpu or gpu>/vllm-serving-<shape>-<method>.json. Needs vLLM (`make test-vllm` sets it up):
 .venv-vllm/bin/python benchmarks/vllm_serving.py
@@ -124,6 +127,17 @@ class Server:
             raise SystemExit(f"{self.name}: status {response.status}: {text[:500]!r}")
         return json.loads(text)["choices"][0]
 
+    def cpu_seconds(self) -> float:
+        """Processor time that all processes of the group have used so far; 0 where the system does not tell."""
+        total = 0
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                # behind the name, which may hold blanks: state, parent, group, ... user time, system time
+                fields = stat.read_text().rpartition(")")[2].split()
+                if int(fields[2]) == self.process.pid:
+                    total += int(fields[11]) + int(fields[12])
+        return total / os.sysconf("SC_CLK_TCK")
+
     def signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
@@ -213,13 +227,15 @@ def held(lock: str | None, alone: bool = True) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def one_round(server: Server, options: argparse.Namespace) -> float:
-    """Wakes a server, measures it, and stops it again."""
+def one_round(server: Server, options: argparse.Namespace) -> tuple[float, float]:
+    """Wakes a server, measures it, and stops it again: requests per second, and processor seconds per request."""
     server.signal(signal.SIGCONT)
     requests_per_second(server, options.clients, 1, options.prompt, 1)  # awake again
+    used = server.cpu_seconds()
     rate = requests_per_second(server, options.clients, options.requests, options.prompt, options.tokens)
+    used = server.cpu_seconds() - used
     server.signal(signal.SIGSTOP)
-    return rate
+    return rate, used / (options.clients * options.requests)
 
 
 def write_models(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
@@ -256,6 +272,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             print(f"{name}: log-probabilities off by {found['difference']:.3f}, bound {found['bound']:.3f}")
         red = [name for name, found in checks.items() if not found["difference"] <= found["bound"]]
         rates: dict[str, list[float]] = {name: [] for name in directories}
+        costs: dict[str, list[float]] = {name: [] for name in directories}
         for server in servers:
             server.signal(signal.SIGSTOP)
         number = 0
@@ -264,13 +281,15 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 end = time.monotonic() + LOCK_SECONDS
                 while number < options.rounds and time.monotonic() < end:
                     for server in servers if number % 2 == 0 else servers[::-1]:
-                        rates[server.name].append(one_round(server, options))
+                        rate, cost = one_round(server, options)
+                        rates[server.name].append(rate)
+                        costs[server.name].append(cost)
                     number += 1
                     print(f"round {number}: " + ", ".join(f"{n} {r[-1]:.3f}/s" for n, r in rates.items()), flush=True)
     finally:
         for server in servers:
             server.close()
-    return {**description, "check": checks, "red": red, "rates": rates}
+    return {**description, "check": checks, "red": red, "rates": rates, "costs": costs}
 
 
 def main() -> int:
@@ -292,7 +311,7 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         found = measure(options, Path(folder))
-    rates = found.pop("rates")
+    rates, costs = found.pop("rates"), found.pop("costs")
     import vllm
 
     result = {
@@ -320,12 +339,18 @@ def main() -> int:
             for low, high in [torch.tensor(values).quantile(torch.tensor([0.2, 0.8])).tolist()]
         }
         result["overhead"] = {"median": ratio.median, "low": ratio.low, "high": ratio.high}
+        spent = bootstrap([ours / base - 1 for base, ours in zip(costs[yardstick], costs["compressed"], strict=True)])
+        result["cpu_seconds_per_request"] = {
+            **{name: statistics.median(values) for name, values in costs.items()},
+            "overhead": {"median": spent.median, "low": spent.low, "high": spent.high},
+        }
         for name, values in result["requests_per_second"].items():
             print(f"{name:11} {values['median']:.3f} requests/s (p20 {values['p20']:.3f}, p80 {values['p80']:.3f})")
         print(
             f"{yardstick} serves {ratio.median:+.2%} more than compressed "
             f"(95% interval {ratio.low:+.2%} to {ratio.high:+.2%}, {options.rounds} rounds)"
         )
+        print(f"processor time per request: {spent.median:+.2%} ({spent.low:+.2%} to {spent.high:+.2%})")
     out = options.out or ROOT / "results" / device.type / f"vllm-serving-{options.shape}-{options.method}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")

@@ -38,7 +38,7 @@ def test_in_bfloat16_they_differ_no_more_than_the_dense_models(compressed: Calla
     asked = prompts(64, VOCABULARY)
     found = {}
     for name, directory in (("dense", DEFAULT_MODEL), ("taco", compressed("taco"))):
-        answers = vllm_answers(directory, asked, TOKENS, dtype="bfloat16", enforce_eager=False)
+        answers = vllm_answers(directory, asked, TOKENS, dtype="bfloat16")
         found[name] = agreement(directory, asked, answers, torch.bfloat16)
         print(
             f"{name}: {found[name][0]:.2%} of the tokens are transformers', log-probabilities to {found[name][1]:.3f}"
