@@ -175,9 +175,8 @@ def _from_shape(
     kind: torch.dtype = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
     target = _device(device)
     structure, redundant = shape_structure(config, method, chosen, share, runs, keep, bridge_rank, kind)
+    # with the dense model even where it is not compared: all others are made from it
     planned = from_shape(config, structure, redundant, kind, "meta")
-    if "dense" not in others:
-        planned.models.pop("dense")
     check_memory(planned.bytes, target, f"{shape} in {kind} with what replaces its layers")
     with progress.step("random weights"), torch.no_grad():
         dense = random_model(config, kind, target)

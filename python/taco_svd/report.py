@@ -133,7 +133,8 @@ def info_table(info: dict[str, Any]) -> Table:
     table.add_row("source", f"{source.get('name')} ({source.get('architecture')}, {source.get('layers')} layers)")
     whole = info["method"] == "taco"  # spends its budget everywhere; these are what removal would take out
     redundant = "least important layers" if whole else "redundant layers"
-    table.add_row(redundant, ", ".join(map(str, info["redundant_layers"])) or "none")
+    if not (whole and len(info["redundant_layers"]) == source.get("layers")):  # a budget of time looks at no order
+        table.add_row(redundant, ", ".join(map(str, info["redundant_layers"])) or "none")
     table.add_row("removed layers", ", ".join(map(str, info["removed_layers"])) or "none")
     if info["compression_ratio"] is not None and not whole:
         table.add_row("compression ratio", f"{info['compression_ratio']:.4g}")
