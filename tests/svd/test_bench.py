@@ -268,6 +268,33 @@ def test_a_run_from_a_checkpoint(compressed_tiny: Callable, tmp_path: Path) -> N
     assert Structure.from_dict(result["structure"]) == plan.structure
 
 
+def test_many_models_and_batches_can_be_compiled_in_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    from taco_svd import bench_runner
+
+    compiled = []
+
+    def quick(forward: Callable, device: torch.device) -> Callable:
+        compiled.append(forward)
+        return torch.compile(forward, fullgraph=True, dynamic=False, backend="eager")
+
+    monkeypatch.setattr(bench_runner, "_compiled", quick)
+    structure, redundant = shape_structure(CONFIGS["llama"](), "bridge", 3, bridge_rank=2, dtype=torch.float32)
+    made = from_shape(CONFIGS["llama"](), structure, redundant, torch.float32)
+    settings = BenchSettings(
+        batches=(1, 2, 3, 4, 5),
+        prompt=4,
+        window=2,
+        modes=("compiled",),
+        phases=("decode",),
+        pairs=(("compressed", "removal"),),  # two layers each: quicker to trace than the dense model
+        rounds=1,
+        energy=False,
+    )
+    result = run_bench(made, settings)
+    assert len(result["results"]) == 5
+    assert len(compiled) == 10 > torch._dynamo.config.recompile_limit
+
+
 @pytest.mark.parametrize(
     "settings, said",
     [
