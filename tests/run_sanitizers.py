@@ -59,16 +59,17 @@ def build(kind: str) -> Path:
 def run(kind: str, arguments: list[str]) -> int:
     folder = build(kind)
     suppressions = ROOT / "tests" / "sanitizers.txt"
+    log = f"log_path={folder}/report"
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT / "python"), str(ROOT)]),
         "PYTHONMALLOC": "malloc",  # Python's own allocator hides what is freed
         "OMP_NUM_THREADS": "2",
         # leaks: the interpreter keeps what it has until the end, so that everything would be one
-        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:detect_stack_use_after_return=0",
-        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+        "ASAN_OPTIONS": f"{log}:detect_leaks=0:allocator_may_return_null=1:detect_stack_use_after_return=0",
+        "UBSAN_OPTIONS": f"{log}:print_stacktrace=1:halt_on_error=1",
         # torch and the interpreter are not instrumented: only what our own code does is judged
-        "TSAN_OPTIONS": f"ignore_noninstrumented_modules=1:halt_on_error=1:exitcode=66:suppressions={suppressions}",
+        "TSAN_OPTIONS": f"{log}:ignore_noninstrumented_modules=1:halt_on_error=1:suppressions={suppressions}",
         # libstdc++ with it: the runtime looks for the real __cxa_throw when it starts
         "LD_PRELOAD": ":".join([library("tsan" if "thread" in kind else "asan"), library("stdc++")]),
     }
@@ -77,9 +78,13 @@ def run(kind: str, arguments: list[str]) -> int:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-k", chosen]
     # the sanitizers lay memory out in a fixed way, which address randomisation may get in the way of
     fixed = [setarch, "-R"] if (setarch := shutil.which("setarch")) else []
+    for old in folder.glob("report.*"):
+        old.unlink()
     start = time.monotonic()
     # from the build's folder, or the tree's own package would be found first
     done = subprocess.run([*fixed, *command, *arguments, *tests], cwd=folder, env=environment, check=False)
+    for report in sorted(folder.glob("report.*")):  # into files, since pytest holds back what tests print
+        print(report.read_text(errors="replace")[:6000])
     print(f"=== {kind}: exit code {done.returncode} after {time.monotonic() - start:.0f} s", flush=True)
     return done.returncode
 

@@ -18,8 +18,9 @@ thread_local int number = 0;
 
 }  // namespace
 
-// What gcc's -fopenmp calls; the names and signatures are libgomp's.
-#define TACO_RUNTIME extern "C" __attribute__((visibility("default")))
+// What gcc's -fopenmp calls; the names and signatures are libgomp's. Hidden, so that this library's calls come here
+// although torch has brought the real ones into the process.
+#define TACO_RUNTIME extern "C" __attribute__((visibility("hidden")))
 
 TACO_RUNTIME int omp_get_thread_num() { return number; }
 TACO_RUNTIME int omp_get_num_threads() { return team ? team->size : 1; }

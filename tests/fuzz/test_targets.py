@@ -15,7 +15,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from taco_svd import Structure, TacoError
 from taco_svd.structure import FORMAT_VERSION
+from taco_svd.untrusted import parse_json
 
 from .targets import TARGETS
 
@@ -179,6 +181,18 @@ def test_op_arguments() -> None:
         assert LONG or 1200 < accepted < 5400
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_key_that_stands_twice_is_no_json() -> None:
+    with pytest.raises(TacoError, match="twice"):
+        parse_json('{"a": {"b": 1, "c": 2, "b": 1}}', "the text")
+
+
+@pytest.mark.parametrize("index", ["01", "+1", " 1", "1_0", "-1", "\u0661", "", "1.0", "9" * 50])
+def test_layers_are_named_in_one_way_only(index: str) -> None:
+    """Else two keys could mean one layer."""
+    with pytest.raises(TacoError, match="not the index of a layer"):
+        Structure.from_dict({**STRUCTURE, "low_rank": {index: {"mlp.up_proj": 3}}, "pivoted": {}})
 
 
 @pytest.mark.parametrize("file", sorted(CORPUS.glob("*/*")), ids=lambda file: f"{file.parent.name}-{file.name}")

@@ -158,6 +158,17 @@ def test_weights_of_other_shapes_and_dtypes(bridge_checkpoint: Path, copy_of: Co
     load_model(directory)
 
 
+@pytest.mark.parametrize("kind", ["bridge", "dense"])
+def test_weights_of_other_names(bridge_checkpoint: Path, dense_checkpoint: Path, copy_of: Copy, kind: str) -> None:
+    """Totals are compared before memory is taken, for names that the model does not know say nothing of shapes."""
+    directory = copy_of(bridge_checkpoint if kind == "bridge" else dense_checkpoint)
+    (directory / CHECKSUMS_FILE).unlink(missing_ok=True)
+    whole = load_file(directory / WEIGHTS_FILE)
+    renamed = {f"other.{key}": value for key, value in list(whole.items())[1:]}
+    save_file(renamed, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    refused(directory, "the files hold .* weights are missing")
+
+
 def test_pivot_and_index_out_of_range(taco_checkpoint: Path, narrow_checkpoint: Path, copy_of: Copy) -> None:
     for source, ending, says in (
         (taco_checkpoint, ".pivot", "no permutation"),
