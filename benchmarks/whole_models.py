@@ -95,7 +95,8 @@ def is_current(path: Path, device: str) -> bool:
         return False
     versions = result["versions"]
     return bool(
-        result["device"] == device_name(torch.device(device))
+        result["complete"]
+        and result["device"] == device_name(torch.device(device))
         and result["threads"] == torch.get_num_threads()
         and versions["torch"] == torch.__version__
         and versions["transformers"] == transformers.__version__

@@ -154,8 +154,16 @@ def compare_pair(
             next_look = int(1.25 * len(ratios)) + 1  # looking costs as much as some rounds
 
 
-def run_bench(made: BenchModels, settings: BenchSettings, progress: Progress | None = None) -> dict[str, Any]:
+def run_bench(
+    made: BenchModels,
+    settings: BenchSettings,
+    progress: Progress | None = None,
+    on_row: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
     """Measures everything that is asked for; a plain JSON object.
+
+    Args:
+        on_row: called with what there is so far (its "complete" still false) after each mode, batch and phase.
 
     Raises:
         TacoError: settings that do not fit the model's context or the memory.
@@ -180,27 +188,30 @@ def run_bench(made: BenchModels, settings: BenchSettings, progress: Progress | N
         models["control"] = structural_copy(models["removal"])
         pairs.append(("control", "removal"))
     check_caches(models, settings)
-    results = []
-    for mode in settings.modes:
-        for batch in settings.batches:
-            for phase in settings.phases:
-                with progress.step(f"{mode}, batch {batch}, {phase}") as report:
-                    results.append(_measure(models, pairs, settings, mode, batch, phase, report))
-    return {
+    record: dict[str, Any] = {
         "format": FORMAT,
+        "complete": False,
         **made.description,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": device_name(model.device),
         "threads": torch.get_num_threads(),
         "settings": asdict(settings),
         "weight_bytes": {name: weight_bytes_of(entry) for name, entry in models.items() if name != "control"},
-        "results": results,
+        "results": [],
         "versions": {
             "taco_kernels": taco_kernels.__version__,
             "torch": str(torch.__version__),
             "transformers": transformers.__version__,
         },
     }
+    for mode in settings.modes:
+        for batch in settings.batches:
+            for phase in settings.phases:
+                with progress.step(f"{mode}, batch {batch}, {phase}") as report:
+                    record["results"].append(_measure(models, pairs, settings, mode, batch, phase, report))
+                if on_row is not None:
+                    on_row(record)
+    return {**record, "complete": True}
 
 
 def check_caches(models: dict[str, PreTrainedModel], settings: BenchSettings) -> None:

@@ -104,9 +104,13 @@ def bench(
         if directory is None:
             raise TacoError("Give a compressed model's directory, or --shape (list shows the known ones).")
         made = _from_directory(directory, others, dtype, device)
-    result = run_bench(made, settings, progress)
-    if save is not None:
-        save.write_text(json.dumps(result, indent=1) + "\n")
+
+    def keep(so_far: dict[str, Any]) -> None:
+        if save is not None:  # minutes of measuring are not lost to an interruption
+            save.write_text(json.dumps(so_far, indent=1) + "\n")
+
+    result = run_bench(made, settings, progress, keep)
+    keep(result)
     if plot is not None:
         plot_bench(result, plot)
     if as_json:

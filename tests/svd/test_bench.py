@@ -247,7 +247,10 @@ def test_a_run_from_a_checkpoint(compressed_tiny: Callable, tmp_path: Path) -> N
     save_compressed(model, plan, tmp_path / "small")
     made = from_checkpoint(tmp_path / "small", model)
     settings = BenchSettings(batches=(1, 2), prompt=4, window=4, modes=("eager",), rounds=2, control=True)
-    result = json.loads(json.dumps(run_bench(made, settings)))
+    told: list[tuple[bool, int]] = []
+    result = run_bench(made, settings, on_row=lambda part: told.append((part["complete"], len(part["results"]))))
+    assert told == [(False, count) for count in (1, 2, 3, 4)] and result["complete"]
+    result = json.loads(json.dumps(result))
     assert [(row["batch"], row["phase"]) for row in result["results"]] == [
         (1, "prefill"), (1, "decode"), (2, "prefill"), (2, "decode"),
     ]  # fmt: skip

@@ -47,6 +47,8 @@ def test_every_row_is_measured_and_reported(
         code, _, stderr = invoke("bench", *command, *extra)
         assert code == 0, (name, stderr)
         assert script.is_current(path, "cpu")
+        path.with_suffix(".part").write_text(json.dumps({**json.loads(path.read_text()), "complete": False}))
+        assert not script.is_current(path.with_suffix(".part"), "cpu")
     report = script.report(tmp_path)
     lines = [line for line in report.splitlines() if line.startswith("| ") and "---" not in line]
     measured = [
@@ -72,7 +74,7 @@ def test_results_of_another_machine_do_not_count(script: ModuleType, tmp_path: P
     import torch
 
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    result = {"device": "another", "threads": torch.get_num_threads(), "versions": versions}
+    result = {"complete": True, "device": "another", "threads": torch.get_num_threads(), "versions": versions}
     (tmp_path / "other.json").write_text(json.dumps(result))
     assert not script.is_current(tmp_path / "other.json", "cpu")
 
