@@ -51,6 +51,7 @@ def main(
             runs.append(json.loads(file.read_text()))
     summary = summarise(runs)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    (out / "summary.md").write_text(markdown(summary), encoding="utf-8")
     show(summary)
 
 
@@ -81,20 +82,38 @@ def summarise(runs: list[dict]) -> dict:
     return {"calibrations": [run["calibration"] for run in runs[:: len(SETTINGS)]], "rows": rows}
 
 
-def show(summary: dict) -> None:
+def lines(summary: dict) -> list[list[str]]:
+    """The columns' names, then a line per setting and method."""
     texts = list(dict.fromkeys(row["text"] for row in summary["rows"]))
-    table = Table(
-        title=f"perplexity, mean and standard deviation over {len(summary['calibrations'])} calibration draws"
-    )
-    for name in ("setting", "model", "kept", *texts):
-        table.add_column(name)
     cells: dict[tuple[str, str], dict[str, dict]] = {}
     for row in summary["rows"]:
         cells.setdefault((row["setting"], row["model"]), {})[row["text"]] = row
+    found = [["setting", "model", "kept", *texts]]
     for (setting, model), by_text in cells.items():
         share = next(iter(by_text.values()))["share"]
         scores = [f"{by_text[text]['mean']:.2f} ± {by_text[text]['standard_deviation'] or 0:.2f}" for text in texts]
-        table.add_row(setting, model, f"{share:.1%}", *scores)
+        found.append([setting, model, f"{share:.1%}", *scores])
+    return found
+
+
+def heading(summary: dict) -> str:
+    return f"perplexity, mean and standard deviation over {len(summary['calibrations'])} calibration draws"
+
+
+def markdown(summary: dict) -> str:
+    columns, *rows = lines(summary)
+    table = [columns, ["---"] * len(columns), *rows]
+    text = "".join("| " + " | ".join(row) + " |\n" for row in table)
+    return f"Written by `benchmarks/fidelity.py`: {heading(summary)}.\n\n{text}"
+
+
+def show(summary: dict) -> None:
+    columns, *rows = lines(summary)
+    table = Table(title=heading(summary))
+    for name in columns:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*row)
     Console(width=140).print(table)
 
 
