@@ -105,12 +105,12 @@ def bench(
             raise TacoError("Give a compressed model's directory, or --shape (list shows the known ones).")
         made = _from_directory(directory, others, dtype, device)
 
-    def keep(so_far: dict[str, Any]) -> None:
+    def write(so_far: dict[str, Any]) -> None:
         if save is not None:  # minutes of measuring are not lost to an interruption
             save.write_text(json.dumps(so_far, indent=1) + "\n")
 
-    result = run_bench(made, settings, progress, keep)
-    keep(result)
+    result = run_bench(made, settings, progress, write)
+    write(result)
     if plot is not None:
         plot_bench(result, plot)
     if as_json:
