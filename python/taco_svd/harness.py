@@ -28,6 +28,7 @@ def require_harness() -> None:
     """
     try:
         import lm_eval  # noqa: F401
+        from lm_eval.models import huggingface  # noqa: F401 - newer ones import what they need only here
     except ImportError as error:
         raise TacoError(
             f"Tasks are run by lm-evaluation-harness, which cannot be imported ({error}): "
