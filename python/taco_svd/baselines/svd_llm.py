@@ -38,9 +38,9 @@ def refit_left_factor(
     """
     weight, u, v, moment = (value.double() for value in (weight, u, v, moment))
     gram = v @ moment @ v.T
-    weight_of_ridge = ridge * gram.diagonal().mean()
-    if not weight_of_ridge > 0:  # no input ever came, or the factors are zero: they stay as they are
-        weight_of_ridge = torch.ones_like(weight_of_ridge)
+    size = gram.diagonal().mean()
+    # where no input ever came, or the factors are zero, any ridge leaves them as they are
+    weight_of_ridge = ridge * size if size > 0 else torch.ones_like(size)
     gram.diagonal().add_(weight_of_ridge)
     right = weight @ moment @ v.T + weight_of_ridge * u
     return torch.linalg.solve(gram, right.T).T.float()
