@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -46,3 +48,22 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the evaluation texts in {folder}, which are not part of the project")
     return folder
+
+
+@pytest.fixture
+def invoke(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command line in this process: (exit code, stdout, stderr). An exception is a failure of the test."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        from taco_svd import cli
+
+        monkeypatch.setattr(sys, "argv", ["taco-svd", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return (code, *capsys.readouterr())
+
+    return run

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from .architectures import Architecture
-from .mapped import is_mapped, page_out
 from .suffix import SuffixRunner, forward_replaced
 from .team import Team
 from .walk import Walk
@@ -76,10 +75,8 @@ def _streams(
     architecture = runner.architecture
     walk = Walk(architecture, runner.batches, explicit_attention=True)
     hidden = list(walk.entering)
-    for layer, module in enumerate(architecture.layers):
-        leaving = [walk.run(module, layer, batch, h) for batch, h in enumerate(hidden)]
-        if is_mapped(architecture.model):
-            page_out(module)
+    for layer in range(len(architecture.layers)):
+        leaving = walk.through(layer, hidden)
         if progress is not None:
             progress(layer + 1, len(architecture.layers))
         yield hidden, leaving

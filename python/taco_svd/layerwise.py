@@ -18,10 +18,15 @@ from torch import nn
 from .architectures import Architecture, LinearSite
 from .calibration import embedding_weight
 from .loss import next_token_loss
-from .mapped import is_mapped, page_out
 from .progress import Report
 from .store import Store
-from .suffix import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, SiteCallback
+from .suffix import (
+    CPU_BATCH_TOKENS,
+    GPU_BATCH_TOKENS,
+    SiteCallback,
+    require_all_seen,
+    without_parameter_gradients,
+)
 from .walk import Walk
 
 # layer, gradient of the loss with respect to the hidden states that leave it: [batch, tokens, hidden]
@@ -57,7 +62,6 @@ class LayerwisePass:
         self.walk = Walk(architecture, tokens.split(rows), explicit_attention=True)
         self.depth = len(architecture.layers)
         self._samples = samples or len(tokens)
-        self._mapped = is_mapped(architecture.model)
 
     def backward(
         self,
@@ -84,14 +88,9 @@ class LayerwisePass:
         model = self.architecture.model
         # a float16 gradient of the mean over all tokens would be subnormal; what is handed out has the factor taken out
         scale = float(self._samples * self.tokens.shape[1]) if model.dtype == torch.float16 else 1.0
-        was_training = model.training
-        frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
         total = (self.depth - lowest) * 2
         tell = report or (lambda done, of: None)
-        try:
-            model.eval()
-            for parameter in frozen:
-                parameter.requires_grad_(False)
+        with without_parameter_gradients(model):
             above = self._resume_at(lowest)
             if above is None:
                 self._forward(lowest, lambda done: tell(done, total))
@@ -110,10 +109,6 @@ class LayerwisePass:
                 tell(self.depth - lowest + self.depth - layer, total)
             self.store.drop(self._entry("hidden", lowest))
             self.store.drop(self._entry("gradient", lowest))
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
-            model.train(was_training)
 
     # -- steps ------------------------------------------------------------------------------------------------------
 
@@ -124,9 +119,7 @@ class LayerwisePass:
         for layer in range(start or 0, self.depth):
             if layer >= lowest and not self._has("hidden", layer):
                 self._save("hidden", layer, hidden)
-            module = self.architecture.layers[layer]
-            hidden = [self.walk.run(module, layer, batch, h) for batch, h in enumerate(hidden)]
-            self._let_go(module)
+            hidden = self.walk.through(layer, hidden)
             if layer >= lowest:
                 tell(layer + 1 - lowest)
         if not self._has("hidden", self.depth):
@@ -178,15 +171,9 @@ class LayerwisePass:
                     out = self.walk.call(module, layer, batch, h)
                     (gradient,) = torch.autograd.grad(out, h, gradients[batch].to(out.dtype))
                 entering.append(gradient)
-        self._let_go(module)
-        missed = [site.name for site in sites if site not in seen]
-        if missed:
-            raise RuntimeError(f"the model's forward never called {', '.join(missed)}; no statistics for them")
+        self.walk.let_go(module)
+        require_all_seen(sites, seen)
         return entering
-
-    def _let_go(self, module: nn.Module) -> None:
-        if self._mapped:
-            page_out(module)
 
     # -- what is kept between layers --------------------------------------------------------------------------------
 

@@ -20,7 +20,6 @@ from .calibration import embedding_weight
 from .decomposition import Decomposition
 from .divergence import kl_per_token
 from .factorise import put_factors
-from .mapped import is_mapped, page_out
 from .progress import Report
 from .run_bridges import LENGTHS, Run, bridge_rank, bridged, fit_run_bridges
 from .store import Store
@@ -141,7 +140,6 @@ class CurveMeasurement:
         self.unused = tokens[len(self.tokens) :]
         self._bridged: list[Run] = []
         self.walk = Walk(architecture, [self.tokens])
-        self._mapped = is_mapped(architecture.model)
 
     def run(self, sites: Sequence[LinearSite], report: Report) -> LossCurves:
         """The curves of `sites`, and the loss of every layer's removal."""
@@ -238,8 +236,7 @@ class CurveMeasurement:
                     changes.append(_Change(None, layer, 0, stream))
                 stream = [self.walk.run(module, layer, batch, hidden) for batch, hidden in enumerate(stream)]
             changes += [change for change in waiting if change.site[1] == layer]  # type: ignore[index]
-            if self._mapped:
-                page_out(module)
+            self.walk.let_go(module)
         points: dict[LinearSite, list[tuple[int, float]]] = {}
         removal: dict[int, float] = {}
         spanned: dict[Run, float] = {}
@@ -288,10 +285,7 @@ class CurveMeasurement:
     def _climb(self, start: int, end: int, stream: list[torch.Tensor]) -> list[torch.Tensor]:
         """The dense stream that enters layer `end`, from the one that enters `start`."""
         for layer in range(start, end):
-            module = self.architecture.layers[layer]
-            stream = [self.walk.run(module, layer, batch, hidden) for batch, hidden in enumerate(stream)]
-            if self._mapped:
-                page_out(module)
+            stream = self.walk.through(layer, stream)
         return stream
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,9 +22,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from .errors import TacoError
+from .untrusted import INDEX_FILE, WEIGHTS_FILE, weight_files
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 # Numbers that are looked at at once.
 BLOCK = 1 << 22
 # <linux/mman.h>: give pages back to the system; a written page is never lost by it
@@ -40,9 +40,9 @@ def load_mapped(directory: str | Path, dtype: str | torch.dtype = "auto") -> Pre
         TacoError: the files are damaged, or weights are missing or of another shape.
     """
     directory = Path(directory)
-    files = _files(directory)
-    if not files:
+    if not (directory / WEIGHTS_FILE).exists() and not (directory / INDEX_FILE).exists():
         return None
+    files, _ = weight_files(directory)
     stored: dict[str, torch.Tensor] = {}
     for file in files:
         try:
@@ -104,7 +104,7 @@ def save_mapped(model: PreTrainedModel, directory: Path, shard_bytes: int = 1 <<
         used += size
     places: dict[str, str] = {}
     for number, names in enumerate(shards):
-        file = WEIGHTS if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        file = WEIGHTS_FILE if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         save_file({name: tensors[name].detach().contiguous() for name in names}, directory / file, {"format": "pt"})
         for name in names:
             page_out_tensor(tensors[name])
@@ -112,7 +112,7 @@ def save_mapped(model: PreTrainedModel, directory: Path, shard_bytes: int = 1 <<
     if len(shards) > 1:
         total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": places}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(directory)
     if model.can_generate() and model.generation_config is not None:
@@ -126,24 +126,6 @@ def _lasting_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
         for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set
     }
-
-
-def _files(directory: Path) -> list[Path]:
-    if (directory / WEIGHTS).is_file():
-        return [directory / WEIGHTS]
-    if not (directory / INDEX).is_file():
-        return []
-    try:
-        names = set(json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TacoError(f"{directory / INDEX} is not an index of safetensors files; copy it again.") from error
-    for name in names:
-        # an index must not lead out of its directory
-        if not isinstance(name, str) or Path(name).name != name:
-            raise TacoError(f"{directory / INDEX} names {name!r}, which is no file of that directory.")
-        if not (directory / name).is_file():
-            raise TacoError(f"{directory} lacks {name}, which its index names; copy it again.")
-    return sorted(directory / name for name in names)
 
 
 @contextmanager
@@ -216,18 +198,23 @@ def page_out_tensor(tensor: torch.Tensor) -> None:
         madvise(start, end - start, MADV_PAGEOUT)
 
 
-def not_finite(model: nn.Module) -> str | None:
-    """The name of the first parameter with NaN or infinite values, None where there is none; reads each once."""
+def block_sums(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, list[float]]]:
+    """Per parameter its name, itself, and the float64 sums of its blocks; each weight is read once and given back.
+
+    In blocks, for torch makes a float64 copy of what it sums.
+    """
     mapped = is_mapped(model)
     for name, parameter in model.named_parameters():
-        # a sum propagates NaN and inf; in blocks, for torch makes a float64 copy of what it sums
-        blocks = parameter.detach().reshape(-1).split(BLOCK)
-        finite = all(bool(torch.isfinite(block.sum(dtype=torch.float64))) for block in blocks)
+        values = parameter.detach()
+        yield name, values, [float(block.sum(dtype=torch.float64)) for block in values.reshape(-1).split(BLOCK)]
         if mapped:
-            page_out_tensor(parameter)
-        if not finite:
-            return name
-    return None
+            page_out_tensor(values)
+
+
+def not_finite(model: nn.Module) -> str | None:
+    """The name of the first parameter with NaN or infinite values, None where there is none."""
+    # a sum propagates NaN and inf without a mask the size of the weight
+    return next((name for name, _, sums in block_sums(model) if not all(map(math.isfinite, sums))), None)
 
 
 def is_mapped(model: nn.Module) -> bool:

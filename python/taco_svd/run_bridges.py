@@ -13,7 +13,6 @@ import torch
 from .allocation import BRIDGE_EPS
 from .architectures import Architecture
 from .bridging import BridgeMoments, fit_bridge
-from .mapped import is_mapped, page_out
 from .store import Store
 from .team import Team
 from .walk import Walk
@@ -63,10 +62,7 @@ def fit_run_bridges(
     walk = Walk(architecture, team.windows(tokens).split(max(1, batch_tokens // tokens.shape[1])))
     streams = {0: list(walk.entering)}
     for layer in range(depth):
-        module = architecture.layers[layer]
-        streams[layer + 1] = [walk.run(module, layer, batch, hidden) for batch, hidden in enumerate(streams[layer])]
-        if is_mapped(architecture.model):
-            page_out(module)
+        streams[layer + 1] = walk.through(layer, streams[layer])
         for number, (first, last) in enumerate(run for run in wanted if run[1] == layer):
             moments = BridgeMoments(BRIDGE_EPS)
             for entering, leaving in zip(streams[first], streams[layer + 1], strict=True):

@@ -22,7 +22,6 @@ from .consistency import FitMoments, refit
 from .decomposition import Decomposition, damped, weighted_svd
 from .divergence import kl_per_token
 from .factorise import put_factors
-from .mapped import is_mapped, page_out
 from .memory import release
 from .progress import Report
 from .replacement import LowRankBridge, LowRankLinear, attach_bridge
@@ -102,7 +101,6 @@ class UpwardPass:
         self.store = store
         # the streams that leave the last layer, once `run` has returned
         self.final: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-        self._mapped = is_mapped(dense.model)
 
     def run(self, report: Report) -> None:
         """Builds everything; `records` and `drift` then tell what each re-fit did and how far the streams differ."""
@@ -114,9 +112,9 @@ class UpwardPass:
         for layer in range(depth):
             if layer in self.structure.removed:
                 # below the first layer that stays nothing of ours has been changed, and nothing can make up for it
-                truth = self._advance(self.dense, layer, truth)
+                truth = self.walk.through(layer, truth)
             elif layer < lowest:
-                truth = self._advance(self.dense, layer, truth)
+                truth = self.walk.through(layer, truth)
                 ours = truth
             else:
                 truth, ours = self._finished_layer(layer, truth, ours, writers)
@@ -134,14 +132,13 @@ class UpwardPass:
             note = restore_layer(self.store, entry, self.working, self.structure, layer)
             self.records += note["records"]
             self.drift += note["drift"]
-            return self._advance(self.dense, layer, truth), self._advance(self.working, layer, ours)
+            return self.walk.through(layer, truth), self.walk.through(layer, ours, self.working)
         records, drift = len(self.records), len(self.drift)
         truth, ours = self._layer(layer, truth, ours, writers)
         note = {"records": self.records[records:], "drift": self.drift[drift:]}
         save_layer(self.store, entry, self.dense.layers[layer], self.working.layers[layer], note)
         restore_layer(self.store, entry, self.working, self.structure, layer)
-        if self._mapped:
-            page_out(self.working.layers[layer])
+        self.walk.let_go(self.working.layers[layer])
         release()
         return truth, ours
 
@@ -150,13 +147,6 @@ class UpwardPass:
         changed = [layer for layer in self.structure.low_rank if self.structure.low_rank[layer]]
         changed += [max(layer - 1, 0) for layer in self.structure.removed]
         return min(changed, default=self.structure.source_layers)
-
-    def _advance(self, architecture: Architecture, layer: int, stream: list[torch.Tensor]) -> list[torch.Tensor]:
-        module = architecture.layers[layer]
-        leaving = [self.walk.run(module, layer, batch, hidden) for batch, hidden in enumerate(stream)]
-        if self._mapped:
-            page_out(module)
-        return leaving
 
     @torch.no_grad()
     def held_out_loss(self) -> float | None:
@@ -190,7 +180,7 @@ class UpwardPass:
         leaves_layer, run_end = leaving, layer
         while run_end + 1 in self.structure.removed:
             run_end += 1
-            leaving = self._advance(self.dense, run_end, leaving)
+            leaving = self.walk.through(run_end, leaving)
 
         for block, writer in (("attention", attention), ("mlp", mlp)):
             sites = self.working.sites([layer], block)
@@ -198,7 +188,7 @@ class UpwardPass:
             if writer is not None:
                 self._refit(writer, mlp, ours, middle if block == "attention" else leaving)
         spec = self.bridges.get(layer)
-        ours = self._advance(self.working, layer, ours)
+        ours = self.walk.through(layer, ours, self.working)
         if spec is not None:
             self._bridge(layer, run_end, spec, ours, leaving)
             bridge: Any = self.working.layers[layer].bridge

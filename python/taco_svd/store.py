@@ -7,7 +7,6 @@ is renamed after it. So whatever the index names was written whole, and what a c
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -20,12 +19,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .checksums import file_digest
 from .errors import DiskFullError, TacoError
 from .team import Team
 
 INDEX = "index.json"
 FORMAT = 1
-BLOCK = 1 << 22
 
 
 class Store:
@@ -81,7 +80,7 @@ class Store:
                 save_file(plain, partial)
             else:
                 partial.write_bytes(b"")
-            digest = _digest(partial)
+            digest = file_digest(partial)
             partial.replace(self._folder() / file)
         except BaseException as error:
             partial.unlink(missing_ok=True)
@@ -159,7 +158,7 @@ class Store:
         entry = self._index[name]
         file = self._folder() / entry["file"]
         try:
-            sound = _digest(file) == entry["sha256"]
+            sound = file_digest(file) == entry["sha256"]
             if sound and file.stat().st_size:
                 with safe_open(file, framework="pt"):
                     pass
@@ -200,11 +199,3 @@ def disk_full(error: BaseException) -> bool:
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     # safetensors wraps the system's error into its own type
     return full or "No space left" in str(error) or "os error 28" in str(error)
-
-
-def _digest(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            found.update(block)
-    return found.hexdigest()

@@ -251,57 +251,66 @@ class SuffixRunner:
         def unscaled(gradient: torch.Tensor) -> torch.Tensor:
             return gradient.detach() if scale == 1 else gradient.detach().float() / scale
 
-        was_training = model.training
-        frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
         seen: set[LinearSite] = set()
         total = 0.0
-        try:
-            model.eval()
-            for parameter in frozen:
-                parameter.requires_grad_(False)
-            with ExitStack() as stack, torch.enable_grad():
-                stack.callback(
-                    self.architecture.layers[lowest]
-                    .register_forward_pre_hook(_require_grad, with_kwargs=True, prepend=True)
-                    .remove
-                )
-                for site in sites:
+        with without_parameter_gradients(model), ExitStack() as stack, torch.enable_grad():
+            stack.callback(
+                self.architecture.layers[lowest]
+                .register_forward_pre_hook(_require_grad, with_kwargs=True, prepend=True)
+                .remove
+            )
+            for site in sites:
 
-                    def watch(
-                        _: nn.Module, args: tuple[Any, ...], output: torch.Tensor, site: LinearSite = site
-                    ) -> None:
-                        if not output.requires_grad:  # the first of two runs: `_recomputed` comes back later
-                            return
-                        x = args[0].detach()
-                        seen.add(site)
-                        output.register_hook(lambda gradient: callback(site, x, unscaled(gradient)))
+                def watch(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor, site: LinearSite = site) -> None:
+                    if not output.requires_grad:  # the first of two runs: `_recomputed` comes back later
+                        return
+                    x = args[0].detach()
+                    seen.add(site)
+                    output.register_hook(lambda gradient: callback(site, x, unscaled(gradient)))
 
-                    stack.callback(self.architecture.module(site).register_forward_hook(watch).remove)
-                for layer in residual_layers:
+                stack.callback(self.architecture.module(site).register_forward_hook(watch).remove)
+            for layer in residual_layers:
 
-                    def watch_residual(_: nn.Module, __: Any, output: Any, layer: int = layer) -> None:
-                        hidden = output[0] if isinstance(output, tuple) else output
-                        kept = hidden.detach()
-                        assert residual_callback is not None
-                        hidden.register_hook(lambda gradient: residual_callback(layer, kept, unscaled(gradient)))
+                def watch_residual(_: nn.Module, __: Any, output: Any, layer: int = layer) -> None:
+                    hidden = output[0] if isinstance(output, tuple) else output
+                    kept = hidden.detach()
+                    assert residual_callback is not None
+                    hidden.register_hook(lambda gradient: residual_callback(layer, kept, unscaled(gradient)))
 
-                    stack.callback(self.architecture.layers[layer].register_forward_hook(watch_residual).remove)
-                stack.enter_context(self._recomputing(lowest))
-                stack.enter_context(self._attention())  # the backward pass may run layers again
-                for index in range(len(self.batches)):
-                    loss = self.loss(index, start)
-                    (loss * scale).backward() if scale != 1 else loss.backward()
-                    total += float(loss.detach())
-                    if progress is not None:
-                        progress(index + 1, len(self.batches))
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
-            model.train(was_training)
-        missed = [site.name for site in sites if site not in seen]
-        if missed:
-            raise RuntimeError(f"the model's forward never called {', '.join(missed)}; no statistics for them")
+                stack.callback(self.architecture.layers[layer].register_forward_hook(watch_residual).remove)
+            stack.enter_context(self._recomputing(lowest))
+            stack.enter_context(self._attention())  # the backward pass may run layers again
+            for index in range(len(self.batches)):
+                loss = self.loss(index, start)
+                (loss * scale).backward() if scale != 1 else loss.backward()
+                total += float(loss.detach())
+                if progress is not None:
+                    progress(index + 1, len(self.batches))
+        require_all_seen(sites, seen)
         return total
+
+
+def require_all_seen(sites: Iterable[LinearSite], seen: set[LinearSite]) -> None:
+    """Raises a RuntimeError where a forward pass left a site out: its statistics would be silently empty."""
+    missed = [site.name for site in sites if site not in seen]
+    if missed:
+        raise RuntimeError(f"the model's forward never called {', '.join(missed)}; no statistics for them")
+
+
+@contextmanager
+def without_parameter_gradients(model: nn.Module) -> Iterator[None]:
+    """While open, the model is in eval mode and no parameter asks for a gradient; both come back as they were."""
+    was_training = model.training
+    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        model.eval()
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        model.train(was_training)
 
 
 Forward = Callable[..., Any]

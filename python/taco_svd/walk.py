@@ -16,7 +16,7 @@ from torch import nn
 
 from .architectures import Architecture, LinearSite, linear_shape
 from .calibration import embedding_weight
-from .mapped import held
+from .mapped import held, is_mapped, page_out
 from .suffix import _Enough, _hidden_argument, explicit_attention, forward_replaced
 
 # site, its input [batch, tokens, in], its output [batch, tokens, out]
@@ -42,6 +42,7 @@ class Walk:
         self.batches = tuple(batches)
         self.entering: list[torch.Tensor] = []
         self._explicit_attention = explicit_attention
+        self._mapped = is_mapped(architecture.model)
         self._device = embedding_weight(architecture.model).device
         self._returns_tuple = _layers_return_tuples(architecture, self.batches[0][:1, :2]) if self.batches else False
         self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
@@ -104,6 +105,24 @@ class Walk:
             output: Any = layer(hidden, *args, **kwargs)
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result
+
+    def through(
+        self, layer: int, stream: Sequence[torch.Tensor], architecture: Architecture | None = None
+    ) -> list[torch.Tensor]:
+        """What a layer makes of all batches' hidden states; of a mapped model its pages then go back to the system.
+
+        The layer is that of `architecture`, a copy of the recorded model whose modules may be replaced; default the
+        recorded one.
+        """
+        module = (architecture or self.architecture).layers[layer]
+        leaving = [self.run(module, layer, batch, hidden) for batch, hidden in enumerate(stream)]
+        self.let_go(module)
+        return leaving
+
+    def let_go(self, module: nn.Module) -> None:
+        """Says that a layer will not be needed soon."""
+        if self._mapped:
+            page_out(module)
 
     def logits(self, batch: int, hidden: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
         """What the model's last norm and head make of the hidden states that leave the last layer.

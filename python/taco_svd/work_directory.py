@@ -10,11 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from .errors import StoppedError, TacoError
-from .mapped import BLOCK, is_mapped, page_out_tensor
+from .mapped import block_sums
 from .store import INDEX, Store
 from .team import Team
 
@@ -92,11 +91,8 @@ def weights_digest(model: PreTrainedModel) -> str:
     Contents enter as sums of blocks: telling models apart needs no more, and reads each weight once.
     """
     found = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        values = parameter.detach()
+    for name, values, sums in block_sums(model):
         found.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
-        for block in values.reshape(-1).split(BLOCK):
-            found.update(struct.pack("<d", float(block.sum(dtype=torch.float64))))
-        if is_mapped(model):
-            page_out_tensor(values)
+        for total in sums:
+            found.update(struct.pack("<d", total))
     return found.hexdigest()

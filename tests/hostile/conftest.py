@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from svd.tiny_models import VOCABULARY, tiny_model
 
-from taco_svd import cli, compress, save_compressed
+from taco_svd import compress, save_compressed
 
 # TACO_FUZZ_CASES=20 tries twenty times as many cases (long runs on demand)
 FACTOR = int(os.environ.get("TACO_FUZZ_CASES", "1"))
@@ -80,20 +79,3 @@ def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
         return Path(shutil.copytree(directory, target))
 
     return copy
-
-
-@pytest.fixture
-def invoke(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command line in this process: (exit code, stdout, stderr). An exception is a failure of the test."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["taco-svd", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return (code, *capsys.readouterr())
-
-    return run

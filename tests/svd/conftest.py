@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from taco_svd import Plan, cli, compress, save_compressed
+from taco_svd import Plan, compress, save_compressed
 
 from .tiny_models import VOCABULARY, tiny_model
 
@@ -57,20 +56,3 @@ def checkpoint(compressed_tiny: Callable[..., Compressed], tmp_path_factory: pyt
     directory = tmp_path_factory.mktemp("checkpoint") / "model"
     save_compressed(model, plan, directory, max_shard_size="20KB")
     return directory
-
-
-@pytest.fixture
-def invoke(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command line in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["taco-svd", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return (code, *capsys.readouterr())
-
-    return run

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from taco_svd import cli
 from taco_svd.checkpoint import DEFAULT_MODEL
 
 from .tiny_models import tiny_model
@@ -19,31 +18,11 @@ from .tiny_models import tiny_model
 SMALL = ("--samples", "4", "--seq-len", "16")
 
 
-def run(
-    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of one command, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["taco-svd", *arguments])
-    capsys.readouterr()
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "dense"
     tiny_model("llama").save_pretrained(path)
     return path
-
-
-@pytest.fixture
-def invoke(capsys, monkeypatch):
-    return lambda *arguments: run([str(argument) for argument in arguments], capsys, monkeypatch)
 
 
 def test_compress_info_eval_bench_export(dense, tmp_path, invoke):

@@ -19,15 +19,9 @@ from taco_svd.errors import TacoError
 from taco_svd.plan import METHODS
 
 from .test_calibration import tokenizer as word_tokenizer
-from .test_cli import run
 from .tiny_models import VOCABULARY, tiny_model
 
 SMALL = ("--samples", "4", "--seq-len", "12", "--window", "12", "--max-windows", "4", "--prompt", "4")
-
-
-@pytest.fixture
-def invoke(capsys, monkeypatch):
-    return lambda *arguments: run([str(argument) for argument in arguments], capsys, monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ import torch
 from taco_svd import TacoError, compress
 from taco_svd.store import INDEX, Store
 
-from .test_cli import run
 from .tiny_models import tiny_model
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -143,11 +142,11 @@ def files(directory: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(directory.iterdir())}
 
 
-def test_killed_and_resumed(dense: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_killed_and_resumed(dense: Path, tmp_path: Path, invoke) -> None:
     """kill -9 while it works; the same command with --resume then writes the same files as one that was left alone."""
     stream = "--stream"
     whole, out = tmp_path / "whole", tmp_path / "out"
-    code, _, stderr = run(command(dense, whole, stream), capsys, monkeypatch)
+    code, _, stderr = invoke(*command(dense, whole, stream))
     assert code == 0, stderr
     assert not whole.with_name("whole.work").exists()
     work = out.with_name("out.work")
@@ -165,17 +164,17 @@ def test_killed_and_resumed(dense: Path, tmp_path: Path, capsys, monkeypatch) ->
     assert process.returncode in (-signal.SIGKILL, 0)
     assert out.exists() == (process.returncode == 0)  # it may be faster than this test looks
     if not out.exists():
-        code, _, stderr = run(command(dense, out), capsys, monkeypatch)
+        code, _, stderr = invoke(*command(dense, out))
         assert code == 2 and "--resume" in stderr
-        code, _, stderr = run(command(dense, out, stream, "--resume"), capsys, monkeypatch)
+        code, _, stderr = invoke(*command(dense, out, stream, "--resume"))
         assert code == 0, stderr
     assert files(out) == files(whole)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "whole"]
 
 
-def test_streamed_and_loaded_give_the_same_files(dense: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_streamed_and_loaded_give_the_same_files(dense: Path, tmp_path: Path, invoke) -> None:
     for name in ("--stream", "--no-stream"):
-        code, _, stderr = run(command(dense, tmp_path / name, name), capsys, monkeypatch)
+        code, _, stderr = invoke(*command(dense, tmp_path / name, name))
         assert code == 0, stderr
     streamed, loaded = files(tmp_path / "--stream"), files(tmp_path / "--no-stream")
     assert streamed["model.safetensors"] == loaded["model.safetensors"] and streamed.keys() == loaded.keys()
@@ -183,18 +182,18 @@ def test_streamed_and_loaded_give_the_same_files(dense: Path, tmp_path: Path, ca
     assert configs[0] == configs[1]
 
 
-def test_a_wrong_argument_leaves_no_directory(dense: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    code, _, stderr = run(command(dense, tmp_path / "out", "--calibration", "nowhere.txt"), capsys, monkeypatch)
+def test_a_wrong_argument_leaves_no_directory(dense: Path, tmp_path: Path, invoke) -> None:
+    code, _, stderr = invoke(*command(dense, tmp_path / "out", "--calibration", "nowhere.txt"))
     assert code == 2 and "tokenizer" in stderr
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "out.work").mkdir()
     (tmp_path / "out.work" / "mine.txt").write_text("keep this")
-    code, _, stderr = run(command(dense, tmp_path / "out"), capsys, monkeypatch)
+    code, _, stderr = invoke(*command(dense, tmp_path / "out"))
     assert code == 2 and "other files" in stderr
     assert (tmp_path / "out.work" / "mine.txt").read_text() == "keep this"
 
 
-def test_ctrl_c_says_how_to_go_on(dense: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_ctrl_c_says_how_to_go_on(dense: Path, tmp_path: Path, invoke, monkeypatch) -> None:
     put = Store.put
 
     def interrupted(self: Store, name: str, *rest: Any) -> None:
@@ -204,7 +203,7 @@ def test_ctrl_c_says_how_to_go_on(dense: Path, tmp_path: Path, capsys, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(Store, "put", interrupted)
-        code, _, stderr = run(command(dense, tmp_path / "out"), capsys, monkeypatch)
+        code, _, stderr = invoke(*command(dense, tmp_path / "out"))
     assert code == 130 and "--resume" in stderr and "out.work" in stderr.replace("\n", "")
-    code, _, stderr = run(command(dense, tmp_path / "out", "--resume"), capsys, monkeypatch)
+    code, _, stderr = invoke(*command(dense, tmp_path / "out", "--resume"))
     assert code == 0, stderr

@@ -19,7 +19,6 @@ from taco_svd import TacoError, compress
 from taco_svd.store import INDEX
 from taco_svd.team import Team
 
-from .test_cli import run
 from .tiny_models import tiny_model
 
 BRIDGE = ("--method", "bridge", "--layers", "2", "--bridge-rank", "3")
@@ -57,10 +56,8 @@ def finish(processes: list[subprocess.Popen]) -> list[str]:
 
 
 @pytest.mark.parametrize("arguments", [("--keep", "0.8"), BRIDGE], ids=["taco", "bridge"])
-def test_two_processes_give_what_one_gives(
-    arguments: tuple[str, ...], dense: Path, tmp_path: Path, capsys, monkeypatch
-) -> None:
-    code, _, stderr = run(command(dense, tmp_path / "one", *arguments), capsys, monkeypatch)
+def test_two_processes_give_what_one_gives(arguments: tuple[str, ...], dense: Path, tmp_path: Path, invoke) -> None:
+    code, _, stderr = invoke(*command(dense, tmp_path / "one", *arguments))
     assert code == 0, stderr
     processes = start(command(dense, tmp_path / "two", *arguments))
     errors = finish(processes)
