@@ -52,13 +52,19 @@ def low_rank_bridge_reference(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | No
 
 
 def _library(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    # The scale goes behind the first product: no normalised copy of h is written. Intermediates have h's dtype.
     rows = rows_2d(h)
     if h.shape[-1] == 0:
         return rows.clone().view(h.shape)
     wide = computing_dtype(h.dtype)
-    normed = F.rms_norm(rows.to(wide), (h.shape[-1],), eps=eps).to(h.dtype)
-    return F.linear(F.linear(normed, v), u, bias).add_(rows).view(h.shape)
+    if h.dtype == torch.float16:
+        # what is not normalised yet may leave the range after the first product
+        normed = F.rms_norm(rows.to(wide), (h.shape[-1],), eps=eps).to(h.dtype)
+        return F.linear(F.linear(normed, v), u, bias).add_(rows).view(h.shape)
+    # The scale goes behind the first product: no normalised copy of h is written, and none of it in float32, whose
+    # fresh pages alone take longer than both products of a small rank.
+    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=wide)
+    scale = norm.square_().div_(h.shape[-1]).add_(eps).rsqrt_()
+    return F.linear(F.linear(rows, v).mul_(scale), u, bias).add_(rows).view(h.shape)
 
 
 def _cpp(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, eps: float) -> Tensor:

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from .allocation import bridge_structure
 from .architectures import Architecture, slice_config
-from .bench import weight_bytes_of
+from .bench import weight_bytes_of, work
 from .bench_runner import PHASES, Runner
 from .budget import Costs
 from .calibration import context_length
@@ -23,8 +24,8 @@ from .replacement import drop_layers, structural_copy
 from .structure import Structure
 
 # Of the overhead that is allowed, what the prediction may use. The promise is about the upper end of an interval: the
-# other half covers the interval's width and what single calls do not show.
-SAFETY = 0.5
+# rest covers the interval's width and what single calls do not show.
+SAFETY = 2 / 3
 PROMPT = 512
 
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -153,8 +154,15 @@ def bridges_within(
         rows = {"prefill": prompt, "decode": 1}
         count, most = len(widest.bridges), widest.bridges[0].rank
 
+        # A single call reads its factors faster than they come among all the other weights of a decode step.
+        per_byte = whole["decode"] / work(bare, "decode", 1, prompt)
+        least_bytes = bridge_bytes(hidden, 1, model.dtype)
+
         def overhead(rank: int) -> dict[str, float]:
-            return {phase: count * costs.bridge(hidden, rank, rows[phase]) / whole[phase] for phase in PHASES}
+            seconds = {phase: costs.bridge(hidden, rank, rows[phase]) for phase in PHASES}
+            streamed = (bridge_bytes(hidden, rank, model.dtype) - least_bytes) * per_byte
+            seconds["decode"] = max(seconds["decode"], costs.bridge(hidden, 1, 1) + streamed)
+            return {phase: count * seconds[phase] / whole[phase] for phase in PHASES}
 
         fits = [rank for rank in _ranks_to_try(most) if max(overhead(rank).values()) <= SAFETY * max_overhead]
         costs.close()
@@ -174,6 +182,11 @@ def bridges_within(
         "prompt": prompt,
     }
     return Overhead(bridge_structure(architecture, redundant, rank), rank, predicted, record)
+
+
+def bridge_bytes(hidden: int, rank: int, dtype: torch.dtype) -> int:
+    """What a bridge reads of its factors."""
+    return 2 * hidden * rank * dtype.itemsize
 
 
 def _ranks_to_try(most: int) -> list[int]:

@@ -2,8 +2,8 @@
 between measured ranks.
 
 Every time is that of a call whose weights come from where a model of that size has them: from memory, or from a cache
-that holds the whole model. A bridge is timed after a product that has swept the caches as the model's layers would, its
-Python code with them.
+that holds the whole model. A bridge is timed after a product that has swept the caches as the model's layers would, and
+after the few operations that a layer ends with: those have the interpreter and torch's dispatcher at hand again.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 import taco_kernels
@@ -27,7 +28,7 @@ from .bench import device_name
 from .budget import LEAST_SAVING, factor_parameters
 from .replacement import LowRankBridge
 
-FORMAT = 1
+FORMAT = 2
 # at most, of the block that weights are cut from in turn: several times the last cache of common machines
 _BLOCK_BYTES = 256 << 20
 # what is swept between two calls of a bridge
@@ -199,10 +200,13 @@ class DeviceCosts:
         size = max(1, min(_SWEEP_BYTES, self.block_bytes) // self.dtype.itemsize // hidden)
         sweep, vector = next(self._pieces(size * hidden)).view(size, hidden), h[0, :1]
         count = iter(range(1 << 30))
-        return self._median(
-            lambda: bridges[next(count) % 4](h),
-            before=(lambda: functional.linear(vector, sweep)) if self.device.type == "cpu" else None,
-        )
+        end = nn.Sequential(nn.Linear(hidden, 16), nn.SiLU(), nn.Linear(16, hidden)).to(self.device, self.dtype)
+
+        def before() -> None:
+            functional.linear(vector, sweep)
+            end(vector).add_(vector)
+
+        return self._median(lambda: bridges[next(count) % 4](h), before if self.device.type == "cpu" else None)
 
     def _pieces(self, numbers: int) -> Iterator[torch.Tensor]:
         """Pieces of `numbers` weights, another one each time, no end."""
