@@ -1,6 +1,7 @@
 """Memory and time of `compress --stream` on a checkpoint that is left in its files.
 
     python benchmarks/streaming.py --shape llama-2-7b --method bridge --layers 8
+    python benchmarks/streaming.py --shape llama-3-70b --depth 5 --layers 1     # what a layer of that width costs
 
 A checkpoint of random weights is written, one shard in memory at a time, and compressed in a process of its own whose
 peak resident set is the kernel's counter (mapped pages of the checkpoint count as long as they are resident). What it
@@ -31,14 +32,16 @@ def status(key: str) -> int:
     raise KeyError(key)
 
 
-def write_checkpoint(shape: str, directory: Path) -> None:
-    """A random-weight checkpoint in bfloat16: a shard per decoder layer, one for the rest."""
+def write_checkpoint(shape: str, directory: Path, depth: int | None = None) -> None:
+    """A random-weight checkpoint in bfloat16: a shard per decoder layer (`depth` of them), one for the rest."""
     import torch
     from safetensors.torch import save_file
 
     from taco_svd.shapes import shape_config, skeleton
 
     config = shape_config(shape)
+    if depth is not None:
+        config.num_hidden_layers = depth
     config.architectures = ["LlamaForCausalLM"]
     config.dtype = torch.bfloat16
     config.save_pretrained(directory)
@@ -118,6 +121,7 @@ def main(
     keep: Annotated[float, typer.Option(help="Share of the parameters, instead of --layers.")] = 0.0,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 2,
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
+    depth: Annotated[int | None, typer.Option(help="Only so many decoder layers of the shape.")] = None,
     scratch: Annotated[
         Path | None, typer.Option(help="Where checkpoints are written; default: a temporary one.")
     ] = None,
@@ -132,7 +136,7 @@ def main(
         folder = Path(name)
         (folder / "model").mkdir()
         print(f"writing a checkpoint of shape {shape} to {folder}", flush=True)
-        write_checkpoint(shape, folder / "model")
+        write_checkpoint(shape, folder / "model", depth)
         command = [sys.executable, __file__, "--in-child", "--scratch", str(folder), "--method", method]
         command += ["--layers", str(layers), "--keep", str(keep), "--samples", str(samples), "--seq-len", str(seq_len)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -145,7 +149,7 @@ def main(
     )
     if out:
         rows = json.loads(out.read_text())["rows"] if out.is_file() else []
-        same = ("shape", "method", "layers", "samples", "seq_len")
+        same = ("shape", "method", "layers", "samples", "seq_len", "decoder_layers")
         rows = [old for old in rows if any(old[key] != row[key] for key in same)]
         out.write_text(json.dumps({"rows": [*rows, row]}, indent=2) + "\n", encoding="utf-8")
 

@@ -47,10 +47,14 @@ from taco_svd.bench import device_name
 from taco_svd.bench_models import from_shape, shape_structure
 from taco_svd.checkpoint import DEFAULT_MODEL
 from taco_svd.latency import bootstrap
+from taco_svd.modeling import as_compressed
+from taco_svd.replacement import structural_copy
 from taco_svd.shapes import SHAPES, shape_config
+from taco_svd.structure import Structure
 
 ROOT = Path(__file__).parent
 DEFAULT_SHAPE = "hidden-1024"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 VOCABULARY = 2048  # that of the tokenizer in the package, which the servers are given
 START_SECONDS = 900
 LOCK_SECONDS = 45  # how long --lock is held at a time
@@ -249,9 +253,19 @@ def write_models(options: argparse.Namespace, folder: Path) -> tuple[dict[str, P
     for name in (yardstick, "compressed"):
         directories[name] = folder / name
         models[name].save_pretrained(directories[name])
-        for file in ("tokenizer.json", "tokenizer_config.json"):
+        for file in TOKENIZER:
             shutil.copy(DEFAULT_MODEL / file, directories[name])
     parameters = {name: sum(p.numel() for p in models[name].parameters()) for name in directories}
+    if options.control:
+        if yardstick != "removal" or structure.low_rank:
+            raise SystemExit("--control goes with --method bridge: it serves the removal model in two more ways.")
+        directories["again"] = directories[yardstick]
+        bare = structural_copy(models[yardstick])
+        plain = as_compressed(bare, models[yardstick].config, Structure(structure.source_layers, structure.kept))
+        directories["plugin"] = folder / "plugin"
+        plain.save_pretrained(directories["plugin"])
+        for file in TOKENIZER:
+            shutil.copy(DEFAULT_MODEL / file, directories["plugin"])
     return directories, {"parameters": parameters, "structure": structure.to_dict(), "redundant": redundant}
 
 
@@ -304,6 +318,11 @@ def main() -> int:
     parser.add_argument("--prompt", type=int, default=64, help="tokens")
     parser.add_argument("--tokens", type=int, default=32, help="generated per request")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument(
+        "--control",
+        action="store_true",
+        help="also serves the removal model a second time (again) and through this project's plugin (plugin)",
+    )
     parser.add_argument("--lock", help="file to lock: exclusively while measuring, shared before")
     parser.add_argument("--out", type=Path, help="default: see above")
     options = parser.parse_args()
@@ -331,8 +350,13 @@ def main() -> int:
         print(f"red: {', '.join(found['red'])}; nothing was measured")
     else:
         yardstick = next(name for name in rates if name != "compressed")
-        pairs = zip(rates[yardstick], rates["compressed"], strict=True)
-        ratio = bootstrap([base / ours - 1 for base, ours in pairs])
+        ratios = {
+            name: bootstrap([base / ours - 1 for base, ours in zip(rates[yardstick], values, strict=True)])
+            for name, values in rates.items()
+            if name != yardstick
+        }
+        ratio = ratios.pop("compressed")
+        result["controls"] = {name: {"median": r.median, "low": r.low, "high": r.high} for name, r in ratios.items()}
         result["requests_per_second"] = {
             name: {"median": statistics.median(values), "p20": low, "p80": high, "rounds": values}
             for name, values in rates.items()
@@ -350,6 +374,8 @@ def main() -> int:
             f"{yardstick} serves {ratio.median:+.2%} more than compressed "
             f"(95% interval {ratio.low:+.2%} to {ratio.high:+.2%}, {options.rounds} rounds)"
         )
+        for name, r in ratios.items():
+            print(f"{yardstick} serves {r.median:+.2%} more than {name} ({r.low:+.2%} to {r.high:+.2%})")
         print(f"processor time per request: {spent.median:+.2%} ({spent.low:+.2%} to {spent.high:+.2%})")
     out = options.out or ROOT / "results" / device.type / f"vllm-serving-{options.shape}-{options.method}.json"
     out.parent.mkdir(parents=True, exist_ok=True)

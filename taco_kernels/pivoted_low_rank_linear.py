@@ -122,10 +122,21 @@ def _cpp(x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None, re
     return y
 
 
+def _triton(x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    if not (x.numel() and v.numel() and u.numel()):
+        return _library(x, v, u, pivot, bias, residual)
+    # Imported here because triton takes a second to import and CPU users never need it.
+    from taco_kernels.triton_kernels.pivoted_low_rank_linear import pivoted_low_rank_linear as kernel
+
+    y = kernel(rows_2d(x), v, u, pivot, bias, None if residual is None else rows_2d(residual))
+    return y.view(*x.shape[:-1], u.shape[0])
+
+
 BACKENDS: dict[str, Callable[..., Tensor]] = {
     "reference": pivoted_low_rank_linear_reference,
     "library": _library,
     "cpp": _cpp,
+    "triton": _triton,
 }
 
 
@@ -144,10 +155,14 @@ def _compute(
     _check(x, v, u, pivot, bias, residual)
     width = x.shape[-1]
     rows = x.numel() // width if width else x.shape[:-1].numel()
-    # No GPU kernel gathers yet: two library calls there, whatever is forced for the other ops of the process.
-    backend = "library"
-    if x.device.type == "cpu" and (chosen := dispatch.choose("cpu", x.dtype, rows)) in BACKENDS:
-        backend = chosen
+    device = x.device.type
+    shape = None if device == "cpu" else ("pivoted_low_rank_linear", width, u.shape[0], v.shape[0])
+    chosen = dispatch.choose(device, x.dtype, rows, False, shape)
+    if chosen == "cuda":  # no CUDA kernel gathers; where one would serve other ops, Triton's does
+        few = rows <= dispatch.TRITON_MAX_ROWS and not dispatch.why_not("triton", "cuda")
+        chosen = "triton" if few else "library"
+    # Behind a pivot Triton has kernels for few rows only.
+    backend = "library" if chosen == "triton" and rows > dispatch.TRITON_MAX_ROWS else chosen
     return BACKENDS[backend](x, v, u, pivot, bias, residual)
 
 
@@ -191,13 +206,14 @@ def pivoted_low_rank_linear(
         v: [rank, in - rank]: the right factor's columns for the inputs ``pivot[rank:]``; on the inputs
             ``pivot[:rank]`` it is the identity.
         u: [out, rank].
-        pivot: [in], int32 or int64, a permutation of 0..in-1 (an index out of range raises, or asserts on a GPU).
+        pivot: [in], int32 or int64, a permutation of 0..in-1 (an index out of range raises, on a GPU it asserts or
+            reads zero).
         bias: [out], optional.
         residual: [..., out], optional.
 
     Returns:
-        [..., out] of ``x``'s dtype. Differentiable in every floating argument. The backend ``cpp`` keeps the
-        rank-sized intermediate in float32, ``library`` rounds it to the dtype.
+        [..., out] of ``x``'s dtype. Differentiable in every floating argument. The backends ``cpp`` and ``triton`` keep
+        the rank-sized intermediate in float32, ``library`` rounds it to the dtype.
 
     Raises:
         TypeError, ValueError: dtypes or shapes that do not fit together.

@@ -14,6 +14,7 @@ from . import shapes
 from .checks import Factors, Inputs, call, draw, using, worst_error
 from .timing import sets_needed, time_on_cpu, time_on_gpu
 
+OPS = ("low_rank_linear", "low_rank_bridge", "low_rank_linear_group", "low_rank_mlp", "pivoted_low_rank_linear")
 # Compiling takes seconds per shape; these rows stand for decode, a batch and prefill.
 COMPILED_ROWS = (1, 16, 512)
 
@@ -39,15 +40,20 @@ def separate(inputs: Inputs) -> Tensor | list[Tensor]:
         v, u, bias = members[2]
         return F.linear(F.linear(F.silu(gate) * up, v), u, bias)
     v, u, bias = members[0]
+    if inputs.pivot is not None:
+        gathered, rank = x.index_select(1, inputs.pivot), v.shape[0]
+        return F.linear(torch.addmm(gathered[:, :rank], gathered[:, rank:], v.T), u, bias)
     if inputs.eps is not None:
         return F.linear(F.linear(F.rms_norm(x, x.shape[-1:], eps=inputs.eps), v), u, bias) + x
     y = F.linear(F.linear(x, v), u, bias)
     return y if residual is None else y + residual
 
 
-def _flat(x: Tensor, tensors: list[Tensor | None], op: str, eps: float | None) -> Tensor | list[Tensor]:
+def _flat(
+    x: Tensor, tensors: list[Tensor | None], op: str, eps: float | None, pivot: Tensor | None
+) -> Tensor | list[Tensor]:
     members = tuple(Factors(*tensors[i : i + 3]) for i in range(0, len(tensors), 3))  # type: ignore[arg-type]
-    return separate(Inputs(op, x, members, None, eps))
+    return separate(Inputs(op, x, members, None, eps, pivot=pivot))
 
 
 @functools.cache
@@ -56,7 +62,7 @@ def _compiled() -> Callable[..., Any]:
 
 
 def compiled(inputs: Inputs) -> Tensor | list[Tensor]:
-    return _compiled()(inputs.x, [t for member in inputs.members for t in member], inputs.op, inputs.eps)
+    return _compiled()(inputs.x, [t for member in inputs.members for t in member], inputs.op, inputs.eps, inputs.pivot)
 
 
 def forced(name: str, inputs: Inputs) -> Tensor | list[Tensor]:
@@ -73,10 +79,11 @@ def versions_for(
     if compile_too and point.rows in COMPILED_ROWS:
         found["compiled"] = compiled
     found["taco"] = call
-    if "cuda" in usable and point.rows <= 16:
+    pivoted = point.op == "pivoted_low_rank_linear"  # no CUDA kernel gathers; Triton's serve few rows
+    if "cuda" in usable and point.rows <= 16 and not pivoted:
         found["taco cuda"] = functools.partial(forced, "cuda")
         found["taco cuda dependent"] = functools.partial(forced, "cuda dependent")
-    if "triton" in usable:
+    if "triton" in usable and (point.rows <= 16 or not pivoted):
         found["taco triton"] = functools.partial(forced, "triton")
     return found
 
@@ -201,8 +208,9 @@ def summary(points: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "512 rows and more": lambda p: p["rows"] >= 512,
         "512 rows and more, r <= 128": lambda p: p["rows"] >= 512 and p["rank"] <= 128,
     }
-    for op in ("linear", "bridge", "linear_group", "mlp"):
-        kinds[f"{op}, decode"] = lambda p, op=op: p["op"] == f"low_rank_{op}" and p["rows"] <= 16  # type: ignore[misc]
+    for op in OPS:
+        short = op.replace("low_rank_", "")
+        kinds[f"{short}, decode"] = lambda p, op=op: p["op"] == op and p["rows"] <= 16  # type: ignore[misc]
     report: dict[str, Any] = {}
     for name, belongs in kinds.items():
         chosen = [p for p in points.values() if belongs(p)]

@@ -24,7 +24,10 @@ class Factors(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Arguments of one call. ``members`` are the factors (low_rank_mlp: gate, up, down); ``eps`` only of a bridge."""
+    """Arguments of one call. ``members`` are the factors (low_rank_mlp: gate, up, down); ``eps`` only of a bridge.
+
+    pivoted_low_rank_linear: the member's v is [rank, in - rank].
+    """
 
     op: str
     x: Tensor
@@ -32,6 +35,7 @@ class Inputs(NamedTuple):
     residual: Tensor | None = None
     eps: float | None = None
     act: str = "silu"
+    pivot: Tensor | None = None
 
     @property
     def results(self) -> tuple[Factors, ...]:
@@ -75,6 +79,12 @@ def draw(
     if op == "low_rank_mlp":
         assert isinstance(out_size, int)
         return Inputs(op, x, (*projections(in_size, (out_size, out_size)), *projections(out_size, (in_size,))), act=act)
+    if op == "pivoted_low_rank_linear":
+        assert isinstance(out_size, int)
+        rank = min(rank, in_size)
+        u, added = matrix(out_size, rank, rank**-0.5), matrix(rows, out_size, 1.0) if residual else None
+        member = Factors(matrix(rank, in_size - rank, in_size**-0.5), u, matrix(1, out_size, 1.0)[0] if bias else None)
+        return Inputs(op, x, (member,), added, pivot=torch.randperm(in_size, device=device).to(torch.int32))
     outs = out_size if isinstance(out_size, tuple) else (out_size,)
     bridge = op == "low_rank_bridge"
     if bridge and outs != (in_size,):
@@ -95,6 +105,9 @@ def call(inputs: Inputs) -> Tensor | list[Tensor]:
     if inputs.op == "low_rank_bridge":
         assert inputs.eps is not None
         return taco_kernels.low_rank_bridge(x, *members[0], inputs.eps)
+    if inputs.pivot is not None:
+        v, u, bias = members[0]
+        return taco_kernels.pivoted_low_rank_linear(x, v, u, inputs.pivot, bias, inputs.residual)
     return taco_kernels.low_rank_linear(x, *members[0], inputs.residual)
 
 
@@ -152,12 +165,22 @@ def _linear_and_error(
     return exact, error
 
 
+def _unpivoted(member: Factors, pivot: Tensor) -> Factors:
+    """The member with its right factor in full, [rank, in]."""
+    rank = member.v.shape[0]
+    full = member.v.new_zeros(rank, len(pivot))
+    full[:, pivot[:rank].long()] = torch.eye(rank, dtype=full.dtype, device=full.device)
+    full[:, pivot[rank:].long()] = member.v
+    return Factors(full, member.u, member.bias)
+
+
 def _exact(inputs: Inputs, x: Tensor, residual: Tensor | None, backend: str) -> list[tuple[Tensor, Tensor]]:
     """Each result in float64 and its error before the last rounding."""
     dtype = inputs.x.dtype
     half_step = torch.finfo(dtype).eps / 2
     if inputs.op != "low_rank_mlp":
-        found = [_linear_and_error(x, None, member, dtype, backend, inputs.eps) for member in inputs.members]
+        members = inputs.members if inputs.pivot is None else (_unpivoted(inputs.members[0], inputs.pivot),)
+        found = [_linear_and_error(x, None, member, dtype, backend, inputs.eps) for member in members]
         residual = x if inputs.eps is not None else residual
         if residual is not None:
             ((exact, error),) = found
@@ -266,6 +289,7 @@ def cases(small: bool, tiny: bool) -> list[Case]:
                 for pad in (0, 8) if m in (1, 16) else (0,):
                     found.append(Case("low_rank_linear", in_size, out_size, rank, m, dtype, True, True, pad))
                     found.append(Case("low_rank_bridge", in_size, in_size, rank, m, dtype, True, False, pad))
+                    found.append(Case("pivoted_low_rank_linear", in_size, out_size, rank, m, dtype, True, True, pad))
                 # q, k and v; five members, more than one launch takes; gate and up
                 act = ("silu", "gelu_tanh", "gelu", "relu")[(m + rank) % 4]
                 found.append(Case("low_rank_mlp", in_size, out_size, rank, m, dtype, m % 2 == 0, act=act))

@@ -75,6 +75,8 @@ class Point(NamedTuple):
         if isinstance(self.out_size, tuple):
             out = sum(self.out_size)
             return self.in_size * out // (len(self.out_size) * self.in_size + out)
+        if self.op == "pivoted_low_rank_linear":  # rank (in + out - rank) = in out at the smaller side
+            return min(self.in_size, self.out_size)
         return self.in_size * self.out_size // (self.in_size + self.out_size)
 
 
@@ -102,6 +104,9 @@ def bench_points() -> Iterator[Point]:
                 yield Point("low_rank_bridge", size, size, rank, rows)
             for in_size, out_size in shapes():
                 yield Point("low_rank_linear", in_size, out_size, rank, rows)
+                behind = 4 * rank - 1024  # what a map keeps of itself behind a pivot is half of it and more
+                if rank >= 512 and rows <= 512 and behind < min(in_size, out_size):
+                    yield Point("pivoted_low_rank_linear", in_size, out_size, behind, rows)
             for hidden, outs in groups:
                 yield Point("low_rank_linear_group", hidden, outs, rank, rows)
             for hidden, width in mlps:
@@ -112,7 +117,8 @@ def quick_points() -> Iterator[Point]:
     """One hidden size, three ranks, five row counts: what the first ten minutes on a GPU should answer."""
     for point in bench_points():
         first = point.in_size == 4096 and point.out_size in (4096, 11008, 14336, (4096, 1024, 1024))
-        if first and point.rank in (128, 512, 1024) and point.rows in (1, 4, 16, 512, 2048):
+        ranks = (1024, 3072) if point.op == "pivoted_low_rank_linear" else (128, 512, 1024)
+        if first and point.rank in ranks and point.rows in (1, 4, 16, 512, 2048):
             yield point
 
 
@@ -138,6 +144,7 @@ def tiny_points() -> Iterator[Point]:
     for rows in (1, 3, 20):
         yield Point("low_rank_bridge", 48, 48, 16, rows, "float32")
         yield Point("low_rank_linear", 40, 72, 8, rows, "bfloat16")
+        yield Point("pivoted_low_rank_linear", 40, 72, 24, rows, "bfloat16")
         if rows != 3:
             yield Point("low_rank_linear_group", 40, (48, 16, 16), 8, rows, "float16")
             yield Point("low_rank_mlp", 40, 56, 16, rows, "bfloat16")

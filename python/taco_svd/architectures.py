@@ -2,8 +2,8 @@
 
 A model is handled when it has exactly one stack of alike decoder layers, each with one attention block and
 dense linear maps (`nn.Linear`, or the transposed `Conv1D` of GPT-2). Experts of a mixture (parameters of three
-dimensions, one matrix per expert) and their router stay as they are: they count, go and are bridged with their layer,
-and the linear maps around them are factorised. Anything else is refused before any work starts, with a sentence that
+dimensions, one matrix per expert) are no linear maps unless they have been opened (`experts`); their router never is:
+both count, go and are bridged with their layer. Anything else is refused before any work starts, with a sentence that
 says what was found.
 """
 
@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .errors import UnsupportedModelError
+from .experts import OpenExperts
 
 # Lists in a config that hold one entry per layer and are cut together with the layers.
 PER_LAYER_CONFIG_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
@@ -223,7 +224,9 @@ class Architecture:
 
 
 def _is_experts(module: nn.Module) -> bool:
-    """Experts as transformers 5 stores them: parameters [experts, ., .] for all of a layer's experts at once."""
+    """Experts as transformers 5 stores them, parameters [experts, ., .] for all of a layer's experts; or open ones."""
+    if isinstance(module, OpenExperts):
+        return True
     own = list(module.parameters(recurse=False))
     return "experts" in type(module).__name__.lower() and any(parameter.ndim == 3 for parameter in own)
 

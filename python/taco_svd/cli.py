@@ -85,6 +85,13 @@ def compress(
             "--one-shot", help="--method paper in one pass over the dense model, instead of one per block in turn."
         ),
     ] = False,
+    experts: Annotated[
+        str,
+        typer.Option(
+            help="Of mixtures of experts: factorised (taco, paper, svd: every expert's matrices like any other) or "
+            "whole (vLLM serves those)."
+        ),
+    ] = "factorised",
     plan: Annotated[Path | None, typer.Option(help="Carry out this plan (a file or a compressed directory).")] = None,
     work_dir: Annotated[
         Path | None, typer.Option(help="Where finished steps are kept until the model is saved; default: OUT.work.")
@@ -157,6 +164,7 @@ def compress(
                 work_dir=work_dir,
                 resume=resume,
                 team=team,
+                experts=experts,
             )
             if team.rank == 0:
                 save_compressed(compressed, made, out, tokenizer, force)

@@ -68,7 +68,7 @@ class FitMoments:
         """E[s s^T] of the inputs, [in, in], without the constant."""
         assert self.ss is not None
         size = self.ss.shape[0] - self.affine
-        return self.ss[:size, :size] / self.tokens
+        return self.ss[:size, :size] / max(1, self.tokens)
 
 
 @dataclass(frozen=True)

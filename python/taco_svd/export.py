@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .architectures import Architecture, copy_implementations, slice_config
 from .errors import TacoError
+from .experts import OpenExperts, stacked
 from .modeling import CompressedModel
 from .replacement import LowRankLinear, NarrowLinear, drop_layers, structural_copy
 
@@ -73,7 +74,9 @@ def widen(module: NarrowLinear) -> nn.Linear:
     return dense.train(module.training)
 
 
-def _densify(layer: nn.Module, transposed: bool) -> nn.Module:
+def _densify(layer: nn.Module, like: nn.Module, config: PreTrainedConfig) -> nn.Module:
+    """Gives a compressed layer ordinary modules, in place; `like`: a layer of the base class, without data."""
+    transposed = any(isinstance(module, Conv1D) for module in like.modules())
     for path, module in list(layer.named_modules()):
         if isinstance(module, LowRankLinear):
             parent_path, _, name = path.rpartition(".")
@@ -81,15 +84,21 @@ def _densify(layer: nn.Module, transposed: bool) -> nn.Module:
         elif isinstance(module, NarrowLinear):
             parent_path, _, name = path.rpartition(".")
             setattr(layer.get_submodule(parent_path), name, widen(module))
+    for path, module in list(layer.named_modules()):
+        if isinstance(module, OpenExperts):
+            parent_path, _, name = path.rpartition(".")
+            closed = stacked(module, like.get_submodule(path))
+            closed.config = config  # type: ignore[assignment]
+            setattr(layer.get_submodule(parent_path), name, closed)
     return layer
 
 
-def _uses_conv1d(model: PreTrainedModel) -> bool:
-    """Whether the base class stores its linear maps transposed: asked of a skeleton without data."""
+def _ordinary_layer(model: PreTrainedModel) -> nn.Module:
+    """A layer as the base class makes it, without data."""
     base_class: Any = _base_class(model)
     with torch.device("meta"):
         skeleton = base_class(base_config(model))
-    return any(isinstance(module, Conv1D) for module in skeleton.modules())
+    return Architecture(skeleton).layers[0]
 
 
 def _without_bridge(layer: nn.Module) -> nn.Module:
@@ -112,9 +121,9 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
             "This model has bridges, and no ordinary architecture has a place for them; it cannot be exported dense."
         )
     ordinary = structural_copy(model)
-    transposed = _uses_conv1d(model)
+    like = _ordinary_layer(model)
     for layer in Architecture(ordinary).layers:
-        _densify(layer, transposed)
+        _densify(layer, like, model.config)
     return as_ordinary(ordinary, base_config(model))
 
 
@@ -129,9 +138,9 @@ def with_layers_removed(model: PreTrainedModel, redundant: list[int]) -> PreTrai
     config = slice_config(base_config(model), stay)
     bare = structural_copy(model)
     architecture = Architecture(bare)
-    transposed = _uses_conv1d(model)
+    like = _ordinary_layer(model)
     for layer in architecture.layers:
-        _densify(_without_bridge(layer), transposed)
+        _densify(_without_bridge(layer), like, model.config)
     drop_layers(architecture, stay)
     return as_ordinary(bare, config)
 
@@ -149,8 +158,8 @@ def dense_stand_in(model: PreTrainedModel, source_config: dict[str, Any]) -> Pre
     copy_implementations(model.config, config)
     dense = structural_copy(model)
     architecture = Architecture(dense)
-    transposed = _uses_conv1d(model)
-    layers = [_densify(_without_bridge(layer), transposed) for layer in architecture.layers]
+    like = _ordinary_layer(model)
+    layers = [_densify(_without_bridge(layer), like, model.config) for layer in architecture.layers]
     restored = []
     for source in range(structure.source_layers):
         if source in structure.kept:

@@ -19,6 +19,7 @@ from .architectures import Architecture, LinearSite, linear_shape
 from .calibration import embedding_weight
 from .decomposition import Decomposition
 from .divergence import kl_per_token
+from .experts import kind_of
 from .factorise import put_factors
 from .progress import Report
 from .run_bridges import LENGTHS, Run, bridge_rank, bridged, fit_run_bridges
@@ -92,12 +93,25 @@ def scaled_curve(tail: torch.Tensor, points: Sequence[tuple[int, float]]) -> tor
     return curve.flip(0).cummax(0).values.flip(0)
 
 
+# What is changed at once: one linear map, or the same map of all experts of a layer.
+Unit = tuple[LinearSite, ...]
+
+
+def units_of(sites: Sequence[LinearSite]) -> list[Unit]:
+    """The maps of one layer as they are measured: experts see different tokens, so what they lose adds up, and one
+    measurement of all of them tells what each would have told by itself with less noise."""
+    found: dict[str, list[LinearSite]] = {}
+    for site in sites:
+        found.setdefault(kind_of(site.path), []).append(site)
+    return [tuple(unit) for unit in found.values()]
+
+
 @dataclass(frozen=True)
 class _Change:
-    """A single change of the model (a map, a run bridged, or a layer removed), and the hidden states that it leads to
-    so far, per batch."""
+    """A single change of the model (maps factorised, a run bridged, or a layer removed), and the hidden states that it
+    leads to so far, per batch."""
 
-    site: LinearSite | Run | None
+    site: Unit | Run | None
     layer: int
     rank: int
     hidden: list[torch.Tensor]
@@ -116,6 +130,7 @@ class CurveMeasurement:
         spectrum: map -> all its weighted singular values.
         shares: ranks to measure, as shares of the full rank.
         team: every process measures its share of the changes.
+        weight: by what a map's squared singular values count: the share of the tokens that an expert sees.
     """
 
     def __init__(
@@ -127,8 +142,9 @@ class CurveMeasurement:
         store: Store | None = None,
         shares: Sequence[float] = MEASURED_SHARES,
         team: Team | None = None,
+        weight: Callable[[LinearSite], float] = lambda site: 1.0,
     ) -> None:
-        self.team = team or Team()
+        self.team, self.weight = team or Team(), weight
         self.architecture, self.decompose, self.spectrum, self.shares = architecture, decompose, spectrum, shares
         self.store = store or Store()
         self.depth = len(architecture.layers)
@@ -167,9 +183,11 @@ class CurveMeasurement:
                 self.store.put(entry, tensors, note)
             kept, note = self.store.get(entry), self.store.note(entry)
             for site in here:
-                tails[site] = tail_energies(kept[site.name])
-                if site.name in note["points"]:
-                    points[site] = [(int(rank), float(loss)) for rank, loss in note["points"][site.name]]
+                tails[site] = self.weight(site) * tail_energies(kept[site.name])
+            for unit in [unit for layer in range(first, last + 1) for unit in units_of(_of_layer(here, layer))]:
+                if unit[0].name in note["points"]:
+                    values = [(int(rank), float(loss)) for rank, loss in note["points"][unit[0].name]]
+                    points |= shared_out(unit, values, tails)
             removal |= {int(layer): float(loss) for layer, loss in note["removal"].items()}
             rank = bridge_rank(self.architecture.model.config.hidden_size)
             spans |= {(int(start), int(end)): (rank, float(loss)) for start, end, loss in note["bridged"]}
@@ -192,9 +210,7 @@ class CurveMeasurement:
         groups: list[tuple[int, int]] = []
         used = 0
         for layer in range(self.depth):
-            streams = (
-                1 + len(LENGTHS) + len(self.shares) * sum(site.layer == layer for site in sites) * (layer in measured)
-            )
+            streams = 1 + len(LENGTHS) + len(self.shares) * len(units_of(_of_layer(sites, layer))) * (layer in measured)
             if not groups or used + streams * one > STREAM_BYTES:
                 groups.append((layer, layer))
                 used = 0
@@ -227,15 +243,16 @@ class CurveMeasurement:
                 # a bridge gives what leaves its run: it climbs on from there
                 for run in [run for run in runs if run[0] == layer]:
                     waiting.append(_Change(run, layer, 0, [bridged(self.store, run, hidden) for hidden in stream]))
-                here = [site for site in sites if site.layer == layer]
-                for number, site in enumerate(here):
+                here = units_of(_of_layer(sites, layer))
+                for number, unit in enumerate(here):
                     if self.team.deals(number):
-                        made, spectra[site] = self._changed(site, stream, layer in measured)
+                        made, found = self._changed(unit, stream, layer in measured)
                         changes += made
+                        spectra |= found
                 if self.team.deals(len(here)):
                     changes.append(_Change(None, layer, 0, stream))
                 stream = [self.walk.run(module, layer, batch, hidden) for batch, hidden in enumerate(stream)]
-            changes += [change for change in waiting if change.site[1] == layer]  # type: ignore[index]
+            changes += [change for change in waiting if change.site is not None and change.site[1] == layer]
             self.walk.let_go(module)
         points: dict[LinearSite, list[tuple[int, float]]] = {}
         removal: dict[int, float] = {}
@@ -244,10 +261,10 @@ class CurveMeasurement:
             loss = self._divergence(reference, self._log_probabilities(change.hidden))
             if change.site is None:
                 removal[change.layer] = loss
-            elif isinstance(change.site, tuple):
-                spanned[change.site] = loss
+            elif isinstance(change.site[0], LinearSite):
+                points.setdefault(change.site[0], []).append((change.rank, loss))
             else:
-                points.setdefault(change.site, []).append((change.rank, loss))
+                spanned[change.site] = loss
         for other_points, other_removal, other_spectra, other_spanned in self.team.gather(
             (points, removal, {site: sigma.cpu() for site, sigma in spectra.items()}, spanned)
         ):
@@ -262,25 +279,30 @@ class CurveMeasurement:
         return _Change(change.site, change.layer, change.rank, hidden)
 
     def _changed(
-        self, site: LinearSite, stream: list[torch.Tensor], measure: bool
-    ) -> tuple[list[_Change], torch.Tensor]:
-        """What leaves the map's layer when it is factorised, at every rank to measure; and its spectrum."""
-        dense = self.architecture.module(site)
-        full = min(linear_shape(dense))
+        self, unit: Unit, stream: list[torch.Tensor], measure: bool
+    ) -> tuple[list[_Change], dict[LinearSite, torch.Tensor]]:
+        """What leaves the maps' layer when they are factorised, at every rank to measure; and their spectra."""
+        dense = {site: self.architecture.module(site) for site in unit}
+        layer, full = unit[0].layer, min(linear_shape(dense[unit[0]]))
         ranks = ranks_to_measure(full, self.shares) if measure else []
         if not ranks:
-            return [], self.spectrum(site)
-        parts = self.decompose(site, ranks[-1])
+            return [], {site: self.spectrum(site) for site in unit}
+        parts = {site: self.decompose(site, ranks[-1]) for site in unit}
         changes = []
         for rank in ranks:
             try:
-                put_factors(self.architecture, site, parts, torch.arange(rank, device=parts.sigma.device))
-                module = self.architecture.layers[site.layer]
-                hidden = [self.walk.run(module, site.layer, batch, h) for batch, h in enumerate(stream)]
+                for site in unit:
+                    directions = torch.arange(rank, device=parts[site].sigma.device)
+                    put_factors(self.architecture, site, parts[site], directions)
+                module = self.architecture.layers[layer]
+                hidden = [self.walk.run(module, layer, batch, h) for batch, h in enumerate(stream)]
             finally:
-                self.architecture.replace(site, dense)
-            changes.append(_Change(site, site.layer, rank, hidden))
-        return changes, parts.sigma if len(parts.sigma) == full else self.spectrum(site)
+                for site in unit:
+                    self.architecture.replace(site, dense[site])
+            changes.append(_Change(unit, layer, rank, hidden))
+        return changes, {
+            site: parts[site].sigma if len(parts[site].sigma) == full else self.spectrum(site) for site in unit
+        }
 
     def _climb(self, start: int, end: int, stream: list[torch.Tensor]) -> list[torch.Tensor]:
         """The dense stream that enters layer `end`, from the one that enters `start`."""
@@ -299,6 +321,23 @@ class CurveMeasurement:
             rows = truth.shape[0] * truth.shape[1]
             total += float((truth.exp() * (truth - other)).sum(-1).double().mean()) * rows
         return total / self.tokens.numel()
+
+
+def _of_layer(sites: Sequence[LinearSite], layer: int) -> list[LinearSite]:
+    return [site for site in sites if site.layer == layer]
+
+
+def shared_out(
+    unit: Unit, points: Sequence[tuple[int, float]], tails: Mapping[LinearSite, torch.Tensor]
+) -> dict[LinearSite, list[tuple[int, float]]]:
+    """Measured losses of a unit as losses of its maps, each in proportion to what the metric predicts for it."""
+    found: dict[LinearSite, list[tuple[int, float]]] = {site: [] for site in unit}
+    for rank, loss in points:
+        whole = sum(float(tails[site][rank]) for site in unit)
+        for site in unit:
+            share = float(tails[site][rank]) / whole if whole > 0 else 1 / len(unit)
+            found[site].append((rank, loss * share))
+    return found
 
 
 def ranks_to_measure(full: int, shares: Sequence[float]) -> list[int]:

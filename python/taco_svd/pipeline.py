@@ -30,6 +30,7 @@ from .checkpoint import parameter_count, weight_bytes
 from .cost_budget import CostBudget, LatencyCosts, bridges_within, parse_keep
 from .decomposition import numerical_errors_named
 from .errors import TacoError
+from .experts import EXPERTS, names_experts, opened, set_idle
 from .factorise import check_ranks, factorise
 from .importance import MEASURES, rank_layers
 from .loss_curves import divergence_between
@@ -46,6 +47,8 @@ from .work_directory import check_work_directory, open_run, weights_digest
 
 # What several processes can do together.
 TEAM_METHODS = ("taco", "bridge", "removal")
+# What factorises single experts; published methods leave them whole.
+OPENING = ("taco", "paper", "svd")
 # Greedy removal runs the set once per candidate: a part of it orders the layers as well.
 GREEDY_SAMPLES = 16
 
@@ -68,6 +71,19 @@ def check_model(model: PreTrainedModel) -> Architecture:
         raise TacoError(f"{damaged} has NaN or infinite weights; the checkpoint is damaged.")
     _probe(architecture)
     return architecture
+
+
+def _factorisable(architecture: Architecture, method: str, experts: str) -> Architecture:
+    """The model as a method sees it: with single experts as linear maps of their own, or whole.
+
+    Raises:
+        TacoError: `experts` is unknown.
+    """
+    if experts not in EXPERTS:
+        raise TacoError(f"--experts must be one of {', '.join(EXPERTS)}, got {experts!r}.")
+    if method not in OPENING or experts == "whole" or architecture.experts_block is None:
+        return architecture
+    return Architecture(opened(architecture.model))
 
 
 def _probe(architecture: Architecture) -> None:
@@ -98,6 +114,7 @@ def make_plan(
     workspace: Workspace | None = None,
     _architecture: Architecture | None = None,
     cost: CostBudget | None = None,
+    experts: str = EXPERTS[0],
 ) -> Plan:
     """Decides which layers are redundant and what replaces them; arguments as in `compress`."""
     progress = progress or Silent()
@@ -109,7 +126,8 @@ def make_plan(
         raise TacoError("--bridge-rank goes with --method bridge.")
     if one_shot and method != "paper":
         raise TacoError("--one-shot goes with --method paper (the other methods need one pass at most anyway).")
-    architecture = _architecture or check_model(model)
+    architecture = _factorisable(_architecture or check_model(model), method, experts)
+    model = architecture.model
     chosen = list(layers) if isinstance(layers, (list, tuple)) else None
     measured: dict[str, Any]
     cost = cost or CostBudget()
@@ -283,6 +301,8 @@ def _carry_out(
     record: dict[str, Any] = {}
     if plan.structure.source_layers != depth:
         raise TacoError(f"The plan is for a model of {plan.structure.source_layers} layers, this one has {depth}.")
+    if names_experts(plan.structure):
+        model = opened(model)
     working = structural_copy(model)
     architecture = Architecture(working)
     check_ranks(architecture, plan.structure)
@@ -297,6 +317,7 @@ def _carry_out(
         factorised = sorted(plan.structure.low_rank)
         runner = SuffixRunner(architecture, calibration.tokens, factorised[0], starts=factorised)
         factorise(architecture, plan, runner, progress, workspace.store)
+    set_idle(working, False)
     kept = list(plan.structure.kept)
     drop_layers(architecture, kept)
     compressed = as_compressed(working, slice_config(model.config, kept), plan.structure)
@@ -331,6 +352,7 @@ def compress(
     max_overhead: float | None = None,
     max_latency: str | float | None = None,
     team: Team | None = None,
+    experts: str = EXPERTS[0],
 ) -> tuple[PreTrainedModel, Plan]:
     """Compresses a language model.
 
@@ -365,6 +387,7 @@ def compress(
         resume: goes on from what `work_dir` has.
         team: the processes that do this together (methods taco, bridge and removal), each with a `work_dir` of its
             own; all return the same model.
+        experts: of a mixture: "factorised" (methods taco, paper and svd: each expert's maps like any other) or "whole".
 
     Returns:
         (compressed model, plan); save with `taco_svd.save_compressed` or the model's `save_pretrained`.
@@ -391,7 +414,8 @@ def compress(
         budget.check(method, share, layers, bridge_rank)
         if max_latency is None:
             part = share if keep_bytes is None else keep_bytes / weight_bytes(model)
-            _count_and_ratio(architecture, method, part, _how_many(layers), compression_ratio)
+            seen = _factorisable(architecture, method, experts)
+            _count_and_ratio(seen, method, part, _how_many(layers), compression_ratio)
     store = None
     if work_dir is not None:
         arguments = {
@@ -409,6 +433,7 @@ def compress(
             "consistency": consistency,
             "max_overhead": max_overhead,
             "max_latency": max_latency,
+            "experts": experts,
             "plan": None if plan is None else hashlib.sha256(json.dumps(plan.to_dict()).encode()).hexdigest(),
         }
         with progress.step("looking at the weights"):
@@ -455,6 +480,7 @@ def compress(
             workspace,
             architecture,
             budget,
+            experts,
         )
         plan = team.broadcast(plan)  # measured costs differ from process to process
         assert plan is not None

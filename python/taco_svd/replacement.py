@@ -18,6 +18,7 @@ import taco_kernels
 
 from .architectures import Architecture, LinearSite, linear_shape
 from .errors import TacoError
+from .experts import names_experts, open_experts
 from .structure import NarrowSpec, Structure
 
 
@@ -295,6 +296,8 @@ def install(model: PreTrainedModel, structure: Structure, device: torch.device |
         TacoError: when the structure names a module that the model does not have, or more layers than it has.
     """
     # a quantiser replaces the dense maps after this, and leaves the modules that are put in here alone
+    if names_experts(structure):
+        open_experts(model)
     architecture = Architecture(model, quantised=True)
     if len(architecture.layers) != len(structure.kept):
         raise TacoError(

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from .errors import TacoError
+from .experts import kind_of
 from .latency import LatencyReport
 
 
@@ -139,7 +140,7 @@ def info_table(info: dict[str, Any]) -> Table:
     if info["compression_ratio"] is not None and not whole:
         table.add_row("compression ratio", f"{info['compression_ratio']:.4g}")
     for layers, ranks in _alike(info["low_rank"]):
-        table.add_row(layers, "rank " + ", ".join(f"{path} {rank}" for path, rank in ranks.items()))
+        table.add_row(layers, "rank " + ", ".join(f"{path} {rank}" for path, rank in _by_kind(ranks).items()))
     for bridge in info["bridges"]:
         table.add_row(
             f"bridge after layer {bridge['after']}", f"rank {bridge['rank']}{', bias' if bridge['bias'] else ''}"
@@ -194,6 +195,19 @@ def evaluation_lines(values: dict[str, Any]) -> list[str]:
         told = ", ".join(f"{uid} {found['value']:.1%}" for uid, found in worst)
         lines.append(f"{len(harness['correct']):,} pairs of {len(harness['phenomena'])} phenomena; lowest: {told}")
     return lines
+
+
+def _by_kind(ranks: dict[str, int]) -> dict[str, str]:
+    """Ranks as text, the experts of a layer together: {"experts.*.down": "12 to 40 (7 experts)"}."""
+    found: dict[str, list[int]] = {}
+    for path, rank in ranks.items():
+        found.setdefault(kind_of(path), []).append(rank)
+    return {
+        kind: str(values[0])
+        if "*" not in kind
+        else f"{min(values)} to {max(values)} ({len(values)} expert{'s' * (len(values) > 1)})"
+        for kind, values in found.items()
+    }
 
 
 def _alike(low_rank: dict[str, dict[str, int]]) -> list[tuple[str, dict[str, int]]]:

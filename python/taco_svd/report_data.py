@@ -17,6 +17,7 @@ from .drift import measure_drift
 from .errors import TacoError
 from .evaluation import WindowBatches, perplexity, resolve_windows
 from .evaluation_run import evaluation_tokens, versions
+from .experts import expert_number, kind_of, opened
 from .export import multiply_out
 from .latency import compare_latency
 from .pipeline import apply_plan
@@ -230,12 +231,28 @@ def _allocation(architecture: Architecture, structure: Structure) -> dict[str, A
             )
             low_rank.append({"layer": layer, "path": path, "rank": min(narrow.rows, narrow.columns), "share": share})
     return {
-        "paths": list(architecture.paths),
+        "paths": list(dict.fromkeys(kind_of(path) for path in architecture.paths)),
         "layers": structure.source_layers,
         "removed": list(structure.removed),
-        "low_rank": low_rank,
+        "low_rank": _experts_together(architecture, low_rank),
         "bridges": [{"after": bridge.after, "rank": bridge.rank} for bridge in structure.bridges],
     }
+
+
+def _experts_together(architecture: Architecture, low_rank: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry for the same map of all experts of a layer, with their means; experts that stay whole count as such."""
+    experts = [path for path in architecture.paths if expert_number(path) is not None]
+    count = {kind: sum(kind_of(path) == kind for path in experts) for kind in {kind_of(path) for path in experts}}
+    found: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for entry in low_rank:
+        found.setdefault((entry["layer"], kind_of(entry["path"])), []).append(entry)
+    together = []
+    for (layer, kind), entries in found.items():
+        whole = count.get(kind, len(entries)) - len(entries)
+        share = (sum(entry["share"] for entry in entries) + whole) / (len(entries) + whole)
+        rank = round(sum(entry["rank"] for entry in entries) / len(entries))
+        together.append({"layer": layer, "path": kind, "rank": rank, "share": share})
+    return together
 
 
 def _alternatives(rows: list[dict[str, Any]], measured: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -279,7 +296,7 @@ def product_spectrum(module: LowRankLinear | LowRankBridge) -> list[float]:
 def _spectra(model: PreTrainedModel, dense: PreTrainedModel | None, structure: Structure) -> dict[str, Any]:
     """Panels of lines, one panel per matrix path, and one for the bridges."""
     architecture = Architecture(model)
-    theirs = Architecture(dense) if dense is not None else None
+    theirs = Architecture(opened(dense)) if dense is not None else None
     layers_of: dict[str, list[int]] = {}
     for layer, ranks in sorted(structure.low_rank.items()):
         for path in ranks:

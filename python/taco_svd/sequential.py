@@ -21,6 +21,7 @@ from .built import empty_factors, restore_layer, save_layer, with_own_parameters
 from .consistency import FitMoments, refit
 from .decomposition import Decomposition, damped, weighted_svd
 from .divergence import kl_per_token
+from .experts import MAPS, expert_number
 from .factorise import put_factors
 from .memory import release
 from .progress import Report
@@ -170,23 +171,27 @@ class UpwardPass:
         """Replaces and re-fits one layer that stays; returns both streams as they leave it (and its run's end)."""
         attention = _at(writers.attention, layer) if writers else None
         mlp = _at(writers.mlp, layer) if writers else None
+        added = _at(writers.added, layer) if writers else None
         middle: list[torch.Tensor] = []
         leaving: list[torch.Tensor] = []
         for batch, hidden in enumerate(truth):
-            out, written = self._run_watching(self.dense, layer, batch, hidden, [mlp] if mlp else [])
+            out, written = self._run_watching(self.dense, layer, batch, hidden, [added] if added else [])
             leaving.append(out)
-            if mlp is not None:
-                middle.append(out - written[mlp][1].view_as(out))  # some models flatten batch and tokens inside
+            if added is not None:
+                middle.append(out - written[added][1].view_as(out))  # some models flatten batch and tokens inside
         leaves_layer, run_end = leaving, layer
         while run_end + 1 in self.structure.removed:
             run_end += 1
             leaving = self.walk.through(run_end, leaving)
 
         for block, writer in (("attention", attention), ("mlp", mlp)):
-            sites = self.working.sites([layer], block)
-            self._factorise([site for site in sites if site != writer], ours)
+            sites = [site for site in self.working.sites([layer], block) if site != writer]
+            # an expert's second map on what its first, already factorised, gives it
+            last = [site for site in sites if expert_number(site.path) is not None and site.path.endswith(MAPS[-1])]
+            self._factorise([site for site in sites if site not in last], ours)
+            self._factorise(last, ours)
             if writer is not None:
-                self._refit(writer, mlp, ours, middle if block == "attention" else leaving)
+                self._refit(writer, added, ours, middle if block == "attention" else leaving)
         spec = self.bridges.get(layer)
         ours = self.walk.through(layer, ours, self.working)
         if spec is not None:
@@ -227,6 +232,8 @@ class UpwardPass:
                 inputs = seen[site][0]
                 if site not in owner:
                     same = [other for other in moments if seen[other][0].data_ptr() == inputs.data_ptr()]
+                    if not inputs.numel():  # an expert that no token was sent to: no address to be known by
+                        same = []
                     owner[site] = same[0] if same else site
                     if not same:
                         moments[site] = FitMoments()
@@ -274,16 +281,16 @@ class UpwardPass:
         put_factors(self.working, site, parts, directions, self.structure.is_pivoted(site.layer, site.path))
 
     def _refit(
-        self, writer: LinearSite, mlp: LinearSite | None, ours: list[torch.Tensor], target: list[torch.Tensor]
+        self, writer: LinearSite, added: LinearSite | None, ours: list[torch.Tensor], target: list[torch.Tensor]
     ) -> None:
         """Re-fits a map that writes to the stream towards `target`, then factorises it where the plan says so."""
         module = self.working.module(writer)
         affine = isinstance(getattr(module, "bias", None), torch.Tensor)
         fit, held_out = FitMoments(affine), FitMoments(affine)
-        watched = [writer] if mlp is None or mlp == writer else [writer, mlp]
+        watched = [writer] if added is None or added == writer else [writer, added]
         for batch, hidden in enumerate(ours):
             out, seen = self._run_watching(self.working, writer.layer, batch, hidden, watched)
-            reached = out - seen[mlp][1].view_as(out) if mlp is not None and mlp != writer else out
+            reached = out - seen[added][1].view_as(out) if added is not None and added != writer else out
             moments = fit if batch in self.fit_batches else held_out
             moments.add(seen[writer][0], target[batch].float() - reached.float())
         fit.sum_over(self.team)

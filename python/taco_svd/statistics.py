@@ -40,7 +40,8 @@ class SecondMoments:
         if site in self._owner:
             return self._owner[site]
         last = self._last.get(site.layer)
-        same = last is not None and last[0].data_ptr() == x.data_ptr() and last[0].shape == x.shape
+        # what has no rows (an expert that no token was sent to) has no address to be known by
+        same = last is not None and x.numel() > 0 and last[0].data_ptr() == x.data_ptr() and last[0].shape == x.shape
         self._owner[site] = last[1] if same and last is not None else site
         if self._owner[site] == site:
             self._last[site.layer] = (x, site)
@@ -51,13 +52,16 @@ class SecondMoments:
         self._last.clear()
 
     def inputs(self, site: LinearSite) -> torch.Tensor:
-        """E[x x^T] of a site: a new tensor [in, in], float32."""
-        owner = self._owner[site]
-        return taco_kernels.second_moment_dense(self._inputs[owner]).div_(self._tokens[owner])
+        """E[x x^T] of a site: a new tensor [in, in], float32; zero where no token came."""
+        return taco_kernels.second_moment_dense(self._inputs[self._owner[site]]).div_(max(1, self.tokens(site)))
+
+    def tokens(self, site: LinearSite) -> int:
+        """How many inputs the site has seen: all tokens, or those that were sent to its expert."""
+        return self._tokens[self._owner[site]]
 
     def gradients(self, site: LinearSite) -> torch.Tensor:
         """E[g g^T] of a site: a new tensor [out, out], float32 (g: gradient of the set's mean loss, per token)."""
-        return taco_kernels.second_moment_dense(self._gradients[site]).div_(self._tokens[self._owner[site]])
+        return taco_kernels.second_moment_dense(self._gradients[site]).div_(max(1, self.tokens(site)))
 
     def sum_over(self, team: Team) -> None:
         """Adds up what the processes of a team have gathered, each from its own windows."""

@@ -12,6 +12,7 @@ from .allocation import runs
 from .architectures import Architecture, LinearSite, dense_weight
 from .calibration import Calibration
 from .decomposition import damped, weighted_spectrum, weighted_svd
+from .experts import expert_number, kind_of
 from .layerwise import LayerwisePass
 from .loss_curves import CurveMeasurement, LossCurves
 from .mapped import is_mapped
@@ -36,6 +37,10 @@ BRIDGE_GRADIENT_DAMPING = 0.1
 # bytes and at least; what is more goes to a temporary directory.
 MEMORY_SHARE = 0.08
 LEAST_MEMORY = 256 << 20
+
+
+# Of the average expert's tokens, how many every expert is taken to have seen beside those that it was sent.
+PRIOR_SHARE = 0.1
 
 
 class Analysis:
@@ -104,14 +109,45 @@ class Analysis:
 
     def gradients(self, site: LinearSite, options: Mapping[str, Any]) -> torch.Tensor | None:
         """Damped E[g g^T] of a map, [out, out]; None where no gradient reaches its output."""
-        moment = self._moments_of(site).gradients(site).to(dense_weight(self.architecture.module(site)).device)
+        moments = self._moments_of(site)
+        moment = moments.gradients(site).to(dense_weight(self.architecture.module(site)).device)
+        if not moments.tokens(site):  # an expert that nothing is known of: as important as the others on average
+            others = self._experts_beside(site)
+            mean = sum(float(moments.gradients(other).diagonal().mean()) for other in others) / max(1, len(others))
+            moment.diagonal().fill_(mean)
         if not float(moment.diagonal().sum()) > 0:
             return None
         return damped(moment, float(options.get("gradient_damping", GRADIENT_DAMPING)))
 
     def _inputs(self, site: LinearSite, options: Mapping[str, Any]) -> torch.Tensor:
-        moment = self._moments_of(site).inputs(site).to(dense_weight(self.architecture.module(site)).device)
+        moments = self._moments_of(site)
+        moment = moments.inputs(site).to(dense_weight(self.architecture.module(site)).device)
+        if not moments.tokens(site):
+            others = self._experts_beside(site)
+            mean = sum(float(moments.inputs(other).diagonal().mean()) for other in others) / max(1, len(others))
+            moment.diagonal().fill_(mean)
         return damped(moment, float(options.get("input_damping", INPUT_DAMPING)))
+
+    def _experts_beside(self, site: LinearSite) -> list[LinearSite]:
+        """The same map of the layer's experts that saw tokens; empty where the site is no expert's."""
+        if expert_number(site.path) is None:
+            return []
+        kind, moments = kind_of(site.path), self._moments_of(site)
+        return [
+            other
+            for other in self.architecture.sites([site.layer])
+            if kind_of(other.path) == kind and moments.tokens(other)
+        ]
+
+    def _weight(self, site: LinearSite) -> float:
+        """The share of the tokens that a map sees: all of them, or those that are sent to its expert."""
+        if expert_number(site.path) is None:
+            return 1.0
+        kind, moments = kind_of(site.path), self._moments_of(site)
+        counts = [moments.tokens(s) for s in self.architecture.sites([site.layer]) if kind_of(s.path) == kind]
+        # other texts will use what this one leaves idle
+        prior = PRIOR_SHARE * sum(counts) / len(counts)
+        return (moments.tokens(site) + prior) / (sum(counts) + prior * len(counts))
 
     def curves(self, options: Mapping[str, Any], progress: Progress) -> LossCurves:
         """Loss over rank of every map, and of every layer's removal."""
@@ -130,6 +166,7 @@ class Analysis:
                 lambda site: weighted_spectrum(*weighted(site)),
                 self.store,
                 team=self.team,
+                weight=self._weight,
             )
             with progress.step("loss over rank, map by map") as report:
                 self._curves = measurement.run(sites, report)

@@ -172,10 +172,15 @@ class Writers:
     """The linear maps whose outputs are added to the residual stream as they are; None where a block has none.
 
     Gemma's blocks, for example, normalise their outputs before they are added: they have none.
+
+    Attributes:
+        attention, mlp: of each block.
+        added: the module whose output is all that the MLP block adds: its map, or a whole block of experts.
     """
 
     attention: LinearSite | None
     mlp: LinearSite | None
+    added: LinearSite | None = None
 
 
 def residual_writers(architecture: Architecture, walk: Walk, layer: int) -> Writers:
@@ -215,13 +220,27 @@ def residual_writers(architecture: Architecture, walk: Walk, layer: int) -> Writ
         limit = slack * float(plain.abs().amax() + moved.abs().amax())
         return bool(((moved - plain - pattern).abs() <= limit).all())
 
+    def returns_tensor(site: LinearSite) -> bool:
+        seen: list[bool] = []
+        handle = module.get_submodule(site.path).register_forward_hook(
+            lambda _, __, output: seen.append(isinstance(output, torch.Tensor))
+        )
+        try:
+            walk.run(module, layer, 0, hidden)
+        finally:
+            handle.remove()
+        return seen == [True]
+
     def last_writer(block: str, silenced: dict[LinearSite, Callable[[torch.Tensor], torch.Tensor]]) -> Any:
         for site in reversed(architecture.sites([layer], block)):
             if linear_shape(architecture.module(site))[0] == width and writes(site, silenced):
                 return site
         return None
 
-    mlp = last_writer("mlp", {})
-    if mlp is None:
+    mlp = added = last_writer("mlp", {})
+    if added is None and architecture.experts_block is not None:
+        block = LinearSite(layer, architecture.experts_block, "mlp")  # what single experts give is weighted first
+        added = block if returns_tensor(block) and writes(block, {}) else None
+    if added is None:
         return Writers(None, None)
-    return Writers(last_writer("attention", {mlp: torch.zeros_like}), mlp)
+    return Writers(last_writer("attention", {added: torch.zeros_like}), mlp, added)

@@ -18,8 +18,10 @@ from triton.compiler import ASTSource
 
 from .config import Config
 from .launch import FP_FUSION, Launch, Member, launches
+from .pivoted_low_rank_linear import pivoted_launches
 
 _POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+_POINTERS |= {torch.int32: "*i32", torch.int64: "*i64"}
 # Shared memory one block may have, in bytes (CUDA C++ programming guide, table of compute capabilities).
 SHARED_LIMIT = {
     80: 163 * 1024,
@@ -136,12 +138,13 @@ def call_launches(
     members: int = 1,
     act: str | None = None,
     transposed: bool = False,
+    pivoted: bool = False,
 ) -> list[Launch]:
     """The launches of a call on contiguous tensors of these sizes, with bias and residual, without data.
 
     ``bridge`` makes it a ``low_rank_bridge`` (then ``in_size`` must equal ``out_size``), ``members`` a group of alike
     linears, ``act`` the gated form of two, ``transposed`` a product with factors that are stored the other way round
-    (the gradient towards x).
+    (the gradient towards x), ``pivoted`` a ``pivoted_low_rank_linear`` (``config`` for in_size - rank inputs).
     """
 
     def empty(rows: int, columns: int) -> torch.Tensor:
@@ -156,4 +159,8 @@ def call_launches(
         for y in (ys if act is None else [ys[0]] * members)
     ]
     residual = None if members > 1 else x if bridge else torch.empty_like(ys[0])
+    if pivoted:
+        v = torch.empty((rank, in_size - rank), dtype=dtype, device="meta")
+        pivot = torch.empty(in_size, dtype=torch.int32, device="meta")
+        return pivoted_launches(x, parts[0]._replace(v=v), pivot, residual, config)
     return launches(x, parts, residual, 1e-6 if bridge else None, config, act, 132)

@@ -188,6 +188,8 @@ def _choices_of_gpu(name: str) -> dict[tuple[str, str, int], list[tuple[tuple[in
 
 def choice_for(op: str, dtype: str, rows: int, shape: tuple[int, int, int], gpu: str) -> str | None:
     """The backend that was fastest near this shape when the GPU was measured; None where nobody has measured."""
+    if 0 in shape:  # nothing to sum, or nothing to write: no distance to anything
+        return None
     near = [
         (_distance(shape, known), backend)
         for known, backend in _choices_of_gpu(gpu).get((op, dtype, rows_bucket(rows)), [])

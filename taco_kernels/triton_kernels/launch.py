@@ -42,7 +42,25 @@ def _gpu(index: int) -> tuple[str, int]:
     return properties.name, properties.multi_processor_count
 
 
-def _on_device(x: torch.Tensor) -> AbstractContextManager[object]:
+def processors_of(x: torch.Tensor) -> tuple[str, int]:
+    """(name of x's GPU, its number of multiprocessors); a small stand-in under the interpreter."""
+    return _gpu(x.get_device()) if x.is_cuda else ("", 4)
+
+
+def triton_dtype(x: torch.Tensor) -> str:
+    """The name of x's dtype in the tuned tables.
+
+    Raises TypeError for a dtype that the kernels do not take, ValueError for a tensor that Triton cannot reach.
+    """
+    dtype = _DTYPES.get(x.dtype)
+    if dtype is None:
+        raise TypeError(f"the Triton backend takes float32, float16 and bfloat16, not {x.dtype}")
+    if not x.is_cuda and not INTERPRETED:
+        raise ValueError(f"the Triton backend needs CUDA tensors (or TRITON_INTERPRET=1), not {x.device}")
+    return dtype
+
+
+def on_device(x: torch.Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device; make it x's where it is not."""
     if x.is_cuda and x.get_device() != torch.cuda.current_device():
         return torch.cuda.device(x.device)
@@ -99,11 +117,7 @@ def low_rank(
     second. ``config`` overrides the table (tuning and tests). Raises TypeError for another dtype, ValueError for
     tensors Triton cannot reach or a configuration that cannot work.
     """
-    dtype = _DTYPES.get(x.dtype)
-    if dtype is None:
-        raise TypeError(f"the Triton backend takes float32, float16 and bfloat16, not {x.dtype}")
-    if not x.is_cuda and not INTERPRETED:
-        raise ValueError(f"the Triton backend needs CUDA tensors (or TRITON_INTERPRET=1), not {x.device}")
+    dtype = triton_dtype(x)
     rows, in_size = x.shape
     if act is not None and not (in_size and all(u.shape[1] for _, u, _ in factors)):
         gate, up = low_rank(op, x, factors)  # a side that is nothing but its bias
@@ -130,20 +144,25 @@ def low_rank(
     members = [Member(v, u, *item[2:]) for v, u, item in zip(vs, us, wanted, strict=True)]
     if residual is not None:
         residual = _rows_contiguous(residual)
-    gpu, processors = _gpu(x.get_device()) if x.is_cuda else ("", 4)
-    with _on_device(x):
+    gpu, processors = processors_of(x)
+    with on_device(x):
         for at in range(0, len(members), MOST_MEMBERS):
             some = members[at : at + MOST_MEMBERS]
             chosen = config
             if chosen is None:
                 out_size, rank = sum(m.u.shape[0] for m in some), sum(m.u.shape[1] for m in some)
                 chosen = config_for(op, dtype, rows, in_size, out_size, rank, gpu, processors)
-            for step in launches(x, some, residual, eps, chosen, act, processors):
-                step.kernel[step.grid](
-                    *step.args, **step.constants,
-                    num_warps=step.warps, num_stages=step.stages, enable_fp_fusion=FP_FUSION,
-                )  # fmt: skip
+            run(launches(x, some, residual, eps, chosen, act, processors))
     return ys
+
+
+def run(steps: Sequence[Launch]) -> None:
+    """Launches on the current stream of the current device."""
+    for step in steps:
+        step.kernel[step.grid](
+            *step.args, **step.constants,
+            num_warps=step.warps, num_stages=step.stages, enable_fp_fusion=FP_FUSION,
+        )  # fmt: skip
 
 
 def launches(

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .device import dot, load_tile
-from .launch import FP_FUSION, INTERPRETED, Launch, _on_device, _rows_contiguous
+from .launch import FP_FUSION, INTERPRETED, Launch, _rows_contiguous, on_device
 
 # 64 x 64 float32 sums: 32 registers per thread (4 warps); 64 rows of x per step are 8 KiB per operand in half types.
 BLOCK = 64
@@ -47,7 +47,7 @@ def second_moment(block: torch.Tensor, x: torch.Tensor, first: int) -> None:
         raise ValueError(f"the Triton backend needs CUDA tensors (or TRITON_INTERPRET=1), not {x.device}")
     x = _rows_contiguous(x)
     step = launch(block, x, first)
-    with _on_device(x):
+    with on_device(x):
         step.kernel[step.grid](
             *step.args, **step.constants, num_warps=step.warps, num_stages=step.stages, enable_fp_fusion=FP_FUSION
         )

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .device import dot, load_tile
-from .launch import FP_FUSION, INTERPRETED, Launch, _on_device, _rows_contiguous
+from .launch import FP_FUSION, INTERPRETED, Launch, _rows_contiguous, on_device
 
 # 64 x 64: two float32 accumulators of 32 registers each per thread (4 warps), beside the tiles on their way in.
 BLOCK_ROWS = 64
@@ -108,7 +108,7 @@ def singular_attribution(
     blocks = triton.cdiv(tokens, BLOCK_ROWS)
     partial = torch.empty((3, sequences * blocks, directions), dtype=torch.float32, device=x.device)
     step = launch(x, grad, u, v, partial, sequences, tokens)
-    with _on_device(x):
+    with on_device(x):
         step.kernel[step.grid](
             *step.args, **step.constants, num_warps=step.warps, num_stages=step.stages, enable_fp_fusion=FP_FUSION
         )

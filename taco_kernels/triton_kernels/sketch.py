@@ -18,7 +18,7 @@ import triton.language as tl
 from taco_kernels.svd.sketch import RUN
 
 from .device import dot, round
-from .launch import FP_FUSION, INTERPRETED, Launch, _on_device, _rows_contiguous
+from .launch import FP_FUSION, INTERPRETED, Launch, _rows_contiguous, on_device
 
 __all__ = ["sketch_launch", "sketch_product"]
 
@@ -130,7 +130,7 @@ def sketch_product(
         scale = scale.float().contiguous()
     y = torch.empty((vectors[1] - vectors[0], a.shape[0]), dtype=torch.float32, device=a.device)
     launch = sketch_launch(a, scale, y, vectors[0], seed, dtype == torch.bfloat16)
-    with _on_device(a):
+    with on_device(a):
         launch.kernel[launch.grid](
             *launch.args,
             **launch.constants,

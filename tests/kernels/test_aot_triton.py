@@ -63,13 +63,27 @@ def _judge(kernel, config, arch):
     assert kernel.stack <= FEW_WORDS, f"{kernel.kernel} spills {kernel.stack} bytes"
     # The factors and activations come in 16 bytes per thread, straight to shared memory or through registers.
     assert re.search(r"LDGSTS\S*\.128|LDG\.E\S*\.128", kernel.sass), f"{kernel.kernel} has no 16-byte loads"
-    if kernel.kernel in ("shrink", "expand", "expand_gated", "fused"):
+    if kernel.kernel in ("shrink", "pivot_shrink", "expand", "expand_gated", "fused"):
         warpgroup = arch == 90 and config.block_m >= 64
         assert ("HGMMA" if warpgroup else "HMMA") in kernel.sass, f"{kernel.kernel} misses the matrix unit"
 
 
 # q/k/v of one size, gate/up of an MLP, and the gradient towards the input, at decode and at prefill
 FORMS = {"group": {"members": 3}, "gated": {"members": 2, "act": "silu"}, "gradient": {"transposed": True}}
+
+
+# what is left of a 4096 x 4096 map at half its size, one row and several
+@pytest.mark.parametrize("rows", [1, 4, 16])
+@pytest.mark.parametrize("rank", [512, 1200])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_pivoted_in_bfloat16(arch, rows, rank):
+    from taco_kernels.triton_kernels import aot
+
+    config = default_config(rows, 4096 - rank, 4096, rank, 2, PROCESSORS[arch])
+    calls = aot.call_launches(rows, 4096, 4096, rank, torch.bfloat16, config, pivoted=True)
+    assert calls[0].kernel.__name__ in ("pivot_row_shrink", "pivot_shrink")
+    for kernel in (aot.compile_launch(launch, arch) for launch in calls):
+        _judge(kernel, config, arch)
 
 
 @pytest.mark.parametrize("form", FORMS)

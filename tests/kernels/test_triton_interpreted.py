@@ -1,7 +1,7 @@
 """The Triton kernels on the CPU, through Triton's interpreter, against float64.
 
 Triton reads ``TRITON_INTERPRET`` when it is imported, so an ordinary run of this file starts one child pytest with
-the variable set, which runs the cases below and those of ``triton_interpreted_group.py``; ``TRITON_INTERPRET=1 pytest``
+the variable set, which runs the cases below and those of `OTHERS`; ``TRITON_INTERPRET=1 pytest``
 runs them directly.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+OTHERS = ("triton_interpreted_group.py", "triton_interpreted_pivot.py")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -47,7 +48,7 @@ if not INTERPRETED:
             "-p",
             "no:cacheprovider",
             str(Path(__file__).resolve()),
-            str(Path(__file__).resolve().with_name("triton_interpreted_group.py")),
+            *(str(Path(__file__).resolve().with_name(name)) for name in OTHERS),
         ]
         done = subprocess.run(
             command,

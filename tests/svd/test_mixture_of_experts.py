@@ -1,4 +1,4 @@
-"""Mixtures of experts (Mixtral, Qwen3-MoE): experts stay whole, everything around them is compressed."""
+"""Mixtures of experts (Mixtral, Qwen2-MoE, Qwen3-MoE): every expert is a pair of linear maps, or all stay whole."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from taco_svd import TacoError, compress, save_compressed
 from taco_svd.architectures import Architecture
 from taco_svd.checkpoint import load_model, parameter_count, weight_bytes
+from taco_svd.experts import OpenExperts, expert_number, kind_of, names_experts, opened, stacked
 from taco_svd.export import to_dense, with_layers_removed
+from taco_svd.pipeline import OPENING
 
 from .tiny_models import VOCABULARY
 
@@ -42,7 +44,8 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
         )
     ),
 }  # fmt: skip
-METHODS = ("taco", "paper", "svd", "bridge", "removal", "svd-llm")
+WHOLE = ("bridge", "removal", "svd-llm")
+METHODS = (*OPENING, *WHOLE)
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -64,25 +67,33 @@ def test_what_is_found(name: str) -> None:
     assert architecture.experts_block == "mlp"
 
 
-@pytest.mark.parametrize("method, loaded", [(method, False) for method in METHODS] + [("taco", True), ("bridge", True)])
+@pytest.mark.parametrize(
+    "method, loaded, experts",
+    [(method, False, "factorised") for method in METHODS]
+    + [("taco", True, "factorised"), ("taco", True, "whole"), ("bridge", True, "whole")],
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_compress_save_reload_generate(
-    name: str, method: str, loaded: bool, calibration_tokens: torch.Tensor, tmp_path: Path
+    name: str, method: str, loaded: bool, experts: str, calibration_tokens: torch.Tensor, tmp_path: Path
 ) -> None:
     dense = build(name)
     if loaded:  # the form on the hub has one tensor per expert; transformers joins them as it reads
         dense.save_pretrained(tmp_path / "dense")
         dense, _ = load_model(tmp_path / "dense")
     before = {key: value.clone() for key, value in dense.state_dict().items()}
-    small, plan = compress(dense, method=method, layers=[1, 2], calibration=calibration_tokens)
+    small, plan = compress(dense, method=method, layers=[1, 2], calibration=calibration_tokens, experts=experts)
     assert all(torch.equal(value, before[key]) for key, value in dense.state_dict().items())
     assert plan.result["parameters"] == parameter_count(small) < parameter_count(dense)
     assert plan.result["bytes"] == weight_bytes(small)
     for position, source in enumerate(plan.structure.kept):
         ours, theirs = small.model.layers[position].mlp, dense.model.layers[source].mlp
+        assert torch.equal(ours.gate.weight, theirs.gate.weight)
+        if method in OPENING and experts == "factorised":
+            assert names_experts(plan.structure) and isinstance(ours.experts, OpenExperts)
+            assert not ours.experts.run_idle
+            continue
         for key, value in theirs.experts.state_dict().items():
             assert torch.equal(ours.experts.state_dict()[key], value)
-        assert torch.equal(ours.gate.weight, theirs.gate.weight)
     save_compressed(small, plan, tmp_path / "small", max_shard_size="40KB")
     again, _ = load_model(tmp_path / "small")
     for key, value in small.state_dict().items():
@@ -107,7 +118,91 @@ def test_taco_by_a_budget(calibration_tokens: torch.Tensor) -> None:
     assert parameter_count(small) <= keep * parameter_count(dense)
     assert plan.structure.low_rank or plan.structure.removed
     with pytest.raises(TacoError, match="cannot be reached"):
-        compress(dense, method="paper", keep=0.5, calibration=calibration_tokens)
+        compress(dense, method="paper", keep=0.5, calibration=calibration_tokens, experts="whole")
+    with pytest.raises(TacoError, match="--experts must be one of"):
+        compress(dense, keep=keep, calibration=calibration_tokens, experts="some")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_open_experts_compute_what_closed_ones_do(name: str) -> None:
+    dense = build(name).double()
+    dense.config._experts_implementation = "eager"  # the joint product has no float64
+    ids = torch.randint(3, VOCABULARY, (2, 9))
+    for run_idle in (False, True):
+        model = opened(dense, run_idle)
+        assert model is not dense and opened(model) is model
+        assert parameter_count(model) == parameter_count(dense)
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=1e-12, atol=1e-12)
+    # the same memory: nothing was copied
+    stack = dense.model.layers[0].mlp.experts.down_proj
+    assert model.model.layers[0].mlp.experts[1].down_proj.weight.data_ptr() == stack[1].data_ptr()
+    again = stacked(model.model.layers[0].mlp.experts, dense.model.layers[0].mlp.experts)
+    assert torch.equal(again.gate_up_proj, dense.model.layers[0].mlp.experts.gate_up_proj)
+
+
+def test_paths_of_experts() -> None:
+    assert expert_number("mlp.experts.13.down_proj") == 13 and expert_number("experts.0.up") == 0
+    assert expert_number("mlp.down_proj") is None and expert_number("mlp.shared_expert.down_proj") is None
+    assert kind_of("mlp.experts.13.down_proj") == "mlp.experts.*.down_proj"
+    assert kind_of("self_attn.q_proj") == "self_attn.q_proj"
+
+
+def test_an_expert_without_tokens_keeps_directions(calibration_tokens: torch.Tensor) -> None:
+    dense = build("mixtral")
+    idle = 2
+    for layer in dense.model.layers:
+        layer.mlp.gate.register_forward_hook(lambda _, __, output: _without(output, idle))
+    small, plan = compress(dense, method="taco", keep=0.8, calibration=calibration_tokens)
+    for ranks in plan.structure.low_rank.values():
+        for path, rank in ranks.items():
+            if expert_number(path) == idle:
+                busy = [r for other, r in ranks.items() if kind_of(other) == kind_of(path) and other != path]
+                assert rank >= 2 and rank >= 0.1 * max(busy, default=0)
+    assert all(torch.isfinite(parameter).all() for parameter in small.parameters())
+
+
+def _without(output: tuple[torch.Tensor, ...], idle: int) -> tuple[torch.Tensor, ...]:
+    """A router's output with every token that was sent to `idle` sent to its neighbour instead."""
+    logits, scores, indices = output
+    return logits, scores, torch.where(indices == idle, idle - 1, indices)
+
+
+def test_important_experts_keep_more(calibration_tokens: torch.Tensor) -> None:
+    """An expert that sees nearly all tokens keeps more directions than those that share the rest."""
+    dense = build("qwen3_moe")
+    for layer in dense.model.layers:
+        layer.mlp.gate.register_forward_hook(lambda _, __, output: _mostly(output))
+    _, plan = compress(dense, method="taco", keep=0.75, calibration=calibration_tokens)
+    full = {"gate_up_proj": 32, "down_proj": 24}
+    total: dict[int, float] = {}
+    for layer in plan.structure.kept:
+        for number in range(5):
+            for kind, most in full.items():
+                rank = plan.structure.low_rank.get(layer, {}).get(f"mlp.experts.{number}.{kind}", most)
+                total[number] = total.get(number, 0.0) + rank / most
+    assert total[0] > 1.2 * max(total[number] for number in range(1, 5))
+
+
+def _mostly(output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """A router's output with the first choice always expert 0, the second one of the others."""
+    logits, scores, indices = output
+    second = torch.where(indices[:, 1] == 0, 1 + indices[:, 0] % 4, indices[:, 1])
+    return logits, scores, torch.stack([torch.zeros_like(second), second], 1)
+
+
+def test_resume_gives_the_same_experts(calibration_tokens: torch.Tensor, tmp_path: Path) -> None:
+    """What a work directory keeps of open experts is what they were: the same bits again."""
+    dense = build("mixtral")
+    first, _ = compress(dense, keep=0.85, calibration=calibration_tokens, work_dir=tmp_path / "work")
+    again, _ = compress(dense, keep=0.85, calibration=calibration_tokens, work_dir=tmp_path / "work", resume=True)
+    for key, value in first.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+
+
+def test_attention_is_refitted_beside_experts(calibration_tokens: torch.Tensor) -> None:
+    _, plan = compress(build("mixtral"), keep=0.85, calibration=calibration_tokens)
+    assert {record["path"] for record in plan.result["consistency"]} == {"self_attn.o_proj"}
 
 
 def test_bfloat16_and_a_further_save(calibration_tokens: torch.Tensor, tmp_path: Path) -> None:
