@@ -42,7 +42,8 @@ def separate(inputs: Inputs) -> Tensor | list[Tensor]:
     v, u, bias = members[0]
     if inputs.pivot is not None:
         gathered, rank = x.index_select(1, inputs.pivot), v.shape[0]
-        return F.linear(torch.addmm(gathered[:, :rank], gathered[:, rank:], v.T), u, bias)
+        y = F.linear(torch.addmm(gathered[:, :rank], gathered[:, rank:], v.T), u, bias)
+        return y if residual is None else y + residual
     if inputs.eps is not None:
         return F.linear(F.linear(F.rms_norm(x, x.shape[-1:], eps=inputs.eps), v), u, bias) + x
     y = F.linear(F.linear(x, v), u, bias)

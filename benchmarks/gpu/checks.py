@@ -326,7 +326,10 @@ def check(case: Case, backend: str, device: str) -> dict[str, Any]:
             first, second = call(inputs), call(inputs)
     except Exception as error:  # one broken case must not cost the others their run
         return {"ok": False, "error": f"{type(error).__name__}: {error}"[:400]}
-    worst = worst_error(first, inputs, backend.partition(" ")[0])
+    computed = backend.partition(" ")[0]
+    if inputs.pivot is not None and computed == "triton" and case.rows > 16:
+        computed = "library"  # behind a pivot Triton's kernels are for few rows
+    worst = worst_error(first, inputs, computed)
     same = all(torch.equal(a, b) for a, b in zip(parts(first), parts(second), strict=True))
     return {"ok": worst <= 1.0 and same, "worst": round(worst, 4) if worst < 1e9 else "inf", "same_bits": same}
 

@@ -154,13 +154,15 @@ def test_separate_calls_compute_the_ops(gpu):
         "low_rank_bridge": 48,
         "low_rank_linear_group": (40, 8),
         "low_rank_mlp": 56,
+        "pivoted_low_rank_linear": 40,
     }.items():
         inputs = gpu.checks.draw(op, 48, outs, 16, 3, "float32", "cpu", residual=True)
         assert gpu.checks.worst_error(gpu.bench.separate(inputs), inputs, "library") <= 1.0
         assert gpu.checks.worst_error(gpu.checks.call(inputs), inputs, "library") <= 1.0
         flat = [t for member in inputs.members for t in member]
         if inputs.residual is None:
-            assert gpu.checks.worst_error(gpu.bench._flat(inputs.x, flat, op, inputs.eps), inputs, "library") <= 1.0
+            again = gpu.bench._flat(inputs.x, flat, op, inputs.eps, inputs.pivot)
+            assert gpu.checks.worst_error(again, inputs, "library") <= 1.0
 
 
 def test_least_bytes_and_operations(gpu):
@@ -221,7 +223,7 @@ def test_summary_of_known_numbers(gpu):
 def test_shapes_cover_what_is_promised(gpu):
     points = list(gpu.shapes.bench_points())
     assert set(gpu.shapes.quick_points()) < set(points)
-    assert {p.op for p in gpu.shapes.quick_points()} == {p.op for p in points} and len({p.op for p in points}) == 4
+    assert {p.op for p in gpu.shapes.quick_points()} == {p.op for p in points} == set(gpu.bench.OPS)
     assert len({point.key for point in points}) == len(points)
     assert {point.rows for point in points} == {1, 2, 4, 8, 16, 64, 512, 2048, 8192}
     for name, layers in gpu.shapes.MODELS.items():
