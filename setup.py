@@ -226,7 +226,8 @@ class Build(build_ext):
         common += [f"-I{folder}" for folder in includes]
 
         objects: list[tuple[str, Path, Path, list[str]]] = []  # rule, source, object, flags
-        sources = ["bindings.cpp", "cpu/low_rank.cpp", "cpu/attribution.cpp", "cpu/baseline.cpp", "cpu/sketch.cpp"]
+        sources = ["bindings.cpp", "cpu/low_rank.cpp", "cpu/attribution.cpp", "cpu/baseline.cpp"]
+        sources += ["cpu/sketch.cpp", "cpu/gather.cpp"]
         sources += [f"cpu/{CPU_LEVELS[name][2]}" for name in levels]
         # gcc's own AVX-512 header trips its uninitialised warnings (undefined upper halves are meant).
         quiet = ["-Wno-uninitialized"]

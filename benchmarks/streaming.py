@@ -6,6 +6,10 @@
 A checkpoint of random weights is written, one shard in memory at a time, and compressed in a process of its own whose
 peak resident set is the kernel's counter (mapped pages of the checkpoint count as long as they are resident). What it
 reads is checked: the saved model is loaded again, mapped, and must be finite and of the size that the plan says.
+
+--report prints what --out's file has as a table, --docs writes it into docs/design.md as well. Rows of a cut shape are
+extrapolated to the whole one: a decoder layer costs what each of those measured cost, the rest (embeddings, head) is
+there once. Time with the weights on a disk is mostly reading: each layer is read a fixed number of times.
 """
 
 from __future__ import annotations
@@ -22,6 +26,40 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+RESULTS = Path(__file__).parent / "results" / "cpu" / "streaming.json"
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "design.md"
+BEGIN, END = "<!-- streaming:begin -->", "<!-- streaming:end -->"
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """The rows as a table in markdown."""
+    from taco_svd.shapes import shape_config
+
+    lines = ["| shape | method | decoder layers | weights | most resident | minutes | per layer |", "|" + "---|" * 7]
+    for row in rows:
+        depth, whole = row["decoder_layers"], shape_config(row["shape"]).num_hidden_layers
+        minutes = row["seconds"] / 60
+        lines.append(
+            f"| {row['shape']} | {row['method']} | {depth} of {whole} | {row['model_bytes'] / 1e9:.1f} GB "
+            f"| {row['peak_resident'] / 1e9:.2f} GB | {minutes:.0f} | {row['seconds'] / depth:.0f} s |"
+        )
+        if depth < whole:
+            size = whole_bytes(row["shape"]) / 1e9
+            lines.append(
+                f"| {row['shape']} | {row['method']} | {whole}, extrapolated | {size:.0f} GB | the same "
+                f"| {minutes * whole / depth:.0f} | |"
+            )
+    return "\n".join(lines)
+
+
+def whole_bytes(shape: str) -> int:
+    """Of a shape's weights in bfloat16."""
+    import torch
+
+    from taco_svd.shapes import shape_config, skeleton
+
+    return 2 * sum(parameter.numel() for parameter in skeleton(shape_config(shape), torch.bfloat16).parameters())
 
 
 def status(key: str) -> int:
@@ -125,12 +163,24 @@ def main(
     scratch: Annotated[
         Path | None, typer.Option(help="Where checkpoints are written; default: a temporary one.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file of results; default: results/cpu.")] = None,
+    just_report: Annotated[
+        bool, typer.Option("--report", help="Print the table of --out's file, measure nothing.")
+    ] = False,
+    docs: Annotated[bool, typer.Option("--docs", help="Write the table into docs/design.md as well.")] = False,
     in_child: Annotated[bool, typer.Option("--in-child", hidden=True)] = False,
 ) -> None:
     if in_child:
         assert scratch is not None
         print(json.dumps(child(scratch / "model", scratch / "out", method, layers, keep, samples, seq_len)))
+        return
+    out = out or RESULTS
+    if just_report or docs:
+        table = report(json.loads(out.read_text())["rows"])
+        print(table)
+        if docs:
+            before, rest = DOCS.read_text().split(BEGIN)
+            DOCS.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
         return
     with tempfile.TemporaryDirectory(dir=scratch) as name:
         folder = Path(name)
@@ -147,11 +197,10 @@ def main(
         f"at most {row['peak_resident'] / 1e9:.2f} GB resident, in {row['seconds'] / 60:.1f} minutes "
         f"({row['seconds'] / row['decoder_layers']:.1f} s per layer)"
     )
-    if out:
-        rows = json.loads(out.read_text())["rows"] if out.is_file() else []
-        same = ("shape", "method", "layers", "samples", "seq_len", "decoder_layers")
-        rows = [old for old in rows if any(old[key] != row[key] for key in same)]
-        out.write_text(json.dumps({"rows": [*rows, row]}, indent=2) + "\n", encoding="utf-8")
+    rows = json.loads(out.read_text())["rows"] if out.is_file() else []
+    same = ("shape", "method", "layers", "samples", "seq_len", "decoder_layers")
+    rows = [old for old in rows if any(old[key] != row[key] for key in same)]
+    out.write_text(json.dumps({"rows": [*rows, row]}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

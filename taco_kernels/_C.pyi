@@ -41,6 +41,21 @@ def cpu_low_rank_bridge(
     threads: int,
     /,
 ) -> None: ...
+def cpu_gather(
+    x: int,
+    x_stride: int,
+    pivot: int,
+    first: int,
+    first_stride: int,
+    rest: int,
+    rest_stride: int,
+    rows: int,
+    width: int,
+    rank: int,
+    long_index: bool,
+    threads: int,
+    /,
+) -> None: ...
 def cpu_sketch(
     out: int,
     out_stride: int,

@@ -84,31 +84,47 @@ def _check(x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None, 
 # --- backends --------------------------------------------------------------------------------------------------------
 
 
-# Up to this width a CPU is faster with the identity written out (bfloat16, 512 rows, 384 inputs, rank 100: two times):
-# its gather of columns is slow, and the product that is wasted on zeros small.
-_CPU_FULL_WIDTH = 512
+def _gathered(x: Tensor, pivot: Tensor, rank: int, together: bool = False) -> tuple[Tensor, Tensor]:
+    """(x[..., pivot[:rank]], x[..., pivot[rank:]]) with the leading dimensions flattened.
+
+    Several rows of 16 bits on a CPU by the extension, where it is there and no gradient flows to x: torch's gather of
+    those takes ten times as long, a quarter of the whole op. ``together``: one after the other in each row.
+
+    Raises IndexError or RuntimeError, as torch does, for an index out of range (on a GPU it asserts).
+    """
+    width = x.shape[-1]
+    ours = x.dtype.itemsize == 2 and x.numel() > width and x.device.type == "cpu" and native.module is not None
+    if not ours or needs_grad(x):
+        both = rows_2d(x.index_select(-1, pivot))
+        return both[:, :rank], both[:, rank:]
+    x, rows, stride = rows_of(x)
+    pivot = pivot.contiguous()
+    if together:
+        both = x.new_empty((rows, width))
+        first, rest = both[:, :rank], both[:, rank:]
+    else:
+        first, rest = x.new_empty((rows, rank)), x.new_empty((rows, width - rank))
+    native.module.cpu_gather(  # type: ignore[union-attr]
+        x.data_ptr(), stride, pivot.data_ptr(), first.data_ptr(), first.stride(0), rest.data_ptr(), rest.stride(0),
+        rows, width, rank, pivot.dtype == torch.int64, torch.get_num_threads(),
+    )  # fmt: skip
+    return first, rest
 
 
 def _library(x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    rank = v.shape[0]
-    if x.device.type == "cpu" and x.dtype.itemsize == 2 and x.shape[-1] <= _CPU_FULL_WIDTH:
-        identity = torch.eye(rank, dtype=v.dtype, device=v.device)
-        full = torch.cat([identity, v], 1).index_select(1, pivot.argsort())
-        y = F.linear(F.linear(x, full), u, bias)
-        return y if residual is None else y + residual
     # Two library products: the first one adds the identity's share while its sums are still at hand.
-    gathered = rows_2d(x.index_select(-1, pivot))
-    t = torch.addmm(gathered[:, :rank], gathered[:, rank:], v.T)
+    first, rest = _gathered(x, pivot, v.shape[0])
+    t = torch.addmm(first, rest, v.T)
     y = F.linear(t, u, bias).view(*x.shape[:-1], u.shape[0])
     return y if residual is None else y + residual
 
 
 def _cpp(x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    # torch gathers: it checks every index, so that no pivot can make the kernel read elsewhere
-    gathered = x.index_select(-1, pivot)
-    width = gathered.shape[-1]
-    rows = gathered.shape[:-1].numel()
-    y = gathered.new_empty((*x.shape[:-1], u.shape[0]))
+    # every index is checked here, so that no pivot can make the kernel read elsewhere
+    first, _ = _gathered(x, pivot, v.shape[0], together=True)
+    width = x.shape[-1]
+    rows = x.shape[:-1].numel()
+    y = x.new_empty((*x.shape[:-1], u.shape[0]))
     keep: list[Tensor] = []  # copies that must outlive the call
     v_ptr, v_stride, u_ptr, u_stride, bias_ptr, y_ptr, rank, out_features = map_of(v, u, bias, y, keep)
     residual_ptr = residual_stride = 0
@@ -116,7 +132,7 @@ def _cpp(x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None, re
         residual, _, residual_stride = rows_of(residual)
         residual_ptr = residual.data_ptr()
     native.module.cpu_pivoted_low_rank_linear(  # type: ignore[union-attr]
-        gathered.data_ptr(), width, v_ptr, v_stride, u_ptr, u_stride, bias_ptr, residual_ptr, residual_stride, y_ptr,
+        first.data_ptr(), width, v_ptr, v_stride, u_ptr, u_stride, bias_ptr, residual_ptr, residual_stride, y_ptr,
         rows, width, rank, out_features, dispatch.CPP_DTYPES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return y

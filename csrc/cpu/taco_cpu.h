@@ -48,6 +48,21 @@ void low_rank(const LowRankInput& input, const LowRankMap* maps, int count, int 
 void low_rank_mlp(const LowRankInput& input, const LowRankMap& gate, const LowRankMap& up, const LowRankMap& down,
                   Activation activation, int threads);
 
+// x [rows, width] -> first [rows, rank] = x[:, pivot[:rank]] and rest [rows, width - rank] = x[:, pivot[rank:]].
+struct GatherArgs {
+  const std::uint16_t* x;
+  std::int64_t x_stride;
+  const void* pivot;
+  std::uint16_t* first;
+  std::int64_t first_stride;
+  std::uint16_t* rest;
+  std::int64_t rest_stride;
+  std::int64_t rows, width, rank;
+};
+
+// Elements of 2 bytes, indices of 4 or 8. Throws std::out_of_range before it reads where there is no input.
+void gather(const GatherArgs& args, bool long_index, int threads);
+
 struct AttributionBlock;
 struct AttributionArgs {
   Dtype dtype;  // of the two products

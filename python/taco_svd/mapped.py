@@ -11,8 +11,9 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -198,23 +199,44 @@ def page_out_tensor(tensor: torch.Tensor) -> None:
         madvise(start, end - start, MADV_PAGEOUT)
 
 
-def block_sums(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, list[float]]]:
-    """Per parameter its name, itself, and the float64 sums of its blocks; each weight is read once and given back.
+@dataclass(frozen=True)
+class WeightSums:
+    """What one look at a parameter tells of it.
+
+    Attributes:
+        name: of the parameter.
+        kind: its shape and dtype.
+        sums: float64 sums of its blocks, in order; NaN and infinities come through.
+    """
+
+    name: str
+    kind: str
+    sums: tuple[float, ...]
+
+
+def weight_sums(model: nn.Module) -> list[WeightSums]:
+    """Reads each parameter once, and gives the pages of a mapped one back.
 
     In blocks, for torch makes a float64 copy of what it sums.
     """
-    mapped = is_mapped(model)
+    mapped, found = is_mapped(model), []
     for name, parameter in model.named_parameters():
         values = parameter.detach()
-        yield name, values, [float(block.sum(dtype=torch.float64)) for block in values.reshape(-1).split(BLOCK)]
+        sums = tuple(float(block.sum(dtype=torch.float64)) for block in values.reshape(-1).split(BLOCK))
+        found.append(WeightSums(name, f"{tuple(values.shape)} {values.dtype}", sums))
         if mapped:
             page_out_tensor(values)
+    return found
 
 
 def not_finite(model: nn.Module) -> str | None:
     """The name of the first parameter with NaN or infinite values, None where there is none."""
-    # a sum propagates NaN and inf without a mask the size of the weight
-    return next((name for name, _, sums in block_sums(model) if not all(map(math.isfinite, sums))), None)
+    return first_not_finite(weight_sums(model))
+
+
+def first_not_finite(looked: Iterable[WeightSums]) -> str | None:
+    """As `not_finite`, of parameters that have been looked at."""
+    return next((seen.name for seen in looked if not all(map(math.isfinite, seen.sums))), None)
 
 
 def is_mapped(model: nn.Module) -> bool:

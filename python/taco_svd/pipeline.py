@@ -34,7 +34,7 @@ from .experts import EXPERTS, names_experts, opened, set_idle
 from .factorise import check_ranks, factorise
 from .importance import MEASURES, rank_layers
 from .loss_curves import divergence_between
-from .mapped import not_finite
+from .mapped import WeightSums, first_not_finite, not_finite, weight_sums
 from .modeling import CompressedModel, as_compressed
 from .plan import METHODS, Plan
 from .progress import Progress, Silent
@@ -60,17 +60,27 @@ def check_model(model: PreTrainedModel) -> Architecture:
         UnsupportedModelError: its structure.
         TacoError: already compressed, weights that are not finite, or a forward that does not run.
     """
+    architecture = _check_structure(model)
+    _check_weights(architecture, weight_sums(model))
+    return architecture
+
+
+def _check_structure(model: PreTrainedModel) -> Architecture:
+    """What can be told without reading the weights."""
     if isinstance(model, CompressedModel):
         raise TacoError("This model is compressed already; compress the dense model it came from.")
     architecture = Architecture(model)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise TacoError(f"{name} has no data (meta device); load the model with its weights.")
-    damaged = not_finite(model)
+    return architecture
+
+
+def _check_weights(architecture: Architecture, looked: list[WeightSums]) -> None:
+    damaged = first_not_finite(looked)
     if damaged is not None:
         raise TacoError(f"{damaged} has NaN or infinite weights; the checkpoint is damaged.")
     _probe(architecture)
-    return architecture
 
 
 def _factorisable(architecture: Architecture, method: str, experts: str) -> Architecture:
@@ -407,7 +417,7 @@ def compress(
             raise TacoError("A workspace serves many runs, a work directory keeps the steps of one; pass one of them.")
     elif resume:
         raise TacoError("resume needs the work_dir of the run that was stopped.")
-    architecture = check_model(model)
+    architecture = _check_structure(model)
     if plan is None:  # what the arguments alone can tell, before calibration takes its time
         if method not in METHODS:
             raise TacoError(f"--method must be one of {', '.join(METHODS)}, got {method!r}.")
@@ -416,6 +426,9 @@ def compress(
             part = share if keep_bytes is None else keep_bytes / weight_bytes(model)
             seen = _factorisable(architecture, method, experts)
             _count_and_ratio(seen, method, part, _how_many(layers), compression_ratio)
+    with progress.step("looking at the weights"):
+        looked = weight_sums(model)  # once: of a streamed model that is all that is in its files
+        _check_weights(architecture, looked)
     store = None
     if work_dir is not None:
         arguments = {
@@ -436,8 +449,7 @@ def compress(
             "experts": experts,
             "plan": None if plan is None else hashlib.sha256(json.dumps(plan.to_dict()).encode()).hexdigest(),
         }
-        with progress.step("looking at the weights"):
-            run = {**arguments, "weights": weights_digest(model), "versions": _versions()}
+        run = {**arguments, "weights": weights_digest(looked), "versions": _versions()}
         run["processes"] = team.size
         store = open_run(work_dir, run, resume, team)
         if "calibration" in store:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from .errors import StoppedError, TacoError
-from .mapped import block_sums
+from .mapped import WeightSums
 from .store import INDEX, Store
 from .team import Team
 
@@ -85,14 +83,14 @@ def finished_steps_kept(path: Path) -> Iterator[None]:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def weights_digest(model: PreTrainedModel) -> str:
+def weights_digest(looked: Iterable[WeightSums]) -> str:
     """A hash of the names, shapes, dtypes and contents of a model's parameters.
 
-    Contents enter as sums of blocks: telling models apart needs no more, and reads each weight once.
+    Contents enter as sums of blocks: telling models apart needs no more.
     """
     found = hashlib.sha256()
-    for name, values, sums in block_sums(model):
-        found.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
-        for total in sums:
+    for seen in looked:
+        found.update(f"{seen.name} {seen.kind}".encode())
+        for total in seen.sums:
             found.update(struct.pack("<d", total))
     return found.hexdigest()

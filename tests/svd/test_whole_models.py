@@ -46,9 +46,9 @@ def test_every_row_is_measured_and_reported(
             extra += ["--bridge-rank", "2"]
         code, _, stderr = invoke("bench", *command, *extra)
         assert code == 0, (name, stderr)
-        assert script.is_current(path, "cpu")
+        assert script.is_current(path, "cpu", script.threads_of(command))
         path.with_suffix(".part").write_text(json.dumps({**json.loads(path.read_text()), "complete": False}))
-        assert not script.is_current(path.with_suffix(".part"), "cpu")
+        assert not script.is_current(path.with_suffix(".part"), "cpu", script.threads_of(command))
     report = script.report(tmp_path)
     lines = [line for line in report.splitlines() if line.startswith("| ") and "---" not in line]
     measured = [
@@ -68,20 +68,20 @@ def test_every_row_is_measured_and_reported(
 
 
 def test_results_of_another_machine_do_not_count(script: ModuleType, tmp_path: Path) -> None:
-    assert not script.is_current(tmp_path / "none.json", "cpu")
+    assert not script.is_current(tmp_path / "none.json", "cpu", 1)
     (tmp_path / "bad.json").write_text("{")
-    assert not script.is_current(tmp_path / "bad.json", "cpu")
+    assert not script.is_current(tmp_path / "bad.json", "cpu", 1)
     import torch
 
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     result = {"complete": True, "device": "another", "threads": torch.get_num_threads(), "versions": versions}
     (tmp_path / "other.json").write_text(json.dumps(result))
-    assert not script.is_current(tmp_path / "other.json", "cpu")
+    assert not script.is_current(tmp_path / "other.json", "cpu", torch.get_num_threads())
 
 
 @pytest.mark.parametrize("high, met", [(0.0029, "yes"), (0.0031, "no")])
 def test_a_target_is_met_by_the_upper_end(script: ModuleType, high: float, met: str) -> None:
-    result = {"shape": "s", "method": "bridge", "structure": {"bridges": [{"rank": 8}]}}
+    result = {"shape": "s", "method": "bridge", "threads": 2, "structure": {"bridges": [{"rank": 8}]}}
     ratio = {"median": 0.001, "low": 0.0, "high": high}
     compared = {"overhead": ratio, "rounds": 12, "stopped": "time", "bytes": 0.8}
     seconds = {"seconds": {"p50": 0.01}}
