@@ -27,6 +27,7 @@ from .bench_runner import MODES, PHASES, Runner
 from .calibration import context_length
 from .energy import energy_counter
 from .errors import TacoError
+from .experts import is_of_expert, share_of_experts
 from .latency import Ratio, bootstrap
 from .progress import Progress, Silent
 
@@ -346,17 +347,28 @@ def work(model: PreTrainedModel, phase: str, batch: int, prompt: int) -> float:
 
     Decode reads every weight once (of the input embedding only some rows, which are left out) and the cache.
     Prefill multiplies every token with every matrix of the layers and the last token with the head, and attends.
+    Of a mixture's experts a token is multiplied with those that it is sent to, and a step reads those that some token
+    is sent to, if the router spreads them evenly.
     """
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
     tied = head is not None and head.weight is embedding.weight
+    share = share_of_experts(model.config)
     if phase == "decode":
         unread = 0 if tied else embedding.weight.numel() * embedding.weight.element_size()
+        experts = sum(
+            parameter.numel() * parameter.element_size()
+            for name, parameter in model.named_parameters()
+            if is_of_expert(name)
+        )
+        unread += experts * (1 - share) ** batch
         return float(weight_bytes_of(model) - unread + cache_bytes(model.config, batch, prompt, model.dtype))
     layers = sum(
-        parameter.numel()
+        parameter.numel() * (share if is_of_expert(name) else 1.0)
         for name, parameter in model.named_parameters()
-        if parameter.ndim == 2 and parameter is not embedding.weight and (head is None or parameter is not head.weight)
+        if parameter.ndim in (2, 3)
+        and parameter is not embedding.weight
+        and (head is None or parameter is not head.weight)
     )
     config: Any = model.config
     width = config.num_attention_heads * (

@@ -43,9 +43,9 @@ class FitMoments:
         e = missing.flatten(0, -2).to(wide)
         if self.affine:
             s = torch.cat([s, s.new_ones(s.shape[0], 1)], 1)
-        ss, es = s.T @ s, e.T @ s
-        self.ss = ss if self.ss is None else self.ss.add_(ss)
-        self.es = es if self.es is None else self.es.add_(es)
+        # in place: of a wide layer one such matrix is larger than the layer
+        self.ss = s.T @ s if self.ss is None else self.ss.addmm_(s.T, s)
+        self.es = e.T @ s if self.es is None else self.es.addmm_(e.T, s)
         self.ee += float(e.square().sum(dtype=torch.float64))
         self.tokens += s.shape[0]
 
@@ -99,9 +99,11 @@ def refit(fit: FitMoments, held_out: FitMoments, ridges: tuple[float, ...] = RID
         regular = fit.ss.clone()
         regular.diagonal().add_(ridge * mean)
         factor, failed = torch.linalg.cholesky_ex(regular)
+        del regular
         if int(failed):
             continue
         change = torch.cholesky_solve(fit.es.T, factor).T
+        del factor
         after = held_out.error_with(change)
         if after < best.after:
             best = Refit(change, ridge, before, after)

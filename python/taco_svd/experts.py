@@ -81,6 +81,18 @@ def kind_of(path: str) -> str:
     return _EXPERT.sub(lambda match: match[0].replace(match[1], "*"), path)
 
 
+def is_of_expert(name: str) -> bool:
+    """Whether a parameter belongs to routed experts, open or not."""
+    return "experts" in name.split(".")
+
+
+def share_of_experts(config: Any) -> float:
+    """The share of a layer's experts that a token is sent to; 1 for a model without any."""
+    count = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    used = getattr(config, "num_experts_per_tok", None)
+    return min(1.0, used / count) if count and used else 1.0
+
+
 def names_experts(structure: Structure) -> bool:
     """Whether a structure factorises maps of single experts."""
     return any(expert_number(path) is not None for ranks in structure.low_rank.values() for path in ranks)

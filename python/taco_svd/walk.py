@@ -16,6 +16,7 @@ from torch import nn
 
 from .architectures import Architecture, LinearSite, linear_shape
 from .calibration import embedding_weight
+from .experts import expert_number
 from .mapped import held, is_mapped, page_out
 from .suffix import _Enough, _hidden_argument, explicit_attention, forward_replaced
 
@@ -233,6 +234,8 @@ def residual_writers(architecture: Architecture, walk: Walk, layer: int) -> Writ
 
     def last_writer(block: str, silenced: dict[LinearSite, Callable[[torch.Tensor], torch.Tensor]]) -> Any:
         for site in reversed(architecture.sites([layer], block)):
+            if expert_number(site.path) is not None:  # weighted by the router, on its own tokens: never as it is
+                continue
             if linear_shape(architecture.module(site))[0] == width and writes(site, silenced):
                 return site
         return None

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from taco_svd import TacoError, compress, save_compressed
 from taco_svd.architectures import Architecture
+from taco_svd.bench import work
+from taco_svd.bench_memory import cache_bytes
 from taco_svd.checkpoint import load_model, parameter_count, weight_bytes
 from taco_svd.experts import OpenExperts, expert_number, kind_of, names_experts, opened, stacked
 from taco_svd.export import to_dense, with_layers_removed
@@ -141,6 +143,23 @@ def test_open_experts_compute_what_closed_ones_do(name: str) -> None:
     assert torch.equal(again.gate_up_proj, dense.model.layers[0].mlp.experts.gate_up_proj)
 
 
+def test_work_counts_the_experts_that_are_used() -> None:
+    """Of five experts a token uses two; with every expert used it is that of all matrices."""
+    dense = build("qwen3_moe")
+    for model in (dense, opened(dense)):
+        layers = sum(
+            parameter.numel() * (0.4 if "experts" in name else 1.0)
+            for name, parameter in model.model.layers.named_parameters()
+            if parameter.ndim > 1
+        )
+        attention = 7 * 7 * 32 * LAYERS
+        assert work(model, "prefill", 3, 7) == pytest.approx(3 * (7 * layers + attention + 32 * VOCABULARY))
+        alone, many = (work(model, "decode", batch, 7) for batch in (1, 1000))
+        experts = 4 * sum(parameter.numel() for name, parameter in model.named_parameters() if "experts" in name)
+        cache = [cache_bytes(model.config, batch, 7, torch.float32) for batch in (1, 1000)]
+        assert many - cache[1] - (alone - cache[0]) == pytest.approx(0.6 * experts)
+
+
 def test_paths_of_experts() -> None:
     assert expert_number("mlp.experts.13.down_proj") == 13 and expert_number("experts.0.up") == 0
     assert expert_number("mlp.down_proj") is None and expert_number("mlp.shared_expert.down_proj") is None
@@ -203,6 +222,17 @@ def test_resume_gives_the_same_experts(calibration_tokens: torch.Tensor, tmp_pat
 def test_attention_is_refitted_beside_experts(calibration_tokens: torch.Tensor) -> None:
     _, plan = compress(build("mixtral"), keep=0.85, calibration=calibration_tokens)
     assert {record["path"] for record in plan.result["consistency"]} == {"self_attn.o_proj"}
+
+
+def test_no_expert_is_taken_for_a_map_that_writes_to_the_stream(calibration_tokens: torch.Tensor) -> None:
+    """Beside massive activations bfloat16 rounds so much that trying alone would take an idle expert for one."""
+    dense = build("mixtral", torch.bfloat16)
+    with torch.no_grad():
+        dense.model.embed_tokens.weight[:, 0] = 20
+    for layer in dense.model.layers:
+        layer.mlp.gate.register_forward_hook(lambda _, __, output: _without(output, 2))
+    _, plan = compress(dense, keep=0.85, calibration=calibration_tokens)
+    assert {record["path"] for record in plan.result["consistency"]} <= {"self_attn.o_proj"}
 
 
 def test_bfloat16_and_a_further_save(calibration_tokens: torch.Tensor, tmp_path: Path) -> None:
