@@ -34,8 +34,10 @@ KEPT_SHARE = 0.05
 # times as long: bfloat16, 256 tokens, 4 heads of 32), as long as the probabilities that it keeps are few.
 EAGER_SEQ_LEN = 512
 EAGER_BYTES = 256 << 20
-# Activations kept for one backward pass; beyond it each layer's are computed again when its turn comes.
+# Activations kept for one backward pass; beyond it each layer's are computed again when its turn comes. A small model
+# may keep more than it is large itself: computing again takes a third of the pass (classics-16l in float32).
 ACTIVATION_BYTES = 128 << 20
+SMALL_MODEL, SMALL_MODEL_ACTIVATIONS = 1 << 30, 512 << 20
 
 
 class SuffixRunner:
@@ -178,7 +180,9 @@ class SuffixRunner:
             widths = sum(sum(linear_shape(layers[0].get_submodule(path))) for path in self.architecture.paths)
             tokens = max(batch.numel() for batch in self.batches)
             element = embedding_weight(self.architecture.model).element_size()
-            wanted = 2 * widths * tokens * element * len(layers) > ACTIVATION_BYTES
+            size = sum(parameter.numel() for parameter in self.architecture.model.parameters()) * element
+            allowed = SMALL_MODEL_ACTIVATIONS if size < SMALL_MODEL else ACTIVATION_BYTES
+            wanted = 2 * widths * tokens * element * len(layers) > allowed
         if not wanted:
             yield
             return
