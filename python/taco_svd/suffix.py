@@ -52,7 +52,7 @@ class SuffixRunner:
         starts: further layers at which `backward` may begin, provided that nothing below the layer is replaced before
             its last run. Their hidden states are kept as far as memory allows (`KEPT_SHARE`).
         recompute: whether a layer's activations are computed again in the backward pass instead of kept; by default
-            where they would exceed `ACTIVATION_BYTES`.
+            where they would exceed `ACTIVATION_BYTES` (of a small model `SMALL_MODEL_ACTIVATIONS`).
     """
 
     def __init__(

@@ -85,7 +85,7 @@ def test_activations_decide_whether_layers_run_twice(
     architecture = Architecture(tiny_model("llama"))
     everything(SuffixRunner(architecture, calibration_tokens, 1), [1])
     assert not calls
-    monkeypatch.setattr(suffix, "ACTIVATION_BYTES", 1000)
+    monkeypatch.setattr(suffix, "SMALL_MODEL_ACTIVATIONS", 1000)
     everything(SuffixRunner(architecture, calibration_tokens, 1), [1])
     assert len(calls) == LAYERS - 1
 
