@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-OPS = ("low_rank_linear", "low_rank_bridge", "low_rank_linear_group", "low_rank_mlp", "pivoted_low_rank_linear")
+from gpu.shapes import OPS
+
 COLOURS = dict(zip(OPS, ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple"), strict=True))
 
 

@@ -118,7 +118,7 @@ def check(suite: Suite) -> bool:
     full = suite.dry or suite.small
     for backend in names:
         if not full and backend.partition(" ")[0] in ("cuda", "triton"):
-            for op in bench.OPS:
+            for op in shapes.OPS:
                 if op == "pivoted_low_rank_linear" and backend != "triton":
                     continue
                 if not store.done(f"{backend}/streams/{op}"):

@@ -9,6 +9,8 @@ import json
 import sys
 from pathlib import Path
 
+from whole_models import write_docs
+
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 
@@ -37,9 +39,7 @@ def markdown(values: dict) -> str:
 
 def main() -> None:
     values = json.loads(Path(sys.argv[1]).read_text())
-    before, rest = README.read_text().split(BEGIN)
-    _, after = rest.split(END)
-    README.write_text(f"{before}{BEGIN}\n{markdown(values)}\n{END}{after}")
+    write_docs(markdown(values), README, BEGIN, END)
 
 
 if __name__ == "__main__":

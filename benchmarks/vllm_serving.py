@@ -35,6 +35,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -356,17 +357,17 @@ def main() -> int:
             if name != yardstick
         }
         ratio = ratios.pop("compressed")
-        result["controls"] = {name: {"median": r.median, "low": r.low, "high": r.high} for name, r in ratios.items()}
+        result["controls"] = {name: asdict(r) for name, r in ratios.items()}
         result["requests_per_second"] = {
             name: {"median": statistics.median(values), "p20": low, "p80": high, "rounds": values}
             for name, values in rates.items()
             for low, high in [torch.tensor(values).quantile(torch.tensor([0.2, 0.8])).tolist()]
         }
-        result["overhead"] = {"median": ratio.median, "low": ratio.low, "high": ratio.high}
+        result["overhead"] = asdict(ratio)
         spent = bootstrap([ours / base - 1 for base, ours in zip(costs[yardstick], costs["compressed"], strict=True)])
         result["cpu_seconds_per_request"] = {
             **{name: statistics.median(values) for name, values in costs.items()},
-            "overhead": {"median": spent.median, "low": spent.low, "high": spent.high},
+            "overhead": asdict(spent),
         }
         for name, values in result["requests_per_second"].items():
             print(f"{name:11} {values['median']:.3f} requests/s (p20 {values['p20']:.3f}, p80 {values['p80']:.3f})")

@@ -131,11 +131,11 @@ def report(folder: Path) -> str:
     return "\n".join([*overhead, "", *factors, "", f"Measured on {'; '.join(machine)}."])
 
 
-def write_docs(tables: str, path: Path) -> None:
+def write_docs(tables: str, path: Path, begin: str = BEGIN, end: str = END) -> None:
     """Puts the tables between the markers of a document."""
-    before, rest = path.read_text().split(BEGIN)
-    _, after = rest.split(END)
-    path.write_text(f"{before}{BEGIN}\n{tables}\n{END}{after}")
+    before, rest = path.read_text().split(begin)
+    _, after = rest.split(end)
+    path.write_text(f"{before}{begin}\n{tables}\n{end}{after}")
 
 
 def _interval(ratio: dict[str, float]) -> str:

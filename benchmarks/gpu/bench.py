@@ -14,7 +14,6 @@ from . import shapes
 from .checks import Factors, Inputs, call, draw, using, worst_error
 from .timing import sets_needed, time_on_cpu, time_on_gpu
 
-OPS = ("low_rank_linear", "low_rank_bridge", "low_rank_linear_group", "low_rank_mlp", "pivoted_low_rank_linear")
 # Compiling takes seconds per shape; these rows stand for decode, a batch and prefill.
 COMPILED_ROWS = (1, 16, 512)
 
@@ -209,7 +208,7 @@ def summary(points: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "512 rows and more": lambda p: p["rows"] >= 512,
         "512 rows and more, r <= 128": lambda p: p["rows"] >= 512 and p["rank"] <= 128,
     }
-    for op in OPS:
+    for op in shapes.OPS:
         short = op.replace("low_rank_", "")
         kinds[f"{short}, decode"] = lambda p, op=op: p["op"] == op and p["rows"] <= 16  # type: ignore[misc]
     report: dict[str, Any] = {}

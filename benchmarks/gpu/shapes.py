@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+OPS = ("low_rank_linear", "low_rank_bridge", "low_rank_linear_group", "low_rank_mlp", "pivoted_low_rank_linear")
 # (in, out) of each distinct linear layer, from the models' published configurations.
 MODELS: dict[str, list[tuple[int, int]]] = {
     "Llama-2-7B": [(4096, 4096), (4096, 11008), (11008, 4096)],

@@ -4,10 +4,6 @@
 
 #include <stdexcept>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 namespace taco {
 namespace {
 

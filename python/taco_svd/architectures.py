@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .errors import UnsupportedModelError
-from .experts import OpenExperts
+from .experts import OpenExperts, put_module
 
 # Lists in a config that hold one entry per layer and are cut together with the layers.
 PER_LAYER_CONFIG_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
@@ -219,8 +219,7 @@ class Architecture:
         return self.layers[site.layer].get_submodule(site.path)
 
     def replace(self, site: LinearSite, module: nn.Module) -> None:
-        parent_path, _, name = site.path.rpartition(".")
-        setattr(self.layers[site.layer].get_submodule(parent_path), name, module)
+        put_module(self.layers[site.layer], site.path, module)
 
 
 def _is_experts(module: nn.Module) -> bool:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from .allocation import bridge_structure
@@ -156,12 +155,12 @@ def bridges_within(
 
         # A single call reads its factors faster than they come among all the other weights of a decode step.
         per_byte = whole["decode"] / work(bare, "decode", 1, prompt)
-        least_bytes = bridge_bytes(hidden, 1, model.dtype)
+        per_direction = 2 * hidden * model.dtype.itemsize * per_byte
 
         def overhead(rank: int) -> dict[str, float]:
             seconds = {phase: costs.bridge(hidden, rank, rows[phase]) for phase in PHASES}
-            streamed = (bridge_bytes(hidden, rank, model.dtype) - least_bytes) * per_byte
-            seconds["decode"] = max(seconds["decode"], costs.bridge(hidden, 1, 1) + streamed)
+            streamed = costs.bridge(hidden, 1, 1) + (rank - 1) * per_direction
+            seconds["decode"] = max(seconds["decode"], streamed)
             return {phase: count * seconds[phase] / whole[phase] for phase in PHASES}
 
         fits = [rank for rank in _ranks_to_try(most) if max(overhead(rank).values()) <= SAFETY * max_overhead]
@@ -182,11 +181,6 @@ def bridges_within(
         "prompt": prompt,
     }
     return Overhead(bridge_structure(architecture, redundant, rank), rank, predicted, record)
-
-
-def bridge_bytes(hidden: int, rank: int, dtype: torch.dtype) -> int:
-    """What a bridge reads of its factors."""
-    return 2 * hidden * rank * dtype.itemsize
 
 
 def _ranks_to_try(most: int) -> list[int]:

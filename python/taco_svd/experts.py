@@ -113,7 +113,7 @@ def open_experts(model: nn.Module, run_idle: bool = False) -> None:
     """Opens every experts module whose layout is known, in place; the weights stay where they are."""
     for path, module in list(model.named_modules()):
         if _can_open(module):
-            _put(model, path, _open(module, run_idle))
+            put_module(model, path, _open(module, run_idle))
 
 
 def stacked(experts: OpenExperts, like: nn.Module) -> nn.Module:
@@ -175,6 +175,7 @@ def _linear(stack: nn.Parameter, number: int) -> nn.Linear:
     return made
 
 
-def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+def put_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Puts a module at a dotted path, in the place of what is there."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .architectures import Architecture, copy_implementations, slice_config
 from .errors import TacoError
-from .experts import OpenExperts, stacked
+from .experts import OpenExperts, put_module, stacked
 from .modeling import CompressedModel
 from .replacement import LowRankLinear, NarrowLinear, drop_layers, structural_copy
 
@@ -79,17 +79,14 @@ def _densify(layer: nn.Module, like: nn.Module, config: PreTrainedConfig) -> nn.
     transposed = any(isinstance(module, Conv1D) for module in like.modules())
     for path, module in list(layer.named_modules()):
         if isinstance(module, LowRankLinear):
-            parent_path, _, name = path.rpartition(".")
-            setattr(layer.get_submodule(parent_path), name, multiply_out(module, transposed))
+            put_module(layer, path, multiply_out(module, transposed))
         elif isinstance(module, NarrowLinear):
-            parent_path, _, name = path.rpartition(".")
-            setattr(layer.get_submodule(parent_path), name, widen(module))
+            put_module(layer, path, widen(module))
     for path, module in list(layer.named_modules()):
         if isinstance(module, OpenExperts):
-            parent_path, _, name = path.rpartition(".")
             closed = stacked(module, like.get_submodule(path))
             closed.config = config  # type: ignore[assignment]
-            setattr(layer.get_submodule(parent_path), name, closed)
+            put_module(layer, path, closed)
     return layer
 
 

@@ -26,6 +26,7 @@ from .factorise import put_factors
 from .memory import release
 from .progress import Report
 from .replacement import LowRankBridge, LowRankLinear, attach_bridge
+from .statistics import same_inputs
 from .store import Store
 from .structure import BridgeSpec, Structure
 from .team import Team
@@ -231,9 +232,7 @@ class UpwardPass:
             for site in sites:
                 inputs = seen[site][0]
                 if site not in owner:
-                    same = [other for other in moments if seen[other][0].data_ptr() == inputs.data_ptr()]
-                    if not inputs.numel():  # an expert that no token was sent to: no address to be known by
-                        same = []
+                    same = [other for other in moments if same_inputs(seen[other][0], inputs)]
                     owner[site] = same[0] if same else site
                     if not same:
                         moments[site] = FitMoments()

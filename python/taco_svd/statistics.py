@@ -40,8 +40,7 @@ class SecondMoments:
         if site in self._owner:
             return self._owner[site]
         last = self._last.get(site.layer)
-        # what has no rows (an expert that no token was sent to) has no address to be known by
-        same = last is not None and x.numel() > 0 and last[0].data_ptr() == x.data_ptr() and last[0].shape == x.shape
+        same = last is not None and same_inputs(last[0], x)
         self._owner[site] = last[1] if same and last is not None else site
         if self._owner[site] == site:
             self._last[site.layer] = (x, site)
@@ -92,6 +91,12 @@ class SecondMoments:
             made._inputs[owner] = tensors[f"inputs.{note['owners'][name]}"]
             made._tokens[owner] = note["tokens"][note["owners"][name]]
         return made
+
+
+def same_inputs(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two maps, both of whose inputs are still there, read the same tensor."""
+    # what has no rows (an expert that no token was sent to) has no address to be known by
+    return other.numel() > 0 and one.data_ptr() == other.data_ptr() and one.shape == other.shape
 
 
 def _by_name(entry: tuple[LinearSite, int]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -109,42 +109,39 @@ class Analysis:
 
     def gradients(self, site: LinearSite, options: Mapping[str, Any]) -> torch.Tensor | None:
         """Damped E[g g^T] of a map, [out, out]; None where no gradient reaches its output."""
-        moments = self._moments_of(site)
-        moment = moments.gradients(site).to(dense_weight(self.architecture.module(site)).device)
-        if not moments.tokens(site):  # an expert that nothing is known of: as important as the others on average
-            others = self._experts_beside(site)
-            mean = sum(float(moments.gradients(other).diagonal().mean()) for other in others) / max(1, len(others))
-            moment.diagonal().fill_(mean)
+        moment = self._moment(site, SecondMoments.gradients)
         if not float(moment.diagonal().sum()) > 0:
             return None
         return damped(moment, float(options.get("gradient_damping", GRADIENT_DAMPING)))
 
     def _inputs(self, site: LinearSite, options: Mapping[str, Any]) -> torch.Tensor:
-        moments = self._moments_of(site)
-        moment = moments.inputs(site).to(dense_weight(self.architecture.module(site)).device)
-        if not moments.tokens(site):
-            others = self._experts_beside(site)
-            mean = sum(float(moments.inputs(other).diagonal().mean()) for other in others) / max(1, len(others))
-            moment.diagonal().fill_(mean)
+        moment = self._moment(site, SecondMoments.inputs)
         return damped(moment, float(options.get("input_damping", INPUT_DAMPING)))
 
-    def _experts_beside(self, site: LinearSite) -> list[LinearSite]:
-        """The same map of the layer's experts that saw tokens; empty where the site is no expert's."""
+    def _moment(self, site: LinearSite, of: Callable[[SecondMoments, LinearSite], torch.Tensor]) -> torch.Tensor:
+        """A second moment on the map's device; an expert that saw no token gets the others' average size."""
+        moments = self._moments_of(site)
+        moment = of(moments, site).to(dense_weight(self.architecture.module(site)).device)
+        if not moments.tokens(site):
+            others = [other for other in self._experts(site) if moments.tokens(other)]
+            mean = sum(float(of(moments, other).diagonal().mean()) for other in others) / max(1, len(others))
+            moment.diagonal().fill_(mean)
+        return moment
+
+    def _experts(self, site: LinearSite) -> list[LinearSite]:
+        """The same map of all the layer's experts; empty where the site is no expert's."""
         if expert_number(site.path) is None:
             return []
-        kind, moments = kind_of(site.path), self._moments_of(site)
-        return [
-            other
-            for other in self.architecture.sites([site.layer])
-            if kind_of(other.path) == kind and moments.tokens(other)
-        ]
+        kind = kind_of(site.path)
+        return [other for other in self.architecture.sites([site.layer]) if kind_of(other.path) == kind]
 
     def _weight(self, site: LinearSite) -> float:
         """The share of the tokens that a map sees: all of them, or those that are sent to its expert."""
-        if expert_number(site.path) is None:
+        experts = self._experts(site)
+        if not experts:
             return 1.0
-        kind, moments = kind_of(site.path), self._moments_of(site)
-        counts = [moments.tokens(s) for s in self.architecture.sites([site.layer]) if kind_of(s.path) == kind]
+        moments = self._moments_of(site)
+        counts = [moments.tokens(other) for other in experts]
         # other texts will use what this one leaves idle
         prior = PRIOR_SHARE * sum(counts) / len(counts)
         return (moments.tokens(site) + prior) / (sum(counts) + prior * len(counts))

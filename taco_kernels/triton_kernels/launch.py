@@ -55,9 +55,14 @@ def triton_dtype(x: torch.Tensor) -> str:
     dtype = _DTYPES.get(x.dtype)
     if dtype is None:
         raise TypeError(f"the Triton backend takes float32, float16 and bfloat16, not {x.dtype}")
+    require_reachable(x)
+    return dtype
+
+
+def require_reachable(x: torch.Tensor) -> None:
+    """Raises ValueError for a tensor that Triton cannot reach."""
     if not x.is_cuda and not INTERPRETED:
         raise ValueError(f"the Triton backend needs CUDA tensors (or TRITON_INTERPRET=1), not {x.device}")
-    return dtype
 
 
 def on_device(x: torch.Tensor) -> AbstractContextManager[object]:

@@ -7,7 +7,7 @@ import triton
 
 from . import kernels, pivot_kernels, row_kernels
 from .config import Config, config_for, default_config
-from .launch import Launch, Member, launches, on_device, processors_of, run, triton_dtype
+from .launch import Launch, Member, _rows_contiguous, launches, on_device, processors_of, run, triton_dtype
 
 # Up to here the defaults are not the fused kernel, which gathers no inputs.
 FEW_ROWS = 16
@@ -41,9 +41,9 @@ def pivoted_low_rank_linear(
         config = config_for("low_rank_linear", dtype, rows, *sizes, gpu, processors)
         if config.path == "fused":
             config = default_config(min(rows, FEW_ROWS), *sizes, x2d.element_size(), processors)
-    x2d, v, u = (t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous() for t in (x2d, v, u))
-    if residual2d is not None and residual2d.stride(1) != 1:
-        residual2d = residual2d.contiguous()
+    x2d, v, u = (_rows_contiguous(t) for t in (x2d, v, u))
+    if residual2d is not None:
+        residual2d = _rows_contiguous(residual2d)
     member = Member(v, u, None if bias is None else bias.contiguous(), y)
     with on_device(x2d):
         run(pivoted_launches(x2d, member, pivot.contiguous(), residual2d, config))

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .device import dot, load_tile
-from .launch import FP_FUSION, INTERPRETED, Launch, _rows_contiguous, on_device
+from .launch import Launch, _rows_contiguous, on_device, require_reachable, run
 
 # 64 x 64 float32 sums: 32 registers per thread (4 warps); 64 rows of x per step are 8 KiB per operand in half types.
 BLOCK = 64
@@ -43,11 +43,8 @@ def launch(block: torch.Tensor, x: torch.Tensor, first: int) -> Launch:
 
 def second_moment(block: torch.Tensor, x: torch.Tensor, first: int) -> None:
     """Launches it. x [rows, columns] float32, float16 or bfloat16. ValueError for tensors that are not on a GPU."""
-    if not x.is_cuda and not INTERPRETED:
-        raise ValueError(f"the Triton backend needs CUDA tensors (or TRITON_INTERPRET=1), not {x.device}")
+    require_reachable(x)
     x = _rows_contiguous(x)
     step = launch(block, x, first)
     with on_device(x):
-        step.kernel[step.grid](
-            *step.args, **step.constants, num_warps=step.warps, num_stages=step.stages, enable_fp_fusion=FP_FUSION
-        )
+        run([step])

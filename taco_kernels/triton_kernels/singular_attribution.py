@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .device import dot, load_tile
-from .launch import FP_FUSION, INTERPRETED, Launch, _rows_contiguous, on_device
+from .launch import Launch, _rows_contiguous, on_device, require_reachable, run
 
 # 64 x 64: two float32 accumulators of 32 registers each per thread (4 warps), beside the tiles on their way in.
 BLOCK_ROWS = 64
@@ -93,8 +93,7 @@ def singular_attribution(
     dtype (float32, bfloat16) on one GPU; products are accumulated in float32, and added up in a fixed order.
     Raises ValueError for tensors that are not on a GPU.
     """
-    if not x.is_cuda and not INTERPRETED:
-        raise ValueError(f"the Triton backend needs CUDA tensors (or TRITON_INTERPRET=1), not {x.device}")
+    require_reachable(x)
     directions = u.shape[1]
     rows = sequences * tokens
     # A sequence of one token each: blocks of one row would waste the tiles, and its squares are the token squares.
@@ -109,9 +108,7 @@ def singular_attribution(
     partial = torch.empty((3, sequences * blocks, directions), dtype=torch.float32, device=x.device)
     step = launch(x, grad, u, v, partial, sequences, tokens)
     with on_device(x):
-        step.kernel[step.grid](
-            *step.args, **step.constants, num_warps=step.warps, num_stages=step.stages, enable_fp_fusion=FP_FUSION
-        )
+        run([step])
     # Few numbers are left: doubles keep what the short float32 sums have.
     signed, absolute, token_squares = partial.double()
     per_sequence = signed.view(sequences, blocks, directions).sum(1)

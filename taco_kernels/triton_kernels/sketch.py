@@ -18,7 +18,7 @@ import triton.language as tl
 from taco_kernels.svd.sketch import RUN
 
 from .device import dot, round
-from .launch import FP_FUSION, INTERPRETED, Launch, _rows_contiguous, on_device
+from .launch import INTERPRETED, Launch, _rows_contiguous, on_device, run
 
 __all__ = ["sketch_launch", "sketch_product"]
 
@@ -131,11 +131,5 @@ def sketch_product(
     y = torch.empty((vectors[1] - vectors[0], a.shape[0]), dtype=torch.float32, device=a.device)
     launch = sketch_launch(a, scale, y, vectors[0], seed, dtype == torch.bfloat16)
     with on_device(a):
-        launch.kernel[launch.grid](
-            *launch.args,
-            **launch.constants,
-            num_warps=launch.warps,
-            num_stages=launch.stages,
-            enable_fp_fusion=FP_FUSION,
-        )
+        run([launch])
     return y

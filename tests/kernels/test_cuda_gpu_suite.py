@@ -223,7 +223,7 @@ def test_summary_of_known_numbers(gpu):
 def test_shapes_cover_what_is_promised(gpu):
     points = list(gpu.shapes.bench_points())
     assert set(gpu.shapes.quick_points()) < set(points)
-    assert {p.op for p in gpu.shapes.quick_points()} == {p.op for p in points} == set(gpu.bench.OPS)
+    assert {p.op for p in gpu.shapes.quick_points()} == {p.op for p in points} == set(gpu.shapes.OPS)
     assert len({point.key for point in points}) == len(points)
     assert {point.rows for point in points} == {1, 2, 4, 8, 16, 64, 512, 2048, 8192}
     for name, layers in gpu.shapes.MODELS.items():
