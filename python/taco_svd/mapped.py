@@ -11,7 +11,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from .errors import TacoError
 from .untrusted import INDEX_FILE, WEIGHTS_FILE, weight_files
@@ -52,34 +52,46 @@ def load_mapped(directory: str | Path, dtype: str | torch.dtype = "auto") -> Pre
                     stored[key] = opened.get_tensor(key)
         except (OSError, SafetensorError) as error:
             raise TacoError(f"{file} cannot be read ({str(error).splitlines()[0]}); copy it again.") from error
-    config = AutoConfig.from_pretrained(directory)
     dtypes = {tensor.dtype for tensor in stored.values()}
     wanted = next(iter(dtypes)) if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if dtypes != {wanted}:
         return None
-    with _parameters_without_data():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=wanted)
+    model = model_of(stored, AutoConfig.from_pretrained(directory), wanted, str(directory))
+    if model is not None and (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    return model
+
+
+def model_of(
+    stored: Mapping[str, torch.Tensor], config: PreTrainedConfig, wanted: torch.dtype, name: str
+) -> PreTrainedModel | None:
+    """The model that `config` describes, with `stored` as its parameters, as they are and where they are.
+
+    None where these are not all of its parameters under its own names. `name` is what the model is called, and what
+    an error says.
+
+    Raises:
+        TacoError: a tensor has another shape than the config describes.
+    """
+    model = without_weights(config, wanted)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     names = dict(model.named_parameters(remove_duplicate=False))
     if not set(stored) <= set(names):
         return None  # named or shaped otherwise than the model's own: transformers knows how
-    missing = [name for name in names if name not in stored and name not in tied]
-    if missing:
+    if any(key not in stored and key not in tied for key in names):
         return None  # the ordinary way says what is missing, and of which file
-    for name, tensor in stored.items():
-        if tensor.shape != names[name].shape:
+    for key, tensor in stored.items():
+        if tensor.shape != names[key].shape:
             raise TacoError(
-                f"{directory}: {name} is {tuple(tensor.shape)} in its file, the config describes "
-                f"{tuple(names[name].shape)}; the checkpoint is damaged."
+                f"{name}: {key} is {tuple(tensor.shape)} in its file, the config describes "
+                f"{tuple(names[key].shape)}; the checkpoint is damaged."
             )
-        owner, _, leaf = name.rpartition(".")
+        owner, _, leaf = key.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
     model.tie_weights()
     if any(parameter.is_meta for parameter in model.parameters()):
         return None
-    if (directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(directory)
-    model.config._name_or_path = str(directory)
+    model.config._name_or_path = name
     model.taco_mapped = True  # type: ignore[assignment]
     for module in model.modules():
         if isinstance(module, nn.ModuleList):
@@ -88,12 +100,19 @@ def load_mapped(directory: str | Path, dtype: str | torch.dtype = "auto") -> Pre
     return model.eval()
 
 
+def without_weights(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model that `config` describes with parameters of no data (meta); its buffers are as always."""
+    with _parameters_without_data():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model
+
+
 def save_mapped(model: PreTrainedModel, directory: Path, shard_bytes: int = 1 << 30) -> None:
     """As ``model.save_pretrained(directory)``, with at most a shard in memory.
 
     For models whose parameters have the names of their checkpoint, as `load_mapped` makes them.
     """
-    tensors = {**dict(model.named_parameters()), **_lasting_buffers(model)}
+    tensors = {**dict(model.named_parameters()), **lasting_buffers(model)}
     shards: list[list[str]] = [[]]
     used = 0
     for name, tensor in tensors.items():
@@ -120,7 +139,8 @@ def save_mapped(model: PreTrainedModel, directory: Path, shard_bytes: int = 1 <<
         model.generation_config.save_pretrained(directory)
 
 
-def _lasting_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+def lasting_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that belong into a checkpoint, by name."""
     return {
         f"{path}.{name}" if path else name: buffer
         for path, module in model.named_modules()

@@ -32,6 +32,7 @@ from .decomposition import numerical_errors_named
 from .errors import TacoError
 from .experts import EXPERTS, names_experts, opened, set_idle
 from .factorise import check_ranks, factorise
+from .gathering import gathered, is_scattered, skeleton
 from .importance import MEASURES, rank_layers
 from .loss_curves import divergence_between
 from .mapped import WeightSums, first_not_finite, not_finite, weight_sums
@@ -67,13 +68,19 @@ def check_model(model: PreTrainedModel) -> Architecture:
 
 def _check_structure(model: PreTrainedModel) -> Architecture:
     """What can be told without reading the weights."""
-    if isinstance(model, CompressedModel):
-        raise TacoError("This model is compressed already; compress the dense model it came from.")
+    _refuse_compressed(model)
+    if is_scattered(model):
+        raise TacoError("The model's weights are not all here; compress() brings them together, this does not.")
     architecture = Architecture(model)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise TacoError(f"{name} has no data (meta device); load the model with its weights.")
     return architecture
+
+
+def _refuse_compressed(model: PreTrainedModel) -> None:
+    if isinstance(model, CompressedModel):
+        raise TacoError("This model is compressed already; compress the dense model it came from.")
 
 
 def _check_weights(architecture: Architecture, looked: list[WeightSums]) -> None:
@@ -368,7 +375,9 @@ def compress(
 
     Args:
         model: a decoder-only transformers model in float32, bfloat16 or float16; it stays as it is, and the
-            compressed model shares the weights of its untouched layers.
+            compressed model shares the weights of its untouched layers. Of a model that is sharded over processes
+            (FSDP2, tensor parallelism: all of them must call this) or offloaded by accelerate, the compressed model
+            is a whole one, mapped from files (`gathering`).
         tokenizer: needed when calibrating on text.
         method: "taco" (one budget over the whole model, factors weighted on both sides, re-fitted), "paper"
             (arXiv 2501.00339), "svd" (plain), "removal" (layers out, nothing in their place) or "bridge" (layers out,
@@ -417,7 +426,13 @@ def compress(
             raise TacoError("A workspace serves many runs, a work directory keeps the steps of one; pass one of them.")
     elif resume:
         raise TacoError("resume needs the work_dir of the run that was stopped.")
-    architecture = _check_structure(model)
+    scattered = is_scattered(model)
+    if scattered:
+        _refuse_compressed(model)
+        if workspace is not None:
+            raise TacoError("The model's weights are not all here; a workspace serves only a model that is whole.")
+    # all that follows until the weights are read goes by shapes
+    architecture = Architecture(skeleton(model)) if scattered else _check_structure(model)
     if plan is None:  # what the arguments alone can tell, before calibration takes its time
         if method not in METHODS:
             raise TacoError(f"--method must be one of {', '.join(METHODS)}, got {method!r}.")
@@ -426,6 +441,10 @@ def compress(
             part = share if keep_bytes is None else keep_bytes / weight_bytes(model)
             seen = _factorisable(architecture, method, experts)
             _count_and_ratio(seen, method, part, _how_many(layers), compression_ratio)
+    if scattered:
+        with progress.step("bringing the weights together") as report:
+            model = gathered(model, None if work_dir is None else Path(work_dir).absolute().parent, team, report)
+        architecture = _check_structure(model)
     with progress.step("looking at the weights"):
         looked = weight_sums(model)  # once: of a streamed model that is all that is in its files
         _check_weights(architecture, looked)
