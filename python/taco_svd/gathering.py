@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from .checkpoint import weight_bytes
 from .errors import DiskFullError, TacoError
-from .mapped import lasting_buffers, model_of, without_weights
+from .mapped import lasting_buffers, model_of
 from .progress import Report
 from .store import disk_full
 from .team import Team
@@ -41,11 +41,6 @@ def is_scattered(model: nn.Module) -> bool:
         return False  # they are nowhere
     spread = any(parameter.is_meta or isinstance(parameter, DTensor) for _, parameter in found)
     return spread or len({parameter.device for _, parameter in found}) > 1
-
-
-def skeleton(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the same shape without weights, for what can be told from shapes."""
-    return without_weights(copy.deepcopy(model.config), model.dtype)
 
 
 def gathered(

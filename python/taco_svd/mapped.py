@@ -73,7 +73,8 @@ def model_of(
     Raises:
         TacoError: a tensor has another shape than the config describes.
     """
-    model = without_weights(config, wanted)
+    with _parameters_without_data():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=wanted)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     names = dict(model.named_parameters(remove_duplicate=False))
     if not set(stored) <= set(names):
@@ -98,13 +99,6 @@ def model_of(
             for layer in module:
                 layer.register_forward_hook(_page_out_after)
     return model.eval()
-
-
-def without_weights(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model that `config` describes with parameters of no data (meta); its buffers are as always."""
-    with _parameters_without_data():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model
 
 
 def save_mapped(model: PreTrainedModel, directory: Path, shard_bytes: int = 1 << 30) -> None:

@@ -32,7 +32,7 @@ from .decomposition import numerical_errors_named
 from .errors import TacoError
 from .experts import EXPERTS, names_experts, opened, set_idle
 from .factorise import check_ranks, factorise
-from .gathering import gathered, is_scattered, skeleton
+from .gathering import gathered, is_scattered
 from .importance import MEASURES, rank_layers
 from .loss_curves import divergence_between
 from .mapped import WeightSums, first_not_finite, not_finite, weight_sums
@@ -41,6 +41,7 @@ from .plan import METHODS, Plan
 from .progress import Progress, Silent
 from .replacement import drop_layers, structural_copy
 from .sequential import HELD_OUT_SHARE, held_out_windows
+from .shapes import skeleton
 from .suffix import SuffixRunner
 from .taco import BRIDGE_GRADIENT_DAMPING, GRADIENT_DAMPING, INPUT_DAMPING, Analysis, build_upwards
 from .team import Team
@@ -432,7 +433,7 @@ def compress(
         if workspace is not None:
             raise TacoError("The model's weights are not all here; a workspace serves only a model that is whole.")
     # all that follows until the weights are read goes by shapes
-    architecture = Architecture(skeleton(model)) if scattered else _check_structure(model)
+    architecture = Architecture(skeleton(model.config, model.dtype)) if scattered else _check_structure(model)
     if plan is None:  # what the arguments alone can tell, before calibration takes its time
         if method not in METHODS:
             raise TacoError(f"--method must be one of {', '.join(METHODS)}, got {method!r}.")
