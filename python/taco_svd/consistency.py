@@ -4,6 +4,8 @@ A map that writes to the residual stream is changed from W to W + D such that, o
 model really gives it, the stream comes as close as a linear map can bring it to the dense model's:
 D = argmin E|e - D s|^2 + lambda |D|^2, with e = what is still missing. The ridge anchors the fit at the weight that is
 there. Its strength is chosen on windows that the fit does not see; where no strength helps on them, nothing changes.
+The moments of wide maps are larger than a layer: they are factored where they lie (`triangle`), and strengths are
+compared on a random sketch of the outputs.
 (Least squares towards dense outputs on compressed inputs: SVD-LLM v2, AA-SVD; folded into a kept projection:
 ReplaceMe, arXiv 2505.02819.)
 """
@@ -15,11 +17,16 @@ from dataclasses import dataclass
 import torch
 
 from .team import Team
+from .triangle import cholesky_below_, restore_below_, solve_below
 
 # Ridge strengths that are tried, as multiples of the inputs' mean second moment.
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 # Above this many features the moments are kept in float32: two float64 matrices would be larger than the layer.
 WIDE = 4096
+# Ridge strengths are compared on so many random combinations of the outputs where there are more than twice as many.
+SKETCHED_OUTPUTS = 512
+# Outputs that are handled at once.
+OUTPUT_BLOCK = 1024
 
 
 @dataclass
@@ -60,15 +67,33 @@ class FitMoments:
         """Mean |e - D s|^2 per token for a change D [out, in], or mean |e|^2 without one."""
         if change is None or self.ss is None or self.es is None:
             return self.ee / max(1, self.tokens)
-        left = change.to(self.ss.dtype)
-        total = self.ee - 2 * float((left * self.es).sum()) + float(((left @ self.ss) * left).sum())
-        return max(0.0, total) / self.tokens
+        return max(0.0, self.ee - self.gain(change, self.es)) / self.tokens
+
+    def gain(self, change: torch.Tensor, es: torch.Tensor) -> float:
+        """By how much a change D [rows, in] lowers the sum of squares, with `es` [rows, in] for what is missing."""
+        assert self.ss is not None
+        total = 0.0
+        for start in range(0, len(change), OUTPUT_BLOCK):
+            rows = slice(start, start + OUTPUT_BLOCK)
+            left = change[rows].to(self.ss.dtype)
+            # D s s^T D^T - 2 D s e^T, both at once
+            total += float((es[rows].mul(2).addmm_(left, self.ss, alpha=-1).mul_(left)).sum(dtype=torch.float64))
+        return total
 
     def second_moment(self) -> torch.Tensor:
         """E[s s^T] of the inputs, [in, in], without the constant."""
         assert self.ss is not None
-        size = self.ss.shape[0] - self.affine
-        return self.ss[:size, :size] / max(1, self.tokens)
+        return self._inputs(self.ss / max(1, self.tokens))
+
+    def take_second_moment(self) -> torch.Tensor:
+        """As `second_moment`, in the memory of the sums, which are gone afterwards."""
+        assert self.ss is not None
+        taken, self.ss, self.es = self.ss.div_(max(1, self.tokens)), None, None
+        return self._inputs(taken)
+
+    def _inputs(self, moment: torch.Tensor) -> torch.Tensor:
+        size = len(moment) - self.affine
+        return moment[:size, :size]
 
 
 @dataclass(frozen=True)
@@ -88,23 +113,49 @@ class Refit:
 
 
 def refit(fit: FitMoments, held_out: FitMoments, ridges: tuple[float, ...] = RIDGES) -> Refit:
-    """The best change of a map by the held-out windows, among ridge strengths and no change at all."""
-    assert fit.ss is not None and fit.es is not None
+    """The best change of a map by the held-out windows, among ridge strengths and no change at all.
+
+    Beside both moments it takes memory for a few matrices of the map's own size. Strengths are compared by what they
+    gain on a sketch of the outputs (random signs: its expectation is the gain itself), the best is judged on all of
+    them.
+    """
+    assert fit.ss is not None and fit.es is not None and held_out.es is not None
     before = held_out.error_with(None)
-    best = Refit(None, None, before, before)
+    none = Refit(None, None, before, before)
     mean = float(fit.ss.diagonal().mean())
     if not mean > 0:
-        return best
-    for ridge in ridges:
-        regular = fit.ss.clone()
-        regular.diagonal().add_(ridge * mean)
-        factor, failed = torch.linalg.cholesky_ex(regular)
-        del regular
-        if int(failed):
-            continue
-        change = torch.cholesky_solve(fit.es.T, factor).T
-        del factor
+        return none
+    diagonal = fit.ss.diagonal().clone()
+    wanted, judged = fit.es, held_out.es
+    sketched = len(wanted) > 2 * SKETCHED_OUTPUTS
+    if sketched:
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.randint(0, 2, (SKETCHED_OUTPUTS, len(wanted)), generator=generator).mul_(2).sub_(1)
+        signs = signs.to(wanted) / SKETCHED_OUTPUTS**0.5
+        wanted, judged = signs @ wanted, signs @ judged
+    factored: float | None = None
+    best_gain, best, change = 0.0, None, None
+    try:
+        for ridge in ridges:
+            restore_below_(fit.ss, diagonal + ridge * mean)
+            if not cholesky_below_(fit.ss):
+                continue
+            factored = ridge
+            found = solve_below(fit.ss, wanted.T).T
+            gain = held_out.gain(found, judged)
+            if gain > best_gain:
+                best_gain, best, change = gain, ridge, found
+        if best is None:
+            return none
+        if sketched:
+            if factored != best:
+                restore_below_(fit.ss, diagonal + best * mean)
+                cholesky_below_(fit.ss)
+            change = torch.empty_like(fit.es)
+            for start in range(0, len(change), OUTPUT_BLOCK):
+                rows = slice(start, start + OUTPUT_BLOCK)
+                change[rows] = solve_below(fit.ss, fit.es[rows].T).T
         after = held_out.error_with(change)
-        if after < best.after:
-            best = Refit(change, ridge, before, after)
-    return best
+        return Refit(change, best, before, after) if after < before else none
+    finally:
+        restore_below_(fit.ss, diagonal)

@@ -222,8 +222,10 @@ def _taken_back(
     return Decomposition(left.float(), sigma.float(), right.float())
 
 
-def damped(moment: torch.Tensor, damping: float, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Shrinks second moments towards their mean diagonal: ``(1 - a) C + a mean(diag C) I``, a new tensor.
+def damped(moment: torch.Tensor, damping: float, dtype: torch.dtype | None = None, own: bool = False) -> torch.Tensor:
+    """Shrinks second moments towards their mean diagonal: ``(1 - a) C + a mean(diag C) I``.
+
+    A new tensor, unless `moment` is the caller's `own` to be overwritten and has the dtype already.
 
     In float64 by default, and in float32 beyond `LARGE_MOMENT`: there it would take twice the time and memory of
     everything else, and the shrinkage holds the condition number far below what float32 can tell. Moments that are zero
@@ -243,7 +245,7 @@ def damped(moment: torch.Tensor, damping: float, dtype: torch.dtype | None = Non
         )
     if mean <= 0:
         return torch.eye(moment.shape[0], dtype=dtype, device=moment.device)
-    result = moment.to(dtype, copy=True).mul_(1 - damping)
+    result = moment.to(dtype, copy=not own).mul_(1 - damping)
     result.diagonal().add_(damping * mean)
     return result
 

@@ -272,10 +272,11 @@ class UpwardPass:
             self.team.broadcast_(tensor.detach(), owner)
 
     def _truncate(self, site: LinearSite, weight: torch.Tensor, inputs: torch.Tensor) -> None:
+        """Puts factors of `weight` [out, in] in a map's place; its `inputs`' second moments are overwritten."""
         rank = self._rank(site)
-        if rank is None:
-            return
-        parts: Decomposition = weighted_svd(weight, damped(inputs, self.input_damping), self.gradients(site), rank)
+        assert rank is not None
+        inputs = damped(inputs, self.input_damping, own=True)
+        parts: Decomposition = weighted_svd(weight, inputs, self.gradients(site), rank)
         directions = torch.arange(rank, device=parts.sigma.device)
         put_factors(self.working, site, parts, directions, self.structure.is_pivoted(site.layer, site.path))
 
@@ -311,7 +312,9 @@ class UpwardPass:
             change = found.change.float()
             weight = weight + change[:, : weight.shape[1]]
             self._change(writer, weight, change[:, -1] if affine else None)
-        self._truncate(writer, weight, fit.second_moment())
+        held_out.ss = held_out.es = None  # of a wide map larger than the layer
+        if self._rank(writer) is not None:
+            self._truncate(writer, weight, fit.take_second_moment())
         return {
             "layer": writer.layer,
             "path": writer.path,

@@ -112,14 +112,14 @@ class Analysis:
         moment = self._moment(site, SecondMoments.gradients)
         if not float(moment.diagonal().sum()) > 0:
             return None
-        return damped(moment, float(options.get("gradient_damping", GRADIENT_DAMPING)))
+        return damped(moment, float(options.get("gradient_damping", GRADIENT_DAMPING)), own=True)
 
     def _inputs(self, site: LinearSite, options: Mapping[str, Any]) -> torch.Tensor:
         moment = self._moment(site, SecondMoments.inputs)
-        return damped(moment, float(options.get("input_damping", INPUT_DAMPING)))
+        return damped(moment, float(options.get("input_damping", INPUT_DAMPING)), own=True)
 
     def _moment(self, site: LinearSite, of: Callable[[SecondMoments, LinearSite], torch.Tensor]) -> torch.Tensor:
-        """A second moment on the map's device; an expert that saw no token gets the others' average size."""
+        """A new tensor on the map's device; an expert that saw no token gets the others' average size."""
         moments = self._moments_of(site)
         moment = of(moments, site).to(dense_weight(self.architecture.module(site)).device)
         if not moments.tokens(site):

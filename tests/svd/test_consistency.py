@@ -52,6 +52,55 @@ def test_refit_that_does_not_generalise_is_refused() -> None:
     assert nothing.change is None
 
 
+def plain_refit(fit: FitMoments, held: FitMoments, ridges: tuple[float, ...]) -> list[tuple[float, torch.Tensor]]:
+    """(error on the held-out windows, change) per strength, by one dense solve in float64 each."""
+    found = []
+    for ridge in ridges:
+        ss, es = fit.ss.double(), fit.es.double()
+        regular = ss + ridge * ss.diagonal().mean() * torch.eye(len(ss), dtype=torch.float64)
+        change = torch.linalg.solve(regular, es.T).T
+        inside = ((change @ held.ss.double()) * change).sum() - 2 * (change * held.es.double()).sum()
+        found.append(((held.ee + float(inside)) / held.tokens, change))
+    return found
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("outputs", [1, 90, 301])
+def test_refit_chooses_and_solves_as_the_plain_one_does(
+    outputs: int, affine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several blocks of columns and of outputs; where there are many, strengths are compared on a sketch of them."""
+    monkeypatch.setattr("taco_svd.triangle.BLOCK", 32)
+    monkeypatch.setattr("taco_svd.consistency.OUTPUT_BLOCK", 64)
+    monkeypatch.setattr("taco_svd.consistency.SKETCHED_OUTPUTS", 64)
+    generator = torch.Generator().manual_seed(outputs)
+    s = torch.randn(400, 77, generator=generator, dtype=torch.float64) @ torch.randn(
+        77, 77, generator=generator, dtype=torch.float64
+    )
+    truth = torch.randn(outputs, 77, generator=generator, dtype=torch.float64) / 20
+    e = s @ truth.T + 4 * torch.randn(400, outputs, generator=generator, dtype=torch.float64) + affine
+    fit, held = moments(s[:200], e[:200], affine, 1), moments(s[200:], e[200:], affine, 1)
+    # a product is symmetric to rounding; what is above the diagonal counts
+    before = (fit.ss.triu() + fit.ss.triu(1).T, fit.es.clone(), held.ss.clone(), held.es.clone())
+    ridges = (1e-4, 1e-2, 1.0, 100.0)
+    found = refit(fit, held, ridges)
+    errors = plain_refit(fit, held, ridges)
+    best = min(range(len(ridges)), key=lambda number: errors[number][0])
+    assert 0 < best < 3 and found.ridge == ridges[best]  # neither end: the choice is one
+    assert found.after == pytest.approx(errors[best][0], rel=1e-9)
+    assert torch.allclose(found.change, errors[best][1], rtol=1e-8, atol=1e-10)
+    assert all(torch.equal(one, other) for one, other in zip(before, (fit.ss, fit.es, held.ss, held.es), strict=True))
+
+
+def test_taken_moments_are_the_same_and_gone() -> None:
+    s = torch.randn(40, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for affine in (False, True):
+        found = moments(s, s[:, :2], affine, 2)
+        expected = found.second_moment()
+        assert torch.equal(found.take_second_moment(), expected) and found.ss is None and found.es is None
+        torch.testing.assert_close(expected, s.T @ s / 40, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_walk_equals_the_model(name: str) -> None:
     model = tiny_model(name)
