@@ -4,7 +4,9 @@
 
 Processes are started by torchrun, in turn with the single one; the models that come out are compared by their
 divergence from the dense model on the same held-out windows. Efficiency is the time of one process over that of N times
-N: it includes start-up, which is measured apart (a run of `taco-svd info`).
+N: it includes start-up, which is measured apart (a run of `taco-svd info`). Times with more processes than were run are
+modelled (Amdahl): what does not get faster is taken from the two that were measured; communication, which between
+processes of one machine hardly shows, is left out.
 """
 
 from __future__ import annotations
@@ -27,6 +29,18 @@ def timed(command: list[str]) -> float:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     return time.perf_counter() - start
+
+
+def modelled(one: float, several: float, processes: int, start_up: float) -> dict[str, object]:
+    """Seconds with more processes, from those with one and with `processes`, all without `start_up`."""
+    alone, together = one - start_up, several - start_up
+    # together = alone * (serial + (1 - serial) / processes)
+    serial = min(1.0, max(0.0, (together / alone - 1 / processes) / (1 - 1 / processes)))
+    counts = [2**power for power in range(1, 7)]
+    return {
+        "serial_share": serial,
+        "seconds": {str(n): start_up + alone * (serial + (1 - serial) / n) for n in counts},
+    }
 
 
 def main(
@@ -61,6 +75,8 @@ def main(
         f"{method}: {one:.1f} s alone, {several:.1f} s with {processes}: efficiency {efficiency:.0%}, "
         f"{without_start:.0%} without the {start_up:.1f} s that starting takes"
     )
+    beyond = modelled(one, several, processes, start_up)
+    print(f"modelled: {beyond}")
     if out:
         result = {
             "method": method,
@@ -71,6 +87,7 @@ def main(
             "efficiency_without_start": without_start,
             "measured_loss": losses,
             "samples": samples,
+            "modelled": beyond,
         }
         out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

@@ -63,11 +63,9 @@ class FitMoments:
         team.sum_(self.es)
         self.ee, self.tokens = team.sum(self.ee), round(team.sum(self.tokens))
 
-    def error_with(self, change: torch.Tensor | None) -> float:
-        """Mean |e - D s|^2 per token for a change D [out, in], or mean |e|^2 without one."""
-        if change is None or self.ss is None or self.es is None:
-            return self.ee / max(1, self.tokens)
-        return max(0.0, self.ee - self.gain(change, self.es)) / self.tokens
+    def error_less(self, gain: float) -> float:
+        """Mean |e|^2 per token when its sum is less by `gain`."""
+        return max(0.0, self.ee - gain) / max(1, self.tokens)
 
     def gain(self, change: torch.Tensor, es: torch.Tensor) -> float:
         """By how much a change D [rows, in] lowers the sum of squares, with `es` [rows, in] for what is missing."""
@@ -112,15 +110,16 @@ class Refit:
     after: float
 
 
-def refit(fit: FitMoments, held_out: FitMoments, ridges: tuple[float, ...] = RIDGES) -> Refit:
+def refit(fit: FitMoments, held_out: FitMoments, ridges: tuple[float, ...] = RIDGES, team: Team | None = None) -> Refit:
     """The best change of a map by the held-out windows, among ridge strengths and no change at all.
 
     Beside both moments it takes memory for a few matrices of the map's own size. Strengths are compared by what they
     gain on a sketch of the outputs (random signs: its expectation is the gain itself), the best is judged on all of
-    them.
+    them. The processes of a `team`, which all have the moments, share strengths and outputs, and end with the same.
     """
     assert fit.ss is not None and fit.es is not None and held_out.es is not None
-    before = held_out.error_with(None)
+    team = team or Team()
+    before = held_out.error_less(0.0)
     none = Refit(None, None, before, before)
     mean = float(fit.ss.diagonal().mean())
     if not mean > 0:
@@ -133,29 +132,31 @@ def refit(fit: FitMoments, held_out: FitMoments, ridges: tuple[float, ...] = RID
         signs = torch.randint(0, 2, (SKETCHED_OUTPUTS, len(wanted)), generator=generator).mul_(2).sub_(1)
         signs = signs.to(wanted) / SKETCHED_OUTPUTS**0.5
         wanted, judged = signs @ wanted, signs @ judged
+    gains: dict[float, float] = {}
     factored: float | None = None
-    best_gain, best, change = 0.0, None, None
     try:
-        for ridge in ridges:
+        for ridge in ridges[team.rank :: team.size]:
             restore_below_(fit.ss, diagonal + ridge * mean)
-            if not cholesky_below_(fit.ss):
-                continue
-            factored = ridge
-            found = solve_below(fit.ss, wanted.T).T
-            gain = held_out.gain(found, judged)
-            if gain > best_gain:
-                best_gain, best, change = gain, ridge, found
-        if best is None:
+            if cholesky_below_(fit.ss):
+                factored = ridge
+                gains[ridge] = held_out.gain(solve_below(fit.ss, wanted.T).T, judged)
+        gains = {ridge: gain for found in team.gather(gains) for ridge, gain in found.items() if gain > 0}
+        if not gains:
             return none
-        if sketched:
-            if factored != best:
-                restore_below_(fit.ss, diagonal + best * mean)
-                cholesky_below_(fit.ss)
-            change = torch.empty_like(fit.es)
-            for start in range(0, len(change), OUTPUT_BLOCK):
-                rows = slice(start, start + OUTPUT_BLOCK)
+        best = max(sorted(gains), key=lambda ridge: gains[ridge])
+        if factored != best:
+            restore_below_(fit.ss, diagonal + best * mean)
+            cholesky_below_(fit.ss)
+        change = torch.empty_like(fit.es)
+        gain = 0.0
+        for number, start in enumerate(range(0, len(change), OUTPUT_BLOCK)):
+            rows = slice(start, start + OUTPUT_BLOCK)
+            if team.deals(number):
                 change[rows] = solve_below(fit.ss, fit.es[rows].T).T
-        after = held_out.error_with(change)
+                gain += held_out.gain(change[rows], held_out.es[rows])
+        for number, start in enumerate(range(0, len(change), OUTPUT_BLOCK)):
+            team.broadcast_(change[start : start + OUTPUT_BLOCK], number % team.size)
+        after = held_out.error_less(team.sum(gain))
         return Refit(change, best, before, after) if after < before else none
     finally:
         restore_below_(fit.ss, diagonal)

@@ -295,34 +295,27 @@ class UpwardPass:
             moments.add(seen[writer][0], target[batch].float() - reached.float())
         fit.sum_over(self.team)
         held_out.sum_over(self.team)
-        found = None
-        if self.team.rank == 0:
-            found = self._change_by(writer, fit, held_out, affine)
-        self._hand_over(writer, 0)
-        record = self.team.broadcast(found)
-        assert record is not None
-        self.records.append(record)
-
-    def _change_by(self, writer: LinearSite, fit: FitMoments, held_out: FitMoments, affine: bool) -> dict[str, Any]:
-        """Re-fits the map by its moments and factorises it where the plan says so; returns the record of it."""
-        module = self.working.module(writer)
-        found = refit(fit, held_out)
+        found = refit(fit, held_out, team=self.team)
+        held_out.ss = held_out.es = None  # of a wide map larger than the layer
         weight = dense_weight(module).detach().float()
         if found.change is not None:
             change = found.change.float()
             weight = weight + change[:, : weight.shape[1]]
             self._change(writer, weight, change[:, -1] if affine else None)
-        held_out.ss = held_out.es = None  # of a wide map larger than the layer
         if self._rank(writer) is not None:
-            self._truncate(writer, weight, fit.take_second_moment())
-        return {
-            "layer": writer.layer,
-            "path": writer.path,
-            "before": found.before,
-            "after": found.after,
-            "adopted": found.change is not None,
-            "ridge": found.ridge,
-        }
+            if self.team.rank == 0:
+                self._truncate(writer, weight, fit.take_second_moment())
+            self._hand_over(writer, 0)
+        self.records.append(
+            {
+                "layer": writer.layer,
+                "path": writer.path,
+                "before": found.before,
+                "after": found.after,
+                "adopted": found.change is not None,
+                "ridge": found.ridge,
+            }
+        )
 
     def _change(self, site: LinearSite, weight: torch.Tensor, bias_change: torch.Tensor | None) -> None:
         """Gives a map a new weight [out, in] (and bias) of its own: the one it has belongs to the dense model too."""
