@@ -276,7 +276,7 @@ class UpwardPass:
         rank = self._rank(site)
         assert rank is not None
         inputs = damped(inputs, self.input_damping, own=True)
-        parts: Decomposition = weighted_svd(weight, inputs, self.gradients(site), rank)
+        parts: Decomposition = weighted_svd(weight.detach(), inputs, self.gradients(site), rank)
         directions = torch.arange(rank, device=parts.sigma.device)
         put_factors(self.working, site, parts, directions, self.structure.is_pivoted(site.layer, site.path))
 

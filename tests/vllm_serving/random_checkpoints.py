@@ -58,6 +58,10 @@ CONFIGS = {
     ),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**_COMMON),
     "helium": lambda: transformers.HeliumConfig(**_GROUPED, head_dim=32),
+    "mixtral": lambda: transformers.MixtralConfig(**_GROUPED, head_dim=32, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
+        **_GROUPED, head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=96, norm_topk_prob=True
+    ),
     "cohere": lambda: transformers.CohereConfig(**_GROUPED),
 }
 

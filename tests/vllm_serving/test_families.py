@@ -22,7 +22,21 @@ CAPPED_TOLERANCE = 5e-3
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "llama_biased", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "opt"]
+    "name",
+    [
+        "llama",
+        "llama_biased",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma2",
+        "gemma3",
+        "phi3",
+        "gpt2",
+        "opt",
+        "mixtral",
+        "qwen3_moe",
+    ],
 )
 def test_vllm_decodes_as_transformers_does(name: str, tmp_path: Path) -> None:
     directory = write_checkpoint(name, tmp_path / name)

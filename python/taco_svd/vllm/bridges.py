@@ -25,6 +25,8 @@ PAIRS = frozenset(
         "GemmaDecoderLayer",
         "Gemma2DecoderLayer",
         "Gemma3DecoderLayer",
+        "MixtralDecoderLayer",
+        "Qwen3MoeDecoderLayer",
     }
 )
 

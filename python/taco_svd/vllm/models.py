@@ -16,11 +16,21 @@ from vllm.model_executor.models.registry import ModelRegistry
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from ..errors import TacoError
+from ..experts import expert_number
 from ..modeling import compressed_config_class
 from ..structure import Structure
 from .bridges import attach
 from .factors import FactorsConfig
 from .registration import PREFIX
+
+# What vLLM's class of that name calls parts of names, where it has kept those of older transformers.
+RENAMED = {
+    "MixtralForCausalLM": {
+        ".mlp.experts.gate_up_proj": ".mlp.experts.w13",
+        ".mlp.experts.down_proj": ".mlp.experts.w2",
+        ".mlp.": ".block_sparse_moe.",
+    }
+}
 
 
 class ServedModel:
@@ -43,9 +53,10 @@ class ServedModel:
         for position in here:
             for path in structure.low_rank.get(structure.kept[position], {}):
                 if (position, path) not in factors.claimed:
+                    hint = "" if expert_number(path) is None else " Compress with --experts whole for vLLM."
                     raise TacoError(
                         f"vLLM's {type(self).__name__} has no linear layer for {path} of layer {position}, which is "
-                        "factorised in this checkpoint."
+                        f"factorised in this checkpoint.{hint}"
                     )
         for bridge in structure.bridges:
             position = structure.position(bridge.after)
@@ -59,12 +70,15 @@ class ServedModel:
             TacoError: the checkpoint lacks weights, or has some of the wrong shape.
         """
         missing = dict(self._taco_expected)
+        renamed = RENAMED.get(type(self).__name__.removeprefix(PREFIX), {})
 
         def watched() -> Iterable[tuple[str, torch.Tensor]]:
             for name, weight in weights:
                 shape = missing.pop(name, None)
                 if shape is not None and shape != tuple(weight.shape):
                     raise TacoError(f"{name} is {tuple(weight.shape)}, {shape} is needed; the checkpoint is damaged.")
+                for ours, theirs in renamed.items():
+                    name = name.replace(ours, theirs)
                 yield name, weight
 
         loaded = super().load_weights(watched())  # type: ignore[misc]
@@ -72,6 +86,13 @@ class ServedModel:
             raise TacoError(
                 f"{len(missing)} weights are missing from the checkpoint (first: {min(missing)}); it is incomplete. "
                 "Copy it again, or compress again."
+            )
+        # some of vLLM's loaders pass over names that they do not know
+        empty = [] if loaded is None else [name for name, _ in self.named_parameters() if name not in loaded]  # type: ignore[attr-defined]
+        if empty:
+            raise TacoError(
+                f"vLLM's {type(self).__name__} filled {len(empty)} of its weights from nothing in the checkpoint "
+                f"(first: {min(empty)}); serve it with transformers."
             )
         return loaded
 
