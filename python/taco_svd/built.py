@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .architectures import Architecture, dense_weight, linear_shape
-from .replacement import LowRankBridge, LowRankLinear, attach_bridge
+from .architectures import Architecture
+from .replacement import LowRankBridge, LowRankLinear, attach_bridge, empty_factors
 from .store import Store
 from .structure import Structure
 
@@ -39,7 +39,7 @@ def restore_layer(
         if isinstance(module, LowRankLinear):
             made = module
         elif rank is not None:
-            made = empty_factors(module, rank, structure.is_pivoted(layer, site.path), device)
+            made = empty_factors(module, rank, structure.is_pivoted(layer, site.path))
         elif own:
             made = with_own_parameters(module)
         else:
@@ -56,17 +56,6 @@ def restore_layer(
             _set(made_bridge, key, value.to(device))
         attach_bridge(architecture.layers[layer], made_bridge)
     return store.note(name)
-
-
-def empty_factors(dense: nn.Module, rank: int, pivoted: bool, device: torch.device | str) -> LowRankLinear:
-    """A `LowRankLinear` for a dense map, its tensors without data (meta): the caller sets them."""
-    weight = dense_weight(dense)
-    out_features, in_features = linear_shape(dense)
-    bias = getattr(dense, "bias", None)
-    made = LowRankLinear(in_features, out_features, rank, bias is not None, "meta", weight.dtype, pivoted)
-    if isinstance(bias, torch.Tensor):
-        _set(made, "bias", bias.detach().clone().to(device))
-    return made.train(dense.training)
 
 
 def with_own_parameters(module: nn.Module) -> nn.Module:

@@ -19,7 +19,7 @@ from .gauge import pivoted_factors
 from .memory import release
 from .plan import Plan
 from .progress import Progress
-from .replacement import LowRankLinear
+from .replacement import LowRankLinear, empty_factors
 from .store import Store
 from .structure import Structure
 from .suffix import SuffixRunner
@@ -66,15 +66,12 @@ def put_factors(
 ) -> None:
     """Puts the factors of `directions` in the place of a dense map; `pivoted`: in the gauge that stores less."""
     dense = architecture.module(site)
-    weight = dense_weight(dense)
     bias = getattr(dense, "bias", None)
     u, v = parts.factors(directions)
     pivot = None
     if pivoted:
         u, v, pivot = pivoted_factors(u, v)
-    module = LowRankLinear(
-        weight.shape[1], weight.shape[0], len(directions), bias is not None, "meta", weight.dtype, pivoted
-    ).to_empty(device=weight.device)
+    module = empty_factors(dense, len(directions), pivoted).to_empty(device=dense_weight(dense).device)
     with torch.no_grad():
         module.u.copy_(u)
         module.v.copy_(v)
@@ -82,7 +79,6 @@ def put_factors(
             module.pivot.copy_(pivot)
         if module.bias is not None and isinstance(bias, torch.Tensor):
             module.bias.copy_(bias)
-    module.train(dense.training)
     architecture.replace(site, module)
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 import taco_kernels
 
-from .architectures import Architecture, LinearSite, linear_shape
+from .architectures import Architecture, LinearSite, dense_weight, linear_shape
 from .errors import TacoError
 from .experts import names_experts, open_experts
 from .structure import NarrowSpec, Structure
@@ -89,6 +89,14 @@ class LowRankLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"bias={self.bias is not None}, pivoted={self.pivot is not None}"
         )
+
+
+def empty_factors(dense: nn.Module, rank: int, pivoted: bool) -> LowRankLinear:
+    """What stands for a dense map in two factors, its tensors without data (meta): the caller makes and fills them."""
+    out_features, in_features = linear_shape(dense)
+    bias = getattr(dense, "bias", None) is not None
+    made = LowRankLinear(in_features, out_features, rank, bias, "meta", dense_weight(dense).dtype, pivoted)
+    return made.train(dense.training)
 
 
 class NarrowLinear(nn.Module):
@@ -325,52 +333,18 @@ def install(model: PreTrainedModel, structure: Structure, device: torch.device |
             f"{len(architecture.layers)}."
         )
     for source_layer, ranks in structure.low_rank.items():
-        position = structure.position(source_layer)
         for path, rank in ranks.items():
-            if path not in architecture.paths:
-                raise TacoError(f"The checkpoint's structure names {path!r}, which {type(model).__name__} has not.")
-            site = LinearSite(position, path, architecture.block_of(path))
-            dense = architecture.module(site)
-            out_features, in_features = linear_shape(dense)
+            site, (out_features, in_features), setting = _place(architecture, structure, source_layer, path)
             if rank > min(out_features, in_features):
                 raise TacoError(f"layer {source_layer}, {path}: rank {rank} of a {out_features} x {in_features} map.")
-            reference = dense.weight
-            assert isinstance(reference, torch.Tensor)
-            architecture.replace(
-                site,
-                LowRankLinear(
-                    in_features,
-                    out_features,
-                    rank,
-                    bias=getattr(dense, "bias", None) is not None,
-                    device=reference.device,
-                    dtype=reference.dtype,
-                    pivoted=structure.is_pivoted(source_layer, path),
-                ),
-            )
+            pivoted = structure.is_pivoted(source_layer, path)
+            architecture.replace(site, LowRankLinear(in_features, out_features, rank, pivoted=pivoted, **setting))
     for source_layer, specs in structure.narrow.items():
-        position = structure.position(source_layer)
         for path, spec in specs.items():
-            if path not in architecture.paths:
-                raise TacoError(f"The checkpoint's structure names {path!r}, which {type(model).__name__} has not.")
-            site = LinearSite(position, path, architecture.block_of(path))
-            dense = architecture.module(site)
-            out_features, in_features = linear_shape(dense)
+            site, (out_features, in_features), setting = _place(architecture, structure, source_layer, path)
             if spec.rows > out_features or spec.columns > in_features:
                 raise TacoError(f"layer {source_layer}, {path}: {spec} of a {out_features} x {in_features} map.")
-            reference = dense.weight
-            assert isinstance(reference, torch.Tensor)
-            architecture.replace(
-                site,
-                NarrowLinear(
-                    in_features,
-                    out_features,
-                    spec,
-                    bias=getattr(dense, "bias", None) is not None,
-                    device=reference.device,
-                    dtype=reference.dtype,
-                ),
-            )
+            architecture.replace(site, NarrowLinear(in_features, out_features, spec, **setting))
     hidden = model.config.hidden_size
     for bridge in structure.bridges:
         if bridge.rank > hidden:
@@ -381,3 +355,23 @@ def install(model: PreTrainedModel, structure: Structure, device: torch.device |
             layer,
             LowRankBridge(hidden, bridge.rank, bridge.bias, bridge.eps, device=reference.device, dtype=reference.dtype),
         )
+
+
+def _place(
+    architecture: Architecture, structure: Structure, source_layer: int, path: str
+) -> tuple[LinearSite, tuple[int, int], dict[str, Any]]:
+    """Where a map of a structure is in a model of the kept layers, its (out, in) features, and what a replacement
+    takes over from it.
+
+    Raises:
+        TacoError: the model has no such map.
+    """
+    if path not in architecture.paths:
+        name = type(architecture.model).__name__
+        raise TacoError(f"The checkpoint's structure names {path!r}, which {name} has not.")
+    site = LinearSite(structure.position(source_layer), path, architecture.block_of(path))
+    dense = architecture.module(site)
+    reference = dense.weight
+    assert isinstance(reference, torch.Tensor)
+    bias = getattr(dense, "bias", None) is not None
+    return site, linear_shape(dense), {"bias": bias, "device": reference.device, "dtype": reference.dtype}

@@ -17,7 +17,7 @@ from torch import nn
 
 from .architectures import Architecture, LinearSite, dense_weight
 from .bridging import BridgeMoments, fit_bridge
-from .built import empty_factors, restore_layer, save_layer, with_own_parameters
+from .built import restore_layer, save_layer, with_own_parameters
 from .consistency import FitMoments, refit
 from .decomposition import Decomposition, damped, weighted_svd
 from .divergence import kl_per_token
@@ -25,7 +25,7 @@ from .experts import MAPS, expert_number
 from .factorise import put_factors
 from .memory import release
 from .progress import Report
-from .replacement import LowRankBridge, LowRankLinear, attach_bridge
+from .replacement import LowRankBridge, LowRankLinear, attach_bridge, empty_factors
 from .statistics import same_inputs
 from .store import Store
 from .structure import BridgeSpec, Structure
@@ -262,7 +262,7 @@ class UpwardPass:
             device = dense_weight(self.dense.module(site)).device
             if rank is not None:
                 pivoted = self.structure.is_pivoted(site.layer, site.path)
-                module = empty_factors(module, rank, pivoted, "meta").to_empty(device=device)
+                module = empty_factors(module, rank, pivoted).to_empty(device=device)
             else:
                 module = with_own_parameters(self.dense.module(site))
                 for name, parameter in list(module.named_parameters()):
