@@ -69,7 +69,8 @@ def run(kind: str, arguments: list[str]) -> int:
         "ASAN_OPTIONS": f"{log}:detect_leaks=0:allocator_may_return_null=1:detect_stack_use_after_return=0",
         "UBSAN_OPTIONS": f"{log}:print_stacktrace=1:halt_on_error=1",
         # torch and the interpreter are not instrumented: only what our own code does is judged
-        "TSAN_OPTIONS": f"{log}:ignore_noninstrumented_modules=1:halt_on_error=1:suppressions={suppressions}",
+        "TSAN_OPTIONS": f"{log}:ignore_noninstrumented_modules=1:halt_on_error=1:allocator_may_return_null=1"
+        f":suppressions={suppressions}",
         # libstdc++ with it: the runtime looks for the real __cxa_throw when it starts
         "LD_PRELOAD": ":".join([library("tsan" if "thread" in kind else "asan"), library("stdc++")]),
     }
