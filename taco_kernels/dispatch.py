@@ -43,6 +43,28 @@ def _library_has_fp16() -> bool:
 # cores with AVX-512-BF16: bf16 breaks even near 16 rows, fp32 beyond 64). A CPU without fp16 arithmetic leaves torch
 # with a slow path there: ours is several times faster for any number of rows.
 CPU_MAX_ROWS = {torch.float32: 64, torch.float16: 16 if _library_has_fp16() else 2**62, torch.bfloat16: 16}
+# Ranks from which the native kernels for many rows win over two library products, and up to how many rows: bfloat16 on
+# cores with AVX-512-BF16, whose weights they read where they lie. Below, packing and unpacking rows costs too much of
+# the call. Matrix units (AMX) are several times faster than any of this, and the library's.
+MANY_ROWS = ((768, 2**62), (256, 64))
+
+
+def _multiplies_many_rows() -> bool:
+    has_matrix_unit = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    return native.module is not None and native.module.cpu_isas()[0] == "avx512bf16" and not has_matrix_unit()
+
+
+_many_rows = _multiplies_many_rows()
+
+
+def _cpu_rows(dtype: torch.dtype, rank: int) -> int:
+    """Up to how many rows the native kernels serve a CPU."""
+    few = CPU_MAX_ROWS[dtype]
+    if _many_rows and dtype == torch.bfloat16:
+        return next((rows for least, rows in MANY_ROWS if rank >= least), few)
+    return few
+
+
 # On a GPU a decode kernel serves few rows, and cuBLAS the rest.
 CUDA_MAX_ROWS = 16
 TRITON_MAX_ROWS = 16
@@ -159,8 +181,10 @@ def choose(
     rows: int,
     turned: bool = False,
     shape: tuple[str, int, int, int] | None = None,
+    rank: int = 0,
 ) -> str:
-    """The backend for one call: ``rows`` vectors of ``dtype`` on ``device_type``.
+    """The backend for one call: ``rows`` vectors of ``dtype`` on ``device_type``, through factors of ``rank`` (their
+    sum in a group), which only a CPU asks for.
 
     ``turned`` says that a factor is a transposed view (as in a gradient): the C++ and CUDA kernels would have to copy
     it, which costs more than they save. On a GPU that has been measured, the table decides (see ``tuned_choice``).
@@ -177,7 +201,8 @@ def choose(
     if dtype not in CPP_DTYPES:
         return "reference"
     if device_type == "cpu":
-        return "cpp" if not turned and rows <= CPU_MAX_ROWS[dtype] and native.module is not None else "library"
+        ours = not turned and native.module is not None and rows <= _cpu_rows(dtype, rank)
+        return "cpp" if ours else "library"
     if device_type == "cuda":
         if shape is not None and not turned:
             known = tuned_choice(shape, dtype, rows)

@@ -135,7 +135,7 @@ def _compute(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, eps: f
     rows = h.numel() // width if width else 0
     device = h.device.type
     shape = None if device == "cpu" else ("low_rank_bridge", width, width, v.shape[0])
-    return _BACKENDS[dispatch.choose(device, h.dtype, rows, False, shape)](h, v, u, bias, eps)
+    return _BACKENDS[dispatch.choose(device, h.dtype, rows, False, shape, v.shape[0])](h, v, u, bias, eps)
 
 
 library.impl("low_rank_bridge", _compute, "CPU")

@@ -143,7 +143,7 @@ def _compute(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, residu
     rows = x.numel() // width if width else x.shape[:-1].numel()
     device = x.device.type
     shape = None if device == "cpu" else ("low_rank_linear", width, u.shape[0], v.shape[0])
-    backend = dispatch.choose(device, x.dtype, rows, turned(v) or turned(u), shape)
+    backend = dispatch.choose(device, x.dtype, rows, turned(v) or turned(u), shape, v.shape[0])
     return BACKENDS[backend](x, v, u, bias, residual)
 
 

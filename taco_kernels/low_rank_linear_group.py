@@ -143,7 +143,8 @@ def _compute(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequ
     device, shape = x.device.type, None
     if device != "cpu":
         shape = ("low_rank_linear_group", width, sum(u.shape[0] for u in us), sum(u.shape[1] for u in us))
-    return BACKENDS[dispatch.choose(device, x.dtype, rows, False, shape)](x, vs, us, biases)
+    rank = sum(u.shape[1] for u in us)
+    return BACKENDS[dispatch.choose(device, x.dtype, rows, False, shape, rank)](x, vs, us, biases)
 
 
 library.impl("low_rank_linear_group", _compute, "CPU")

@@ -173,7 +173,7 @@ def _compute(
     rows = x.numel() // width if width else x.shape[:-1].numel()
     device = x.device.type
     shape = None if device == "cpu" else ("pivoted_low_rank_linear", width, u.shape[0], v.shape[0])
-    chosen = dispatch.choose(device, x.dtype, rows, False, shape)
+    chosen = dispatch.choose(device, x.dtype, rows, False, shape, v.shape[0])
     if chosen == "cuda":  # no CUDA kernel gathers; where one would serve other ops, Triton's does
         few = rows <= dispatch.TRITON_MAX_ROWS and not dispatch.why_not("triton", "cuda")
         chosen = "triton" if few else "library"

@@ -15,10 +15,11 @@ namespace {
 #include "staged.inl"
 #include "gating.inl"
 #include "attribution.inl"
+#include "many_rows.inl"
 
 // bf16 weights against bf16 vectors: one instruction multiplies 32 pairs and adds them to 16 fp32 sums, nothing to
-// widen. Only for the first product: the second one's vector stays fp32, since rounding it would cost accuracy, and
-// splitting it into two bf16 parts as many instructions as FMAs need (staged.inl).
+// widen. For few rows only for the first product: the second one's vector stays fp32, since rounding it would cost
+// accuracy, and splitting it into two bf16 parts as many instructions as FMAs need (staged.inl).
 struct DotBf16 {
   using W = __m512bh;
   using X = __m512bh;
@@ -42,6 +43,6 @@ const CpuKernels kAvx512Bf16Kernels = {
      {first_product<Converted<F16>, F16>, second_product_either<F16>, sum_of_squares<F16>, gating<F16>,
       attribution<F16>},
      {first_product<DotBf16, BF16>, second_product_either<BF16>, sum_of_squares<BF16>, gating<BF16>,
-      attribution<BF16>}}};
+      attribution<BF16>, pack_bf16, many_first, many_second}}};
 
 }  // namespace taco

@@ -92,12 +92,46 @@ struct AttributionBlock {
   double* open;           // the sum over the sequence that has not ended yet; not part of signed_sum
 };
 
+// For many rows: 16-bit vectors side by side. Two neighbouring columns of a row share 32 bits (the lower half comes first),
+// and the pair j of all rows lies together: pairs[j * lanes + row]. `lanes` is the number of rows rounded up to whole
+// groups of 16; rows that are not there, and the second half of an odd last pair, are zero.
+struct Packing {
+  const void* x;
+  std::int64_t x_stride;
+  std::int64_t rows, columns;
+  std::uint32_t* pairs;
+  std::int64_t lanes;
+};
+
+// t = x v^T + t, rounded to the dtype, for rows [begin, end) of v, begin even; both vectors are packed.
+struct ManyFirst {
+  const std::uint32_t* x;
+  std::int64_t lanes, in;
+  const void* v;
+  std::int64_t v_stride;
+  std::uint32_t* t;
+  bool onto;  // whether t holds something to be added to
+  float* partial;  // [rows of v, lanes], where there are more columns than kManyColumns
+};
+
+// What a SecondProduct does, from a packed t.
+struct ManySecond {
+  const std::uint32_t* t;
+  std::int64_t lanes;
+  SecondProduct product;  // its t and layout are not used
+  float* partial;         // [rows of u, lanes], where the rank is larger than kManyColumns
+};
+
 struct DtypeKernels {
   void (*first)(const FirstProduct&, std::int64_t begin, std::int64_t end);
   void (*second)(const SecondProduct&, std::int64_t begin, std::int64_t end);
   float (*sum_of_squares)(const void* x, std::int64_t n);
   void (*gating)(const Gating&, std::int64_t begin, std::int64_t end);
   void (*attribution)(const AttributionBlock&, std::int64_t begin, std::int64_t end);
+  // For more than kFewRows rows; null where the instruction set has nothing better than the others above.
+  void (*pack)(const Packing&, std::int64_t begin, std::int64_t end) = nullptr;  // pairs [begin, end)
+  void (*many_first)(const ManyFirst&, std::int64_t begin, std::int64_t end) = nullptr;
+  void (*many_second)(const ManySecond&, std::int64_t begin, std::int64_t end) = nullptr;
 };
 
 // Layout::stride must be a multiple of this on every instruction set: two of the widest vectors.
@@ -106,6 +140,11 @@ constexpr std::int64_t kStepMultiple = 32;
 constexpr std::int64_t kTile = 16;
 // Batch rows that go through a sweep together at most.
 constexpr std::int64_t kRowBlock = 64;
+// Columns of packed vectors that go through all weight rows together: of kRowBlock rows they take 3/4 of a second cache of
+// 1 MiB.
+constexpr std::int64_t kManyColumns = 6144;
+// Up to so many rows a call waits for memory, and its intermediate stays fp32.
+constexpr std::int64_t kFewRows = 16;
 
 struct CpuKernels {
   const char* name;

@@ -218,12 +218,95 @@ void meet() {
   TACO_BARRIER
 }
 
+// As low_rank, for more rows than kFewRows on an instruction set that has kernels for them.
+void low_rank_many(const DtypeKernels& kernels, const LowRankInput& input, const LowRankMap* maps, int count,
+                   int threads) {
+  const std::int64_t element = size_of(input.dtype);
+  constexpr std::int64_t kGroup = 16;
+  // Blocks of at most kRowBlock rows, of as equal numbers of groups as can be: a lone group costs nearly as much as two.
+  const std::int64_t groups = (input.rows + kGroup - 1) / kGroup;
+  const std::int64_t blocks = (groups * kGroup + kRowBlock - 1) / kRowBlock;
+  const std::int64_t most = (groups + blocks - 1) / blocks * kGroup;
+  const auto pairs_of = [](std::int64_t columns) { return (columns + 1) / 2; };
+  std::int64_t weights = 0, floats = most * (1 + pairs_of(input.in)), waiting = 0;
+  for (int i = 0; i < count; ++i) {
+    weights += maps[i].rank * (input.in + maps[i].out);
+    floats += most * pairs_of(maps[i].rank);
+    // sums of one map wait at a time, but threads need not work on the same one
+    if (input.in > kManyColumns) waiting += maps[i].rank;
+    if (maps[i].rank > kManyColumns) waiting += maps[i].out;
+  }
+  const int team = threads_for(weights, input, threads);
+  float* const scales = scratch.get(static_cast<std::size_t>(floats + most * waiting));
+  float* const scale = input.normalise && input.in > 0 ? scales : nullptr;
+  float* const waits = scales + floats;
+  std::uint32_t* const packed = reinterpret_cast<std::uint32_t*>(scales + most);
+
+  for (std::int64_t block = 0; block < blocks; ++block) {
+    const std::int64_t start = groups * block / blocks * kGroup, end = groups * (block + 1) / blocks * kGroup;
+    const std::int64_t rows = std::min(end, input.rows) - start, lanes = end - start;
+    const Packing x = {offset(input.x, start * input.x_stride, element), input.x_stride, rows, input.in, packed, lanes};
+    on_team(team, [&](int index, int members) {
+      // each thread its share of the pairs, in whole vectors
+      const auto pack = [&](const Packing& p) {
+        const std::int64_t vectors = (pairs_of(p.columns) + kGroup - 1) / kGroup;
+        const std::int64_t first = vectors * index / members * kGroup, last = vectors * (index + 1) / members * kGroup;
+        kernels.pack(p, first, std::min(last, pairs_of(p.columns)));
+      };
+      const auto each_map = [&](const auto& body) {
+        std::uint32_t* t = packed + lanes * pairs_of(input.in);
+        float* partial = waits;
+        for (int i = 0; i < count; ++i) {
+          float* const of_first = partial;
+          if (input.in > kManyColumns) partial += lanes * maps[i].rank;
+          float* const of_second = partial;
+          if (maps[i].rank > kManyColumns) partial += lanes * maps[i].out;
+          body(maps[i], t, of_first, of_second);
+          t += lanes * pairs_of(maps[i].rank);
+        }
+      };
+      pack(x);
+      each_map([&](const LowRankMap& map, std::uint32_t* t, float*, float*) {
+        if (map.direct)
+          pack({offset(map.direct, start * map.direct_stride, element), map.direct_stride, rows, map.rank, t, lanes});
+      });
+      if (scale)
+        for (std::int64_t r = index; r < rows; r += members) {
+          const float squares = kernels.sum_of_squares(offset(x.x, r * input.x_stride, element), input.in);
+          scale[r] = 1.0f / std::sqrt(squares / static_cast<float>(input.in) + input.eps);
+        }
+      meet();
+      Shares of_ranks(index, members);
+      for (int i = 0; i < count; ++i) of_ranks.expect(maps[i].rank, 1);
+      each_map([&](const LowRankMap& map, std::uint32_t* t, float* partial, float*) {
+        const Range mine = of_ranks.next(map.rank, 1);
+        const ManyFirst first = {packed, lanes, input.in, map.v, map.v_stride, t, map.direct != nullptr, partial};
+        if (mine.begin < mine.end) kernels.many_first(first, mine.begin, mine.end);
+      });
+      meet();
+      Shares of_outputs(index, members);
+      for (int i = 0; i < count; ++i) of_outputs.expect(maps[i].out, maps[i].rank + kOutputCost);
+      each_map([&](const LowRankMap& map, std::uint32_t* t, float*, float* partial) {
+        const Range mine = of_outputs.next(map.out, map.rank + kOutputCost);
+        const SecondProduct product = {nullptr, {}, map.u, map.u_stride, scale, map.bias,
+                                       offset(map.residual, start * map.residual_stride, element), map.residual_stride,
+                                       offset(map.y, start * map.out, element), nullptr, map.out, rows, map.rank};
+        if (mine.begin < mine.end) kernels.many_second({t, lanes, product, partial}, mine.begin, mine.end);
+      });
+    });
+  }
+}
+
 }  // namespace
 
 void low_rank(const LowRankInput& input, const LowRankMap* maps, int count, int threads) {
   if (input.rows <= 0 || count <= 0) return;
   const CpuKernels* isa = active().load(std::memory_order_relaxed);
   const DtypeKernels* kernels = &isa->by_dtype[static_cast<int>(input.dtype)];
+  if (kernels->many_first && input.rows > kFewRows) {
+    low_rank_many(*kernels, input, maps, count, threads);
+    return;
+  }
   const std::int64_t element = size_of(input.dtype), most = std::min(input.rows, kRowBlock);
   std::int64_t weights = 0, floats = most;  // the norms' scales first
   for (int i = 0; i < count; ++i) {

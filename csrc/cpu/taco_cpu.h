@@ -26,7 +26,9 @@ struct LowRankMap {
 };
 
 struct LowRankInput {
-  Dtype dtype;    // of every tensor of the call; sums and the rank-sized intermediate are fp32
+  // Of every tensor of the call; sums are fp32. So is the rank-sized intermediate, but for more than 16 rows of bf16 on a CPU
+  // with dot products of it: there it is rounded, as between two library products.
+  Dtype dtype;
   const void* x;  // [rows, in], rows x_stride apart, elements contiguous
   std::int64_t x_stride;
   std::int64_t rows, in;
@@ -38,7 +40,7 @@ enum class Activation : int { kSilu = 0, kGeluTanh = 1, kGelu = 2, kRelu = 3 };
 
 // All of these compute on at most `threads` threads of the OpenMP runtime that the process already has, in one parallel
 // region for each 64 rows. A problem too small to pay for waking a thread runs on fewer. The bits of the result depend
-// on the instruction set, and on whether the rows are 1 to 4, 5 to 8 or more, but not on the threads.
+// on the instruction set, and on whether the rows are 1 to 4, 5 to 8, 9 to 16 or more, but not on the threads.
 
 // y = (x v^T) u^T + bias + residual for each of `count` maps of the same input
 void low_rank(const LowRankInput& input, const LowRankMap* maps, int count, int threads);

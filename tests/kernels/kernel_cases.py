@@ -65,7 +65,8 @@ def bound(exact: Tensor, magnitude: Tensor, terms: int, dtype: torch.dtype, back
 
     ``magnitude`` is the same expression with every factor replaced by its absolute value; a sum of n fp32 products in
     any order is off by at most n u32 of it (u: unit roundoff). One rounding to ``dtype`` at the end; two library calls
-    round the input's norm, the intermediate, the second product and each addition as well.
+    round the input's norm, the intermediate, the second product and each addition as well, the kernels for many rows of
+    bfloat16 only the intermediate.
     """
     u32 = torch.finfo(torch.float32).eps / 2
     u = torch.finfo(dtype).eps / 2
@@ -74,7 +75,15 @@ def bound(exact: Tensor, magnitude: Tensor, terms: int, dtype: torch.dtype, back
     error = (terms + 8) * u32 * magnitude + u * exact.abs() * (1 + u) + smallest
     if backend == "library":
         error = error + 4 * u * magnitude * (1 + u)
+    if rounds_intermediate(backend, dtype, exact.shape[:-1].numel()):
+        error = error + u * magnitude * (1 + u)
     return error
+
+
+def rounds_intermediate(backend: str, dtype: torch.dtype, rows: int) -> bool:
+    """Whether a backend of :func:`cpu_backends` has the kernels for many rows, and so many come."""
+    has = backend == "cpp:avx512bf16" or (backend == "cpp" and native.module.cpu_isa() == "avx512bf16")
+    return has and dtype == torch.bfloat16 and rows > 16
 
 
 def assert_within(actual: Tensor, exact: Tensor, limit: Tensor) -> None:

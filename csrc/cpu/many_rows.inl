@@ -1,0 +1,213 @@
+// The two products for more rows than wait for memory (kFewRows), on AVX-512 with bf16 dot products. Included by
+// avx512bf16.cpp after panel.inl.
+//
+// Batch rows are the lanes of a vector, a pair of neighbouring columns in each (Packing in isa.h). A weight row lies in
+// memory as pairs of columns already, so each pair is broadcast from where it is to all rows: weights are neither copied
+// nor rearranged, which a library's product does at every call. A tile is kOutputs weight rows by kGroups groups of 16
+// batch rows, all of whose sums stay in registers over all columns. The intermediate leaves the first product rounded and
+// packed, as the second one reads it.
+
+constexpr int kGroup = 16;
+
+// to nearest, ties to even, in the lower half of each lane; a nan keeps its upper half and one quiet bit
+inline __m512i rounded_bf16(__m512 a) {
+  const __m512i bits = _mm512_castps_si512(a);
+  const __m512i upper = _mm512_srli_epi32(bits, 16);
+  const __m512i odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
+  const __m512i nearest =
+      _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+  const __m512i quiet = _mm512_or_si512(upper, _mm512_set1_epi32(0x40));
+  return _mm512_mask_mov_epi32(nearest, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), quiet);
+}
+
+inline void pack_bf16(const Packing& p, std::int64_t begin, std::int64_t end) {
+  const BF16* const x = static_cast<const BF16*>(p.x);
+  for (std::int64_t j = begin; j < end; j += kGroup) {
+    const std::int64_t columns = p.columns - 2 * j;
+    const __mmask32 there = columns >= 32 ? ~__mmask32{0} : Arch::first_of_32(columns);
+    const int pairs = static_cast<int>(end - j < kGroup ? end - j : kGroup);
+    for (std::int64_t g = 0; g < p.lanes; g += kGroup) {
+      Arch::Vec tile[kGroup];
+      for (int i = 0; i < kGroup; ++i) {
+        const BF16* const at = x + (g + i) * p.x_stride + 2 * j;
+        const bool is_row = g + i < p.rows;
+        if (is_row) Arch::prefetch(at + 4 * kGroup);
+        tile[i] = is_row ? _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(there, at)) : Arch::zero();
+      }
+      Arch::transpose(tile);
+      for (int i = 0; i < pairs; ++i)
+        _mm512_storeu_si512(p.pairs + (j + i) * p.lanes + g, _mm512_castps_si512(tile[i]));
+    }
+  }
+}
+
+// sums[i][g] += dot products of weight row i with the rows of group g. The weights `ahead` elements further on, those of the
+// next tile, are asked for into the second cache meanwhile: a line of each row for 16 pairs.
+template <int kOutputs, int kGroups>
+inline void many_dots(const std::uint32_t* x, std::int64_t lanes, const BF16* const (&w)[kOutputs], std::int64_t columns,
+                      std::int64_t ahead, __m512 (&sums)[kOutputs][kGroups]) {
+  const std::int64_t pairs = columns / 2;
+  for (std::int64_t j = 0; j < pairs; ++j) {
+    if (j % 16 == 0)
+      for (int i = 0; i < kOutputs; ++i) _mm_prefetch(reinterpret_cast<const char*>(w[i] + 2 * j + ahead), _MM_HINT_T1);
+    __m512bh rows[kGroups];
+    for (int g = 0; g < kGroups; ++g)
+      rows[g] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(x + j * lanes + g * kGroup));
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC unroll 8
+#endif
+    for (int i = 0; i < kOutputs; ++i) {
+      int pair;
+      __builtin_memcpy(&pair, w[i] + 2 * j, 4);
+      const __m512bh weight = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+      for (int g = 0; g < kGroups; ++g) sums[i][g] = _mm512_dpbf16_ps(sums[i][g], rows[g], weight);
+    }
+  }
+  if (columns % 2)  // a pair whose second half is not there: in x it is zero
+    for (int i = 0; i < kOutputs; ++i) {
+      const __m512bh weight = reinterpret_cast<__m512bh>(_mm512_set1_epi32(w[i][2 * pairs].bits));
+      for (int g = 0; g < kGroups; ++g)
+        sums[i][g] = _mm512_dpbf16_ps(
+            sums[i][g], reinterpret_cast<__m512bh>(_mm512_loadu_si512(x + pairs * lanes + g * kGroup)), weight);
+    }
+}
+
+// Weight rows of a tile: 16 to 24 sums, which hide the latency of a dot product and leave registers for the rest.
+constexpr int outputs_for(int groups) { return groups == 4 ? 4 : 8; }
+
+// emit(m, count, sums): of weight rows m to m + count, count at most outputs_for(kGroups). Where there are more columns
+// than the second cache holds of x, sums wait in `partial`, [weight rows, lanes], while the next columns come in.
+template <int kGroups, class Emit>
+inline void many_sweep(const void* weights, std::int64_t stride, std::int64_t begin, std::int64_t end,
+                       const std::uint32_t* x, std::int64_t lanes, std::int64_t columns, float* partial, Emit emit) {
+  constexpr int kOutputs = outputs_for(kGroups);
+  std::int64_t start = 0;
+  do {  // sums of nothing are results, too
+    const bool last = start + kManyColumns >= columns;
+    for (std::int64_t m = begin; m < end; m += kOutputs) {
+      const int count = static_cast<int>(end - m < kOutputs ? end - m : kOutputs);
+      const BF16* w[kOutputs];
+      for (int i = 0; i < kOutputs; ++i)  // rows that are not there: the last one again
+        w[i] = static_cast<const BF16*>(weights) + (m + (i < count ? i : count - 1)) * stride + start;
+      __m512 sums[kOutputs][kGroups];
+      for (int i = 0; i < kOutputs; ++i)
+        for (int g = 0; g < kGroups; ++g)
+          sums[i][g] = start && i < count ? Arch::load16(partial + (m + i) * lanes + g * kGroup) : Arch::zero();
+      many_dots<kOutputs, kGroups>(x + start / 2 * lanes, lanes, w, last ? columns - start : kManyColumns,
+                                   kOutputs * stride, sums);
+      if (last) {
+        emit(m, count, sums);
+      } else {
+        for (int i = 0; i < count; ++i)
+          for (int g = 0; g < kGroups; ++g) Arch::store16(partial + (m + i) * lanes + g * kGroup, sums[i][g]);
+      }
+    }
+    start += kManyColumns;
+  } while (start < columns);
+}
+
+// two vectors of sums, rounded, side by side
+inline __m512i pair_of(__m512 first, __m512 second) {
+  return _mm512_or_si512(rounded_bf16(first), _mm512_slli_epi32(rounded_bf16(second), 16));
+}
+
+template <int kGroups>
+inline void many_first_of(const ManyFirst& p, std::int64_t begin, std::int64_t end) {
+  many_sweep<kGroups>(p.v, p.v_stride, begin, end, p.x, p.lanes, p.in, p.partial,
+                      [&](std::int64_t m, int count, auto& sums) {
+    for (int i = 0; i < count; i += 2) {
+      std::uint32_t* const at = p.t + (m + i) / 2 * p.lanes;
+      for (int g = 0; g < kGroups; ++g) {
+        __m512 first = sums[i][g], second = i + 1 < count ? sums[i + 1][g] : Arch::zero();
+        if (p.onto) {
+          const Arch::Pair there = Arch::widen_bf16(_mm512_loadu_si512(at + g * kGroup));
+          first = Arch::add(first, there.a);
+          second = Arch::add(second, there.b);
+        }
+        _mm512_storeu_si512(at + g * kGroup, pair_of(first, second));
+      }
+    }
+  });
+}
+
+// A row's results leave by whole lines of the cache.
+constexpr int kLeaving = 32;
+
+// y of 32 outputs, as pairs of neighbours with the rows in lanes: [kGroup pairs, lanes]
+template <int kGroups>
+inline void leave_pairs(const SecondProduct& to, const std::uint32_t (&pairs)[kGroup][kGroups * kGroup],
+                        std::int64_t first, int count) {
+  const __mmask32 there = count < kLeaving ? Arch::first_of_32(count) : ~__mmask32{0};
+  for (int g = 0; g < kGroups && g * kGroup < to.rows; ++g) {
+    Arch::Vec rows[kGroup];
+    for (int i = 0; i < kGroup; ++i) rows[i] = _mm512_castsi512_ps(_mm512_load_si512(&pairs[i][g * kGroup]));
+    Arch::transpose(rows);
+    for (int r = 0; r < kGroup && g * kGroup + r < to.rows; ++r) {
+      BF16* const y = static_cast<BF16*>(to.y) + (g * kGroup + r) * to.y_stride + first;
+      _mm512_mask_storeu_epi16(y, there, _mm512_castps_si512(rows[r]));
+    }
+  }
+}
+
+// As finish(), for sums whose rows are in lanes; a residual is read row by row.
+template <int kGroups>
+inline void many_second_of(const ManySecond& p, std::int64_t begin, std::int64_t end) {
+  const SecondProduct& to = p.product;
+  const BF16* const bias = static_cast<const BF16*>(to.bias);
+  const BF16* const residual = static_cast<const BF16*>(to.residual);
+  alignas(64) std::uint32_t pairs[kGroup][kGroups * kGroup];
+  alignas(64) std::uint32_t added[kGroup][kGroups * kGroup];  // the residual's pairs
+  Arch::Vec scale[kGroups];
+  for (int g = 0; g < kGroups; ++g) {
+    const std::int64_t left = to.rows - g * kGroup;
+    const __mmask16 rows = left >= kGroup ? 0xffff : static_cast<__mmask16>(Arch::first_of_32(left < 0 ? 0 : left));
+    scale[g] = to.scale ? _mm512_maskz_loadu_ps(rows, to.scale + g * kGroup) : _mm512_set1_ps(1.0f);
+  }
+  many_sweep<kGroups>(to.u, to.u_stride, begin, end, p.t, p.lanes, to.rank, p.partial,
+                      [&](std::int64_t m, int count, auto& sums) {
+    const int at = static_cast<int>((m - begin) % kLeaving);
+    if (residual && at == 0) {
+      const std::int64_t outputs = end - m < kLeaving ? end - m : kLeaving;
+      pack_bf16({residual + m, to.residual_stride, to.rows, outputs, &added[0][0], kGroups * kGroup}, 0,
+                (outputs + 1) / 2);
+    }
+    for (int i = 0; i < count; i += 2) {
+      const bool both = i + 1 < count;
+      const Arch::Vec first_bias = _mm512_set1_ps(bias ? to_float(bias[m + i]) : 0.0f);
+      const Arch::Vec second_bias = _mm512_set1_ps(bias && both ? to_float(bias[m + i + 1]) : 0.0f);
+      for (int g = 0; g < kGroups; ++g) {
+        Arch::Vec first = Arch::mul(sums[i][g], scale[g]);
+        Arch::Vec second = both ? Arch::mul(sums[i + 1][g], scale[g]) : Arch::zero();
+        if (bias) {
+          first = Arch::add(first, first_bias);
+          second = Arch::add(second, second_bias);
+        }
+        if (residual) {
+          const Arch::Pair there = Arch::widen_bf16(_mm512_load_si512(&added[(at + i) / 2][g * kGroup]));
+          first = Arch::add(first, there.a);
+          second = Arch::add(second, there.b);
+        }
+        _mm512_store_si512(&pairs[(at + i) / 2][g * kGroup], pair_of(first, second));
+      }
+    }
+    if (at + count == kLeaving || m + count == end) leave_pairs<kGroups>(to, pairs, m - at, at + count);
+  });
+}
+
+inline void many_first(const ManyFirst& p, std::int64_t begin, std::int64_t end) {
+  switch (p.lanes / kGroup) {
+    case 1: many_first_of<1>(p, begin, end); break;
+    case 2: many_first_of<2>(p, begin, end); break;
+    case 3: many_first_of<3>(p, begin, end); break;
+    default: many_first_of<4>(p, begin, end); break;
+  }
+}
+
+inline void many_second(const ManySecond& p, std::int64_t begin, std::int64_t end) {
+  switch (p.lanes / kGroup) {
+    case 1: many_second_of<1>(p, begin, end); break;
+    case 2: many_second_of<2>(p, begin, end); break;
+    case 3: many_second_of<3>(p, begin, end); break;
+    default: many_second_of<4>(p, begin, end); break;
+  }
+}
