@@ -229,7 +229,8 @@ def pivoted_low_rank_linear(
 
     Returns:
         [..., out] of ``x``'s dtype. Differentiable in every floating argument. The backends ``cpp`` and ``triton`` keep
-        the rank-sized intermediate in float32, ``library`` rounds it to the dtype.
+        the rank-sized intermediate in float32, ``library`` rounds it to the dtype (``cpp`` too for many rows, see
+        :func:`low_rank_linear`).
 
     Raises:
         TypeError, ValueError: dtypes or shapes that do not fit together.

@@ -143,8 +143,9 @@ constexpr std::int64_t kRowBlock = 64;
 // Columns of packed vectors that go through all weight rows together: of kRowBlock rows they take 3/4 of a second cache of
 // 1 MiB.
 constexpr std::int64_t kManyColumns = 6144;
-// Up to so many rows a call waits for memory, and its intermediate stays fp32.
-constexpr std::int64_t kFewRows = 16;
+// More rows than the first are for the kernels for many rows where the instruction set has them; where the ranks of a call
+// are at least kManyRanks in all, more than the second. Other calls keep their intermediate in fp32.
+constexpr std::int64_t kFewRows = 16, kLoneRows = 4, kManyRanks = 256;
 
 struct CpuKernels {
   const char* name;

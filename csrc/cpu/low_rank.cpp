@@ -303,7 +303,9 @@ void low_rank(const LowRankInput& input, const LowRankMap* maps, int count, int 
   if (input.rows <= 0 || count <= 0) return;
   const CpuKernels* isa = active().load(std::memory_order_relaxed);
   const DtypeKernels* kernels = &isa->by_dtype[static_cast<int>(input.dtype)];
-  if (kernels->many_first && input.rows > kFewRows) {
+  std::int64_t ranks = 0;
+  for (int i = 0; i < count; ++i) ranks += maps[i].rank;
+  if (kernels->many_first && (input.rows > kFewRows || (input.rows > kLoneRows && ranks >= kManyRanks))) {
     low_rank_many(*kernels, input, maps, count, threads);
     return;
   }

@@ -1,5 +1,5 @@
-// The two products for more rows than wait for memory (kFewRows), on AVX-512 with bf16 dot products. Included by
-// avx512bf16.cpp after panel.inl.
+// The two products for many rows (kFewRows in isa.h), on AVX-512 with bf16 dot products. Included by avx512bf16.cpp after
+// panel.inl.
 //
 // Batch rows are the lanes of a vector, a pair of neighbouring columns in each (Packing in isa.h). A weight row lies in
 // memory as pairs of columns already, so each pair is broadcast from where it is to all rows: weights are neither copied
@@ -41,35 +41,62 @@ inline void pack_bf16(const Packing& p, std::int64_t begin, std::int64_t end) {
   }
 }
 
+// sums += w x for the pair j of columns, whose rows are `rows`
+template <int kOutputs, int kGroups>
+inline void many_dot(const __m512bh (&rows)[kGroups], const BF16* const (&w)[kOutputs], std::int64_t j,
+                     __m512 (&sums)[kOutputs][kGroups]) {
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC unroll 8
+#endif
+  for (int i = 0; i < kOutputs; ++i) {
+    int pair;
+    __builtin_memcpy(&pair, w[i] + 2 * j, 4);
+    const __m512bh weight = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+    for (int g = 0; g < kGroups; ++g) sums[i][g] = _mm512_dpbf16_ps(sums[i][g], rows[g], weight);
+  }
+}
+
 // sums[i][g] += dot products of weight row i with the rows of group g. The weights `ahead` elements further on, those of the
 // next tile, are asked for into the second cache meanwhile: a line of each row for 16 pairs.
 template <int kOutputs, int kGroups>
 inline void many_dots(const std::uint32_t* x, std::int64_t lanes, const BF16* const (&w)[kOutputs], std::int64_t columns,
                       std::int64_t ahead, __m512 (&sums)[kOutputs][kGroups]) {
   const std::int64_t pairs = columns / 2;
-  for (std::int64_t j = 0; j < pairs; ++j) {
+  const auto ask = [&](std::int64_t j) {
     if (j % 16 == 0)
       for (int i = 0; i < kOutputs; ++i) _mm_prefetch(reinterpret_cast<const char*>(w[i] + 2 * j + ahead), _MM_HINT_T1);
-    __m512bh rows[kGroups];
+  };
+  const auto load = [&](std::int64_t j, __m512bh(&rows)[kGroups]) {
     for (int g = 0; g < kGroups; ++g)
       rows[g] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(x + j * lanes + g * kGroup));
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC unroll 8
-#endif
+  };
+  std::int64_t j = 0;
+  __m512bh rows[kGroups];
+  if constexpr (kGroups == 1) {  // too few sums to hide a dot product's latency: every second pair has its own
+    __m512 others[kOutputs][1];
+    for (int i = 0; i < kOutputs; ++i) others[i][0] = Arch::zero();
+    for (; j + 2 <= pairs; j += 2) {
+      ask(j);
+      __m512bh next[1];
+      load(j, rows);
+      load(j + 1, next);
+      many_dot(rows, w, j, sums);
+      many_dot(next, w, j + 1, others);
+    }
+    for (int i = 0; i < kOutputs; ++i) sums[i][0] = Arch::add(sums[i][0], others[i][0]);
+  }
+  for (; j < pairs; ++j) {
+    ask(j);
+    load(j, rows);
+    many_dot(rows, w, j, sums);
+  }
+  if (columns % 2) {  // a pair whose second half is not there: in x it is zero
+    load(pairs, rows);
     for (int i = 0; i < kOutputs; ++i) {
-      int pair;
-      __builtin_memcpy(&pair, w[i] + 2 * j, 4);
-      const __m512bh weight = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+      const __m512bh weight = reinterpret_cast<__m512bh>(_mm512_set1_epi32(w[i][2 * pairs].bits));
       for (int g = 0; g < kGroups; ++g) sums[i][g] = _mm512_dpbf16_ps(sums[i][g], rows[g], weight);
     }
   }
-  if (columns % 2)  // a pair whose second half is not there: in x it is zero
-    for (int i = 0; i < kOutputs; ++i) {
-      const __m512bh weight = reinterpret_cast<__m512bh>(_mm512_set1_epi32(w[i][2 * pairs].bits));
-      for (int g = 0; g < kGroups; ++g)
-        sums[i][g] = _mm512_dpbf16_ps(
-            sums[i][g], reinterpret_cast<__m512bh>(_mm512_loadu_si512(x + pairs * lanes + g * kGroup)), weight);
-    }
 }
 
 // Weight rows of a tile: 16 to 24 sums, which hide the latency of a dot product and leave registers for the rest.

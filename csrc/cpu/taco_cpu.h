@@ -26,8 +26,9 @@ struct LowRankMap {
 };
 
 struct LowRankInput {
-  // Of every tensor of the call; sums are fp32. So is the rank-sized intermediate, but for more than 16 rows of bf16 on a CPU
-  // with dot products of it: there it is rounded, as between two library products.
+  // Of every tensor of the call; sums are fp32. So is the rank-sized intermediate, but for many rows of bf16 on a CPU with dot
+  // products of it (more than 16, or more than 4 where the ranks are 256 or more in all): there it is rounded, as between
+  // two library products.
   Dtype dtype;
   const void* x;  // [rows, in], rows x_stride apart, elements contiguous
   std::int64_t x_stride;
@@ -40,7 +41,8 @@ enum class Activation : int { kSilu = 0, kGeluTanh = 1, kGelu = 2, kRelu = 3 };
 
 // All of these compute on at most `threads` threads of the OpenMP runtime that the process already has, in one parallel
 // region for each 64 rows. A problem too small to pay for waking a thread runs on fewer. The bits of the result depend
-// on the instruction set, and on whether the rows are 1 to 4, 5 to 8, 9 to 16 or more, but not on the threads.
+// on the instruction set, and on whether the rows are 1 to 4, 5 to 8, 9 to 16 or more (one of two kinds where the
+// intermediate is rounded: up to 16 and more), but not on the threads.
 
 // y = (x v^T) u^T + bias + residual for each of `count` maps of the same input
 void low_rank(const LowRankInput& input, const LowRankMap* maps, int count, int threads);

@@ -14,6 +14,16 @@ if native.module is None or NAME not in native.module.cpu_isas():
     pytest.skip(f"this CPU has no {NAME}, or the extension is not built", allow_module_level=True)
 
 BF16 = torch.bfloat16
+
+
+def rounded(exact: torch.Tensor, magnitude: torch.Tensor, terms: int) -> torch.Tensor:
+    """The bound of so many rows that the intermediate is rounded."""
+    rows = (17, exact.shape[-1])
+    extra = bound(exact.new_zeros(rows), exact.new_ones(rows), terms, BF16, "cpp")
+    plain = bound(exact.new_zeros((1, 1)), exact.new_ones((1, 1)), terms, BF16, "cpp")
+    return bound(exact, magnitude, terms, BF16, "cpp") + (extra[0, 0] - plain[0, 0]) * magnitude
+
+
 # a lone row in the last group, whole groups, all numbers of groups in a block, uneven blocks
 ROWS = [17, 32, 33, 48, 49, 64, 65, 80, 97, 129, 300]
 
@@ -29,6 +39,22 @@ def test_any_number_of_rows(sizes: tuple[int, int, int], rows: int) -> None:
             y = low_rank_linear(x, v, u, *more)
         exact, magnitude = linear_exact(x, v, u, *more)
         assert_within(y, exact, bound(exact, magnitude, width + rank, BF16, "cpp"))
+
+
+@pytest.mark.parametrize("rows", [5, 8, 9, 15, 16])
+@pytest.mark.parametrize("sizes", [(70, 256, 95), (1, 300, 64), (401, 257, 38)], ids=str)
+def test_fewer_rows_of_large_ranks(sizes: tuple[int, int, int], rows: int) -> None:
+    width, rank, out = sizes
+    x, v, u = random((rows, width), BF16), random((rank, width), BF16), random((out, rank), BF16)
+    bias, residual = random((out,), BF16), random((rows, out), BF16)
+    with use_backend("cpp"):
+        y = low_rank_linear(x, v, u, bias, residual)
+        few = low_rank_linear(x[:4], v, u, bias, residual[:4])  # whose intermediate is not rounded
+    exact, magnitude = linear_exact(x, v, u, bias, residual)
+    assert_within(y, exact, rounded(exact, magnitude, width + rank))
+    assert_within(few, exact[:4], bound(exact[:4], magnitude[:4], width + rank, BF16, "cpp"))
+    with use_backend("cpp"):
+        assert torch.equal(low_rank_linear(x[rows - 5 :], v, u, bias, residual[rows - 5 :]), y[rows - 5 :])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
