@@ -46,7 +46,7 @@ CPU_MAX_ROWS = {torch.float32: 64, torch.float16: 16 if _library_has_fp16() else
 # Ranks from which the native kernels for many rows win over two library products, and up to how many rows: bfloat16 on
 # cores with AVX-512-BF16, whose weights they read where they lie. Below, packing and unpacking rows costs too much of
 # the call. Matrix units (AMX) are several times faster than any of this, and the library's.
-MANY_ROWS = ((768, 2**62), (256, 64))
+MANY_ROWS = ((1280, 2**62), (768, 256), (256, 64))
 
 
 def _multiplies_many_rows() -> bool:
@@ -57,10 +57,15 @@ def _multiplies_many_rows() -> bool:
 _many_rows = _multiplies_many_rows()
 
 
+def multiplies_many_rows(dtype: torch.dtype) -> bool:
+    """Whether this CPU has the kernels for many rows of that dtype."""
+    return _many_rows and dtype == torch.bfloat16
+
+
 def _cpu_rows(dtype: torch.dtype, rank: int) -> int:
     """Up to how many rows the native kernels serve a CPU."""
     few = CPU_MAX_ROWS[dtype]
-    if _many_rows and dtype == torch.bfloat16:
+    if multiplies_many_rows(dtype):
         return next((rows for least, rows in MANY_ROWS if rank >= least), few)
     return few
 

@@ -89,6 +89,10 @@ def _composed(two: Callable[..., list[Tensor]], one: Callable[..., Tensor], x: T
     return one(ACTIVATIONS[act](opened).mul_(raised), *down, None)
 
 
+# Where a CPU has kernels for many rows, which the one for a whole MLP does not use, its three maps are better computed
+# one by one: beyond so many rows with ranks of at least so many in gate and up, beyond twice as many with smaller ones.
+COMPOSED_ROWS, COMPOSED_RANKS = 4, 256
+
 _CPP_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
 
 
@@ -178,8 +182,15 @@ def _compute(x: Tensor, *arguments: Any) -> Tensor:
     width = x.shape[-1]
     rows = x.numel() // width if width else x.shape[:-1].numel()
     device, shape = x.device.type, None
+    ranks = gate[1].shape[1] + up[1].shape[1]
     if device != "cpu":
-        shape = ("low_rank_mlp", width, 2 * gate[1].shape[0], gate[1].shape[1] + up[1].shape[1])
+        shape = ("low_rank_mlp", width, 2 * gate[1].shape[0], ranks)
+    elif rows > (COMPOSED_ROWS if ranks >= COMPOSED_RANKS else 2 * COMPOSED_ROWS) and (
+        dispatch.get_backend() is None and dispatch.multiplies_many_rows(x.dtype)
+    ):
+        two = GROUP[dispatch.choose(device, x.dtype, rows, rank=ranks)]
+        one = LINEAR[dispatch.choose(device, x.dtype, rows, rank=down[1].shape[1])]
+        return _composed(two, one, x, gate, up, down, act)
     return _BACKENDS[dispatch.choose(device, x.dtype, rows, False, shape)](x, gate, up, down, act)
 
 

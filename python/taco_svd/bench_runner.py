@@ -101,13 +101,16 @@ class Runner:
         forward = self.model.forward
         if self.mode == "compiled":
             forward = _compiled(forward, self.device)
+        # The last token by an index, whose result is contiguous. Of the view that logits_to_keep=1 gives, torch 2.13's
+        # product in bfloat16 takes 50 times as long on a CPU (0.35 s for a vocabulary of 32,000), in every model alike.
+        last = torch.tensor([self.prompt - 1], device=self.device)
         graph: torch.cuda.CUDAGraph | None = None
 
         def run(cache: Any) -> None:
             if graph is not None:
                 graph.replay()
             else:
-                forward(input_ids=self.ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                forward(input_ids=self.ids, past_key_values=cache, use_cache=True, logits_to_keep=last)
 
         self._prefill = run
         if self.mode == "graph":

@@ -65,9 +65,10 @@ def bootstrap(ratios: list[float], draws: int = 2000, seed: int = 0) -> Ratio:
 def _one(model: PreTrainedModel, ids: torch.Tensor, steps: int, wait: Callable[[], None]) -> tuple[float, float]:
     """(prefill seconds, seconds per decode step) of one prompt batch."""
     cache = DynamicCache(config=model.config)
+    last = torch.tensor([ids.shape[1] - 1], device=ids.device)  # see Runner._prepare_prefill
     wait()
     start = time.perf_counter()
-    output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=last)
     wait()
     prefill = time.perf_counter() - start
     token = output.logits[:, -1:].argmax(-1)

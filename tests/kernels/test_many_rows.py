@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import assert_within, bound, bridge_exact, linear_exact, random
+from kernel_cases import assert_within, bound, bridge_exact, linear_exact, mlp_bound, mlp_exact, random
 
-from taco_kernels import dispatch, low_rank_bridge, low_rank_linear, low_rank_linear_group, native, use_backend
+from taco_kernels import (
+    dispatch,
+    low_rank_bridge,
+    low_rank_linear,
+    low_rank_linear_group,
+    low_rank_mlp,
+    native,
+    use_backend,
+)
 from taco_kernels.pivoted_low_rank_linear import pivoted_low_rank_linear, pivoted_low_rank_linear_reference
 
 NAME = "avx512bf16"
@@ -111,6 +119,21 @@ def test_bridge_and_pivot(rows: int) -> None:
     assert_within(y, exact, bound(exact, magnitude, 90 + 35, BF16, "cpp"))
 
 
+@pytest.mark.parametrize("rows, rank", [(5, 130), (9, 40), (70, 600)])
+def test_an_mlp_is_composed_of_its_maps(rows: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_many_rows", True)
+    x = random((rows, 90), BF16) / 4
+    gate, up = ((random((rank, 90), BF16) / 16, random((110, rank), BF16) / 16, None) for _ in range(2))
+    down = (random((rank, 110), BF16) / 16, random((90, rank), BF16) / 16, None)  # no bias: it would hide the rest
+    with use_backend(None):
+        y = low_rank_mlp(x, gate, up, down)
+    exact = mlp_exact(x, gate, up, down, "silu")
+    assert_within(y, exact, mlp_bound(x, gate, up, down, "silu", "library"))
+    with use_backend("cpp"):
+        fused = low_rank_mlp(x, gate, up, down)
+    assert not torch.equal(y, fused)  # another way of rounding: it did not go through the kernel for a whole MLP
+
+
 def test_strides_and_what_lies_beyond() -> None:
     """Windows of tensors that are NaN everywhere else: nothing of it comes in, nothing outside y is written."""
     rows, width, rank, out = 37, 45, 21, 39
@@ -143,9 +166,11 @@ def test_dispatch_goes_by_rank_where_there_are_many_rows(monkeypatch: pytest.Mon
         return dispatch.choose("cpu", dtype, rows, rank=rank)
 
     monkeypatch.setattr(dispatch, "_many_rows", True)
-    assert [chosen(16, 64), chosen(17, 64), chosen(64, 256), chosen(65, 256), chosen(10**6, 768)] == [
-        "cpp", "library", "cpp", "library", "cpp"
-    ]  # fmt: skip
+    for rows, rank, backend in (
+        (16, 64, "cpp"), (17, 64, "library"), (64, 256, "cpp"), (65, 256, "library"), (256, 768, "cpp"),
+        (257, 768, "library"), (10**6, 1280, "cpp"),
+    ):  # fmt: skip
+        assert chosen(rows, rank) == backend
     assert chosen(65, 4096, torch.float32) == "library"
     monkeypatch.setattr(dispatch, "_many_rows", False)
     assert chosen(17, 4096) == "library"
