@@ -9,7 +9,7 @@ reads is checked: the saved model is loaded again, mapped, and must be finite an
 
 --report prints what --out's file has as a table, --docs writes it into docs/design.md as well. Rows of a cut shape are
 extrapolated to the whole one: a decoder layer costs what each of those measured cost, the rest (embeddings, head) is
-there once. Re-fits of wide layers (`wide_refit.py`) need more memory than the streamed model: 16 GB at 70B's width.
+there once. Re-fits of wide layers (`wide_refit.py`) need more memory than the streamed model: 10 GB at 70B's width.
 """
 
 from __future__ import annotations
