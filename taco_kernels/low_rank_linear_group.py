@@ -141,9 +141,9 @@ def _compute(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequ
     width = x.shape[-1]
     rows = x.numel() // width if width else x.shape[:-1].numel()
     device, shape = x.device.type, None
-    if device != "cpu":
-        shape = ("low_rank_linear_group", width, sum(u.shape[0] for u in us), sum(u.shape[1] for u in us))
     rank = sum(u.shape[1] for u in us)
+    if device != "cpu":
+        shape = ("low_rank_linear_group", width, sum(u.shape[0] for u in us), rank)
     return BACKENDS[dispatch.choose(device, x.dtype, rows, False, shape, rank)](x, vs, us, biases)
 
 

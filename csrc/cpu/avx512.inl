@@ -68,16 +68,19 @@ struct Arch {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                         _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
-  static inline void store16(BF16* p, Vec a) {
-    // As quad_store does it: on the integer side, because the conversion instruction drops subnormal numbers.
+  // a as bf16 in the lower half of each lane. As quad_store does it: on the integer side, because the conversion
+  // instruction drops subnormal numbers.
+  static inline __m512i rounded_bf16(Vec a) {
     const __m512i bits = _mm512_castps_si512(a);
     const __m512i upper = _mm512_srli_epi32(bits, 16);
     const __m512i odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
     const __m512i rounded =
         _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
     const __m512i quiet = _mm512_or_si512(upper, _mm512_set1_epi32(0x40));
-    const __m512i chosen = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), quiet);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(chosen));
+    return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), quiet);
+  }
+  static inline void store16(BF16* p, Vec a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded_bf16(a)));
   }
   template <class Y, class T>
   static inline void finish16(Y* y, Vec sums, float scale, const T* bias, const T* residual) {

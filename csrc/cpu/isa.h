@@ -94,7 +94,8 @@ struct AttributionBlock {
 
 // For many rows: 16-bit vectors side by side. Two neighbouring columns of a row share 32 bits (the lower half comes first),
 // and the pair j of all rows lies together: pairs[j * lanes + row]. `lanes` is the number of rows rounded up to whole
-// groups of 16; rows that are not there, and the second half of an odd last pair, are zero.
+// groups of kGroup; rows that are not there, and the second half of an odd last pair, are zero.
+constexpr int kGroup = 16;
 struct Packing {
   const void* x;
   std::int64_t x_stride;
@@ -128,7 +129,7 @@ struct DtypeKernels {
   float (*sum_of_squares)(const void* x, std::int64_t n);
   void (*gating)(const Gating&, std::int64_t begin, std::int64_t end);
   void (*attribution)(const AttributionBlock&, std::int64_t begin, std::int64_t end);
-  // For more than kFewRows rows; null where the instruction set has nothing better than the others above.
+  // For many rows (kFewRows below says how many); null where the instruction set has nothing better than the others above.
   void (*pack)(const Packing&, std::int64_t begin, std::int64_t end) = nullptr;  // pairs [begin, end)
   void (*many_first)(const ManyFirst&, std::int64_t begin, std::int64_t end) = nullptr;
   void (*many_second)(const ManySecond&, std::int64_t begin, std::int64_t end) = nullptr;

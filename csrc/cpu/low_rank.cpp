@@ -218,11 +218,19 @@ void meet() {
   TACO_BARRIER
 }
 
-// As low_rank, for more rows than kFewRows on an instruction set that has kernels for them.
+// 1 / sqrt(mean(x^2) + eps) of a thread's share of `rows` rows, which begin at x.
+void norm_scales(const DtypeKernels& kernels, const LowRankInput& input, const void* x, std::int64_t rows, int index,
+                 int members, float* scale) {
+  for (std::int64_t r = index; r < rows; r += members) {
+    const float squares = kernels.sum_of_squares(offset(x, r * input.x_stride, size_of(input.dtype)), input.in);
+    scale[r] = 1.0f / std::sqrt(squares / static_cast<float>(input.in) + input.eps);
+  }
+}
+
+// As low_rank, for many rows on an instruction set that has kernels for them.
 void low_rank_many(const DtypeKernels& kernels, const LowRankInput& input, const LowRankMap* maps, int count,
                    int threads) {
   const std::int64_t element = size_of(input.dtype);
-  constexpr std::int64_t kGroup = 16;
   // Blocks of at most kRowBlock rows, of as equal numbers of groups as can be: a lone group costs nearly as much as two.
   const std::int64_t groups = (input.rows + kGroup - 1) / kGroup;
   const std::int64_t blocks = (groups * kGroup + kRowBlock - 1) / kRowBlock;
@@ -270,11 +278,7 @@ void low_rank_many(const DtypeKernels& kernels, const LowRankInput& input, const
         if (map.direct)
           pack({offset(map.direct, start * map.direct_stride, element), map.direct_stride, rows, map.rank, t, lanes});
       });
-      if (scale)
-        for (std::int64_t r = index; r < rows; r += members) {
-          const float squares = kernels.sum_of_squares(offset(x.x, r * input.x_stride, element), input.in);
-          scale[r] = 1.0f / std::sqrt(squares / static_cast<float>(input.in) + input.eps);
-        }
+      if (scale) norm_scales(kernels, input, x.x, rows, index, members, scale);
       meet();
       Shares of_ranks(index, members);
       for (int i = 0; i < count; ++i) of_ranks.expect(maps[i].rank, 1);
@@ -342,11 +346,7 @@ void low_rank(const LowRankInput& input, const LowRankMap* maps, int count, int 
     }
     const Stage stage = {kernels, first.data(), second.data(), maps, count};
     on_team(team, [&](int index, int members) {
-      if (scale)
-        for (std::int64_t r = index; r < rows; r += members) {
-          const float squares = kernels->sum_of_squares(offset(x, r * input.x_stride, element), input.in);
-          scale[r] = 1.0f / std::sqrt(squares / static_cast<float>(input.in) + input.eps);
-        }
+      if (scale) norm_scales(*kernels, input, x, rows, index, members, scale);
       stage.first_products(index, members);
       meet();
       stage.second_products(index, members);

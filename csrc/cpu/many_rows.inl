@@ -7,19 +7,6 @@
 // batch rows, all of whose sums stay in registers over all columns. The intermediate leaves the first product rounded and
 // packed, as the second one reads it.
 
-constexpr int kGroup = 16;
-
-// to nearest, ties to even, in the lower half of each lane; a nan keeps its upper half and one quiet bit
-inline __m512i rounded_bf16(__m512 a) {
-  const __m512i bits = _mm512_castps_si512(a);
-  const __m512i upper = _mm512_srli_epi32(bits, 16);
-  const __m512i odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
-  const __m512i nearest =
-      _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
-  const __m512i quiet = _mm512_or_si512(upper, _mm512_set1_epi32(0x40));
-  return _mm512_mask_mov_epi32(nearest, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), quiet);
-}
-
 inline void pack_bf16(const Packing& p, std::int64_t begin, std::int64_t end) {
   const BF16* const x = static_cast<const BF16*>(p.x);
   for (std::int64_t j = begin; j < end; j += kGroup) {
@@ -135,7 +122,7 @@ inline void many_sweep(const void* weights, std::int64_t stride, std::int64_t be
 
 // two vectors of sums, rounded, side by side
 inline __m512i pair_of(__m512 first, __m512 second) {
-  return _mm512_or_si512(rounded_bf16(first), _mm512_slli_epi32(rounded_bf16(second), 16));
+  return _mm512_or_si512(Arch::rounded_bf16(first), _mm512_slli_epi32(Arch::rounded_bf16(second), 16));
 }
 
 template <int kGroups>

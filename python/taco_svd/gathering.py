@@ -37,7 +37,7 @@ GPU_SHARE = 0.5
 def is_scattered(model: nn.Module) -> bool:
     """Whether weights of a model lie in other processes, where accelerate has put them aside, or on several devices."""
     found = [(module, parameter) for module in model.modules() for parameter in module.parameters(recurse=False)]
-    if any(parameter.is_meta and not _has_hook(module) for module, parameter in found):
+    if any(parameter.is_meta and not hasattr(module, "_hf_hook") for module, parameter in found):
         return False  # they are nowhere
     spread = any(parameter.is_meta or isinstance(parameter, DTensor) for _, parameter in found)
     return spread or len({parameter.device for _, parameter in found}) > 1
@@ -60,12 +60,12 @@ def gathered(
         DiskFullError: there is no space for it.
     """
     team = team or Team()
-    parameters = dict(_parameters(model))
+    parameters = dict(model.named_parameters())  # shared ones once
     stored: dict[str, torch.Tensor] = {}
     with _shared_folder(directory, team) as (folder, writes):
-        for number, (name, (owner, parameter)) in enumerate(parameters.items()):
+        for number, name in enumerate(parameters):
             file = folder / f"{number}.safetensors"
-            whole = _whole(owner, name.rpartition(".")[2], parameter)
+            whole = _whole(model, name)
             failed: Exception | None = None
             if writes:
                 try:
@@ -95,19 +95,15 @@ def gathered(
         made.get_buffer(name).copy_(buffer.full_tensor() if isinstance(buffer, DTensor) else buffer)
     if model.generation_config is not None:
         made.generation_config = copy.deepcopy(model.generation_config)
-    return _where_it_was(made, next(iter(parameters.values()))[1].device)
+    return _where_it_was(made, next(iter(parameters.values())).device)
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, nn.Parameter]]]:
-    """(name, (the module it belongs to, parameter)), shared ones once."""
-    for name, parameter in model.named_parameters():
-        yield name, (model.get_submodule(name.rpartition(".")[0]), parameter)
-
-
-def _whole(owner: nn.Module, leaf: str, parameter: nn.Parameter) -> torch.Tensor:
+def _whole(model: nn.Module, name: str) -> torch.Tensor:
     """All of one parameter, contiguous, on the CPU."""
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
     brought = nullcontext()
-    if parameter.is_meta:
+    if getattr(owner, leaf).is_meta:
         from accelerate.utils import align_module_device
 
         brought = align_module_device(owner, torch.device("cpu"))
@@ -118,10 +114,6 @@ def _whole(owner: nn.Module, leaf: str, parameter: nn.Parameter) -> torch.Tensor
         value = value.full_tensor() if isinstance(value, DTensor) else value
         plain: torch.Tensor = value.detach().cpu().contiguous()
         return plain
-
-
-def _has_hook(module: nn.Module) -> bool:
-    return hasattr(module, "_hf_hook")
 
 
 @contextmanager

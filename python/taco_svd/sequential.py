@@ -25,7 +25,7 @@ from .experts import MAPS, expert_number
 from .factorise import put_factors
 from .memory import release
 from .progress import Report
-from .replacement import LowRankBridge, LowRankLinear, attach_bridge, empty_factors
+from .replacement import LowRankBridge, attach_bridge, empty_factors
 from .statistics import same_inputs
 from .store import Store
 from .structure import BridgeSpec, Structure
@@ -247,26 +247,16 @@ class UpwardPass:
             self._hand_over(site, number % self.team.size)
 
     def _hand_over(self, site: LinearSite, owner: int) -> None:
-        """Gives the module that one process has put in a map's place to the others."""
+        """Gives the factors that one process has put in a map's place to the others."""
         if self.team.size == 1:
             return
         module = self.working.module(site)
-        changed = isinstance(module, LowRankLinear) or any(
-            mine.data_ptr() != theirs.data_ptr()
-            for mine, theirs in zip(module.parameters(), self.dense.module(site).parameters(), strict=True)
-        )
-        if not self.team.broadcast(changed, owner):
-            return
         if self.team.rank != owner:
             rank = self._rank(site)
+            assert rank is not None
             device = dense_weight(self.dense.module(site)).device
-            if rank is not None:
-                pivoted = self.structure.is_pivoted(site.layer, site.path)
-                module = empty_factors(module, rank, pivoted).to_empty(device=device)
-            else:
-                module = with_own_parameters(self.dense.module(site))
-                for name, parameter in list(module.named_parameters()):
-                    setattr(module, name, nn.Parameter(torch.empty_like(parameter), parameter.requires_grad))
+            pivoted = self.structure.is_pivoted(site.layer, site.path)
+            module = empty_factors(module, rank, pivoted).to_empty(device=device)
             self.working.replace(site, module)
         for tensor in [*module.parameters(), *module.buffers()]:
             self.team.broadcast_(tensor.detach(), owner)
