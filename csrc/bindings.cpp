@@ -1,6 +1,7 @@
 // The extension taco_kernels._C. The only file that includes pybind11; everything it calls takes raw pointers.
 // No torch headers: the same binary works with every torch version. Pointers come as integers (Tensor.data_ptr()),
-// and taco_kernels' op files, which checked shapes and dtypes, are the only callers.
+// and taco_kernels' op files, which checked shapes and dtypes, are the only callers. direct/ reads tensors itself,
+// through DLPack.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -13,6 +14,7 @@
 #include "cpu/isa.h"
 #include "cpu/sketch.h"
 #include "cpu/taco_cpu.h"
+#include "direct/direct.h"
 #ifdef TACO_WITH_CUDA
 #include "cuda/taco_cuda.h"
 #endif
@@ -81,9 +83,8 @@ void cpu_pivoted_low_rank_linear(std::uintptr_t x, std::int64_t x_stride, std::u
 void cpu_gather(std::uintptr_t x, std::int64_t x_stride, std::uintptr_t pivot, std::uintptr_t first,
                 std::int64_t first_stride, std::uintptr_t rest, std::int64_t rest_stride, std::int64_t rows,
                 std::int64_t width, std::int64_t rank, bool long_index, int threads) {
-  const taco::GatherArgs args = {pointer<const std::uint16_t>(x), x_stride, pointer(pivot),
-                                 pointer<std::uint16_t>(first), first_stride, pointer<std::uint16_t>(rest), rest_stride,
-                                 rows, width, rank};
+  const taco::GatherArgs args = {pointer(x), x_stride, pointer(pivot), pointer<void>(first), first_stride,
+                                 pointer<void>(rest), rest_stride, rows, width, rank, 2};
   py::gil_scoped_release released;
   taco::gather(args, long_index, threads);
 }
@@ -217,6 +218,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_isa", &set_cpu_isa, "chooses an instruction set, for tests; \"auto\" is the best");
   m.def("omp_threads", &taco::omp_threads, "threads of the OpenMP runtime; 0 when built without OpenMP");
   m.def("read_memory", &read_memory, "reads memory as fast as it goes, for benchmarks");
+
+  if (!taco::direct::add_to(m.ptr())) throw py::error_already_set();
 
   // --- CUDA (section of the CUDA kernels' owner) ---
 #ifdef TACO_WITH_CUDA

@@ -1,6 +1,8 @@
 """Types of the compiled extension. Tensors are passed as addresses (``Tensor.data_ptr()``), strides in elements."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
 
 BUILD_INFO: str
 HAS_CUDA: bool
@@ -137,3 +139,41 @@ def cuda_low_rank(
     stream: int,
     /,
 ) -> None: ...
+
+# Direct calls (see taco_kernels.direct): the result, None (the ordinary way), or False (more rows than are served).
+def direct_low_rank_linear(
+    x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, residual: Tensor | None, /
+) -> Tensor | bool | None: ...
+def direct_low_rank_bridge(
+    h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, eps: float, /
+) -> Tensor | bool | None: ...
+def direct_pivoted_low_rank_linear(
+    x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None, residual: Tensor | None, /
+) -> Tensor | bool | None: ...
+def direct_low_rank_mlp(
+    x: Tensor,
+    gate_v: Tensor,
+    gate_u: Tensor,
+    gate_bias: Tensor | None,
+    up_v: Tensor,
+    up_u: Tensor,
+    up_bias: Tensor | None,
+    down_v: Tensor,
+    down_u: Tensor,
+    down_bias: Tensor | None,
+    act: str,
+    /,
+) -> Tensor | None: ...
+def direct_low_rank_linear_group(
+    x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequence[Tensor | None], /
+) -> list[Tensor] | bool | None: ...
+def direct_setup(
+    capsule: object,
+    tensor: type,
+    parameter: type,
+    guards: tuple[Callable[[], object], ...],
+    get_num_threads: Callable[[], int],
+    /,
+) -> bool: ...
+def direct_enable(flag: bool, /) -> bool: ...
+def direct_limit(op: int, dtype: int, pairs: tuple[tuple[int, int], ...], /) -> None: ...

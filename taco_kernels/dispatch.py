@@ -62,12 +62,10 @@ def multiplies_many_rows(dtype: torch.dtype) -> bool:
     return _many_rows and dtype == torch.bfloat16
 
 
-def _cpu_rows(dtype: torch.dtype, rank: int) -> int:
-    """Up to how many rows the native kernels serve a CPU."""
-    few = CPU_MAX_ROWS[dtype]
-    if multiplies_many_rows(dtype):
-        return next((rows for least, rows in MANY_ROWS if rank >= least), few)
-    return few
+def cpu_rows(dtype: torch.dtype) -> tuple[tuple[int, int], ...]:
+    """((rank, rows), ...), ranks falling: from which rank on up to how many rows the native kernels serve a CPU."""
+    few = ((0, CPU_MAX_ROWS[dtype]),)
+    return MANY_ROWS + few if multiplies_many_rows(dtype) else few
 
 
 # On a GPU a decode kernel serves few rows, and cuBLAS the rest.
@@ -134,6 +132,12 @@ def backends(device_type: str | None = None) -> dict[str, str]:
     return report
 
 
+def allow_direct() -> None:
+    """Direct calls (see ``direct``) are made while no backend is forced."""
+    if native.module is not None:
+        native.module.direct_enable(_forced is None)
+
+
 def get_backend() -> str | None:
     """The backend that is forced, or None when each call chooses for itself."""
     return _forced
@@ -152,6 +156,7 @@ def set_backend(name: str | None) -> None:
         if state != "usable":
             raise RuntimeError(f"{name}: {state}")
     _forced = name
+    allow_direct()
 
 
 @contextlib.contextmanager
@@ -163,6 +168,7 @@ def use_backend(name: str | None) -> Iterator[None]:
         yield
     finally:
         globals()["_forced"] = before
+        allow_direct()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -206,7 +212,8 @@ def choose(
     if dtype not in CPP_DTYPES:
         return "reference"
     if device_type == "cpu":
-        ours = not turned and native.module is not None and rows <= _cpu_rows(dtype, rank)
+        most = next(rows for least, rows in cpu_rows(dtype) if rank >= least)
+        ours = not turned and native.module is not None and rows <= most
         return "cpp" if ours else "library"
     if device_type == "cuda":
         if shape is not None and not turned:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from taco_kernels import dispatch, native
+from taco_kernels import direct, dispatch, native
 from taco_kernels._cuda import low_rank as _cuda_call
 from taco_kernels._factored import complain, fits, gradients, require_tensors, rows_2d
 from taco_kernels._library import (
@@ -127,9 +127,13 @@ def _check(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None) -> None:
 
 library.define("low_rank_bridge(Tensor h, Tensor v, Tensor u, Tensor? bias=None, float eps=1e-06) -> Tensor")
 _op = torch.ops.taco_kernels.low_rank_bridge.default
+_direct = direct.entry("low_rank_bridge", dispatch.cpu_rows)
 
 
 def _compute(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    y = _direct(h, v, u, bias, eps)  # for compiled code, which comes here and not through the public function
+    if y is not None:
+        return _library(h, v, u, bias, eps) if y is False else y
     _check(h, v, u, bias)
     width = h.shape[-1]
     rows = h.numel() // width if width else 0
@@ -216,6 +220,9 @@ def low_rank_bridge(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None,
     """
     if torch.compiler.is_compiling():
         return _op(h, v, u, bias, eps)
+    y = _direct(h, v, u, bias, eps)
+    if y is not None:
+        return _library(h, v, u, bias, eps) if y is False else y
     if needs_grad(h, v, u, bias):
         # Autocast must cast before autograd records, and it sits in the op's dispatch.
         return _op(h, v, u, bias, eps) if any_autocast() else apply_function(_LowRankBridge, h, v, u, bias, eps)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from taco_kernels import dispatch, native
+from taco_kernels import direct, dispatch, native
 from taco_kernels._cuda import low_rank as _cuda_call
 from taco_kernels._factored import complain, fits, gradients, rows_2d, turned
 from taco_kernels._library import (
@@ -135,9 +135,13 @@ def _check(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, residual: Tenso
 
 library.define("low_rank_linear(Tensor x, Tensor v, Tensor u, Tensor? bias=None, Tensor? residual=None) -> Tensor")
 _op = torch.ops.taco_kernels.low_rank_linear.default
+_direct = direct.entry("low_rank_linear", dispatch.cpu_rows)
 
 
 def _compute(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    y = _direct(x, v, u, bias, residual)  # for compiled code, which comes here and not through the public function
+    if y is not None:
+        return _library(x, v, u, bias, residual) if y is False else y
     _check(x, v, u, bias, residual)
     width = x.shape[-1]
     rows = x.numel() // width if width else x.shape[:-1].numel()
@@ -222,6 +226,9 @@ def low_rank_linear(
     """
     if torch.compiler.is_compiling():
         return _op(x, v, u, bias, residual)
+    y = _direct(x, v, u, bias, residual)
+    if y is not None:
+        return _library(x, v, u, bias, residual) if y is False else y
     if needs_grad(x, v, u, bias, residual):
         # Autocast must cast before autograd records, and it sits in the op's dispatch.
         return (

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from taco_kernels import dispatch, native
+from taco_kernels import direct, dispatch, native
 from taco_kernels._cpu import map_of
 from taco_kernels._cuda import low_rank as _cuda_call
 from taco_kernels._factored import complain, fits, gradients, rows_2d
@@ -134,9 +134,13 @@ def _check(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequen
 
 library.define("low_rank_linear_group(Tensor x, Tensor[] vs, Tensor[] us, Tensor?[] biases) -> Tensor[]")
 _op = torch.ops.taco_kernels.low_rank_linear_group.default
+_direct = direct.entry("low_rank_linear_group", dispatch.cpu_rows)
 
 
 def _compute(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    ys = _direct(x, vs, us, biases)  # for compiled code, which comes here and not through the public function
+    if ys is not None:
+        return _library(x, vs, us, biases) if ys is False else ys
     _check(x, vs, us, biases)
     width = x.shape[-1]
     rows = x.numel() // width if width else x.shape[:-1].numel()
@@ -233,6 +237,9 @@ def low_rank_linear_group(
         biases = [None] * len(vs)
     if torch.compiler.is_compiling():
         return _op(x, vs, us, biases)
+    ys = _direct(x, vs, us, biases)
+    if ys is not None:
+        return _library(x, vs, us, biases) if ys is False else ys
     if needs_grad(x, *vs, *us, *biases):
         # Autocast must cast before autograd records, and it sits in the op's dispatch.
         if any_autocast():

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from taco_kernels import dispatch, native
+from taco_kernels import direct, dispatch, native
 from taco_kernels._cpu import map_of
 from taco_kernels._cuda import low_rank as _cuda_call
 from taco_kernels._factored import complain, factors_fit, fits, gradients, require_tensors, rows_2d
@@ -93,6 +93,14 @@ def _composed(two: Callable[..., list[Tensor]], one: Callable[..., Tensor], x: T
 # one by one: beyond so many rows with ranks of at least so many in gate and up, beyond twice as many with smaller ones.
 COMPOSED_ROWS, COMPOSED_RANKS = 4, 256
 
+
+def _fused_rows(dtype: torch.dtype) -> direct.Limits:
+    """From which ranks of gate and up on up to how many rows one kernel does all of an MLP (see `direct.Limits`)."""
+    if dispatch.multiplies_many_rows(dtype):
+        return (COMPOSED_RANKS, COMPOSED_ROWS), (0, 2 * COMPOSED_ROWS)
+    return dispatch.cpu_rows(dtype)
+
+
 _CPP_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
 
 
@@ -168,6 +176,7 @@ library.define(
     "Tensor? up_bias, Tensor down_v, Tensor down_u, Tensor? down_bias, str act='silu') -> Tensor"
 )
 _op = torch.ops.taco_kernels.low_rank_mlp.default
+_direct = direct.entry("low_rank_mlp", _fused_rows)
 
 
 def _unpack(arguments: Sequence[Any]) -> tuple[Projection, Projection, Projection, str]:
@@ -178,6 +187,9 @@ def _unpack(arguments: Sequence[Any]) -> tuple[Projection, Projection, Projectio
 
 def _compute(x: Tensor, *arguments: Any) -> Tensor:
     gate, up, down, act = _unpack(arguments)
+    y = _direct(x, *gate, *up, *down, act)  # for compiled code, which comes here and not through the public function
+    if y is not None:
+        return y
     _check(x, gate, up, down, act)
     width = x.shape[-1]
     rows = x.numel() // width if width else x.shape[:-1].numel()
@@ -291,6 +303,9 @@ def low_rank_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection, 
     arguments = (*gate, *up, *down, act)
     if torch.compiler.is_compiling():
         return _op(x, *arguments)
+    y = _direct(x, *arguments)
+    if y is not None:
+        return y
     if needs_grad(x, *gate, *up, *down):
         # Autocast must cast before autograd records, and it sits in the op's dispatch.
         return _op(x, *arguments) if any_autocast() else apply_function(_LowRankMlp, x, *arguments)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from taco_kernels import dispatch, native
+from taco_kernels import direct, dispatch, native
 from taco_kernels._cpu import map_of
 from taco_kernels._factored import require_tensors, rows_2d
 from taco_kernels._library import (
@@ -163,11 +163,15 @@ library.define(
     " -> Tensor"
 )
 _op = torch.ops.taco_kernels.pivoted_low_rank_linear.default
+_direct = direct.entry("pivoted_low_rank_linear", dispatch.cpu_rows)
 
 
 def _compute(
     x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
+    y = _direct(x, v, u, pivot, bias, residual)  # for compiled code, which comes here at once
+    if y is not None:
+        return _library(x, v, u, pivot, bias, residual) if y is False else y
     _check(x, v, u, pivot, bias, residual)
     width = x.shape[-1]
     rows = x.numel() // width if width else x.shape[:-1].numel()
@@ -238,7 +242,12 @@ def pivoted_low_rank_linear(
 
     Source: interpolative decomposition (Cheng, Gimbutas, Martinsson, Rokhlin 2005) of the right factor.
     """
-    if torch.compiler.is_compiling() or any_autocast() or needs_grad(x, v, u, bias, residual):
+    if torch.compiler.is_compiling():
+        return _op(x, v, u, pivot, bias, residual)
+    y = _direct(x, v, u, pivot, bias, residual)
+    if y is not None:
+        return _library(x, v, u, pivot, bias, residual) if y is False else y
+    if any_autocast() or needs_grad(x, v, u, bias, residual):
         return _op(x, v, u, pivot, bias, residual)
     with below_autograd():
         return _op(x, v, u, pivot, bias, residual)

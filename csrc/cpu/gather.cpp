@@ -1,5 +1,5 @@
 // Inputs of a pivoted map, reordered: what the identity takes first, then what goes through v. Loads of two bytes from
-// anywhere have no faster form in any instruction set, so one compilation serves every CPU.
+// anywhere have no faster form in any instruction set (of four bytes hardly), so one compilation serves every CPU.
 #include "taco_cpu.h"
 
 #include <stdexcept>
@@ -20,12 +20,12 @@ void check(const Index* pivot, std::int64_t width) {
   if (low < 0 || high >= width) throw std::out_of_range("pivot names an input that is not there");
 }
 
-template <class Index>
-void row(const std::uint16_t* x, const Index* pivot, std::uint16_t* out, std::int64_t count) {
+template <class Element, class Index>
+void row(const Element* x, const Index* pivot, Element* out, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) out[i] = x[pivot[i]];
 }
 
-template <class Index>
+template <class Element, class Index>
 void rows(const GatherArgs& a, int threads) {
   const Index* const pivot = static_cast<const Index*>(a.pivot);
   check(pivot, a.width);
@@ -37,16 +37,22 @@ void rows(const GatherArgs& a, int threads) {
   (void)team;
 #endif
   for (std::int64_t r = 0; r < a.rows; ++r) {
-    const std::uint16_t* const x = a.x + r * a.x_stride;
-    row(x, pivot, a.first + r * a.first_stride, a.rank);
-    row(x, pivot + a.rank, a.rest + r * a.rest_stride, a.width - a.rank);
+    const Element* const x = static_cast<const Element*>(a.x) + r * a.x_stride;
+    row(x, pivot, static_cast<Element*>(a.first) + r * a.first_stride, a.rank);
+    row(x, pivot + a.rank, static_cast<Element*>(a.rest) + r * a.rest_stride, a.width - a.rank);
   }
+}
+
+template <class Element>
+void gather_of(const GatherArgs& args, bool long_index, int threads) {
+  long_index ? rows<Element, std::int64_t>(args, threads) : rows<Element, std::int32_t>(args, threads);
 }
 
 }  // namespace
 
 void gather(const GatherArgs& args, bool long_index, int threads) {
-  long_index ? rows<std::int64_t>(args, threads) : rows<std::int32_t>(args, threads);
+  args.element == 4 ? gather_of<std::uint32_t>(args, long_index, threads)
+                    : gather_of<std::uint16_t>(args, long_index, threads);
 }
 
 }  // namespace taco

@@ -54,17 +54,18 @@ void low_rank_mlp(const LowRankInput& input, const LowRankMap& gate, const LowRa
 
 // x [rows, width] -> first [rows, rank] = x[:, pivot[:rank]] and rest [rows, width - rank] = x[:, pivot[rank:]].
 struct GatherArgs {
-  const std::uint16_t* x;
+  const void* x;
   std::int64_t x_stride;
   const void* pivot;
-  std::uint16_t* first;
+  void* first;
   std::int64_t first_stride;
-  std::uint16_t* rest;
+  void* rest;
   std::int64_t rest_stride;
   std::int64_t rows, width, rank;
+  std::int64_t element;  // bytes: 2 or 4
 };
 
-// Elements of 2 bytes, indices of 4 or 8. Throws std::out_of_range before it reads where there is no input.
+// Indices of 4 or 8 bytes. Throws std::out_of_range before it reads where there is no input.
 void gather(const GatherArgs& args, bool long_index, int threads);
 
 struct AttributionBlock;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from pathlib import Path
@@ -238,7 +239,7 @@ def export(
 
 def main() -> None:
     """Entry point: user errors end with one sentence and exit code 2, Ctrl-C with 130."""
-    from .errors import TacoError
+    from .errors import LostProcessError, TacoError
 
     # tokenizers warns about forks that never happen here
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -246,7 +247,11 @@ def main() -> None:
         app()
     except TacoError as error:
         # names of files need not be text
-        print(f"taco-svd: {error}".encode(errors="backslashreplace").decode(), file=sys.stderr)
+        print(f"taco-svd: {error}".encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
+        if isinstance(error, LostProcessError):
+            # what is left of the connection to the lost one may abort the process when it is taken down
+            atexit._run_exitfuncs()
+            os._exit(2)
         sys.exit(2)
     except KeyboardInterrupt:
         print("taco-svd: stopped; nothing was written.", file=sys.stderr)

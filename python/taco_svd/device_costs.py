@@ -80,6 +80,7 @@ class DeviceCosts:
             "torch": str(torch.__version__),
             "block_bytes": self.block_bytes,
             "native": taco_kernels.native.module is not None,
+            "direct": taco_kernels.direct.usable,
         }
         digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
         self.path = (directory or cache_directory()) / f"costs-{digest}.json"

@@ -1,0 +1,151 @@
+#include "direct/tensors.h"
+
+namespace taco::direct {
+
+State state;
+
+namespace {
+
+bool read(PyObject* object, dlpack::Tensor& out) {
+  // exact types: a subclass has behaviour of its own, which lives in the dispatcher
+  if (Py_TYPE(object) != state.tensor && Py_TYPE(object) != state.parameter) return false;
+  if (state.api->from_object(object, &out) != 0) {  // no storage: wrapped by a transform, sparse, meta
+    PyErr_Clear();
+    return false;
+  }
+  out.data = static_cast<char*>(out.data) + out.byte_offset;
+  return out.device.type == dlpack::kCpu && out.dtype.lanes == 1 && out.data != nullptr;
+}
+
+bool dtype_of(dlpack::DataType type, Dtype& out) {
+  if (type.code == dlpack::kFloat && type.bits == 32) out = Dtype::kF32;
+  else if (type.code == dlpack::kFloat && type.bits == 16) out = Dtype::kF16;
+  else if (type.code == dlpack::kBfloat && type.bits == 16) out = Dtype::kBF16;
+  else return false;
+  return true;
+}
+
+bool same_type(const dlpack::Tensor& a, const dlpack::Tensor& b) {
+  return a.dtype.code == b.dtype.code && a.dtype.bits == b.dtype.bits;
+}
+
+// Unit strides are asked for even where there is one element: so no view of a conjugate's imaginary part, whose data
+// have the other sign, comes this way.
+bool contiguous_vector(const dlpack::Tensor& t, std::int64_t size) {
+  return t.ndim == 1 && t.shape[0] == size && t.strides[0] == 1;
+}
+
+// The leading dimensions as one, and its stride; false where they are not evenly spaced.
+bool rows_of(Rows& out) {
+  const dlpack::Tensor& t = out.tensor;
+  if (t.ndim < 1 || !dtype_of(t.dtype, out.dtype)) return false;
+  const int last = t.ndim - 1;
+  out.data = t.data;
+  out.width = t.shape[last];
+  if (out.width < 1 || t.strides[last] != 1) return false;
+  out.rows = 1;
+  out.stride = out.width;
+  bool first = true;
+  for (int d = last - 1; d >= 0; --d) {
+    if (t.shape[d] == 0) return false;
+    if (t.shape[d] == 1) continue;
+    if (first) out.stride = t.strides[d];
+    else if (t.strides[d] != out.stride * out.rows) return false;
+    first = false;
+    out.rows *= t.shape[d];
+  }
+  return true;
+}
+
+void ignore_error(void*, const char*, const char*) {}
+
+}  // namespace
+
+bool nothing_in_the_way() {
+  if (!state.enabled) return false;
+  for (PyObject* guard : state.guards) {
+    PyObject* const answer = PyObject_CallNoArgs(guard);
+    const int busy = answer == nullptr ? -1 : PyObject_IsTrue(answer);
+    Py_XDECREF(answer);
+    if (busy < 0) PyErr_Clear();
+    if (busy != 0) return false;
+  }
+  return true;
+}
+
+bool read_rows(PyObject* object, Rows& out) { return read(object, out.tensor) && rows_of(out); }
+
+bool read_matrix(PyObject* object, const Rows& like, Matrix& out) {
+  dlpack::Tensor t;
+  if (!read(object, t) || t.ndim != 2 || !same_type(t, like.tensor)) return false;
+  out = {t.data, t.strides[0], t.shape[0], t.shape[1]};
+  return out.rows > 0 && out.columns > 0 && t.strides[1] == 1;
+}
+
+bool read_vector(PyObject* object, const Rows& like, std::int64_t size, const void*& out) {
+  out = nullptr;
+  if (object == Py_None) return true;
+  dlpack::Tensor t;
+  if (!read(object, t) || !same_type(t, like.tensor) || !contiguous_vector(t, size)) return false;
+  out = t.data;
+  return true;
+}
+
+bool read_index(PyObject* object, std::int64_t size, const void*& out, bool& is_long) {
+  dlpack::Tensor t;
+  if (!read(object, t) || t.dtype.code != dlpack::kInt || !contiguous_vector(t, size)) return false;
+  is_long = t.dtype.bits == 64;
+  out = t.data;
+  return is_long || t.dtype.bits == 32;
+}
+
+bool read_like(PyObject* object, const Rows& like, std::int64_t width, Rows& out) {
+  if (!read_rows(object, out) || !same_type(out.tensor, like.tensor)) return false;
+  if (out.width != width || out.tensor.ndim != like.tensor.ndim) return false;
+  for (int d = 0; d + 1 < like.tensor.ndim; ++d)
+    if (out.tensor.shape[d] != like.tensor.shape[d]) return false;
+  return true;
+}
+
+bool few_enough(Op op, const Rows& x, std::int64_t rank) {
+  for (const Limit& limit : state.limits[op][static_cast<int>(x.dtype)])
+    if (rank >= limit.rank) return x.rows <= limit.rows;
+  return false;
+}
+
+PyObject* new_rows(const Rows& like, std::int64_t width, void*& data) {
+  constexpr int kDimensions = 8;
+  if (like.tensor.ndim > kDimensions) return nullptr;
+  std::int64_t shape[kDimensions];
+  for (int d = 0; d + 1 < like.tensor.ndim; ++d) shape[d] = like.tensor.shape[d];
+  shape[like.tensor.ndim - 1] = width;
+  dlpack::Tensor prototype = like.tensor;
+  prototype.shape = shape;
+  prototype.strides = nullptr;
+  prototype.byte_offset = 0;
+  dlpack::ManagedTensor* made = nullptr;
+  void* object = nullptr;
+  if (state.api->allocate(&prototype, &made, nullptr, ignore_error) != 0 ||
+      state.api->object_from_managed(made, &object) != 0) {
+    PyErr_Clear();
+    return nullptr;
+  }
+  PyObject* const result = static_cast<PyObject*>(object);
+  dlpack::Tensor t;
+  if (!read(result, t)) {
+    Py_DECREF(result);
+    return nullptr;
+  }
+  data = t.data;
+  return result;
+}
+
+int thread_count() {
+  PyObject* const answer = PyObject_CallNoArgs(state.threads);
+  if (answer == nullptr) return -1;
+  const long count = PyLong_AsLong(answer);
+  Py_DECREF(answer);
+  return count < 1 ? (PyErr_Occurred() ? -1 : 1) : static_cast<int>(count);
+}
+
+}  // namespace taco::direct

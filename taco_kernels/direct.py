@@ -1,0 +1,82 @@
+"""Direct calls: plain CPU tensors go from an op's public function straight to its kernel, past torch's dispatcher.
+
+The dispatcher, pybind11 and the checks in Python take 8 us of a call, and 100 us when the caches hold the last layer's
+weights instead of that code, which is how a model runs: as much as a bridge's kernel itself, or three library calls.
+The extension therefore reads the tensors through DLPack's C interface (csrc/direct). Whatever needs the dispatcher
+takes the ordinary way: gradients, autocast, transforms, modes, tracing, profiling, subclasses, a forced backend,
+another device, anything that does not fit together (the ordinary way has the message). The results are the same bits.
+
+A function of the extension gives the result; None where the ordinary way must be taken; False where the tensors are
+plain and fit together but there are more rows than its kernels are good for, and the library may be called at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from taco_kernels import dispatch, native
+
+__all__ = ["Limits", "entry", "usable"]
+
+Limits = tuple[tuple[int, int], ...]
+"""((rank, rows), ...), ranks falling: from this rank on, up to so many rows"""
+
+# In the order of csrc/direct/tensors.h.
+_OPS = (
+    "low_rank_linear",
+    "low_rank_bridge",
+    "low_rank_linear_group",
+    "low_rank_mlp",
+    "pivoted_low_rank_linear",
+)
+
+# What asks for the dispatcher while one of these says so: functions of torch._C, each 40 ns.
+_GUARDS = (
+    "is_grad_enabled",
+    "_is_any_autocast_enabled",
+    "_len_torch_dispatch_stack",
+    "_len_torch_function_stack",
+    "_are_functorch_transforms_active",
+    "_get_tracing_state",
+    "_autograd._profiler_enabled",
+)
+
+
+def _setup() -> bool:
+    """Hands torch's interface to the extension; False where one of the two does not offer it."""
+    capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if native.module is None or capsule is None:
+        return False
+    guards = []
+    for name in _GUARDS:
+        found: Any = torch._C
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        if found is None:
+            return False
+        guards.append(found)
+    made = native.module.direct_setup(capsule, torch.Tensor, torch.nn.Parameter, tuple(guards), torch.get_num_threads)
+    dispatch.allow_direct()
+    return bool(made)
+
+
+def _ordinary(*_: Any) -> None:
+    """Stands for the extension's functions where there are none."""
+
+
+def entry(op: str, limits: Callable[[torch.dtype], Limits]) -> Callable[..., Any]:
+    """The extension's direct function of `op`, told which rows and ranks it serves; see the module for its results."""
+    if not usable:
+        return _ordinary
+    assert native.module is not None
+    for dtype, code in dispatch.CPP_DTYPES.items():
+        native.module.direct_limit(_OPS.index(op), code, limits(dtype))
+    found: Callable[..., Any] = getattr(native.module, f"direct_{op}")
+    return found
+
+
+usable = _setup()
+"""Whether this torch and this build of the extension can make direct calls"""
