@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from taco_svd.allocation import paper_rank
 from taco_svd.architectures import Architecture, dense_weight
-from taco_svd.attribution import SigmaGradients, expected_missing, top_directions
+from taco_svd.attribution import CANDIDATES, SigmaGradients, expected_missing, top_directions
 from taco_svd.calibration import load_calibration
 from taco_svd.checkpoint import DEFAULT_MODEL
 from taco_svd.decomposition import plain_svd
-from taco_svd.factorise import CANDIDATES, MISSING_SHARE
+from taco_svd.factorise import MISSING_SHARE
 from taco_svd.suffix import SuffixRunner
 
 MULTIPLES = (1, 1.5, 2, 2.5, 3, 4, 5, 6)

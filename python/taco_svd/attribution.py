@@ -14,7 +14,15 @@ import torch
 import taco_kernels
 
 from .architectures import LinearSite
-from .decomposition import Decomposition
+from .decomposition import Decomposition, plain_svd
+
+# Directions of a large matrix that are attributed, in ranks.
+CANDIDATES = 3
+
+
+def candidate_directions(weight: torch.Tensor, rank: int) -> Decomposition:
+    """The leading directions of a weight among which paper mode looks for `rank`; all of a small matrix."""
+    return plain_svd(weight, CANDIDATES * rank)
 
 
 class SigmaGradients:

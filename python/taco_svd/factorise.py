@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from .architectures import Architecture, LinearSite, dense_weight, linear_shape
-from .attribution import SigmaGradients, expected_missing, top_directions
+from .attribution import SigmaGradients, candidate_directions, expected_missing, top_directions
 from .built import restore_layer
 from .decomposition import Decomposition, plain_svd
 from .errors import TacoError
 from .gauge import pivoted_factors
 from .memory import release
+from .one_shot import Attributed
 from .plan import Plan
 from .progress import Progress
 from .replacement import LowRankLinear, empty_factors
@@ -24,26 +25,32 @@ from .store import Store
 from .structure import Structure
 from .suffix import SuffixRunner
 
-# Paper mode: directions of a large matrix that are attributed, in ranks; and the share of the kept ones that may be
-# expected beyond them before all are.
-CANDIDATES = 3
+# Paper mode: the share of the kept directions that may be expected beyond the candidates before all are attributed.
 MISSING_SHARE = 0.01
 
 
 def factorise(
-    architecture: Architecture, plan: Plan, runner: SuffixRunner, progress: Progress, store: Store | None = None
+    architecture: Architecture,
+    plan: Plan,
+    runner: SuffixRunner,
+    progress: Progress,
+    store: Store | None = None,
+    attributed: Attributed | None = None,
 ) -> None:
     """Puts factors in place of every linear map that `plan.structure.low_rank` names, in place.
 
-    With a `store` finished layers (paper mode: blocks) are kept there, and taken from there.
+    With a `store` finished layers (paper mode: blocks) are kept there, and taken from there. Maps that are `attributed`
+    already (paper mode, `one_shot`) are not again.
 
     Raises:
         TacoError: when the plan's method makes no low-rank layers.
     """
-    ways = {"svd": _factorise_plain, "paper": _factorise_paper}
-    if plan.method not in ways:
+    if plan.method == "svd":
+        _factorise_plain(architecture, plan, runner, progress, store)
+    elif plan.method == "paper":
+        _factorise_paper(architecture, plan, runner, progress, store, attributed or Attributed({}, {}))
+    else:
         raise TacoError(f"The plan has low-rank layers, which method {plan.method!r} does not make.")
-    ways[plan.method](architecture, plan, runner, progress, store)
 
 
 def check_ranks(architecture: Architecture, structure: Structure) -> None:
@@ -139,7 +146,12 @@ def _keep(
 
 
 def _factorise_paper(
-    architecture: Architecture, plan: Plan, runner: SuffixRunner, progress: Progress, store: Store | None
+    architecture: Architecture,
+    plan: Plan,
+    runner: SuffixRunner,
+    progress: Progress,
+    store: Store | None,
+    attributed: Attributed,
 ) -> None:
     """arXiv 2501.00339, algorithm 1: layers from the top down, MLP then attention, |sigma dL/dsigma|.
 
@@ -165,17 +177,22 @@ def _factorise_paper(
                     full = set(store.note(entry))
                     continue
             weights = {site: dense_weight(architecture.module(site)).detach() for site in sites}
+            new = [site for site in sites if site not in attributed.parts]
             parts = {
-                site: plain_svd(weights[site], None if site.path in full else CANDIDATES * _rank_of(plan, site))
-                for site in sites
+                site: plain_svd(weights[site])
+                if site.path in full
+                else candidate_directions(weights[site], _rank_of(plan, site))
+                for site in new
             }
             gradients = SigmaGradients(parts)
 
             def within(part: int, _: int, done: int = done) -> None:
                 report(done * batches + part, len(groups) * batches)
 
-            runner.backward(sites, gradients, within)
-            importance = {site: gradients.importance(site) for site in sites}
+            if new:
+                runner.backward(new, gradients, within)
+            parts = {**attributed.parts, **parts}
+            importance = {**attributed.importance, **{site: gradients.importance(site) for site in new}}
             # The definition is over all directions. Where candidates may lack some, all are looked at after all, and
             # at once for the same map of the layers below.
             narrow = [

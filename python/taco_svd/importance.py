@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -36,12 +36,22 @@ class LayerImportance:
     order: tuple[int, ...]
 
 
+def lost_direction(entering: torch.Tensor, leaving: torch.Tensor) -> float:
+    """Sum over tokens of 1 - cos(h_i, h_{i+1}): one batch's share of a layer's block influence."""
+    cosine = torch.cosine_similarity(entering.float(), leaving.float(), dim=-1)
+    return float((1 - cosine).double().sum())
+
+
+def least_influential(scores: Sequence[float]) -> list[int]:
+    """Layers from the lowest score on."""
+    return sorted(range(len(scores)), key=lambda layer: scores[layer])
+
+
 def block_influence(runner: SuffixRunner, progress: Progress | None = None, team: Team | None = None) -> list[float]:
     """BI_i = mean over tokens of 1 - cos(h_i, h_{i+1}), h_i entering layer i (ShortGPT, arXiv 2403.03853, eq. 1)."""
     sums = []
     for before, after in _streams(runner, progress):
-        cosines = [torch.cosine_similarity(h.float(), h2.float(), dim=-1) for h, h2 in zip(before, after, strict=True)]
-        sums.append(sum(float((1 - cosine).double().sum()) for cosine in cosines))
+        sums.append(sum(lost_direction(h, h2) for h, h2 in zip(before, after, strict=True)))
     team = team or Team()
     tokens = team.sum(runner.samples * runner.seq_len)
     return [team.sum(total) / tokens for total in sums]
@@ -134,7 +144,7 @@ def rank_layers(
     depth = len(runner.architecture.layers)
     if measure == "bi":
         scores = block_influence(runner, progress, team)
-        return LayerImportance(measure, tuple(scores), tuple(sorted(range(depth), key=lambda layer: scores[layer])))
+        return LayerImportance(measure, tuple(scores), tuple(least_influential(scores)))
     if measure == "angular":
         distances = angular_distances(runner, count, progress, team)
         start = min(range(len(distances)), key=lambda index: distances[index])

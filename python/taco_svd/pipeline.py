@@ -35,8 +35,9 @@ from .factorise import check_ranks, factorise
 from .gathering import gathered, is_scattered
 from .importance import MEASURES, rank_layers
 from .loss_curves import divergence_between
-from .mapped import WeightSums, first_not_finite, not_finite, weight_sums
+from .mapped import WeightSums, first_not_finite, is_mapped, not_finite, weight_sums
 from .modeling import CompressedModel, as_compressed
+from .one_shot import Attributed, importance_and_attribution
 from .plan import METHODS, Plan
 from .progress import Progress, Silent
 from .replacement import drop_layers, structural_copy
@@ -148,6 +149,7 @@ def make_plan(
     model = architecture.model
     chosen = list(layers) if isinstance(layers, (list, tuple)) else None
     measured: dict[str, Any]
+    attributed: Attributed | None = None
     cost = cost or CostBudget()
     cost.check(method, keep, layers, bridge_rank)
     if cost.keep_bytes is not None:
@@ -172,8 +174,13 @@ def make_plan(
         tokens = workspace.team.windows(calibration.tokens)
         if importance == "greedy":  # one loss decides after the other: every process finds the same
             tokens = calibration.tokens[:GREEDY_SAMPLES]
-        with progress.step(f"layer importance ({importance})") as report:
-            ranking = rank_layers(SuffixRunner(architecture, tokens, 0), importance, count, report, workspace.team)
+        # a streamed model's layers are read one by one; passes over the whole model would read it once per batch
+        if one_shot and importance == "bi" and ratio is not None and not is_mapped(model):
+            with progress.step("layer importance and gradient attribution") as report:
+                ranking, attributed = importance_and_attribution(architecture, tokens, count, ratio, report)
+        else:
+            with progress.step(f"layer importance ({importance})") as report:
+                ranking = rank_layers(SuffixRunner(architecture, tokens, 0), importance, count, report, workspace.team)
         redundant, measured = sorted(ranking.order[:count]), dataclasses.asdict(ranking)
     options: dict[str, Any] = {}
     result: dict[str, Any] = {}
@@ -193,6 +200,7 @@ def make_plan(
     else:
         assert ratio is not None
         structure = low_rank_structure(architecture, redundant, ratio)
+        workspace.attributed = None if attributed is None else (structure, attributed)
     parameters = structure_parameters(architecture, structure)
     if one_shot:
         options = {"one_shot": True}
@@ -334,7 +342,9 @@ def _carry_out(
     elif plan.structure.low_rank:
         factorised = sorted(plan.structure.low_rank)
         runner = SuffixRunner(architecture, calibration.tokens, factorised[0], starts=factorised)
-        factorise(architecture, plan, runner, progress, workspace.store)
+        known = workspace.attributed if plan.options.get("one_shot") else None
+        attributed = known[1] if known is not None and known[0] == plan.structure else None
+        factorise(architecture, plan, runner, progress, workspace.store, attributed)
     set_idle(working, False)
     kept = list(plan.structure.kept)
     drop_layers(architecture, kept)

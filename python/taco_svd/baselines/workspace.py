@@ -15,9 +15,11 @@ from transformers import PreTrainedModel
 
 from ..architectures import Architecture, LinearSite
 from ..calibration import Calibration
+from ..one_shot import Attributed
 from ..progress import Progress, Silent
 from ..statistics import SecondMoments
 from ..store import Store
+from ..structure import Structure
 from ..suffix import SuffixRunner
 from ..team import Team
 
@@ -118,6 +120,8 @@ class Workspace:
         self.team = team or Team()
         self.store = store
         self.calibration = calibration
+        # paper mode in one shot: what the pass that found the layers has attributed already, and for which structure
+        self.attributed: tuple[Structure, Attributed] | None = None
         self._moments: Moments | None = None
         self._kept: dict[Any, Any] = {}
 

@@ -1,0 +1,74 @@
+"""Paper mode in one shot: layer importance and attribution out of the same passes over the calibration windows.
+
+Which layers are redundant is known only when all windows have been through the model, and what their directions are
+worth takes the gradients of those same passes. So the layers are guessed from a few windows and attributed while all
+windows pass; the importance that comes out decides. A layer that was not guessed is attributed afterwards, in a pass of
+its own (`factorise`), so the guess costs time at worst, never another result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from .allocation import low_rank_structure
+from .architectures import Architecture, LinearSite, dense_weight
+from .attribution import SigmaGradients, candidate_directions
+from .decomposition import Decomposition
+from .importance import LayerImportance, block_influence, least_influential, lost_direction
+from .suffix import SuffixRunner, _hidden_argument
+
+# The guess: a share of the windows, at least one.
+GUESS_SHARE = 1 / 16
+
+
+@dataclass(frozen=True)
+class Attributed:
+    """What some linear maps of the dense model decompose into, and what each direction is worth."""
+
+    parts: dict[LinearSite, Decomposition]
+    importance: dict[LinearSite, torch.Tensor]  # |sigma dL/dsigma|, float64 [k]
+
+
+def importance_and_attribution(
+    architecture: Architecture,
+    tokens: torch.Tensor,
+    count: int,
+    compression_ratio: float,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[LayerImportance, Attributed]:
+    """Block influence of all layers, and the attribution of those that are likely the `count` least influential.
+
+    Args:
+        tokens: int64 [samples, seq_len].
+        compression_ratio: the paper's c, from which ranks and so the number of candidate directions follow.
+    """
+    few = tokens[: max(1, int(len(tokens) * GUESS_SHARE))]
+    guess = sorted(least_influential(block_influence(SuffixRunner(architecture, few, 0)))[:count])
+    ranks = low_rank_structure(architecture, guess, compression_ratio).low_rank
+    sites = architecture.sites(guess)
+    parts = {
+        site: candidate_directions(dense_weight(architecture.module(site)).detach(), ranks[site.layer][site.path])
+        for site in sites
+    }
+    gradients = SigmaGradients(parts)
+    sums = [0.0] * len(architecture.layers)
+
+    def watch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, layer: int) -> None:
+        leaving = output[0] if isinstance(output, tuple) else output
+        sums[layer] += lost_direction(_hidden_argument(args, kwargs).detach(), leaving.detach())
+
+    with ExitStack() as stack:
+        for layer, module in enumerate(architecture.layers):
+            hook = module.register_forward_hook(partial(watch, layer=layer), with_kwargs=True)
+            stack.callback(hook.remove)
+        SuffixRunner(architecture, tokens, 0).backward(sites, gradients, progress)
+    scores = [total / tokens.numel() for total in sums]
+    ranking = LayerImportance("bi", tuple(scores), tuple(least_influential(scores)))
+    return ranking, Attributed(parts, {site: gradients.importance(site) for site in sites})
