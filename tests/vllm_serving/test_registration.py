@@ -99,8 +99,15 @@ def test_expected_weights_are_those_of_the_checkpoint(name: str) -> None:
 
 
 class _Loader:
+    """A model of vLLM's with three parameters, whose loader passes over the names in `unknown`."""
+
+    unknown: tuple[str, ...] = ()
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        return {name for name, _ in weights}
+        return {name for name, _ in weights if name not in self.unknown}
+
+    def named_parameters(self) -> list[tuple[str, None]]:
+        return [("a.weight", None), ("b.v", None), ("other", None)]
 
 
 class _Served(ServedModel, _Loader):
@@ -116,6 +123,14 @@ def test_missing_and_misshapen_weights_stop_the_loading() -> None:
         _Served().load_weights([("a.weight", whole["a.weight"])])
     with pytest.raises(TacoError, match=r"b\.v is \(5,\)"):
         _Served().load_weights([*whole.items(), ("b.v", torch.zeros(5))][::-1])
+
+
+def test_weights_that_a_loader_passes_over_stop_the_loading() -> None:
+    whole = {"a.weight": torch.zeros(2, 3), "b.v": torch.zeros(4), "other": torch.zeros(1)}
+    served = _Served()
+    served.unknown = ("other",)
+    with pytest.raises(TacoError, match="filled 1 of its weights from nothing.*other.*serve it with transformers"):
+        served.load_weights(whole.items())
 
 
 def test_the_layers_are_found() -> None:
