@@ -6,12 +6,16 @@ The extension therefore reads the tensors through DLPack's C interface (csrc/dir
 takes the ordinary way: gradients, autocast, transforms, modes, tracing, profiling, subclasses, a forced backend,
 another device, anything that does not fit together (the ordinary way has the message). The results are the same bits.
 
+``TACO_DIRECT=0`` (read at import) turns direct calls off. Results' storage cannot be resized in place, since it comes
+through DLPack; otherwise they are ordinary tensors.
+
 A function of the extension gives the result; None where the ordinary way must be taken; False where the tensors are
 plain and fit together but there are more rows than its kernels are good for, and the library may be called at once.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +23,7 @@ import torch
 
 from taco_kernels import dispatch, native
 
-__all__ = ["Limits", "entry", "usable"]
+__all__ = ["Limits", "entry", "reason", "usable"]
 
 Limits = tuple[tuple[int, int], ...]
 """((rank, rows), ...), ranks falling: from this rank on, up to so many rows"""
@@ -45,22 +49,27 @@ _GUARDS = (
 )
 
 
-def _setup() -> bool:
-    """Hands torch's interface to the extension; False where one of the two does not offer it."""
+def _setup() -> str:
+    """Hands torch's interface to the extension; returns why there are no direct calls, empty where there are."""
+    if native.module is None:
+        return native.reason
+    if os.environ.get("TACO_DIRECT", "1").strip() == "0":
+        return "turned off by TACO_DIRECT=0"
     capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    if native.module is None or capsule is None:
-        return False
+    missing = f"torch {torch.__version__} does not offer what they need (DLPack's C interface, since 2.10)"
+    if capsule is None:
+        return missing
     guards = []
     for name in _GUARDS:
         found: Any = torch._C
         for part in name.split("."):
             found = getattr(found, part, None)
         if found is None:
-            return False
+            return missing
         guards.append(found)
     made = native.module.direct_setup(capsule, torch.Tensor, torch.nn.Parameter, tuple(guards), torch.get_num_threads)
     dispatch.allow_direct()
-    return bool(made)
+    return "" if made else missing
 
 
 def _ordinary(*_: Any) -> None:
@@ -78,5 +87,7 @@ def entry(op: str, limits: Callable[[torch.dtype], Limits]) -> Callable[..., Any
     return found
 
 
-usable = _setup()
-"""Whether this torch and this build of the extension can make direct calls"""
+reason = _setup()
+"""Why there are no direct calls; empty where there are"""
+
+usable = not reason

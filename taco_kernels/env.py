@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from taco_kernels import native
+from taco_kernels import direct, native
 from taco_kernels._version import __version__
 from taco_kernels.dispatch import backends, get_backend
 
@@ -72,6 +72,7 @@ def report() -> dict[str, Any]:
 
     Keys: ``versions``, ``build`` (None without the extension), ``extension`` ("loaded" or why not), ``cpu``,
     ``openmp``, ``gpus`` with ``gpu_note``, ``backends`` (each "usable" or why not, for CPU and CUDA tensors),
+    ``direct_calls`` ("yes" or why not: CPU tensors past torch's dispatcher),
     ``environment`` (the variables that change what happens here).
     """
     extension = native.module
@@ -99,9 +100,10 @@ def report() -> dict[str, Any]:
         "gpu_note": _why_no_gpu(),
         "forced_backend": get_backend(),
         "backends": {"cpu": backends("cpu"), "cuda": backends("cuda")},
+        "direct_calls": direct.reason or "yes",
         "environment": {
             name: os.environ[name]
-            for name in ("TACO_BACKEND", "TRITON_INTERPRET", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+            for name in ("TACO_BACKEND", "TACO_DIRECT", "TRITON_INTERPRET", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
             if name in os.environ
         },
     }
@@ -138,6 +140,7 @@ def _table(data: dict[str, Any]) -> str:
     row("in use", cpu["isa_in_use"] or "-")
     row("OpenMP runtime", ", ".join(openmp["runtimes_loaded"]) or "none loaded")
     row("threads", f"{openmp['threads']} (extension), {openmp['torch_threads']} (torch)")
+    row("direct calls", data["direct_calls"])
     for gpu in data["gpus"]:
         row("GPU", f"{gpu['name']}, capability {gpu['capability']}, {gpu['memory_gib']} GiB")
     if not data["gpus"]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
+import subprocess
 import sys
 import threading
 import weakref
@@ -24,8 +26,7 @@ from taco_kernels.low_rank_linear_group import low_rank_linear_group
 from taco_kernels.low_rank_mlp import low_rank_mlp
 from taco_kernels.pivoted_low_rank_linear import pivoted_low_rank_linear
 
-WHY_NOT = native.reason or "this torch does not offer DLPack's C exchange interface"
-pytestmark = pytest.mark.skipif(not direct.usable, reason=f"direct calls: {WHY_NOT}")
+pytestmark = pytest.mark.skipif(not direct.usable, reason=f"direct calls: {direct.reason}")
 
 OPS = ("low_rank_linear", "low_rank_bridge", "low_rank_linear_group", "low_rank_mlp", "pivoted_low_rank_linear")
 
@@ -98,7 +99,8 @@ def test_the_bits_of_the_ordinary_way(
         ordinary = call(op, *args)
     assert isinstance(ours, list if op == "low_rank_linear_group" else torch.Tensor)
     for a, b in zip(tensors(ours), tensors(ordinary), strict=True):
-        assert a.shape == b.shape and a.dtype == b.dtype and a.is_contiguous() and not a.requires_grad
+        assert a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+        assert a.is_contiguous() and not a.requires_grad
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
@@ -386,4 +388,25 @@ def test_without_the_extension_or_the_interface_everything_is_ordinary(monkeypat
     monkeypatch.setattr(direct, "usable", False)
     assert direct.entry("low_rank_linear", dispatch.cpu_rows)(1, 2, 3) is None
     monkeypatch.setattr(native, "module", None)
-    assert direct._setup() is False
+    monkeypatch.setattr(native, "reason", "extension was not built (test)")
+    assert direct._setup() == "extension was not built (test)"
+
+
+def test_a_torch_without_the_interface_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct, "_GUARDS", ("is_grad_enabled", "no_such_function"))
+    assert "does not offer" in direct._setup()
+    monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__")
+    assert "does not offer" in direct._setup()
+
+
+def test_the_switch() -> None:
+    code = """
+import torch, taco_kernels
+from taco_kernels import direct, env
+with torch.no_grad():
+    y = taco_kernels.low_rank_linear(torch.ones(1, 4), torch.ones(2, 4), torch.ones(3, 2))
+print(direct.usable, y.tolist(), env.report()["direct_calls"])
+"""
+    environment = {**os.environ, "TACO_DIRECT": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False [[8.0, 8.0, 8.0]] turned off by TACO_DIRECT=0"
