@@ -67,7 +67,12 @@ def _setup() -> str:
         if found is None:
             return missing
         guards.append(found)
-    made = native.module.direct_setup(capsule, torch.Tensor, torch.nn.Parameter, tuple(guards), torch.get_num_threads)
+    try:
+        made = native.module.direct_setup(
+            capsule, torch.Tensor, torch.nn.Parameter, tuple(guards), torch.get_num_threads
+        )
+    except (TypeError, ValueError) as error:  # the interface's early forms: an integer, a capsule of another name
+        return f"torch {torch.__version__} offers DLPack's C interface in another form ({error})"
     dispatch.allow_direct()
     return "" if made else missing
 

@@ -399,6 +399,12 @@ def test_a_torch_without_the_interface_is_named(monkeypatch: pytest.MonkeyPatch)
     assert "does not offer" in direct._setup()
 
 
+@pytest.mark.parametrize("form", [12345, "text"])
+def test_another_form_of_the_interface_is_named(form: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", form)
+    assert "in another form" in direct._setup()
+
+
 def test_the_switch() -> None:
     code = """
 import torch, taco_kernels
