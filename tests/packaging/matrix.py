@@ -36,6 +36,7 @@ TESTS = (
     "kernels/test_low_rank_bridge.py",
     "kernels/test_pivoted_low_rank_linear.py",
     "kernels/test_registration.py",
+    "kernels/test_direct.py",
     "svd/test_checkpoint.py",
     "svd/test_plan.py",
     "svd/test_mixture_of_experts.py",
