@@ -1,6 +1,6 @@
 """Direct calls: plain CPU tensors go from an op's public function straight to its kernel, past torch's dispatcher.
 
-The dispatcher, pybind11 and the checks in Python take 8 us of a call, and 100 us when the caches hold the last layer's
+The dispatcher, pybind11 and the checks in Python take 9 us of a call, and 100 us when the caches hold the last layer's
 weights instead of that code, which is how a model runs: as much as a bridge's kernel itself, or three library calls.
 The extension therefore reads the tensors through DLPack's C interface (csrc/direct). Whatever needs the dispatcher
 takes the ordinary way: gradients, autocast, transforms, modes, tracing, profiling, subclasses, a forced backend,
@@ -23,19 +23,7 @@ import torch
 
 from taco_kernels import dispatch, native
 
-__all__ = ["Limits", "entry", "reason", "usable"]
-
-Limits = tuple[tuple[int, int], ...]
-"""((rank, rows), ...), ranks falling: from this rank on, up to so many rows"""
-
-# In the order of csrc/direct/tensors.h.
-_OPS = (
-    "low_rank_linear",
-    "low_rank_bridge",
-    "low_rank_linear_group",
-    "low_rank_mlp",
-    "pivoted_low_rank_linear",
-)
+__all__ = ["entry", "reason", "usable"]
 
 # What asks for the dispatcher while one of these says so: functions of torch._C, each 40 ns.
 _GUARDS = (
@@ -81,13 +69,13 @@ def _ordinary(*_: Any) -> None:
     """Stands for the extension's functions where there are none."""
 
 
-def entry(op: str, limits: Callable[[torch.dtype], Limits]) -> Callable[..., Any]:
+def entry(op: str, limits: Callable[[torch.dtype], dispatch.RowLimits]) -> Callable[..., Any]:
     """The extension's direct function of `op`, told which rows and ranks it serves; see the module for its results."""
     if not usable:
         return _ordinary
     assert native.module is not None
     for dtype, code in dispatch.CPP_DTYPES.items():
-        native.module.direct_limit(_OPS.index(op), code, limits(dtype))
+        native.module.direct_limit(op, code, limits(dtype))
     found: Callable[..., Any] = getattr(native.module, f"direct_{op}")
     return found
 

@@ -62,10 +62,19 @@ def multiplies_many_rows(dtype: torch.dtype) -> bool:
     return _many_rows and dtype == torch.bfloat16
 
 
-def cpu_rows(dtype: torch.dtype) -> tuple[tuple[int, int], ...]:
-    """((rank, rows), ...), ranks falling: from which rank on up to how many rows the native kernels serve a CPU."""
+RowLimits = tuple[tuple[int, int], ...]
+"""((rank, rows), ...), ranks falling to 0: from this rank on, up to so many rows"""
+
+
+def cpu_rows(dtype: torch.dtype) -> RowLimits:
+    """From which rank on up to how many rows the native kernels serve a CPU."""
     few = ((0, CPU_MAX_ROWS[dtype]),)
     return MANY_ROWS + few if multiplies_many_rows(dtype) else few
+
+
+def most_rows(limits: RowLimits, rank: int) -> int:
+    """Up to how many rows, with factors of that rank."""
+    return next(rows for least, rows in limits if rank >= least)
 
 
 # On a GPU a decode kernel serves few rows, and cuBLAS the rest.
@@ -212,8 +221,7 @@ def choose(
     if dtype not in CPP_DTYPES:
         return "reference"
     if device_type == "cpu":
-        most = next(rows for least, rows in cpu_rows(dtype) if rank >= least)
-        ours = not turned and native.module is not None and rows <= most
+        ours = not turned and native.module is not None and rows <= most_rows(cpu_rows(dtype), rank)
         return "cpp" if ours else "library"
     if device_type == "cuda":
         if shape is not None and not turned:

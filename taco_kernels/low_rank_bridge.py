@@ -131,9 +131,6 @@ _direct = direct.entry("low_rank_bridge", dispatch.cpu_rows)
 
 
 def _compute(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
-    y = _direct(h, v, u, bias, eps)  # for compiled code, which comes here and not through the public function
-    if y is not None:
-        return _library(h, v, u, bias, eps) if y is False else y
     _check(h, v, u, bias)
     width = h.shape[-1]
     rows = h.numel() // width if width else 0
@@ -142,7 +139,14 @@ def _compute(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, eps: f
     return _BACKENDS[dispatch.choose(device, h.dtype, rows, False, shape, v.shape[0])](h, v, u, bias, eps)
 
 
-library.impl("low_rank_bridge", _compute, "CPU")
+def _compute_on_cpu(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    y = _direct(h, v, u, bias, eps)  # for compiled code, which comes here and not through the public function
+    if y is not None:
+        return _library(h, v, u, bias, eps) if y is False else y
+    return _compute(h, v, u, bias, eps)
+
+
+library.impl("low_rank_bridge", _compute_on_cpu, "CPU")
 library.impl("low_rank_bridge", _compute, "CUDA")
 
 

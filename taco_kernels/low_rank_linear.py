@@ -139,9 +139,6 @@ _direct = direct.entry("low_rank_linear", dispatch.cpu_rows)
 
 
 def _compute(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    y = _direct(x, v, u, bias, residual)  # for compiled code, which comes here and not through the public function
-    if y is not None:
-        return _library(x, v, u, bias, residual) if y is False else y
     _check(x, v, u, bias, residual)
     width = x.shape[-1]
     rows = x.numel() // width if width else x.shape[:-1].numel()
@@ -151,7 +148,16 @@ def _compute(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, residu
     return BACKENDS[backend](x, v, u, bias, residual)
 
 
-library.impl("low_rank_linear", _compute, "CPU")
+def _compute_on_cpu(
+    x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    y = _direct(x, v, u, bias, residual)  # for compiled code, which comes here and not through the public function
+    if y is not None:
+        return _library(x, v, u, bias, residual) if y is False else y
+    return _compute(x, v, u, bias, residual)
+
+
+library.impl("low_rank_linear", _compute_on_cpu, "CPU")
 library.impl("low_rank_linear", _compute, "CUDA")
 
 

@@ -138,9 +138,6 @@ _direct = direct.entry("low_rank_linear_group", dispatch.cpu_rows)
 
 
 def _compute(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
-    ys = _direct(x, vs, us, biases)  # for compiled code, which comes here and not through the public function
-    if ys is not None:
-        return _library(x, vs, us, biases) if ys is False else ys
     _check(x, vs, us, biases)
     width = x.shape[-1]
     rows = x.numel() // width if width else x.shape[:-1].numel()
@@ -151,7 +148,16 @@ def _compute(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequ
     return BACKENDS[dispatch.choose(device, x.dtype, rows, False, shape, rank)](x, vs, us, biases)
 
 
-library.impl("low_rank_linear_group", _compute, "CPU")
+def _compute_on_cpu(
+    x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> list[Tensor]:
+    ys = _direct(x, vs, us, biases)  # for compiled code, which comes here and not through the public function
+    if ys is not None:
+        return _library(x, vs, us, biases) if ys is False else ys
+    return _compute(x, vs, us, biases)
+
+
+library.impl("low_rank_linear_group", _compute_on_cpu, "CPU")
 library.impl("low_rank_linear_group", _compute, "CUDA")
 
 

@@ -94,8 +94,8 @@ def _composed(two: Callable[..., list[Tensor]], one: Callable[..., Tensor], x: T
 COMPOSED_ROWS, COMPOSED_RANKS = 4, 256
 
 
-def _fused_rows(dtype: torch.dtype) -> direct.Limits:
-    """From which ranks of gate and up on up to how many rows one kernel does all of an MLP (see `direct.Limits`)."""
+def _fused_rows(dtype: torch.dtype) -> dispatch.RowLimits:
+    """From which ranks of gate and up on up to how many rows one kernel does all of an MLP on a CPU."""
     if dispatch.multiplies_many_rows(dtype):
         return (COMPOSED_RANKS, COMPOSED_ROWS), (0, 2 * COMPOSED_ROWS)
     return dispatch.cpu_rows(dtype)
@@ -187,9 +187,6 @@ def _unpack(arguments: Sequence[Any]) -> tuple[Projection, Projection, Projectio
 
 def _compute(x: Tensor, *arguments: Any) -> Tensor:
     gate, up, down, act = _unpack(arguments)
-    y = _direct(x, *gate, *up, *down, act)  # for compiled code, which comes here and not through the public function
-    if y is not None:
-        return y
     _check(x, gate, up, down, act)
     width = x.shape[-1]
     rows = x.numel() // width if width else x.shape[:-1].numel()
@@ -197,8 +194,10 @@ def _compute(x: Tensor, *arguments: Any) -> Tensor:
     ranks = gate[1].shape[1] + up[1].shape[1]
     if device != "cpu":
         shape = ("low_rank_mlp", width, 2 * gate[1].shape[0], ranks)
-    elif rows > (COMPOSED_ROWS if ranks >= COMPOSED_RANKS else 2 * COMPOSED_ROWS) and (
-        dispatch.get_backend() is None and dispatch.multiplies_many_rows(x.dtype)
+    elif (
+        dispatch.get_backend() is None
+        and dispatch.multiplies_many_rows(x.dtype)
+        and rows > dispatch.most_rows(_fused_rows(x.dtype), ranks)
     ):
         two = GROUP[dispatch.choose(device, x.dtype, rows, rank=ranks)]
         one = LINEAR[dispatch.choose(device, x.dtype, rows, rank=down[1].shape[1])]
@@ -206,7 +205,13 @@ def _compute(x: Tensor, *arguments: Any) -> Tensor:
     return _BACKENDS[dispatch.choose(device, x.dtype, rows, False, shape)](x, gate, up, down, act)
 
 
-library.impl("low_rank_mlp", _compute, "CPU")
+def _compute_on_cpu(x: Tensor, *arguments: Any) -> Tensor:
+    gate, up, down, act = _unpack(arguments)
+    y = _direct(x, *gate, *up, *down, act)  # for compiled code, which comes here and not through the public function
+    return _compute(x, *arguments) if y is None else y
+
+
+library.impl("low_rank_mlp", _compute_on_cpu, "CPU")
 library.impl("low_rank_mlp", _compute, "CUDA")
 
 

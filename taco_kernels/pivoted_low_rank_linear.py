@@ -169,9 +169,6 @@ _direct = direct.entry("pivoted_low_rank_linear", dispatch.cpu_rows)
 def _compute(
     x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
-    y = _direct(x, v, u, pivot, bias, residual)  # for compiled code, which comes here at once
-    if y is not None:
-        return _library(x, v, u, pivot, bias, residual) if y is False else y
     _check(x, v, u, pivot, bias, residual)
     width = x.shape[-1]
     rows = x.numel() // width if width else x.shape[:-1].numel()
@@ -186,7 +183,17 @@ def _compute(
     return BACKENDS[backend](x, v, u, pivot, bias, residual)
 
 
-library.impl("pivoted_low_rank_linear", _compute, "CPU")
+def _compute_on_cpu(
+    x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    # for compiled code, which comes here and not through the public function
+    y = _direct(x, v, u, pivot, bias, residual)
+    if y is not None:
+        return _library(x, v, u, pivot, bias, residual) if y is False else y
+    return _compute(x, v, u, pivot, bias, residual)
+
+
+library.impl("pivoted_low_rank_linear", _compute_on_cpu, "CPU")
 library.impl("pivoted_low_rank_linear", _compute, "CUDA")
 
 

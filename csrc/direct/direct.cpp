@@ -63,18 +63,23 @@ bool read_map(PyObject* v, PyObject* u, PyObject* bias, const Rows& like, std::i
   return true;
 }
 
-LowRankInput input_of(const Rows& x) { return {x.dtype, x.data, x.stride, x.rows, x.width, false, 0.0f}; }
+bool read_residual(PyObject* object, const Rows& x, LowRankMap& map) {
+  if (object == Py_None) return true;
+  Rows rest;
+  if (!read_like(object, x, map.out, rest)) return false;
+  map.residual = rest.tensor.data, map.residual_stride = rest.stride;
+  return true;
+}
+
+LowRankInput input_of(const Rows& x) { return {x.dtype, x.tensor.data, x.stride, x.rows, x.width, false, 0.0f}; }
 
 // x, v, u, bias, residual
 PyObject* linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  Rows x, rest;
+  Rows x;
   LowRankMap map;
   if (count != 5 || !nothing_in_the_way() || !read_rows(args[0], x)) Py_RETURN_NONE;
   if (!read_map(args[1], args[2], args[3], x, x.width, map)) Py_RETURN_NONE;
-  if (args[4] != Py_None) {
-    if (!read_like(args[4], x, map.out, rest)) Py_RETURN_NONE;
-    map.residual = rest.data, map.residual_stride = rest.stride;
-  }
+  if (!read_residual(args[4], x, map)) Py_RETURN_NONE;
   if (!few_enough(kLinear, x, map.rank)) Py_RETURN_FALSE;
   return result_of(x, map.out, [&](void* y, int threads) {
     map.y = y;
@@ -88,7 +93,7 @@ PyObject* bridge(PyObject*, PyObject* const* args, Py_ssize_t count) {
   LowRankMap map;
   if (count != 5 || !PyFloat_CheckExact(args[4]) || !nothing_in_the_way() || !read_rows(args[0], h)) Py_RETURN_NONE;
   if (!read_map(args[1], args[2], args[3], h, h.width, map) || map.out != h.width) Py_RETURN_NONE;
-  map.residual = h.data, map.residual_stride = h.stride;
+  map.residual = h.tensor.data, map.residual_stride = h.stride;
   if (!few_enough(kBridge, h, map.rank)) Py_RETURN_FALSE;
   LowRankInput input = input_of(h);
   input.normalise = true;
@@ -101,7 +106,7 @@ PyObject* bridge(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 // x, v, u, pivot, bias, residual
 PyObject* pivoted(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  Rows x, rest;
+  Rows x;
   LowRankMap map;
   Matrix left;
   const void* pivot = nullptr;
@@ -111,16 +116,13 @@ PyObject* pivoted(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!read_matrix(args[2], x, left) || left.columns >= x.width) Py_RETURN_NONE;
   if (!read_map(args[1], args[2], args[4], x, x.width - left.columns, map)) Py_RETURN_NONE;
   if (!read_index(args[3], x.width, pivot, is_long)) Py_RETURN_NONE;
-  if (args[5] != Py_None) {
-    if (!read_like(args[5], x, map.out, rest)) Py_RETURN_NONE;
-    map.residual = rest.data, map.residual_stride = rest.stride;
-  }
+  if (!read_residual(args[5], x, map)) Py_RETURN_NONE;
   if (!few_enough(kPivoted, x, map.rank)) Py_RETURN_FALSE;
   return result_of(x, map.out, [&](void* y, int threads) {
     const std::int64_t element = x.dtype == Dtype::kF32 ? 4 : 2;
     const std::unique_ptr<char[]> gathered(new char[static_cast<std::size_t>(x.rows * x.width * element)]);
     char* const behind = gathered.get() + map.rank * element;
-    gather({x.data, x.stride, pivot, gathered.get(), x.width, behind, x.width, x.rows, x.width, map.rank, element},
+    gather({x.tensor.data, x.stride, pivot, gathered.get(), x.width, behind, x.width, x.rows, x.width, map.rank, element},
            is_long, threads);
     map.y = y;
     map.direct = gathered.get(), map.direct_stride = x.width;
@@ -213,10 +215,12 @@ PyObject* enable(PyObject*, PyObject* flag) {
 
 // op, dtype code, tuple of (rank, rows)
 PyObject* limit(PyObject*, PyObject* args) {
+  const char* name = nullptr;
   int op = 0, dtype = 0;
   PyObject* pairs = nullptr;
-  if (!PyArg_ParseTuple(args, "iiO!", &op, &dtype, &PyTuple_Type, &pairs)) return nullptr;
-  if (op < 0 || op >= kOps || dtype < 0 || dtype > 2) {
+  if (!PyArg_ParseTuple(args, "siO!", &name, &dtype, &PyTuple_Type, &pairs)) return nullptr;
+  while (op < kOps && std::strcmp(name, kOpNames[op]) != 0) ++op;
+  if (op == kOps || dtype < 0 || dtype > 2) {
     PyErr_SetString(PyExc_ValueError, "direct_limit: there is no such op or dtype");
     return nullptr;
   }

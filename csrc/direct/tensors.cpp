@@ -40,7 +40,6 @@ bool rows_of(Rows& out) {
   const dlpack::Tensor& t = out.tensor;
   if (t.ndim < 1 || !dtype_of(t.dtype, out.dtype)) return false;
   const int last = t.ndim - 1;
-  out.data = t.data;
   out.width = t.shape[last];
   if (out.width < 1 || t.strides[last] != 1) return false;
   out.rows = 1;

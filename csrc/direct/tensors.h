@@ -17,6 +17,8 @@ struct Limit {
 };
 
 enum Op { kLinear, kBridge, kGroup, kMlp, kPivoted, kOps };
+constexpr const char* kOpNames[kOps] = {"low_rank_linear", "low_rank_bridge", "low_rank_linear_group", "low_rank_mlp",
+                                        "pivoted_low_rank_linear"};
 
 struct State {
   const dlpack::ExchangeApi* api = nullptr;
@@ -33,7 +35,6 @@ extern State state;
 // Rows of an input: [..., width] whose rows lie evenly spaced.
 struct Rows {
   dlpack::Tensor tensor;
-  const void* data;
   std::int64_t stride, rows, width;
   Dtype dtype;
 };

@@ -250,6 +250,7 @@ def main() -> None:
         print(f"taco-svd: {error}".encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
         if isinstance(error, LostProcessError):
             # what is left of the connection to the lost one may abort the process when it is taken down
+            sys.stdout.flush()
             atexit._run_exitfuncs()
             os._exit(2)
         sys.exit(2)

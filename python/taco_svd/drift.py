@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from .architectures import Architecture
 from .structure import Structure
+from .suffix import _hidden_output
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def recorded(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int
         for index in layers:
 
             def after(_: nn.Module, __: Any, output: Any, index: int = index) -> None:
-                found[index] = output[0] if isinstance(output, tuple) else output
+                found[index] = _hidden_output(output)
 
             hooks.callback(stack[index].register_forward_hook(after).remove)
         yield found

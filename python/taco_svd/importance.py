@@ -42,9 +42,9 @@ def lost_direction(entering: torch.Tensor, leaving: torch.Tensor) -> float:
     return float((1 - cosine).double().sum())
 
 
-def least_influential(scores: Sequence[float]) -> list[int]:
-    """Layers from the lowest score on."""
-    return sorted(range(len(scores)), key=lambda layer: scores[layer])
+def by_influence(scores: Sequence[float]) -> LayerImportance:
+    """The ranking by block influence: layers from the lowest score on."""
+    return LayerImportance("bi", tuple(scores), tuple(sorted(range(len(scores)), key=lambda layer: scores[layer])))
 
 
 def block_influence(runner: SuffixRunner, progress: Progress | None = None, team: Team | None = None) -> list[float]:
@@ -143,8 +143,7 @@ def rank_layers(
     """
     depth = len(runner.architecture.layers)
     if measure == "bi":
-        scores = block_influence(runner, progress, team)
-        return LayerImportance(measure, tuple(scores), tuple(least_influential(scores)))
+        return by_influence(block_influence(runner, progress, team))
     if measure == "angular":
         distances = angular_distances(runner, count, progress, team)
         start = min(range(len(distances)), key=lambda index: distances[index])

@@ -21,8 +21,8 @@ from .allocation import low_rank_structure
 from .architectures import Architecture, LinearSite, dense_weight
 from .attribution import SigmaGradients, candidate_directions
 from .decomposition import Decomposition
-from .importance import LayerImportance, block_influence, least_influential, lost_direction
-from .suffix import SuffixRunner, _hidden_argument
+from .importance import LayerImportance, block_influence, by_influence, lost_direction
+from .suffix import SuffixRunner, _hidden_argument, _hidden_output
 
 # The guess: a share of the windows, at least one.
 GUESS_SHARE = 1 / 16
@@ -50,7 +50,7 @@ def importance_and_attribution(
         compression_ratio: the paper's c, from which ranks and so the number of candidate directions follow.
     """
     few = tokens[: max(1, int(len(tokens) * GUESS_SHARE))]
-    guess = sorted(least_influential(block_influence(SuffixRunner(architecture, few, 0)))[:count])
+    guess = sorted(by_influence(block_influence(SuffixRunner(architecture, few, 0))).order[:count])
     ranks = low_rank_structure(architecture, guess, compression_ratio).low_rank
     sites = architecture.sites(guess)
     parts = {
@@ -61,14 +61,12 @@ def importance_and_attribution(
     sums = [0.0] * len(architecture.layers)
 
     def watch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, layer: int) -> None:
-        leaving = output[0] if isinstance(output, tuple) else output
-        sums[layer] += lost_direction(_hidden_argument(args, kwargs).detach(), leaving.detach())
+        sums[layer] += lost_direction(_hidden_argument(args, kwargs).detach(), _hidden_output(output).detach())
 
     with ExitStack() as stack:
         for layer, module in enumerate(architecture.layers):
             hook = module.register_forward_hook(partial(watch, layer=layer), with_kwargs=True)
             stack.callback(hook.remove)
         SuffixRunner(architecture, tokens, 0).backward(sites, gradients, progress)
-    scores = [total / tokens.numel() for total in sums]
-    ranking = LayerImportance("bi", tuple(scores), tuple(least_influential(scores)))
+    ranking = by_influence([total / tokens.numel() for total in sums])
     return ranking, Attributed(parts, {site: gradients.importance(site) for site in sites})

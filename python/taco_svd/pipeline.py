@@ -342,8 +342,10 @@ def _carry_out(
     elif plan.structure.low_rank:
         factorised = sorted(plan.structure.low_rank)
         runner = SuffixRunner(architecture, calibration.tokens, factorised[0], starts=factorised)
-        known = workspace.attributed if plan.options.get("one_shot") else None
-        attributed = known[1] if known is not None and known[0] == plan.structure else None
+        known, workspace.attributed = workspace.attributed, None  # for the call that planned it; it is large
+        attributed = None
+        if known is not None and known[0] == plan.structure and plan.options.get("one_shot"):
+            attributed = known[1]
         factorise(architecture, plan, runner, progress, workspace.store, attributed)
     set_idle(working, False)
     kept = list(plan.structure.kept)

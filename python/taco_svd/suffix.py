@@ -222,7 +222,7 @@ class SuffixRunner:
                 else:
 
                     def after(_: nn.Module, __: Any, output: Any, layer: int = layer) -> None:
-                        found[layer] = (output[0] if isinstance(output, tuple) else output).detach()
+                        found[layer] = _hidden_output(output).detach()
 
                     hook = stack_modules[-1].register_forward_hook(after)
                 stack.callback(hook.remove)
@@ -276,7 +276,7 @@ class SuffixRunner:
             for layer in residual_layers:
 
                 def watch_residual(_: nn.Module, __: Any, output: Any, layer: int = layer) -> None:
-                    hidden = output[0] if isinstance(output, tuple) else output
+                    hidden = _hidden_output(output)
                     kept = hidden.detach()
                     assert residual_callback is not None
                     hidden.register_hook(lambda gradient: residual_callback(layer, kept, unscaled(gradient)))
@@ -385,6 +385,12 @@ class _Enough(Exception):
 
 def _hidden_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     hidden: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
+
+
+def _hidden_output(output: Any) -> torch.Tensor:
+    """Of a decoder layer: older transformers give a tuple."""
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
 
 

@@ -18,7 +18,7 @@ from .architectures import Architecture, LinearSite, linear_shape
 from .calibration import embedding_weight
 from .experts import expert_number
 from .mapped import held, is_mapped, page_out
-from .suffix import _Enough, _hidden_argument, explicit_attention, forward_replaced
+from .suffix import _Enough, _hidden_argument, _hidden_output, explicit_attention, forward_replaced
 
 # site, its input [batch, tokens, in], its output [batch, tokens, out]
 Watch = Callable[[torch.Tensor, torch.Tensor], None]
@@ -104,8 +104,7 @@ class Walk:
         args, kwargs = self._calls[batch][index]
         with held():  # whoever walks runs the layer for every batch
             output: Any = layer(hidden, *args, **kwargs)
-        result: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return result
+        return _hidden_output(output)
 
     def through(
         self, layer: int, stream: Sequence[torch.Tensor], architecture: Architecture | None = None

@@ -379,9 +379,11 @@ def test_setup_refuses_nonsense() -> None:
     with pytest.raises(TypeError):
         native.module.direct_setup(1, 2, 3)
     with pytest.raises(ValueError, match="no such op"):
-        native.module.direct_limit(9, 0, ())
+        native.module.direct_limit("low_rank", 0, ())
+    with pytest.raises(ValueError, match="no such op"):
+        native.module.direct_limit("low_rank_mlp", 3, ())
     with pytest.raises(TypeError):
-        native.module.direct_limit(0, 0, (1,))
+        native.module.direct_limit("low_rank_linear", 0, (1,))
 
 
 def test_without_the_extension_or_the_interface_everything_is_ordinary(monkeypatch: pytest.MonkeyPatch) -> None:
