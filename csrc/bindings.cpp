@@ -216,6 +216,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("compiled_cpu_isas", &taco::compiled_cpu_isas, "instruction sets in this binary, best first");
   m.def("cpu_isa", &taco::cpu_isa, "the instruction set in use");
   m.def("set_cpu_isa", &set_cpu_isa, "chooses an instruction set, for tests; \"auto\" is the best");
+  m.def(
+      "cpu_many_rows_from",
+      [](int dtype, std::int64_t ranks) { return taco::many_rows_from(dtype_of(dtype), ranks); },
+      "from how many rows on there are kernels for many rows");
   m.def("omp_threads", &taco::omp_threads, "threads of the OpenMP runtime; 0 when built without OpenMP");
   m.def("read_memory", &read_memory, "reads memory as fast as it goes, for benchmarks");
 

@@ -28,48 +28,57 @@ __all__ = ["BACKENDS", "CPP_DTYPES", "backends", "choose", "get_backend", "set_b
 
 BACKENDS = ("reference", "library", "cpp", "triton", "cuda")
 
+RowLimits = tuple[tuple[int, int], ...]
+"""((rank, rows), ...), ranks falling to 0: from this rank on, up to so many rows"""
+
 CPP_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """dtypes of the native kernels and their codes in ``csrc/``"""
 
 
-def _library_has_fp16() -> bool:
+def _library_multiplies(dtype: torch.dtype) -> bool:
+    """Whether torch has fast products of a 16-bit dtype on this CPU: without AVX-512 they run at a tenth of float32's."""
+    asked = {torch.float16: "_is_mkldnn_fp16_supported", torch.bfloat16: "_is_mkldnn_bf16_supported"}.get(dtype)
     try:
-        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+        return asked is None or bool(getattr(torch.ops.mkldnn, asked)())
     except (AttributeError, RuntimeError):
         return True
 
 
-# Rows up to which the native kernels win over two library calls, as benchmarks/test_low_rank_cpu.py measures them (two
-# cores with AVX-512-BF16: bf16 breaks even near 16 rows, fp32 beyond 64). A CPU without fp16 arithmetic leaves torch
-# with a slow path there: ours is several times faster for any number of rows.
-CPU_MAX_ROWS = {torch.float32: 64, torch.float16: 16 if _library_has_fp16() else 2**62, torch.bfloat16: 16}
-# Ranks from which the native kernels for many rows win over two library products, and up to how many rows: bfloat16 on
-# cores with AVX-512-BF16, whose weights they read where they lie. Below, packing and unpacking rows costs too much of
-# the call. Matrix units (AMX) are several times faster than any of this, and the library's.
-MANY_ROWS = ((1280, 2**62), (768, 256), (256, 64))
+isa: str = "" if native.module is None else native.module.cpu_isas()[0]
+
+# Rows up to which the native kernels win over two library calls, as benchmarks/cpu_suite.py measures them (two cores with
+# AVX-512-BF16: bf16 breaks even near 16 rows, fp32 beyond 64; two with AVX2: fp32 beyond 64). Where torch has no fast
+# products of a 16-bit dtype, ours are several times faster for any number of rows.
+CPU_MAX_ROWS = {
+    torch.float32: 64,
+    torch.float16: 16 if _library_multiplies(torch.float16) else 2**62,
+    torch.bfloat16: 16 if _library_multiplies(torch.bfloat16) or isa == "baseline" else 2**62,
+}
+# Ranks from which the kernels for many rows win over two fast library products, and up to how many rows: bfloat16 on cores
+# with AVX-512-BF16, whose weights they read where they lie. Below, packing and unpacking rows costs too much of the
+# call. Matrix units (AMX) are several times faster than any of this, and the library's.
+MANY_ROWS: dict[str, RowLimits] = {"avx512bf16": ((1280, 2**62), (768, 256), (256, 64))}
 
 
-def _multiplies_many_rows() -> bool:
+def _dtypes_of_many_rows() -> frozenset[torch.dtype]:
+    if isa == "avx2":
+        return frozenset(CPP_DTYPES)
     has_matrix_unit = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    return native.module is not None and native.module.cpu_isas()[0] == "avx512bf16" and not has_matrix_unit()
+    return frozenset([torch.bfloat16] if isa == "avx512bf16" and not has_matrix_unit() else [])
 
 
-_many_rows = _multiplies_many_rows()
+_many_rows = _dtypes_of_many_rows()
 
 
 def multiplies_many_rows(dtype: torch.dtype) -> bool:
-    """Whether this CPU has the kernels for many rows of that dtype."""
-    return _many_rows and dtype == torch.bfloat16
-
-
-RowLimits = tuple[tuple[int, int], ...]
-"""((rank, rows), ...), ranks falling to 0: from this rank on, up to so many rows"""
+    """Whether this CPU has kernels for many rows of that dtype (csrc/cpu/many_rows*.inl) that are to be used."""
+    return dtype in _many_rows
 
 
 def cpu_rows(dtype: torch.dtype) -> RowLimits:
     """From which rank on up to how many rows the native kernels serve a CPU."""
     few = ((0, CPU_MAX_ROWS[dtype]),)
-    return MANY_ROWS + few if multiplies_many_rows(dtype) else few
+    return MANY_ROWS.get(isa, ()) + few if multiplies_many_rows(dtype) else few
 
 
 def most_rows(limits: RowLimits, rank: int) -> int:

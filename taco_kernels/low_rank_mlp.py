@@ -90,15 +90,13 @@ def _composed(two: Callable[..., list[Tensor]], one: Callable[..., Tensor], x: T
 
 
 # Where a CPU has kernels for many rows, which the one for a whole MLP does not use, its three maps are better computed
-# one by one: beyond so many rows with ranks of at least so many in gate and up, beyond twice as many with smaller ones.
-COMPOSED_ROWS, COMPOSED_RANKS = 4, 256
+# one by one: beyond so many rows with ranks of at least so many in gate and up, beyond so many others with smaller ones.
+COMPOSED_ROWS: dispatch.RowLimits = ((0, 12),) if dispatch.isa == "avx2" else ((256, 4), (0, 8))
 
 
 def _fused_rows(dtype: torch.dtype) -> dispatch.RowLimits:
     """From which ranks of gate and up on up to how many rows one kernel does all of an MLP on a CPU."""
-    if dispatch.multiplies_many_rows(dtype):
-        return (COMPOSED_RANKS, COMPOSED_ROWS), (0, 2 * COMPOSED_ROWS)
-    return dispatch.cpu_rows(dtype)
+    return COMPOSED_ROWS if dispatch.multiplies_many_rows(dtype) else dispatch.cpu_rows(dtype)
 
 
 _CPP_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}

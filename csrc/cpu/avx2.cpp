@@ -53,12 +53,51 @@ struct Arch {
 #include "quad.inl"
 
   static inline Quad reduce4(Vec a, Vec b, Vec c, Vec d) { return reduce4_256(a, b, c, d); }
+
+  // For many_rows_float.inl: eight elements in their order
+  static inline Vec all(float a) { return _mm256_set1_ps(a); }
+  static inline Vec broadcast(const float* p) { return _mm256_broadcast_ss(p); }
+  static inline Vec load8(const float* p) { return _mm256_loadu_ps(p); }
+  static inline Vec load8(const F16* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static inline Vec load8(const BF16* p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+  }
+  static inline void store(F16* p, Vec a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  static inline void store(BF16* p, Vec a) {  // as quad_store
+    quad_store(p, _mm256_castps256_ps128(a));
+    quad_store(p + 4, _mm256_extractf128_ps(a, 1));
+  }
+  // rows become columns, by pairs, fours and eights
+  static inline void transpose(Vec (&a)[8]) {
+    Vec b[8], c[8];
+    for (int i = 0; i < 8; i += 2) {
+      b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+      b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    }
+    // c[4 i + j] holds column j of each 128-bit lane, of rows 4 i to 4 i + 3
+    for (int i = 0; i < 8; i += 4) {
+      c[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+      c[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
+      c[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+      c[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+    }
+    for (int j = 0; j < 4; ++j) {
+      a[j] = _mm256_permute2f128_ps(c[j], c[j + 4], 0x20);
+      a[j + 4] = _mm256_permute2f128_ps(c[j], c[j + 4], 0x31);
+    }
+  }
   static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 };
 
 #include "panel.inl"
 #include "gating.inl"
 #include "attribution.inl"
+#include "many_rows_float.inl"
 
 }  // namespace
 
@@ -66,10 +105,10 @@ const CpuKernels kAvx2Kernels = {
     "avx2",
     0,
     {{first_product<Converted<float>, float>, second_product<float>, sum_of_squares<float>, gating<float>,
-      attribution<float>},
+      attribution<float>, &kManyRowsFloat<float>},
      {first_product<Converted<F16>, F16>, second_product<F16>, sum_of_squares<F16>, gating<F16>,
-      attribution<F16>},
+      attribution<F16>, &kManyRowsFloat<F16>},
      {first_product<Converted<BF16>, BF16>, second_product<BF16>, sum_of_squares<BF16>, gating<BF16>,
-      attribution<BF16>}}};
+      attribution<BF16>, &kManyRowsFloat<BF16>}}};
 
 }  // namespace taco

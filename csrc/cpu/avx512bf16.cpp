@@ -43,6 +43,6 @@ const CpuKernels kAvx512Bf16Kernels = {
      {first_product<Converted<F16>, F16>, second_product_either<F16>, sum_of_squares<F16>, gating<F16>,
       attribution<F16>},
      {first_product<DotBf16, BF16>, second_product_either<BF16>, sum_of_squares<BF16>, gating<BF16>,
-      attribution<BF16>, pack_bf16, many_first, many_second}}};
+      attribution<BF16>, &kManyRowsBf16}}};
 
 }  // namespace taco

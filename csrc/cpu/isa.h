@@ -92,27 +92,30 @@ struct AttributionBlock {
   double* open;           // the sum over the sequence that has not ended yet; not part of signed_sum
 };
 
-// For many rows: 16-bit vectors side by side. Two neighbouring columns of a row share 32 bits (the lower half comes first),
-// and the pair j of all rows lies together: pairs[j * lanes + row]. `lanes` is the number of rows rounded up to whole
-// groups of kGroup; rows that are not there, and the second half of an odd last pair, are zero.
+// For many rows: vectors side by side, packed into places of 32 bits, `lanes` rows of them: the number of rows rounded up
+// to whole groups of kGroup. Rows that are not there are zero. ManyRows::width says how many columns share a place:
+//   2: two neighbouring 16-bit columns (the lower half comes first); place j of all rows lies together,
+//      places[j * lanes + row]. The second half of an odd last pair is zero.
+//   1: one column, widened to fp32; a group's rows lie together, places[group * columns * kGroup + j * kGroup + row].
 constexpr int kGroup = 16;
 struct Packing {
   const void* x;
   std::int64_t x_stride;
   std::int64_t rows, columns;
-  std::uint32_t* pairs;
+  std::uint32_t* places;
   std::int64_t lanes;
 };
 
-// t = x v^T + t, rounded to the dtype, for rows [begin, end) of v, begin even; both vectors are packed.
+// t = x v^T + t for rows [begin, end) of v, begin a multiple of width; both vectors are packed, t rounded where two columns
+// share a place.
 struct ManyFirst {
   const std::uint32_t* x;
-  std::int64_t lanes, in;
+  std::int64_t lanes, in, rank;
   const void* v;
   std::int64_t v_stride;
   std::uint32_t* t;
   bool onto;  // whether t holds something to be added to
-  float* partial;  // [rows of v, lanes], where there are more columns than kManyColumns
+  float* partial;  // [rows of v, lanes], where there are more columns than ManyRows::columns
 };
 
 // What a SecondProduct does, from a packed t.
@@ -120,7 +123,18 @@ struct ManySecond {
   const std::uint32_t* t;
   std::int64_t lanes;
   SecondProduct product;  // its t and layout are not used
-  float* partial;         // [rows of u, lanes], where the rank is larger than kManyColumns
+  float* partial;         // [rows of u, lanes], where the rank is larger than ManyRows::columns
+};
+
+// Kernels for many rows, and what they are good for.
+struct ManyRows {
+  int width;             // columns of a packed vector that share 32 bits
+  std::int64_t columns;  // of packed vectors, that go through all weight rows together: the second cache holds them
+  std::int64_t few;      // calls of more rows than this are for these kernels,
+  std::int64_t lone;     // and of more than this where the ranks of a call are kManyRanks or more in all
+  void (*pack)(const Packing&, std::int64_t begin, std::int64_t end);  // places [begin, end)
+  void (*first)(const ManyFirst&, std::int64_t begin, std::int64_t end);
+  void (*second)(const ManySecond&, std::int64_t begin, std::int64_t end);
 };
 
 struct DtypeKernels {
@@ -129,10 +143,7 @@ struct DtypeKernels {
   float (*sum_of_squares)(const void* x, std::int64_t n);
   void (*gating)(const Gating&, std::int64_t begin, std::int64_t end);
   void (*attribution)(const AttributionBlock&, std::int64_t begin, std::int64_t end);
-  // For many rows (kFewRows below says how many); null where the instruction set has nothing better than the others above.
-  void (*pack)(const Packing&, std::int64_t begin, std::int64_t end) = nullptr;  // pairs [begin, end)
-  void (*many_first)(const ManyFirst&, std::int64_t begin, std::int64_t end) = nullptr;
-  void (*many_second)(const ManySecond&, std::int64_t begin, std::int64_t end) = nullptr;
+  const ManyRows* many = nullptr;  // where the instruction set has something better for many rows than the others above
 };
 
 // Layout::stride must be a multiple of this on every instruction set: two of the widest vectors.
@@ -141,12 +152,8 @@ constexpr std::int64_t kStepMultiple = 32;
 constexpr std::int64_t kTile = 16;
 // Batch rows that go through a sweep together at most.
 constexpr std::int64_t kRowBlock = 64;
-// Columns of packed vectors that go through all weight rows together: of kRowBlock rows they take 3/4 of a second cache of
-// 1 MiB.
-constexpr std::int64_t kManyColumns = 6144;
-// More rows than the first are for the kernels for many rows where the instruction set has them; where the ranks of a call
-// are at least kManyRanks in all, more than the second. Other calls keep their intermediate in fp32.
-constexpr std::int64_t kFewRows = 16, kLoneRows = 4, kManyRanks = 256;
+// See ManyRows::lone.
+constexpr std::int64_t kManyRanks = 256;
 
 struct CpuKernels {
   const char* name;

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <new>
 
 #include "isa.h"
@@ -227,22 +228,27 @@ void norm_scales(const DtypeKernels& kernels, const LowRankInput& input, const v
   }
 }
 
+std::int64_t rows_from(const ManyRows* many, std::int64_t ranks) {
+  if (many == nullptr) return std::numeric_limits<std::int64_t>::max();
+  return (ranks >= kManyRanks ? many->lone : many->few) + 1;
+}
+
 // As low_rank, for many rows on an instruction set that has kernels for them.
-void low_rank_many(const DtypeKernels& kernels, const LowRankInput& input, const LowRankMap* maps, int count,
-                   int threads) {
+void low_rank_many(const DtypeKernels& kernels, const ManyRows& many, const LowRankInput& input, const LowRankMap* maps,
+                   int count, int threads) {
   const std::int64_t element = size_of(input.dtype);
   // Blocks of at most kRowBlock rows, of as equal numbers of groups as can be: a lone group costs nearly as much as two.
   const std::int64_t groups = (input.rows + kGroup - 1) / kGroup;
   const std::int64_t blocks = (groups * kGroup + kRowBlock - 1) / kRowBlock;
   const std::int64_t most = (groups + blocks - 1) / blocks * kGroup;
-  const auto pairs_of = [](std::int64_t columns) { return (columns + 1) / 2; };
-  std::int64_t weights = 0, floats = most * (1 + pairs_of(input.in)), waiting = 0;
+  const auto places_of = [&](std::int64_t columns) { return (columns + many.width - 1) / many.width; };
+  std::int64_t weights = 0, floats = most * (1 + places_of(input.in)), waiting = 0;
   for (int i = 0; i < count; ++i) {
     weights += maps[i].rank * (input.in + maps[i].out);
-    floats += most * pairs_of(maps[i].rank);
+    floats += most * places_of(maps[i].rank);
     // sums of one map wait at a time, but threads need not work on the same one
-    if (input.in > kManyColumns) waiting += maps[i].rank;
-    if (maps[i].rank > kManyColumns) waiting += maps[i].out;
+    if (input.in > many.columns) waiting += maps[i].rank;
+    if (maps[i].rank > many.columns) waiting += maps[i].out;
   }
   const int team = threads_for(weights, input, threads);
   float* const scales = scratch.get(static_cast<std::size_t>(floats + most * waiting));
@@ -255,22 +261,22 @@ void low_rank_many(const DtypeKernels& kernels, const LowRankInput& input, const
     const std::int64_t rows = std::min(end, input.rows) - start, lanes = end - start;
     const Packing x = {offset(input.x, start * input.x_stride, element), input.x_stride, rows, input.in, packed, lanes};
     on_team(team, [&](int index, int members) {
-      // each thread its share of the pairs, in whole vectors
+      // each thread its share of the places, in whole vectors
       const auto pack = [&](const Packing& p) {
-        const std::int64_t vectors = (pairs_of(p.columns) + kGroup - 1) / kGroup;
+        const std::int64_t vectors = (places_of(p.columns) + kGroup - 1) / kGroup;
         const std::int64_t first = vectors * index / members * kGroup, last = vectors * (index + 1) / members * kGroup;
-        kernels.pack(p, first, std::min(last, pairs_of(p.columns)));
+        many.pack(p, first, std::min(last, places_of(p.columns)));
       };
       const auto each_map = [&](const auto& body) {
-        std::uint32_t* t = packed + lanes * pairs_of(input.in);
+        std::uint32_t* t = packed + lanes * places_of(input.in);
         float* partial = waits;
         for (int i = 0; i < count; ++i) {
           float* const of_first = partial;
-          if (input.in > kManyColumns) partial += lanes * maps[i].rank;
+          if (input.in > many.columns) partial += lanes * maps[i].rank;
           float* const of_second = partial;
-          if (maps[i].rank > kManyColumns) partial += lanes * maps[i].out;
+          if (maps[i].rank > many.columns) partial += lanes * maps[i].out;
           body(maps[i], t, of_first, of_second);
-          t += lanes * pairs_of(maps[i].rank);
+          t += lanes * places_of(maps[i].rank);
         }
       };
       pack(x);
@@ -284,8 +290,8 @@ void low_rank_many(const DtypeKernels& kernels, const LowRankInput& input, const
       for (int i = 0; i < count; ++i) of_ranks.expect(maps[i].rank, 1);
       each_map([&](const LowRankMap& map, std::uint32_t* t, float* partial, float*) {
         const Range mine = of_ranks.next(map.rank, 1);
-        const ManyFirst first = {packed, lanes, input.in, map.v, map.v_stride, t, map.direct != nullptr, partial};
-        if (mine.begin < mine.end) kernels.many_first(first, mine.begin, mine.end);
+        const ManyFirst first = {packed, lanes, input.in, map.rank, map.v, map.v_stride, t, map.direct != nullptr, partial};
+        if (mine.begin < mine.end) many.first(first, mine.begin, mine.end);
       });
       meet();
       Shares of_outputs(index, members);
@@ -295,7 +301,7 @@ void low_rank_many(const DtypeKernels& kernels, const LowRankInput& input, const
         const SecondProduct product = {nullptr, {}, map.u, map.u_stride, scale, map.bias,
                                        offset(map.residual, start * map.residual_stride, element), map.residual_stride,
                                        offset(map.y, start * map.out, element), nullptr, map.out, rows, map.rank};
-        if (mine.begin < mine.end) kernels.many_second({t, lanes, product, partial}, mine.begin, mine.end);
+        if (mine.begin < mine.end) many.second({t, lanes, product, partial}, mine.begin, mine.end);
       });
     });
   }
@@ -309,8 +315,8 @@ void low_rank(const LowRankInput& input, const LowRankMap* maps, int count, int 
   const DtypeKernels* kernels = &isa->by_dtype[static_cast<int>(input.dtype)];
   std::int64_t ranks = 0;
   for (int i = 0; i < count; ++i) ranks += maps[i].rank;
-  if (kernels->many_first && (input.rows > kFewRows || (input.rows > kLoneRows && ranks >= kManyRanks))) {
-    low_rank_many(*kernels, input, maps, count, threads);
+  if (input.rows >= rows_from(kernels->many, ranks)) {
+    low_rank_many(*kernels, *kernels->many, input, maps, count, threads);
     return;
   }
   const std::int64_t element = size_of(input.dtype), most = std::min(input.rows, kRowBlock);
@@ -443,6 +449,10 @@ std::vector<std::string> compiled_cpu_isas() {
 }
 
 std::string cpu_isa() { return active().load()->name; }
+
+std::int64_t many_rows_from(Dtype dtype, std::int64_t ranks) {
+  return rows_from(active_kernels().by_dtype[static_cast<int>(dtype)].many, ranks);
+}
 
 bool set_cpu_isa(const std::string& name) {
   if (name == "auto") {

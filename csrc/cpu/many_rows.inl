@@ -1,4 +1,4 @@
-// The two products for many rows (kFewRows in isa.h), on AVX-512 with bf16 dot products. Included by avx512bf16.cpp after
+// The two products for many rows (ManyRows in isa.h), on AVX-512 with bf16 dot products. Included by avx512bf16.cpp after
 // panel.inl.
 //
 // Batch rows are the lanes of a vector, a pair of neighbouring columns in each (Packing in isa.h). A weight row lies in
@@ -6,6 +6,10 @@
 // nor rearranged, which a library's product does at every call. A tile is kOutputs weight rows by kGroups groups of 16
 // batch rows, all of whose sums stay in registers over all columns. The intermediate leaves the first product rounded and
 // packed, as the second one reads it.
+
+// Columns of packed vectors that go through all weight rows together: of kRowBlock rows they take 3/4 of a second cache of
+// 1 MiB.
+constexpr std::int64_t kManyColumns = 6144;
 
 inline void pack_bf16(const Packing& p, std::int64_t begin, std::int64_t end) {
   const BF16* const x = static_cast<const BF16*>(p.x);
@@ -23,7 +27,7 @@ inline void pack_bf16(const Packing& p, std::int64_t begin, std::int64_t end) {
       }
       Arch::transpose(tile);
       for (int i = 0; i < pairs; ++i)
-        _mm512_storeu_si512(p.pairs + (j + i) * p.lanes + g, _mm512_castps_si512(tile[i]));
+        _mm512_storeu_si512(p.places + (j + i) * p.lanes + g, _mm512_castps_si512(tile[i]));
     }
   }
 }
@@ -225,3 +229,6 @@ inline void many_second(const ManySecond& p, std::int64_t begin, std::int64_t en
     default: many_second_of<4>(p, begin, end); break;
   }
 }
+
+// The intermediate is rounded here, and is not for fewer rows: 16 rows of small ranks keep it in fp32, and so do four rows.
+constexpr ManyRows kManyRowsBf16 = {2, kManyColumns, 16, 4, pack_bf16, many_first, many_second};

@@ -41,8 +41,8 @@ enum class Activation : int { kSilu = 0, kGeluTanh = 1, kGelu = 2, kRelu = 3 };
 
 // All of these compute on at most `threads` threads of the OpenMP runtime that the process already has, in one parallel
 // region for each 64 rows. A problem too small to pay for waking a thread runs on fewer. The bits of the result depend
-// on the instruction set, and on whether the rows are 1 to 4, 5 to 8, 9 to 16 or more (one of two kinds where the
-// intermediate is rounded: up to 16 and more), but not on the threads.
+// on the instruction set, and on whether the rows are 1 to 4, 5 to 8, more, or so many that the kernels for many rows have
+// them (many_rows_from), but not on the threads.
 
 // y = (x v^T) u^T + bias + residual for each of `count` maps of the same input
 void low_rank(const LowRankInput& input, const LowRankMap* maps, int count, int threads);
@@ -85,6 +85,9 @@ std::vector<std::string> compiled_cpu_isas();
 std::string cpu_isa();
 // Chooses one of cpu_isas(), or the best for "auto". False if it is not among them.
 bool set_cpu_isa(const std::string& name);
+// From how many rows on the instruction set in use has kernels for many rows of a dtype, with ranks of so many in all;
+// the largest number there is where it has none.
+std::int64_t many_rows_from(Dtype dtype, std::int64_t ranks);
 
 // Threads OpenMP would use by itself; 0 when this binary was compiled without OpenMP.
 int omp_threads();

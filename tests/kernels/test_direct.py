@@ -23,7 +23,7 @@ from taco_kernels import direct, dispatch, native
 from taco_kernels.low_rank_bridge import low_rank_bridge
 from taco_kernels.low_rank_linear import low_rank_linear
 from taco_kernels.low_rank_linear_group import low_rank_linear_group
-from taco_kernels.low_rank_mlp import low_rank_mlp
+from taco_kernels.low_rank_mlp import _fused_rows, low_rank_mlp
 from taco_kernels.pivoted_low_rank_linear import pivoted_low_rank_linear
 
 pytestmark = pytest.mark.skipif(not direct.usable, reason=f"direct calls: {direct.reason}")
@@ -130,8 +130,10 @@ def test_the_public_function_and_the_op_take_it(op: str, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("rows", ["few", "many"])
 def test_rows_as_the_dispatcher_counts_them(rows: str) -> None:
-    limit = dispatch.CPU_MAX_ROWS[torch.float32]
     for op in OPS:
+        limit = dispatch.CPU_MAX_ROWS[torch.float32]
+        if op == "low_rank_mlp":
+            limit = dispatch.most_rows(_fused_rows(torch.float32), 0)
         found = entry(op)(*arguments(op, (limit + (rows == "many"),), torch.float32))
         many = None if op == "low_rank_mlp" else False  # an MLP of many rows is composed of its maps
         assert found is many if rows == "many" else isinstance(found, list | torch.Tensor)

@@ -12,7 +12,7 @@ import torch
 from kernel_cases import DTYPES, HALF, random, using
 
 import taco_kernels
-from taco_kernels import low_rank_bridge, low_rank_linear, low_rank_linear_group, low_rank_mlp, native
+from taco_kernels import dispatch, low_rank_bridge, low_rank_linear, low_rank_linear_group, low_rank_mlp, native
 
 pytestmark = pytest.mark.skipif(native.module is None, reason=f"cpp backend: {native.reason}")
 
@@ -164,9 +164,12 @@ def test_a_row_does_not_depend_on_its_batch(isa, dtype):
     x, v, u = random((150, 130), dtype), random((45, 130), dtype), random((67, 45), dtype)
     h = random((130, 45), dtype)
     # On AVX-512 the additions have one order for up to four rows, one for up to eight, one for more; elsewhere one.
-    kinds = [(4, (1, 2, 3)), (8, (5, 6, 7)), (150, (9, 16, 17, 33, 64, 65, 129))]
-    if (isa, dtype) == ("avx512bf16", torch.bfloat16):  # more than sixteen are handled in a way of their own
-        kinds[2:] = [(16, (9, 13)), (150, (17, 33, 64, 65, 129))]
+    # Where there are kernels for many rows, those are handled in a way of their own.
+    many = native.module.cpu_many_rows_from(dispatch.CPP_DTYPES[dtype], 45)
+    assert many > 9
+    kinds = [(4, (1, 2, 3)), (8, (5, 6, 7)), (min(many - 1, 150), [rows for rows in (9, 11, 16, 129) if rows < many])]
+    if many <= 150:
+        kinds.append((150, (many, 33, 64, 65, 129)))
     for most, fewer in kinds:
         whole, bridged = low_rank_linear(x[:most], v, u), low_rank_bridge(x[:most], v, h)
         for rows in fewer:
