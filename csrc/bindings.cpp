@@ -135,6 +135,19 @@ void cpu_attribution(std::uintptr_t a, std::int64_t a_stride, std::uintptr_t b, 
   taco::attribution(args, threads);
 }
 
+// totals as for cpu_attribution; whether this CPU has products of its own for it
+bool cpu_singular_attribution(std::uintptr_t x, std::int64_t x_stride, std::uintptr_t grad, std::int64_t grad_stride,
+                              std::uintptr_t v, std::int64_t v_stride, std::uintptr_t u, std::int64_t u_stride,
+                              std::uintptr_t totals, std::int64_t rows, std::int64_t in, std::int64_t out,
+                              std::int64_t directions, std::int64_t tokens, int dtype, int threads) {
+  if (tokens < 1) throw py::value_error("a sequence has at least one token");
+  const taco::SingularAttribution call = {dtype_of(dtype), pointer(x), x_stride, pointer(grad), grad_stride, pointer(v),
+                                          v_stride, pointer(u), u_stride, rows, in, out, directions, tokens,
+                                          pointer<double>(totals)};
+  py::gil_scoped_release released;
+  return taco::singular_attribution(call, threads);
+}
+
 #ifdef TACO_WITH_CUDA
 // v, v_stride, u, u_stride, bias, y, rank, out
 using CudaMember = std::tuple<std::uintptr_t, std::int64_t, std::uintptr_t, std::int64_t, std::uintptr_t,
@@ -212,6 +225,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_low_rank_linear_group", &cpu_low_rank_linear_group, "several low-rank linears of one x");
   m.def("cpu_low_rank_mlp", &cpu_low_rank_mlp, "down(act(gate(x)) * up(x)), three low-rank linears");
   m.def("cpu_attribution", &cpu_attribution, "per-direction sums of a * b: signed, absolute, squares");
+  m.def("cpu_singular_attribution", &cpu_singular_attribution, "cpu_attribution of (grad u^T) and (x v^T), if there");
   m.def("cpu_isas", &taco::cpu_isas, "instruction sets usable here, best first");
   m.def("compiled_cpu_isas", &taco::compiled_cpu_isas, "instruction sets in this binary, best first");
   m.def("cpu_isa", &taco::cpu_isa, "the instruction set in use");

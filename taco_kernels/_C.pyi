@@ -104,6 +104,25 @@ def cpu_attribution(
     threads: int,
     /,
 ) -> None: ...
+def cpu_singular_attribution(
+    x: int,
+    x_stride: int,
+    grad: int,
+    grad_stride: int,
+    v: int,
+    v_stride: int,
+    u: int,
+    u_stride: int,
+    totals: int,
+    rows: int,
+    in_features: int,
+    out_features: int,
+    directions: int,
+    tokens: int,
+    dtype: int,
+    threads: int,
+    /,
+) -> bool: ...
 def cpu_isas() -> list[str]: ...
 def compiled_cpu_isas() -> list[str]: ...
 def cpu_isa() -> str: ...

@@ -35,8 +35,8 @@ CPP_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """dtypes of the native kernels and their codes in ``csrc/``"""
 
 
-def _library_multiplies(dtype: torch.dtype) -> bool:
-    """Whether torch has fast products of a 16-bit dtype on this CPU: without AVX-512 they run at a tenth of float32's."""
+def library_multiplies(dtype: torch.dtype) -> bool:
+    """Whether torch multiplies a dtype fast on this CPU: without AVX-512, 16 bits run at a tenth of float32's rate."""
     asked = {torch.float16: "_is_mkldnn_fp16_supported", torch.bfloat16: "_is_mkldnn_bf16_supported"}.get(dtype)
     try:
         return asked is None or bool(getattr(torch.ops.mkldnn, asked)())
@@ -46,17 +46,17 @@ def _library_multiplies(dtype: torch.dtype) -> bool:
 
 isa: str = "" if native.module is None else native.module.cpu_isas()[0]
 
-# Rows up to which the native kernels win over two library calls, as benchmarks/cpu_suite.py measures them (two cores with
-# AVX-512-BF16: bf16 breaks even near 16 rows, fp32 beyond 64; two with AVX2: fp32 beyond 64). Where torch has no fast
-# products of a 16-bit dtype, ours are several times faster for any number of rows.
+# Rows up to which the native kernels win over two library calls, as benchmarks/cpu_suite.py measures them (two cores
+# with AVX-512-BF16: bf16 breaks even near 16 rows, fp32 beyond 64; two with AVX2: fp32 beyond 64). Where torch has no
+# fast products of a 16-bit dtype, ours are several times faster for any number of rows.
 CPU_MAX_ROWS = {
     torch.float32: 64,
-    torch.float16: 16 if _library_multiplies(torch.float16) else 2**62,
-    torch.bfloat16: 16 if _library_multiplies(torch.bfloat16) or isa == "baseline" else 2**62,
+    torch.float16: 16 if library_multiplies(torch.float16) else 2**62,
+    torch.bfloat16: 16 if library_multiplies(torch.bfloat16) or isa == "baseline" else 2**62,
 }
-# Ranks from which the kernels for many rows win over two fast library products, and up to how many rows: bfloat16 on cores
-# with AVX-512-BF16, whose weights they read where they lie. Below, packing and unpacking rows costs too much of the
-# call. Matrix units (AMX) are several times faster than any of this, and the library's.
+# Ranks from which the kernels for many rows win over two fast library products, and up to how many rows: bfloat16 on
+# cores with AVX-512-BF16, whose weights they read where they lie. Below, packing and unpacking rows costs too much of
+# the call. Matrix units (AMX) are several times faster than any of this, and the library's.
 MANY_ROWS: dict[str, RowLimits] = {"avx512bf16": ((1280, 2**62), (768, 256), (256, 64))}
 
 

@@ -90,7 +90,7 @@ def _composed(two: Callable[..., list[Tensor]], one: Callable[..., Tensor], x: T
 
 
 # Where a CPU has kernels for many rows, which the one for a whole MLP does not use, its three maps are better computed
-# one by one: beyond so many rows with ranks of at least so many in gate and up, beyond so many others with smaller ones.
+# one by one: ((ranks of gate and up, rows), ...), beyond so many rows from so large ranks on.
 COMPOSED_ROWS: dispatch.RowLimits = ((0, 12),) if dispatch.isa == "avx2" else ((256, 4), (0, 8))
 
 

@@ -102,12 +102,38 @@ def _library(x: Tensor, grad: Tensor, u: Tensor, v: Tensor) -> _Sums:
 
 
 def _cpp(x: Tensor, grad: Tensor, u: Tensor, v: Tensor) -> _Sums:
-    # The library multiplies, a few rows at a time; our kernel takes all four sums in one pass over what is in cache.
+    totals = torch.zeros((5, u.shape[1]), dtype=torch.float64)
+    if not _multiplied_here(x, grad, u, v, totals):
+        _multiplied_by_the_library(x, grad, u, v, totals)
+    # an op's results share no memory
+    signed, absolute, squares, token_squares = (row.float() for row in totals[:4])
+    return signed, absolute, squares, token_squares
+
+
+def _multiplied_here(x: Tensor, grad: Tensor, u: Tensor, v: Tensor, totals: Tensor) -> bool:
+    """Adds to ``totals`` by a kernel that multiplies as well; False, and nothing done, where that does not pay.
+
+    It does for 16-bit inputs on a CPU whose library multiplies them slowly (AVX2: by a factor of thirty and more). They
+    are widened on the way, so that all is float32 or better; float32 inputs are the library's.
+    """
+    alike = x.dtype == grad.dtype == u.dtype == v.dtype
+    if not alike or x.dtype == torch.float32 or native.module.cpu_isa() != "avx2":  # type: ignore[union-attr]
+        return False
+    x, grad, sequences, tokens = _rows(x, grad)
+    x, grad, right, left = (t if t.stride(1) == 1 else t.contiguous() for t in (x, grad, v, u.T))
+    return native.module.cpu_singular_attribution(  # type: ignore[union-attr]
+        x.data_ptr(), x.stride(0), grad.data_ptr(), grad.stride(0), right.data_ptr(), right.stride(0), left.data_ptr(),
+        left.stride(0), totals.data_ptr(), sequences * tokens, x.shape[1], grad.shape[1], right.shape[0],
+        max(1, tokens), dispatch.CPP_DTYPES[x.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _multiplied_by_the_library(x: Tensor, grad: Tensor, u: Tensor, v: Tensor, totals: Tensor) -> None:
+    """Adds to ``totals``: a few rows at a time are multiplied, then our kernel takes all four sums in one pass."""
     product = _product_dtype(x, grad, u, v)
     x, grad, sequences, tokens = _rows(x, grad)
     right, left = v.to(product).T, u.to(product)
     directions = u.shape[1]
-    totals = torch.zeros((5, directions), dtype=torch.float64)
     rows = sequences * tokens
     step = min(rows, max(_CPP_MIN_ROWS, _CPP_ELEMENTS // max(1, directions)))
     work = torch.empty((2, step, directions), dtype=product)
@@ -121,9 +147,6 @@ def _cpp(x: Tensor, grad: Tensor, u: Tensor, v: Tensor) -> _Sums:
             first.data_ptr(), directions, second.data_ptr(), directions, totals.data_ptr(), count, directions, tokens,
             start % tokens, code, threads,
         )  # fmt: skip
-    # an op's results share no memory
-    signed, absolute, squares, token_squares = (row.float() for row in totals[:4])
-    return signed, absolute, squares, token_squares
 
 
 def _triton(x: Tensor, grad: Tensor, u: Tensor, v: Tensor) -> _Sums:

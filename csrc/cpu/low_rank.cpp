@@ -10,10 +10,8 @@
 #include <new>
 
 #include "isa.h"
+#include "team.h"
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
 #define TACO_X86 1
@@ -192,31 +190,6 @@ struct Stage {
 int threads_for(std::int64_t weights, const LowRankInput& input, int threads) {
   const std::int64_t work = weights * size_of(input.dtype) * (1 + std::min(input.rows, kRowBlock) / 4);
   return static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, work / kBytesPerThread)));
-}
-
-#ifdef _OPENMP
-#define TACO_BARRIER _Pragma("omp barrier")
-#else
-#define TACO_BARRIER
-#endif
-
-// body(index, threads) on `team` threads at once; alone where that is one, without a region.
-template <class Body>
-void on_team(int team, const Body& body) {
-#ifdef _OPENMP
-  if (team > 1) {
-#pragma omp parallel num_threads(team)
-    body(omp_get_thread_num(), omp_get_num_threads());
-    return;
-  }
-#endif
-  body(0, 1);
-}
-
-// The only meeting point of the threads of a region. An orphaned barrier binds to the region it is called from; with
-// one thread there is none, and it returns at once.
-void meet() {
-  TACO_BARRIER
 }
 
 // 1 / sqrt(mean(x^2) + eps) of a thread's share of `rows` rows, which begin at x.

@@ -169,10 +169,10 @@ inline void leave(const SecondProduct& to, std::int64_t r, std::int64_t m, int c
   for (int k = 0; k < 8; ++k) rows[k] = k < count ? Arch::load8(sums + k * lanes) : Arch::zero();
   Arch::transpose(rows);
   for (int k = 0; k < 8 && r + k < to.rows; ++k) {
-    if (count < 8) {
+    if (count < 8 || to.wide) {
       float values[8];
       Arch::store(values, rows[k]);
-      finish<T>(to, r + k, m, values, count);
+      finish<T>(to, r + k, m, values, count < 8 ? count : 8);
       continue;
     }
     Arch::Vec row = Arch::mul(rows[k], Arch::all(to.scale ? to.scale[r + k] : 1.0f));

@@ -78,6 +78,26 @@ struct AttributionArgs {
 // Adds the per-direction sums of p = a b to the block's doubles. The bits of the result do not depend on the threads.
 void attribution(const AttributionArgs& args, int threads);
 
+// For each direction k the sums over tokens t of (grad[t] . u[k]) (x[t] . v[k]), all in fp32 or better.
+struct SingularAttribution {
+  Dtype dtype;   // of all four
+  const void* x;  // [rows, in]
+  std::int64_t x_stride;
+  const void* grad;  // [rows, out]
+  std::int64_t grad_stride;
+  const void* v;  // [directions, in]
+  std::int64_t v_stride;
+  const void* u;  // [directions, out]: the left singular vectors in rows
+  std::int64_t u_stride;
+  std::int64_t rows, in, out, directions;
+  std::int64_t tokens;  // rows of one sequence
+  double* totals;  // [5, directions]: signed, absolute, squares, token squares, the open sequence's sum; added to
+};
+
+// False, and nothing done, where the instruction set in use has no products of its own for many rows in fp32. The bits of
+// the result do not depend on the threads.
+bool singular_attribution(const SingularAttribution& p, int threads);
+
 // Instruction sets this binary holds and this CPU has, best first.
 std::vector<std::string> cpu_isas();
 // All that were compiled, best first.

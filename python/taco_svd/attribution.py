@@ -39,7 +39,9 @@ class SigmaGradients:
     def __call__(self, site: LinearSite, x: torch.Tensor, gradient: torch.Tensor) -> None:
         if site not in self._cast:
             parts = self.decompositions[site]
-            self._cast[site] = parts.left.to(x.dtype), parts.right.to(x.dtype)
+            # directions in the rows of memory on both sides, as a kernel reads them
+            left = parts.left.T.to(x.dtype, memory_format=torch.contiguous_format)
+            self._cast[site] = left.T, parts.right.to(x.dtype)
         scores = taco_kernels.singular_attribution(x, gradient, *self._cast[site])
         signed = scores.signed.double()
         self._signed[site] = self._signed[site] + signed if site in self._signed else signed

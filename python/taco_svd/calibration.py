@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .errors import TacoError
 from .mapped import is_mapped
 from .untrusted import check_regular
+from .wide_products import in_wide_products
 
 # Corpora that `datasets` knows how to fetch; (path, name, split, text column).
 NAMED_CORPORA = {
@@ -218,6 +219,7 @@ def random_windows(tokens: torch.Tensor, samples: int, seq_len: int, seed: int, 
 
 
 @torch.no_grad()
+@in_wide_products
 def sample_from_model(
     model: PreTrainedModel,
     samples: int,

@@ -21,6 +21,7 @@ from .errors import TacoError
 from .progress import Progress, Silent
 from .replacement import drop_layers, structural_copy
 from .structure import Structure
+from .wide_products import in_natural_products
 
 # Of the overhead that is allowed, what the prediction may use. The promise is about the upper end of an interval: the
 # rest covers the interval's width and what single calls do not show.
@@ -66,6 +67,7 @@ def parse_latency(text: str | float) -> tuple[float | None, float | None]:
     return value, None
 
 
+@in_natural_products
 def model_seconds(model: PreTrainedModel, phase: str, prompt: int, samples: int = 7) -> float:
     """Median seconds of a decode step (batch 1, after `prompt` tokens) or of a prefill of `prompt` tokens."""
     runner = Runner(model, "eager", 1, prompt, samples + 2, (phase,))

@@ -27,6 +27,7 @@ import taco_kernels
 from .bench import device_name
 from .budget import LEAST_SAVING, factor_parameters
 from .replacement import LowRankBridge
+from .wide_products import in_natural_products
 
 FORMAT = 2
 # at most, of the block that weights are cut from in turn: several times the last cache of common machines
@@ -79,7 +80,7 @@ class DeviceCosts:
             "taco_kernels": taco_kernels.__version__,
             "torch": str(torch.__version__),
             "block_bytes": self.block_bytes,
-            "native": taco_kernels.native.module is not None,
+            "native": taco_kernels.dispatch.isa,  # CPUs of one name may differ in it
             "direct": taco_kernels.direct.usable,
         }
         digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
@@ -171,6 +172,7 @@ class DeviceCosts:
     # -- measuring ---------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
+    @in_natural_products
     def _time(self, op: str, out_features: int, in_features: int, rank: int, rows: int) -> float:
         x = torch.randn(rows, in_features, device=self.device).to(self.dtype)
         if op == "linear":
@@ -192,6 +194,7 @@ class DeviceCosts:
 
         return self._median(call)
 
+    @in_natural_products
     def _time_bridge(self, hidden: int, rank: int, rows: int) -> float:
         h = torch.randn(1, rows, hidden, device=self.device).to(self.dtype)
         bridges = []

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from .calibration import embedding_weight
 from .errors import TacoError
 from .evaluation import WindowBatches, ratio_mean
+from .wide_products import in_wide_products
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def kl_per_token(dense_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tens
 
 
 @torch.no_grad()
+@in_wide_products
 def divergence(
     dense: PreTrainedModel,
     compressed: PreTrainedModel,

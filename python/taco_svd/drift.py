@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from .architectures import Architecture
 from .structure import Structure
 from .suffix import _hidden_output
+from .wide_products import in_wide_products
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def recorded(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int
 
 
 @torch.no_grad()
+@in_wide_products
 def measure_drift(
     dense: PreTrainedModel,
     compressed: PreTrainedModel,

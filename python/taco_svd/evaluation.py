@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from .calibration import context_length, embedding_weight
 from .errors import TacoError
+from .wide_products import in_wide_products
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ def ratio_mean(sums: list[float], counts: list[int]) -> tuple[float, float]:
 
 
 @torch.no_grad()
+@in_wide_products
 def perplexity(
     model: PreTrainedModel,
     tokens: torch.Tensor,

@@ -30,6 +30,7 @@ from .errors import TacoError
 from .modeling import CompressedModel
 from .replacement import LowRankBridge, LowRankLinear
 from .structure import Structure
+from .wide_products import in_wide_products
 
 OBJECTIVES = ("logits", "hidden")
 # Share of the steps in which the learning rate rises from 0: Adam's second moments are noise at first.
@@ -279,6 +280,7 @@ def window_order(count: int, options: HealingOptions) -> torch.Tensor:
     return torch.cat(rounds)[:needed]
 
 
+@in_wide_products
 def heal(
     student: PreTrainedModel,
     dense: PreTrainedModel,

@@ -16,6 +16,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from .errors import TacoError
+from .wide_products import in_natural_products
 
 PHASES = ("prefill", "decode")
 
@@ -81,6 +82,7 @@ def _one(model: PreTrainedModel, ids: torch.Tensor, steps: int, wait: Callable[[
     return prefill, (time.perf_counter() - start) / steps
 
 
+@in_natural_products
 def compare_latency(
     models: dict[str, PreTrainedModel],
     against: tuple[tuple[str, str], ...],

@@ -46,6 +46,7 @@ from .shapes import skeleton
 from .suffix import SuffixRunner
 from .taco import BRIDGE_GRADIENT_DAMPING, GRADIENT_DAMPING, INPUT_DAMPING, Analysis, build_upwards
 from .team import Team
+from .wide_products import in_wide_products
 from .work_directory import check_work_directory, open_run, weights_digest
 
 # What several processes can do together.
@@ -118,6 +119,7 @@ def _probe(architecture: Architecture) -> None:
         ) from error
 
 
+@in_wide_products
 def make_plan(
     model: PreTrainedModel,
     calibration: Calibration,
@@ -299,6 +301,7 @@ def describe_source(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
+@in_wide_products
 def apply_plan(
     model: PreTrainedModel,
     plan: Plan,
@@ -358,6 +361,7 @@ def _carry_out(
 
 
 @numerical_errors_named()
+@in_wide_products
 def compress(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from .architectures import Architecture, LinearSite, linear_shape
 from .calibration import embedding_weight
 from .loss import next_token_loss
+from .wide_products import needs_wide_products
 
 # x [batch, tokens, in] and the gradient of the loss with respect to the output, [batch, tokens, out]
 SiteCallback = Callable[[LinearSite, torch.Tensor, torch.Tensor], None]
@@ -355,6 +356,7 @@ def explicit_attention(architecture: Architecture, rows: int, seq_len: int, laye
         and seq_len <= EAGER_SEQ_LEN
         and kept <= EAGER_BYTES
         and getattr(config, "_attn_implementation", None) == "sdpa"
+        and not needs_wide_products(architecture.model)  # in float32 the flash kernel is the faster one
     ):
         yield
         return

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from taco_kernels import dispatch
 from taco_svd import TacoError, compress, loss, suffix
 from taco_svd.architectures import Architecture, LinearSite, dense_weight
 from taco_svd.attribution import SigmaGradients
@@ -120,14 +121,19 @@ def test_float16_gradients_do_not_underflow(calibration_tokens: torch.Tensor) ->
         assert float((gradient - exact).norm() / exact.norm()) <= 12 * 2.0**-11 * 2, key
 
 
-def test_explicit_attention_is_only_used_inside_runs(calibration_tokens: torch.Tensor) -> None:
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_explicit_attention_is_only_used_inside_runs(
+    multiplies: bool, calibration_tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And only where the CPU multiplies 16 bits: elsewhere attention is computed in float32 by the flash kernel."""
+    monkeypatch.setattr(dispatch, "library_multiplies", lambda dtype: multiplies)
     model = tiny_model("llama", torch.bfloat16)
     assert model.config._attn_implementation == "sdpa"
     runner = SuffixRunner(Architecture(model), calibration_tokens, 1)
     seen = []
     model.model.layers[2].register_forward_pre_hook(lambda *_: seen.append(model.config._attn_implementation))
     runner.mean_loss()
-    assert set(seen) == {"eager"} and model.config._attn_implementation == "sdpa"
+    assert set(seen) == {"eager" if multiplies else "sdpa"} and model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])

@@ -1,0 +1,35 @@
+// The threads of a call: one region of the OpenMP runtime that the process already has. Compiled for every CPU.
+#pragma once
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace taco {
+
+#ifdef _OPENMP
+#define TACO_BARRIER _Pragma("omp barrier")
+#else
+#define TACO_BARRIER
+#endif
+
+// body(index, threads) on `team` threads at once; alone where that is one, without a region.
+template <class Body>
+void on_team(int team, const Body& body) {
+#ifdef _OPENMP
+  if (team > 1) {
+#pragma omp parallel num_threads(team)
+    body(omp_get_thread_num(), omp_get_num_threads());
+    return;
+  }
+#endif
+  body(0, 1);
+}
+
+// The only meeting point of the threads of a region. An orphaned barrier binds to the region it is called from; with
+// one thread there is none, and it returns at once.
+inline void meet() {
+  TACO_BARRIER
+}
+
+}  // namespace taco

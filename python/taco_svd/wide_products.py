@@ -1,0 +1,182 @@
+"""Matrix products of 16-bit models in float32, where a CPU multiplies 16 bits slowly.
+
+Without AVX-512 (most laptops, many servers) torch multiplies bfloat16 and float16 at a tenth of its float32 rate, and
+most checkpoints are bfloat16. While `wide_products` is open, the products of forward and backward passes widen what
+they read, multiply in float32 and round the result: no less exact, and several times faster. Weights stay as they are
+stored; they are widened a piece at a time. Whatever measures time runs under `natural_products`: what is measured must
+be what is served.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+from taco_kernels import dispatch
+
+aten = torch.ops.aten
+
+# Elements of a product's second operand that are widened at a time: bounds the copy of a large head to 64 MB.
+PIECE = 1 << 24
+# With fewer rows a product waits for the weights, and widening them would only add to that.
+LEAST_ROWS = 8
+
+# Where in the results of an op stand tensors of the inputs' dtype; the others (log-sum-exp) are float32 already.
+_ATTENTION: dict[Any, tuple[int, ...]] = {
+    aten._scaled_dot_product_flash_attention_for_cpu.default: (0,),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: (0, 1, 2),
+}
+
+
+def _pieces(b: torch.Tensor) -> list[slice]:
+    """Columns of a [k, n] operand that are widened at a time."""
+    columns = max(1, PIECE // max(1, b.shape[0]))
+    return [slice(start, start + columns) for start in range(0, max(1, b.shape[1]), columns)]
+
+
+def _mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a [m, k] b [k, n], rounded once to the dtype of a."""
+    wide = a.float()
+    pieces = _pieces(b)
+    if len(pieces) == 1:
+        return (wide @ b.float()).to(a.dtype)
+    result = a.new_empty((a.shape[0], b.shape[1]))
+    for piece in pieces:
+        result[:, piece] = wide @ b[:, piece].float()
+    return result
+
+
+def _addmm(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: float = 1, alpha: float = 1) -> torch.Tensor:
+    wide, offset = a.float(), bias.float().expand(a.shape[0], b.shape[1])
+    result = a.new_empty((a.shape[0], b.shape[1]))
+    for piece in _pieces(b):
+        result[:, piece] = torch.addmm(offset[:, piece], wide, b[:, piece].float(), beta=beta, alpha=alpha)
+    return result
+
+
+def _bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.bmm(a.float(), b.float()).to(a.dtype)
+
+
+_PRODUCTS: dict[Any, Callable[..., torch.Tensor]] = {
+    aten.mm.default: _mm,
+    aten.addmm.default: _addmm,
+    aten.bmm.default: _bmm,
+}
+
+
+def _is_slow(tensor: Any) -> bool:
+    """A plain CPU tensor of 16 bits; subclasses (a DTensor) take their own way and come back with plain ones."""
+    return (
+        type(tensor) in (torch.Tensor, nn.Parameter)
+        and tensor.device.type == "cpu"
+        and tensor.dtype in (torch.bfloat16, torch.float16)
+    )
+
+
+class WideProducts(TorchDispatchMode):
+    """Computes the matrix products and the attention of 16-bit CPU tensors in float32; all else as it is."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        product = _PRODUCTS.get(func)
+        if product is not None:
+            a, b = args[-2:]
+            if _is_slow(a) and _is_slow(b) and a.dtype == b.dtype and a.shape[-2] >= LEAST_ROWS:
+                return product(*args, **kwargs)
+        elif func in _ATTENTION and _is_slow(args[0]):
+            dtype = args[0].dtype
+            wide = [arg.float() if _is_slow(arg) else arg for arg in args]
+            found = func(*wide, **{key: arg.float() if _is_slow(arg) else arg for key, arg in kwargs.items()})
+            places = _ATTENTION[func]
+            return tuple(part.to(dtype) if place in places else part for place, part in enumerate(found))
+        return func(*args, **kwargs)
+
+
+class _Open(threading.local):
+    """The mode that is open in this thread, as modes are."""
+
+    mode: WideProducts | None = None
+
+
+_open = _Open()
+
+
+def needs_wide_products(model: nn.Module) -> bool:
+    """Whether this model is computed on a CPU that multiplies its dtype slowly."""
+    # weights that are not here yet (offloaded) will be mapped into this machine's memory
+    embedding: Any = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    return (
+        embedding is not None
+        and embedding.weight.device.type in ("cpu", "meta")
+        and not dispatch.library_multiplies(embedding.weight.dtype)
+    )
+
+
+@contextmanager
+def wide_products(model: nn.Module) -> Iterator[None]:
+    """While open, products of 16-bit CPU tensors are computed in float32, if `model` needs that (see the module)."""
+    if _open.mode is not None or not needs_wide_products(model):
+        yield
+        return
+    with WideProducts() as mode:
+        _open.mode = mode
+        try:
+            yield
+        finally:
+            _open.mode = None
+
+
+@contextmanager
+def natural_products() -> Iterator[None]:
+    """While open, products are computed as a model that is served computes them."""
+    mode = _open.mode
+    if mode is None:
+        yield
+        return
+    mode.__exit__(None, None, None)
+    _open.mode = None
+    try:
+        yield
+    finally:
+        mode.__enter__()
+        _open.mode = mode
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def in_wide_products(function: F) -> F:
+    """A function whose first argument is a model, run under `wide_products`."""
+
+    first = next(iter(inspect.signature(function).parameters))
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        model = args[0] if args else kwargs.get(first)
+        if not isinstance(model, nn.Module):  # the function has the message
+            return function(*args, **kwargs)
+        with wide_products(model):
+            return function(*args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def in_natural_products(function: F) -> F:
+    """A function that measures time, run under `natural_products`."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with natural_products():
+            return function(*args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
