@@ -7,12 +7,13 @@ with g = dL/dy: two skinny products per token batch (arXiv 2501.00339, eq. 5-7),
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 import taco_kernels
 
+from . import decomposition
 from .architectures import LinearSite
 from .decomposition import Decomposition, plain_svd
 
@@ -20,9 +21,20 @@ from .decomposition import Decomposition, plain_svd
 CANDIDATES = 3
 
 
+def candidates_of(shape: Sequence[int], rank: int) -> int:
+    """How many directions of a matrix are looked at for `rank`: three times as many, all of a small matrix."""
+    smaller = min(shape)
+    return smaller if smaller < decomposition.PLAIN_LEAST else min(smaller, CANDIDATES * rank)
+
+
 def candidate_directions(weight: torch.Tensor, rank: int) -> Decomposition:
     """The leading directions of a weight among which paper mode looks for `rank`; all of a small matrix."""
-    return plain_svd(weight, CANDIDATES * rank)
+    count = candidates_of(weight.shape, rank)
+    parts = plain_svd(weight, count)
+    if len(parts.sigma) == count:
+        return parts
+    # copies: views would hold all of them
+    return Decomposition(parts.left[:, :count].clone(), parts.sigma[:count].clone(), parts.right[:count].clone())
 
 
 class SigmaGradients:
@@ -37,14 +49,19 @@ class SigmaGradients:
         self._signed: dict[LinearSite, torch.Tensor] = {}
 
     def __call__(self, site: LinearSite, x: torch.Tensor, gradient: torch.Tensor) -> None:
-        if site not in self._cast:
-            parts = self.decompositions[site]
-            # directions in the rows of memory on both sides, as a kernel reads them
-            left = parts.left.T.to(x.dtype, memory_format=torch.contiguous_format)
-            self._cast[site] = left.T, parts.right.to(x.dtype)
-        scores = taco_kernels.singular_attribution(x, gradient, *self._cast[site])
-        signed = scores.signed.double()
+        parts = self.decompositions[site]
+        if parts.left.dtype == x.dtype:
+            left, right = parts.left, parts.right
+        else:
+            if site not in self._cast:
+                self._cast[site] = parts.left.to(x.dtype), parts.right.to(x.dtype)
+            left, right = self._cast[site]
+        signed = taco_kernels.singular_attribution(x, gradient, left, right).signed.double()
         self._signed[site] = self._signed[site] + signed if site in self._signed else signed
+
+    def clear(self) -> None:
+        """Lets go of singular vectors; what was gathered stays."""
+        self._cast.clear()
 
     def gradient(self, site: LinearSite) -> torch.Tensor:
         """dL/dsigma of the calibration set's mean loss: float64 [k]."""

@@ -6,18 +6,19 @@ directions are kept, and on which state of the model the statistics are gathered
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from .architectures import Architecture, LinearSite, dense_weight, linear_shape
-from .attribution import SigmaGradients, candidate_directions, expected_missing, top_directions
+from .attributed import Attributed
+from .attribution import SigmaGradients, top_directions
 from .built import restore_layer
 from .decomposition import Decomposition, plain_svd
 from .errors import TacoError
 from .gauge import pivoted_factors
 from .memory import release
-from .one_shot import Attributed
 from .plan import Plan
 from .progress import Progress
 from .replacement import LowRankLinear, empty_factors
@@ -27,6 +28,8 @@ from .suffix import SuffixRunner
 
 # Paper mode: the share of the kept directions that may be expected beyond the candidates before all are attributed.
 MISSING_SHARE = 0.01
+
+Report = Callable[[int, int], None]
 
 
 def factorise(
@@ -48,7 +51,7 @@ def factorise(
     if plan.method == "svd":
         _factorise_plain(architecture, plan, runner, progress, store)
     elif plan.method == "paper":
-        _factorise_paper(architecture, plan, runner, progress, store, attributed or Attributed({}, {}))
+        _factorise_paper(architecture, plan, runner, progress, store, attributed)
     else:
         raise TacoError(f"The plan has low-rank layers, which method {plan.method!r} does not make.")
 
@@ -151,7 +154,7 @@ def _factorise_paper(
     runner: SuffixRunner,
     progress: Progress,
     store: Store | None,
-    attributed: Attributed,
+    attributed: Attributed | None,
 ) -> None:
     """arXiv 2501.00339, algorithm 1: layers from the top down, MLP then attention, |sigma dL/dsigma|.
 
@@ -176,40 +179,45 @@ def _factorise_paper(
                     assert store is not None
                     full = set(store.note(entry))
                     continue
-            weights = {site: dense_weight(architecture.module(site)).detach() for site in sites}
-            new = [site for site in sites if site not in attributed.parts]
-            parts = {
-                site: plain_svd(weights[site])
-                if site.path in full
-                else candidate_directions(weights[site], _rank_of(plan, site))
-                for site in new
-            }
-            gradients = SigmaGradients(parts)
+            ranks = plan.structure.low_rank
+            found = Attributed(architecture, ranks) if attributed is None else attributed.narrowed(ranks)
 
-            def within(part: int, _: int, done: int = done) -> None:
-                report(done * batches + part, len(groups) * batches)
+            def within(part: float, done: int = done) -> None:
+                report(int((done + part) * batches), len(groups) * batches)
 
-            if new:
-                runner.backward(new, gradients, within)
-            parts = {**attributed.parts, **parts}
-            importance = {**attributed.importance, **{site: gradients.importance(site) for site in new}}
+            _attribute(found, [site for site in sites if site not in found.importance], full, runner, within)
             # The definition is over all directions. Where candidates may lack some, all are looked at after all, and
             # at once for the same map of the layers below.
-            narrow = [
-                site
-                for site in sites
-                if expected_missing(importance[site], parts[site].sigma, _rank_of(plan, site), min(weights[site].shape))
-                > MISSING_SHARE
-            ]
-            if narrow:
-                full.update(site.path for site in narrow)
-                parts.update({site: plain_svd(weights[site]) for site in narrow})
-                gradients = SigmaGradients(parts)
-                runner.backward(narrow, gradients)
-                importance.update({site: gradients.importance(site) for site in narrow})
+            narrow = [site for site in sites if found.lacking(site) > MISSING_SHARE]
+            full.update(site.path for site in narrow)
+            _attribute(found, narrow, full, runner)
             for site in sites:
-                directions = top_directions(importance[site], _rank_of(plan, site))
-                put_factors(architecture, site, parts[site], directions)
+                directions = top_directions(found.importance[site], _rank_of(plan, site))
+                put_factors(architecture, site, found.decomposition(site), directions)
             if entry:
                 _keep(store, entry, architecture, plan, layer, block, sorted(full))
             release()
+
+
+def _attribute(
+    found: Attributed,
+    sites: list[LinearSite],
+    full: set[str],
+    runner: SuffixRunner,
+    progress: Callable[[float], None] | None = None,
+) -> None:
+    """Passes over the calibration set, as many as memory asks for; maps whose path is in `full` by all directions."""
+    passes = []
+    for whole in (False, True):
+        groups = found.groups([site for site in sites if (site.path in full) == whole], whole)
+        passes += [(group, whole) for group in groups]
+    for number, (group, whole) in enumerate(passes):
+
+        def within(batch: int, batches: int, number: int = number) -> None:
+            if progress is not None:
+                progress((number + batch / batches) / len(passes))
+
+        def run(gradients: SigmaGradients, group: list[LinearSite] = group, within: Report = within) -> None:
+            runner.backward(group, gradients, within)
+
+        found.gather(group, run, whole)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,22 +17,13 @@ import torch
 from torch import nn
 
 from .allocation import low_rank_structure
-from .architectures import Architecture, LinearSite, dense_weight
-from .attribution import SigmaGradients, candidate_directions
-from .decomposition import Decomposition
+from .architectures import Architecture
+from .attributed import Attributed
 from .importance import LayerImportance, block_influence, by_influence, lost_direction
 from .suffix import SuffixRunner, _hidden_argument, _hidden_output
 
 # The guess: a share of the windows, at least one.
 GUESS_SHARE = 1 / 16
-
-
-@dataclass(frozen=True)
-class Attributed:
-    """What some linear maps of the dense model decompose into, and what each direction is worth."""
-
-    parts: dict[LinearSite, Decomposition]
-    importance: dict[LinearSite, torch.Tensor]  # |sigma dL/dsigma|, float64 [k]
 
 
 def importance_and_attribution(
@@ -52,12 +42,8 @@ def importance_and_attribution(
     few = tokens[: max(1, int(len(tokens) * GUESS_SHARE))]
     guess = sorted(by_influence(block_influence(SuffixRunner(architecture, few, 0))).order[:count])
     ranks = low_rank_structure(architecture, guess, compression_ratio).low_rank
-    sites = architecture.sites(guess)
-    parts = {
-        site: candidate_directions(dense_weight(architecture.module(site)).detach(), ranks[site.layer][site.path])
-        for site in sites
-    }
-    gradients = SigmaGradients(parts)
+    attributed = Attributed(architecture, ranks)
+    sites = attributed.groups(architecture.sites(guess))[0]  # what does not fit is attributed later
     sums = [0.0] * len(architecture.layers)
 
     def watch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, layer: int) -> None:
@@ -67,6 +53,6 @@ def importance_and_attribution(
         for layer, module in enumerate(architecture.layers):
             hook = module.register_forward_hook(partial(watch, layer=layer), with_kwargs=True)
             stack.callback(hook.remove)
-        SuffixRunner(architecture, tokens, 0).backward(sites, gradients, progress)
-    ranking = by_influence([total / tokens.numel() for total in sums])
-    return ranking, Attributed(parts, {site: gradients.importance(site) for site in sites})
+        runner = SuffixRunner(architecture, tokens, 0)
+        attributed.gather(sites, lambda gradients: runner.backward(sites, gradients, progress))
+    return by_influence([total / tokens.numel() for total in sums]), attributed

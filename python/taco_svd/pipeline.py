@@ -23,6 +23,7 @@ from .allocation import (
     structure_parameters,
 )
 from .architectures import Architecture, slice_config
+from .attributed import Attributed
 from .baselines import BASELINES, Workspace, choose_run, everywhere, make_budget, uniform_budget
 from .budget import ByteCosts, Costs, allocate
 from .calibration import Calibration, check_activations, load_calibration
@@ -37,7 +38,7 @@ from .importance import MEASURES, rank_layers
 from .loss_curves import divergence_between
 from .mapped import WeightSums, first_not_finite, is_mapped, not_finite, weight_sums
 from .modeling import CompressedModel, as_compressed
-from .one_shot import Attributed, importance_and_attribution
+from .one_shot import importance_and_attribution
 from .plan import METHODS, Plan
 from .progress import Progress, Silent
 from .replacement import drop_layers, structural_copy

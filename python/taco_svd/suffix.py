@@ -29,6 +29,8 @@ SiteCallback = Callable[[LinearSite, torch.Tensor, torch.Tensor], None]
 # layers: 1024 tokens at once take three quarters of the time of 4096), a GPU with more to do per launch.
 CPU_BATCH_TOKENS = 1024
 GPU_BATCH_TOKENS = 4096
+# Logits of a run and their gradients may take this share of the model's bytes: large vocabularies get fewer tokens.
+LOGITS_SHARE, LOGITS_BYTES = 0.03, 64 << 20
 # Kept hidden states of further layers may take this share of the model's bytes; beyond it they are computed again.
 KEPT_SHARE = 0.05
 # On a CPU and in 16 bits, explicit attention beats the flash kernel on short windows (its backward pass takes three
@@ -69,14 +71,17 @@ class SuffixRunner:
         self.first_layer = first_layer
         weight = embedding_weight(architecture.model)
         self.device = weight.device
+        size = sum(p.numel() * p.element_size() for p in architecture.model.parameters())
         if batch_tokens is None:
             batch_tokens = CPU_BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS
+            allowed_logits = max(LOGITS_BYTES, LOGITS_SHARE * size)
+            batch_tokens = min(batch_tokens, int(allowed_logits // (2 * weight.shape[0] * weight.element_size())))
         rows = max(1, batch_tokens // tokens.shape[1])
         self.batches: tuple[torch.Tensor, ...] = tokens.split(rows)
         self.samples, self.seq_len = tokens.shape
         self.recompute = recompute
         kept = tokens.numel() * weight.shape[1] * weight.element_size()
-        allowed = KEPT_SHARE * sum(p.numel() * p.element_size() for p in architecture.model.parameters())
+        allowed = KEPT_SHARE * size
         further = sorted({layer for layer in starts if layer > first_layer})
         # from the top: a run that begins there saves the most layers
         self._starts = [first_layer, *further[max(0, len(further) - int(allowed // kept)) :]]

@@ -25,8 +25,8 @@ from taco_kernels import dispatch
 
 aten = torch.ops.aten
 
-# Elements of a product's second operand that are widened at a time: bounds the copy of a large head to 64 MB.
-PIECE = 1 << 24
+# Elements of an operand that are widened at a time: of a head and of its gradients, the largest there are, 16 MB.
+PIECE = 1 << 22
 # With fewer rows a product waits for the weights, and widening them would only add to that.
 LEAST_ROWS = 8
 
@@ -37,29 +37,42 @@ _ATTENTION: dict[Any, tuple[int, ...]] = {
 }
 
 
-def _pieces(b: torch.Tensor) -> list[slice]:
-    """Columns of a [k, n] operand that are widened at a time."""
-    columns = max(1, PIECE // max(1, b.shape[0]))
-    return [slice(start, start + columns) for start in range(0, max(1, b.shape[1]), columns)]
+def _pieces(size: int, other: int) -> list[slice]:
+    """A dimension of `size` in pieces of at most `PIECE` elements, where the other dimension is `other`."""
+    step = max(1, PIECE // max(1, other))
+    return [slice(start, min(start + step, size)) for start in range(0, max(1, size), step)]
 
 
 def _mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a [m, k] b [k, n], rounded once to the dtype of a."""
-    wide = a.float()
-    pieces = _pieces(b)
-    if len(pieces) == 1:
-        return (wide @ b.float()).to(a.dtype)
-    result = a.new_empty((a.shape[0], b.shape[1]))
-    for piece in pieces:
-        result[:, piece] = wide @ b[:, piece].float()
-    return result
+    return _product(a, b, None)
 
 
 def _addmm(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: float = 1, alpha: float = 1) -> torch.Tensor:
-    wide, offset = a.float(), bias.float().expand(a.shape[0], b.shape[1])
-    result = a.new_empty((a.shape[0], b.shape[1]))
-    for piece in _pieces(b):
-        result[:, piece] = torch.addmm(offset[:, piece], wide, b[:, piece].float(), beta=beta, alpha=alpha)
+    return _product(a, b, bias, beta, alpha)
+
+
+def _product(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, beta: float = 1, alpha: float = 1
+) -> torch.Tensor:
+    """alpha a b + beta bias, in pieces of the longer of k and n; sums are float32 across the pieces of k."""
+    (rows, inner), columns = a.shape, b.shape[1]
+    offset = None if bias is None or beta == 0 else bias.expand(rows, columns)
+    result = a.new_empty((rows, columns))
+    across = inner > columns
+    for piece in _pieces(columns, inner) if not across else [slice(0, columns)]:
+        right = b[:, piece]
+        parts = _pieces(inner, max(rows, right.shape[1])) if across else [slice(0, inner)]
+        total: torch.Tensor | None = None
+        for part in parts:
+            left, wide = a[:, part].float(), right[part].float()
+            total = left @ wide if total is None else total.addmm_(left, wide)
+        assert total is not None
+        if alpha != 1:
+            total *= alpha
+        if offset is not None:
+            total.add_(offset[:, piece], alpha=beta)
+        result[:, piece] = total
     return result
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from taco_svd import attribution, compress, decomposition, factorise
+from taco_svd import attributed, attribution, compress, decomposition, factorise
 from taco_svd.architectures import Architecture, dense_weight
 from taco_svd.attribution import expected_missing, top_directions
 
@@ -27,7 +27,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
     monkeypatch.setattr(decomposition, "PLAIN_LEAST", 8)
     monkeypatch.setattr(decomposition, "PLAIN_SHARE", 0.7)
-    for module in (attribution, factorise):
+    for module in (attributed, attribution):
         monkeypatch.setattr(module, "plain_svd", count)
     return calls
 

@@ -60,10 +60,15 @@ def rounded_once(exact: torch.Tensor, magnitude: torch.Tensor, terms: int, dtype
     return terms * 2.0**-24 * 1.01 * magnitude + kind.eps / 2 * exact.abs() * 1.01 + kind.tiny * kind.eps
 
 
-@pytest.mark.parametrize("piece", [1 << 24, 700])
-def test_products_are_rounded_once(dtype: torch.dtype, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("piece", [1 << 24, 700, 1])
+@pytest.mark.parametrize("sizes", [(33, 70, 41), (33, 41, 70), (9, 200, 3)], ids=str)
+def test_products_are_rounded_once(
+    sizes: tuple[int, int, int], dtype: torch.dtype, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(wide_products, "PIECE", piece)
-    a, w, bias = torch.randn(33, 70).to(dtype), torch.randn(41, 70).to(dtype), torch.randn(41).to(dtype)
+    rows, inner, columns = sizes
+    a, w, bias = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype), torch.randn(columns)
+    bias = bias.to(dtype)
     with WideProducts():
         plain, offset, batched = a @ w.T, functional.linear(a, w, bias), torch.bmm(a[None], w.T[None])
         scaled = torch.addmm(bias, a, w.T, beta=0.5, alpha=2.0)
@@ -76,7 +81,7 @@ def test_products_are_rounded_once(dtype: torch.dtype, piece: int, monkeypatch: 
         (scaled, 2 * exact + 0.5 * wide_bias, 2 * magnitude + wide_bias.abs()),
     ):
         assert found.dtype == dtype
-        assert bool(((found.double() - want).abs() <= rounded_once(want, size, 72, dtype)).all())
+        assert bool(((found.double() - want).abs() <= rounded_once(want, size, inner + 3, dtype)).all())
 
 
 def test_empty_products(dtype: torch.dtype) -> None:

@@ -14,8 +14,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ..architectures import Architecture, LinearSite
+from ..attributed import Attributed
 from ..calibration import Calibration
-from ..one_shot import Attributed
 from ..progress import Progress, Silent
 from ..statistics import SecondMoments
 from ..store import Store
