@@ -126,10 +126,8 @@ void cpu_attribution(std::uintptr_t a, std::int64_t a_stride, std::uintptr_t b, 
                      std::uintptr_t totals, std::int64_t rows, std::int64_t directions, std::int64_t tokens,
                      std::int64_t position, int dtype, int threads) {
   if (tokens < 1 || position < 0 || position >= tokens) throw py::value_error("0 <= position < tokens must hold");
-  double* const sums = pointer<double>(totals);
-  const taco::AttributionBlock block = {pointer(a), a_stride, pointer(b), b_stride, rows, tokens, position, sums,
-                                        sums + directions, sums + 2 * directions, sums + 3 * directions,
-                                        sums + 4 * directions};
+  taco::AttributionBlock block = {pointer(a), a_stride, pointer(b), b_stride, rows, tokens, position};
+  block.add_to(pointer<double>(totals), directions);
   const taco::AttributionArgs args = {dtype_of(dtype), block, rows, directions};
   py::gil_scoped_release released;
   taco::attribution(args, threads);

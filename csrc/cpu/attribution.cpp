@@ -7,23 +7,32 @@
 #include "team.h"
 
 namespace taco {
+namespace {
+
+// Threads share the directions, never the rows: no sum is split, so the bits do not depend on how many there are.
+std::int64_t steps_of(std::int64_t directions) { return (directions + kStepMultiple - 1) / kStepMultiple; }
+
+// body(begin, end) for a thread's share of the directions, in whole steps
+template <class Body>
+void on_share(std::int64_t directions, int index, int members, const Body& body) {
+  const std::int64_t steps = steps_of(directions), begin = steps * index / members * kStepMultiple;
+  const std::int64_t end = std::min(directions, steps * (index + 1) / members * kStepMultiple);
+  if (begin < end) body(begin, end);
+}
+
+}  // namespace
 
 void attribution(const AttributionArgs& args, int threads) {
   if (args.rows <= 0 || args.directions <= 0) return;
   const AttributionBlock& block = args.block;
   const auto kernel = active_kernels().by_dtype[static_cast<int>(args.dtype)].attribution;
-  // Threads share the columns, never the rows: no sum is split, so the bits do not depend on how many there are.
-  const std::int64_t steps = (args.directions + kStepMultiple - 1) / kStepMultiple;
   // One more thread is worth waking for some tens of microseconds of work: a few elements go by per nanosecond.
   constexpr std::int64_t kElementsPerThread = 64 * 1024;
-  const std::int64_t worth = args.rows * args.directions / kElementsPerThread;
-  const int team = static_cast<int>(std::max<std::int64_t>(1, std::min({std::int64_t{threads}, steps, worth})));
-  const auto part = [&](int index, int count) {
-    const std::int64_t begin = steps * index / count * kStepMultiple;
-    const std::int64_t end = std::min(args.directions, steps * (index + 1) / count * kStepMultiple);
-    if (begin < end) kernel(block, begin, end);
-  };
-on_team(team, part);
+  const std::int64_t worth = std::min(steps_of(args.directions), args.rows * args.directions / kElementsPerThread);
+  const int team = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, worth)));
+  on_team(team, [&](int index, int members) {
+    on_share(args.directions, index, members, [&](std::int64_t begin, std::int64_t end) { kernel(block, begin, end); });
+  });
 }
 
 bool singular_attribution(const SingularAttribution& p, int threads) {
@@ -33,8 +42,7 @@ bool singular_attribution(const SingularAttribution& p, int threads) {
   if (p.rows <= 0 || p.directions <= 0) return true;
   const auto reduce = isa.by_dtype[static_cast<int>(Dtype::kF32)].attribution;
   const std::int64_t element = p.dtype == Dtype::kF32 ? 4 : 2;
-  const std::int64_t steps = (p.directions + kStepMultiple - 1) / kStepMultiple;
-  const int team = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, steps)));
+  const int team = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, steps_of(p.directions))));
   // of a block of rows: both inputs packed, both products, and the sums of columns that wait for others
   const std::int64_t most = std::min(kRowBlock, (p.rows + kGroup - 1) / kGroup * kGroup);
   const std::int64_t packed = most * (p.in + p.out), products = most * p.directions;
@@ -44,36 +52,29 @@ bool singular_attribution(const SingularAttribution& p, int threads) {
   float* const a = work.get() + packed;
   float* const b = a + products;
   float* const waiting = b + products;
-  double* const sums = p.totals;
 
   for (std::int64_t start = 0; start < p.rows; start += most) {
     const std::int64_t rows = std::min(most, p.rows - start), lanes = (rows + kGroup - 1) / kGroup * kGroup;
-    const auto from = [&](const void* data, std::int64_t stride) {
-      return static_cast<const char*>(data) + start * stride * element;
+    const auto packing = [&](const void* data, std::int64_t stride, std::int64_t columns, std::uint32_t* to) {
+      return Packing{static_cast<const char*>(data) + start * stride * element, stride, rows, columns, to, lanes};
     };
+    AttributionBlock block = {a, p.directions, b, p.directions, rows, p.tokens, start % p.tokens};
+    block.add_to(p.totals, p.directions);
     on_team(team, [&](int index, int members) {
-      const auto pack = [&](const void* data, std::int64_t stride, std::int64_t columns, std::uint32_t* to) {
-        const std::int64_t vectors = (columns + kGroup - 1) / kGroup;
-        const std::int64_t first = vectors * index / members * kGroup, last = vectors * (index + 1) / members * kGroup;
-        many->pack({from(data, stride), stride, rows, columns, to, lanes}, first, std::min(last, columns));
-      };
-      pack(p.x, p.x_stride, p.in, x);
-      pack(p.grad, p.grad_stride, p.out, g);
+      pack_share(*many, packing(p.x, p.x_stride, p.in, x), index, members);
+      pack_share(*many, packing(p.grad, p.grad_stride, p.out, g), index, members);
       meet();
-      // Threads share the directions, in both products and in the sums: none waits for another.
-      const std::int64_t begin = steps * index / members * kStepMultiple;
-      const std::int64_t end = std::min(p.directions, steps * (index + 1) / members * kStepMultiple);
-      if (begin >= end) return;
-      const auto multiply = [&](const std::uint32_t* input, std::int64_t width, const void* directions,
-                                std::int64_t stride, float* to) {
-        const SecondProduct product = {nullptr, {}, directions, stride, nullptr, nullptr, nullptr, 0, nullptr,
-                                       to, p.directions, rows, width};
-        many->second({input, lanes, product, waiting}, begin, end);
-      };
-      multiply(x, p.in, p.v, p.v_stride, a);
-      multiply(g, p.out, p.u, p.u_stride, b);
-      reduce({a, p.directions, b, p.directions, rows, p.tokens, start % p.tokens, sums, sums + p.directions,
-              sums + 2 * p.directions, sums + 3 * p.directions, sums + 4 * p.directions}, begin, end);
+      on_share(p.directions, index, members, [&](std::int64_t begin, std::int64_t end) {
+        const auto multiply = [&](const std::uint32_t* input, std::int64_t width, const void* directions,
+                                  std::int64_t stride, float* to) {
+          const SecondProduct product = {nullptr, {}, directions, stride, nullptr, nullptr, nullptr, 0, nullptr,
+                                         to, p.directions, rows, width};
+          many->second({input, lanes, product, waiting}, begin, end);
+        };
+        multiply(x, p.in, p.v, p.v_stride, a);
+        multiply(g, p.out, p.u, p.u_stride, b);
+        reduce(block, begin, end);
+      });
     });
   }
   return true;

@@ -90,6 +90,12 @@ struct AttributionBlock {
   double* squares;
   double* token_squares;
   double* open;           // the sum over the sequence that has not ended yet; not part of signed_sum
+
+  // `totals`: [5, directions], the sums in their order above
+  void add_to(double* totals, std::int64_t directions) {
+    signed_sum = totals, absolute = totals + directions, squares = totals + 2 * directions;
+    token_squares = totals + 3 * directions, open = totals + 4 * directions;
+  }
 };
 
 // For many rows: vectors side by side, packed into places of 32 bits, `lanes` rows of them: the number of rows rounded up

@@ -234,12 +234,6 @@ void low_rank_many(const DtypeKernels& kernels, const ManyRows& many, const LowR
     const std::int64_t rows = std::min(end, input.rows) - start, lanes = end - start;
     const Packing x = {offset(input.x, start * input.x_stride, element), input.x_stride, rows, input.in, packed, lanes};
     on_team(team, [&](int index, int members) {
-      // each thread its share of the places, in whole vectors
-      const auto pack = [&](const Packing& p) {
-        const std::int64_t vectors = (places_of(p.columns) + kGroup - 1) / kGroup;
-        const std::int64_t first = vectors * index / members * kGroup, last = vectors * (index + 1) / members * kGroup;
-        many.pack(p, first, std::min(last, places_of(p.columns)));
-      };
       const auto each_map = [&](const auto& body) {
         std::uint32_t* t = packed + lanes * places_of(input.in);
         float* partial = waits;
@@ -252,10 +246,10 @@ void low_rank_many(const DtypeKernels& kernels, const ManyRows& many, const LowR
           t += lanes * places_of(maps[i].rank);
         }
       };
-      pack(x);
+      pack_share(many, x, index, members);
       each_map([&](const LowRankMap& map, std::uint32_t* t, float*, float*) {
-        if (map.direct)
-          pack({offset(map.direct, start * map.direct_stride, element), map.direct_stride, rows, map.rank, t, lanes});
+        const void* const direct = offset(map.direct, start * map.direct_stride, element);
+        if (direct) pack_share(many, {direct, map.direct_stride, rows, map.rank, t, lanes}, index, members);
       });
       if (scale) norm_scales(kernels, input, x.x, rows, index, members, scale);
       meet();

@@ -5,6 +5,8 @@
 #include <omp.h>
 #endif
 
+#include "isa.h"
+
 namespace taco {
 
 #ifdef _OPENMP
@@ -30,6 +32,13 @@ void on_team(int team, const Body& body) {
 // one thread there is none, and it returns at once.
 inline void meet() {
   TACO_BARRIER
+}
+
+// A thread's share of packing, in whole vectors of places.
+inline void pack_share(const ManyRows& many, const Packing& p, int index, int members) {
+  const std::int64_t places = (p.columns + many.width - 1) / many.width, vectors = (places + kGroup - 1) / kGroup;
+  const std::int64_t end = vectors * (index + 1) / members * kGroup;
+  many.pack(p, vectors * index / members * kGroup, end < places ? end : places);
 }
 
 }  // namespace taco

@@ -8,12 +8,13 @@ more when their directions have been chosen: that costs far less than another pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from .architectures import Architecture, LinearSite, dense_weight
 from .attribution import SigmaGradients, candidate_directions, candidates_of, expected_missing
+from .checkpoint import weight_bytes
 from .decomposition import Decomposition, plain_svd
 from .memory import release
 
@@ -42,20 +43,18 @@ class Attributed:
         self.sigma: dict[LinearSite, torch.Tensor] = {}
         self._whole: dict[LinearSite, bool] = {}
         self._kept: dict[LinearSite, Decomposition] = {}
-        self._kept_bytes = 0
-        size = sum(p.numel() * p.element_size() for p in architecture.model.parameters())
-        self._room = max(HELD_BYTES, int(HELD_SHARE * size))
+        self._room = max(HELD_BYTES, int(HELD_SHARE * weight_bytes(architecture.model)))
 
     def narrowed(self, ranks: dict[int, dict[str, int]]) -> Attributed:
         """For a plan of these ranks; what is not in it is let go. Maps that are in both must have one rank."""
         self.ranks = ranks
         for site in list(self.importance):
             if site.path not in ranks.get(site.layer, {}):
-                self._forget(site)
+                self._kept.pop(site, None)
                 del self.importance[site], self.sigma[site]
         return self
 
-    def groups(self, sites: Iterable[LinearSite], whole: bool = False) -> list[list[LinearSite]]:
+    def groups(self, sites: Sequence[LinearSite], whole: bool = False) -> list[list[LinearSite]]:
         """The sites, in their order, in groups whose singular vectors may be held at once."""
         found: list[list[LinearSite]] = []
         room = 0
@@ -70,32 +69,26 @@ class Attributed:
             room -= needed
         return found
 
-    def gather(self, sites: Iterable[LinearSite], run: Callable[[SigmaGradients], object], whole: bool = False) -> None:
+    def gather(self, sites: Sequence[LinearSite], run: Callable[[SigmaGradients], object], whole: bool = False) -> None:
         """Decomposes the maps (`whole`: into all directions), attributes them while `run` brings gradients in.
 
         `run` is given the callback for `SuffixRunner.backward`.
         """
         release()
-        held: dict[LinearSite, Decomposition] = {}
         for site in sites:
-            self._forget(site)
             self._whole[site] = whole
-            parts = self._decomposed(site)
-            self.sigma[site] = parts.sigma
-            held[site] = self._as_held(site, parts)
+        held = {site: self._held(site) for site in sites}
         release()
         gradients = SigmaGradients(held)
         run(gradients)
         for site in held:
             self.importance[site] = gradients.importance(site)
-        held.clear()
-        gradients.clear()
+        del held, gradients  # what is released below
         release()
 
     def decomposition(self, site: LinearSite) -> Decomposition:
         """In float32, the directions in the order of `importance`; its memory is the caller's from then on."""
-        parts = self._kept.get(site)
-        self._forget(site)
+        parts = self._kept.pop(site, None)
         return self._decomposed(site) if parts is None else parts
 
     def lacking(self, site: LinearSite) -> float:
@@ -110,19 +103,19 @@ class Attributed:
         weight = dense_weight(self.architecture.module(site)).detach()
         return plain_svd(weight) if self._whole[site] else candidate_directions(weight, self._rank(site))
 
-    def _as_held(self, site: LinearSite, parts: Decomposition) -> Decomposition:
-        """For the pass; keeps the float32 vectors where there is room for them."""
+    def _held(self, site: LinearSite) -> Decomposition:
+        """In the dtype of the weights, for a pass; keeps the float32 vectors as well where there is room for them."""
         dtype = dense_weight(self.architecture.module(site)).dtype
-        needed = 4 * len(parts.sigma) * (parts.left.shape[0] + parts.right.shape[1])
-        if self._kept_bytes + needed <= KEPT_BYTES:
+        self._kept.pop(site, None)
+        parts = self._decomposed(site)
+        self.sigma[site] = parts.sigma
+        if sum(map(_bytes, self._kept.values())) + _bytes(parts) <= KEPT_BYTES:
             self._kept[site] = parts
-            self._kept_bytes += needed
         if dtype == torch.float32:
             return parts
         left = parts.left.T.to(dtype, memory_format=torch.contiguous_format)  # directions in rows, as kernels read them
         return Decomposition(left.T, parts.sigma, parts.right.to(dtype))
 
-    def _forget(self, site: LinearSite) -> None:
-        parts = self._kept.pop(site, None)
-        if parts is not None:
-            self._kept_bytes -= 4 * len(parts.sigma) * (parts.left.shape[0] + parts.right.shape[1])
+
+def _bytes(parts: Decomposition) -> int:
+    return parts.left.nbytes + parts.right.nbytes

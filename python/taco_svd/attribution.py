@@ -59,10 +59,6 @@ class SigmaGradients:
         signed = taco_kernels.singular_attribution(x, gradient, left, right).signed.double()
         self._signed[site] = self._signed[site] + signed if site in self._signed else signed
 
-    def clear(self) -> None:
-        """Lets go of singular vectors; what was gathered stays."""
-        self._cast.clear()
-
     def gradient(self, site: LinearSite) -> torch.Tensor:
         """dL/dsigma of the calibration set's mean loss: float64 [k]."""
         return self._signed[site]

@@ -20,7 +20,7 @@ from .errors import TacoError
 from .gauge import pivoted_factors
 from .memory import release
 from .plan import Plan
-from .progress import Progress
+from .progress import Progress, Report
 from .replacement import LowRankLinear, empty_factors
 from .store import Store
 from .structure import Structure
@@ -28,8 +28,6 @@ from .suffix import SuffixRunner
 
 # Paper mode: the share of the kept directions that may be expected beyond the candidates before all are attributed.
 MISSING_SHARE = 0.01
-
-Report = Callable[[int, int], None]
 
 
 def factorise(

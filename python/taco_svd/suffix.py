@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .architectures import Architecture, LinearSite, linear_shape
 from .calibration import embedding_weight
+from .checkpoint import weight_bytes
 from .loss import next_token_loss
 from .wide_products import needs_wide_products
 
@@ -71,7 +72,7 @@ class SuffixRunner:
         self.first_layer = first_layer
         weight = embedding_weight(architecture.model)
         self.device = weight.device
-        size = sum(p.numel() * p.element_size() for p in architecture.model.parameters())
+        size = weight_bytes(architecture.model)
         if batch_tokens is None:
             batch_tokens = CPU_BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS
             allowed_logits = max(LOGITS_BYTES, LOGITS_SHARE * size)

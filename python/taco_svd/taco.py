@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from .allocation import runs
 from .architectures import Architecture, LinearSite, dense_weight
 from .calibration import Calibration
+from .checkpoint import weight_bytes
 from .decomposition import damped, weighted_spectrum, weighted_svd
 from .experts import expert_number, kind_of
 from .layerwise import LayerwisePass
@@ -61,8 +62,7 @@ class Analysis:
         self.team = team or Team()
         self.model, self.calibration = model, calibration
         self.architecture = Architecture(structural_copy(model))
-        size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-        self.store = store or Store(memory=max(LEAST_MEMORY, int(MEMORY_SHARE * size)))
+        self.store = store or Store(memory=max(LEAST_MEMORY, int(MEMORY_SHARE * weight_bytes(model))))
         self._last: tuple[int, SecondMoments] | None = None
         self._curves: LossCurves | None = None
 

@@ -43,19 +43,10 @@ def _pieces(size: int, other: int) -> list[slice]:
     return [slice(start, min(start + step, size)) for start in range(0, max(1, size), step)]
 
 
-def _mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a [m, k] b [k, n], rounded once to the dtype of a."""
-    return _product(a, b, None)
-
-
-def _addmm(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: float = 1, alpha: float = 1) -> torch.Tensor:
-    return _product(a, b, bias, beta, alpha)
-
-
 def _product(
-    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, beta: float = 1, alpha: float = 1
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None, beta: float = 1, alpha: float = 1
 ) -> torch.Tensor:
-    """alpha a b + beta bias, in pieces of the longer of k and n; sums are float32 across the pieces of k."""
+    """alpha a [m, k] b [k, n] + beta bias, rounded once, in pieces of the longer of k and n."""
     (rows, inner), columns = a.shape, b.shape[1]
     offset = None if bias is None or beta == 0 else bias.expand(rows, columns)
     result = a.new_empty((rows, columns))
@@ -76,12 +67,16 @@ def _product(
     return result
 
 
+def _addmm(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, **scales: float) -> torch.Tensor:
+    return _product(a, b, bias, **scales)
+
+
 def _bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.bmm(a.float(), b.float()).to(a.dtype)
 
 
 _PRODUCTS: dict[Any, Callable[..., torch.Tensor]] = {
-    aten.mm.default: _mm,
+    aten.mm.default: _product,
     aten.addmm.default: _addmm,
     aten.bmm.default: _bmm,
 }
@@ -125,8 +120,10 @@ _open = _Open()
 
 
 def needs_wide_products(model: nn.Module) -> bool:
-    """Whether this model is computed on a CPU that multiplies its dtype slowly."""
-    # weights that are not here yet (offloaded) will be mapped into this machine's memory
+    """Whether this model is computed on a CPU that multiplies its dtype slowly.
+
+    Weights that are not here yet (offloaded, on the meta device) will be mapped into this machine's memory.
+    """
     embedding: Any = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
     return (
         embedding is not None
