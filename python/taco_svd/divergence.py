@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from .calibration import embedding_weight
 from .errors import TacoError
 from .evaluation import WindowBatches, ratio_mean
+from .predictions import Predictions
 from .wide_products import in_wide_products
 
 
@@ -88,12 +89,16 @@ def divergence(
     compressed.eval()
     try:
         for batch in batches:
-            target = dense(input_ids=batch.ids.to(dense.device), use_cache=False).logits[:, :-1]
-            found = compressed(input_ids=batch.ids.to(compressed.device), use_cache=False).logits[:, :-1]
-            target = target.to(found.device)
-            values = kl_per_token(target, found)
-            same = target.argmax(-1) == found.argmax(-1)
-            for row, (kl, top) in enumerate(zip(values, same, strict=True)):
+            targets = Predictions(dense, batch.ids.to(dense.device))
+            predictions = Predictions(compressed, batch.ids.to(compressed.device))
+            values, same = [], []
+            for piece in predictions.pieces:
+                found = predictions.logits(piece)
+                target = targets.logits(piece).to(found.device)
+                values.append(kl_per_token(target, found))
+                same.append(target.argmax(-1) == found.argmax(-1))
+            rows = [torch.cat(parts).view(len(batch.ids), -1) for parts in (values, same)]
+            for row, (kl, top) in enumerate(zip(*rows, strict=True)):
                 counted = batch.counted[row]
                 sums.append(float(kl[counted].double().sum()))
                 counts.append(kl[counted].numel())

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from .calibration import context_length, embedding_weight
 from .errors import TacoError
+from .predictions import Predictions
 from .wide_products import in_wide_products
 
 
@@ -165,10 +166,12 @@ def perplexity(
     try:
         for batch in batches:
             ids = batch.ids.to(device)
-            logits = model(input_ids=ids, use_cache=False).logits
-            nll = functional.cross_entropy(
-                logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
-            ).view(ids.shape[0], -1)
+            found = Predictions(model, ids)
+            parts = [
+                functional.cross_entropy(found.logits(piece).float(), found.labels[piece], reduction="none")
+                for piece in found.pieces
+            ]
+            nll = torch.cat(parts).view(len(ids), -1)
             for row, counted in zip(nll, batch.counted, strict=True):
                 sums.append(float(row[counted].double().sum()))
                 counts.append(row[counted].numel())

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from .architectures import Architecture
-from .suffix import SuffixRunner, forward_replaced
+from .forwards import forward_replaced
+from .suffix import SuffixRunner
 from .team import Team
 from .walk import Walk
 

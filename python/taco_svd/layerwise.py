@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 
 from .architectures import Architecture, LinearSite
 from .calibration import embedding_weight
-from .loss import next_token_loss
+from .predictions import windows_loss
 from .progress import Report
 from .store import Store
 from .suffix import (
@@ -132,8 +133,9 @@ class LayerwisePass:
             h = hidden.requires_grad_(True)
             tokens = self.walk.batches[batch].to(self.device)
             with torch.enable_grad():
-                loss = next_token_loss(self.walk.logits(batch, h), tokens, len(tokens) / self._samples)
-                (gradient,) = torch.autograd.grad(loss * scale, h)
+                share = scale * len(tokens) / self._samples
+                loss = windows_loss(self.architecture.model, tokens, share, partial(self.walk.output, batch, h))
+                (gradient,) = torch.autograd.grad(loss, h)
             found.append(gradient)
         return found
 

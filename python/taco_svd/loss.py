@@ -20,36 +20,43 @@ def next_token_loss(logits: torch.Tensor, tokens: torch.Tensor, weight: float = 
     logits [batch, seq_len, vocabulary], tokens int64 [batch, seq_len]; computed in float32 (float64 for float64).
     `weight` multiplies the loss, and its gradient before that is rounded to the logits' dtype.
     """
-    loss: torch.Tensor = _NextTokenLoss.apply(logits, tokens, weight)
+    scale = weight / tokens[:, 1:].numel()
+    loss: torch.Tensor = _LabelLoss.apply(logits, tokens[:, 1:], scale)
     return loss
 
 
-class _NextTokenLoss(torch.autograd.Function):
+def label_loss(logits: torch.Tensor, labels: torch.Tensor, scale: float) -> torch.Tensor:
+    """`scale` times the summed cross-entropy (nats): logits [positions, vocabulary], labels int64 [positions]."""
+    loss: torch.Tensor = _LabelLoss.apply(logits[None], labels[None], scale)
+    return loss
+
+
+class _LabelLoss(torch.autograd.Function):
     """Autograd's own way holds four float32 copies of the logits at its peak, this one a slice of one.
 
-    The gradient of a mean loss is ``softmax - onehot`` times a constant that is known before the backward pass, so it
-    is formed while the softmax is at hand, and stored in the logits' dtype as autograd would hand it over.
+    The gradient is ``softmax - onehot`` times a constant that is known before the backward pass, so it is formed while
+    the softmax is at hand, and stored in the logits' dtype as autograd would hand it over. Positions (the second
+    dimension of the logits) beyond the labels' do not count.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, tokens: torch.Tensor, weight: float) -> torch.Tensor:
-        batch, length, vocabulary = logits.shape
+    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, scale: float) -> torch.Tensor:
+        batch, length = labels.shape
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        scale = weight / (batch * (length - 1))
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         if gradient is not None:
-            gradient[:, -1] = 0  # nothing follows the last token
-        step = max(1, (CPU_SLICE if logits.device.type == "cpu" else GPU_SLICE) // vocabulary)
+            gradient[:, length:] = 0
+        step = max(1, (CPU_SLICE if logits.device.type == "cpu" else GPU_SLICE) // logits.shape[-1])
         total = torch.zeros((), dtype=torch.float64, device=logits.device)
         for row in range(batch):
-            for start in range(0, length - 1, step):
-                stop = min(start + step, length - 1)
-                labels = tokens[row, start + 1 : stop + 1]
+            for start in range(0, length, step):
+                stop = min(start + step, length)
+                here = labels[row, start:stop, None]
                 logs = functional.log_softmax(logits[row, start:stop], dim=-1, dtype=wide)
-                total -= logs.gather(1, labels[:, None]).sum(dtype=torch.float64)
+                total -= logs.gather(1, here).sum(dtype=torch.float64)
                 if gradient is not None:
                     share = logs.exp_()
-                    share.scatter_add_(1, labels[:, None], share.new_full((stop - start, 1), -1.0))
+                    share.scatter_add_(1, here, share.new_full((stop - start, 1), -1.0))
                     gradient[row, start:stop] = share.mul_(scale)
         ctx.gradient = gradient
         return (total * scale).to(wide)

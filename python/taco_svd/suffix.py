@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from .architectures import Architecture, LinearSite, linear_shape
 from .calibration import embedding_weight
 from .checkpoint import weight_bytes
-from .loss import next_token_loss
+from .forwards import forward_replaced
+from .predictions import windows_loss
 from .wide_products import needs_wide_products
 
 # x [batch, tokens, in] and the gradient of the loss with respect to the output, [batch, tokens, out]
@@ -198,15 +199,20 @@ class SuffixRunner:
 
     def logits(self, index: int, start: int | None = None) -> torch.Tensor:
         """Logits of batch `index`, run from a kept layer (default: the first): [batch, seq_len, vocabulary]."""
-        with self._skipping(index, self.first_layer if start is None else start), self._attention():
-            output = self.architecture.model(input_ids=self.batches[index].to(self.device), use_cache=False)
-        logits: torch.Tensor = output.logits
+        logits: torch.Tensor = self._run(index, start).logits
         return logits
 
-    def loss(self, index: int, start: int | None = None) -> torch.Tensor:
-        """Next-token cross-entropy (nats) of batch `index`, weighted so that the batches' sum is the set's mean."""
-        share = len(self.batches[index]) / self.samples
-        return next_token_loss(self.logits(index, start), self.batches[index].to(self.device), share)
+    def _run(self, index: int, start: int | None = None) -> Any:
+        """The output of the model's forward on batch `index`, run from a kept layer."""
+        with self._skipping(index, self.first_layer if start is None else start), self._attention():
+            return self.architecture.model(input_ids=self.batches[index].to(self.device), use_cache=False)
+
+    def loss(self, index: int, start: int | None = None, scale: float = 1.0) -> torch.Tensor:
+        """Next-token cross-entropy (nats) of batch `index`, weighted so that the batches' sum is `scale` times the
+        set's mean. No gradient reaches the head's own parameters."""
+        ids = self.batches[index].to(self.device)
+        share = scale * len(ids) / self.samples
+        return windows_loss(self.architecture.model, ids, share, lambda: self._run(index, start))
 
     @torch.no_grad()
     def mean_loss(self) -> float:
@@ -292,9 +298,9 @@ class SuffixRunner:
             stack.enter_context(self._recomputing(lowest))
             stack.enter_context(self._attention())  # the backward pass may run layers again
             for index in range(len(self.batches)):
-                loss = self.loss(index, start)
-                (loss * scale).backward() if scale != 1 else loss.backward()
-                total += float(loss.detach())
+                loss = self.loss(index, start, scale)
+                loss.backward()
+                total += float(loss.detach()) / scale
                 if progress is not None:
                     progress(index + 1, len(self.batches))
         require_all_seen(sites, seen)
@@ -322,28 +328,6 @@ def without_parameter_gradients(model: nn.Module) -> Iterator[None]:
         for parameter in frozen:
             parameter.requires_grad_(True)
         model.train(was_training)
-
-
-Forward = Callable[..., Any]
-
-
-@contextmanager
-def forward_replaced(layers: Iterable[nn.Module], make: Callable[[Forward], Forward]) -> Iterator[None]:
-    """While open, each layer's forward is what `make` makes of it.
-
-    Whatever was set on the instance before comes back: accelerate hangs its hooks there.
-    """
-    before = [(layer, layer.__dict__.get("forward")) for layer in layers]
-    for layer, _ in before:
-        layer.forward = make(layer.forward)
-    try:
-        yield
-    finally:
-        for layer, own in before:
-            if own is None:
-                del layer.forward  # the instance attribute; the class's forward shows again
-            else:
-                layer.forward = own
 
 
 @contextmanager

@@ -17,8 +17,9 @@ from torch import nn
 from .architectures import Architecture, LinearSite, linear_shape
 from .calibration import embedding_weight
 from .experts import expert_number
+from .forwards import forward_replaced
 from .mapped import held, is_mapped, page_out
-from .suffix import _Enough, _hidden_argument, _hidden_output, explicit_attention, forward_replaced
+from .suffix import _Enough, _hidden_argument, _hidden_output, explicit_attention
 
 # site, its input [batch, tokens, in], its output [batch, tokens, out]
 Watch = Callable[[torch.Tensor, torch.Tensor], None]
@@ -129,10 +130,13 @@ class Walk:
 
         `rows` of the batch only, so that the logits of a large vocabulary need not be held for all of them.
         """
-        with self._passing(hidden[rows]):
-            output = self.architecture.model(input_ids=self.batches[batch][rows].to(self._device), use_cache=False)
-        logits: torch.Tensor = output.logits
+        logits: torch.Tensor = self.output(batch, hidden, rows).logits
         return logits
+
+    def output(self, batch: int, hidden: torch.Tensor, rows: slice = slice(None)) -> Any:
+        """The output of the model's forward on hidden states that leave the last layer."""
+        with self._passing(hidden[rows]):
+            return self.architecture.model(input_ids=self.batches[batch][rows].to(self._device), use_cache=False)
 
 
 def _layers_return_tuples(architecture: Architecture, tokens: torch.Tensor) -> bool:

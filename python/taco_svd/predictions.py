@@ -1,0 +1,151 @@
+"""What a model predicts for the tokens of some windows, a piece of them at a time.
+
+Logits are the largest thing that a forward pass makes: of 2048 tokens and Llama 3's vocabulary half a gigabyte in
+bfloat16, a fifth of a 1 B parameter model, and a loss makes float32 copies of them and a gradient. What a model does
+behind its decoder stack treats every token by itself, so the stack runs once, and what follows (the head, and whatever
+scales or caps its logits) is the model's own forward, run on a piece of the stack's output at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+from .calibration import embedding_weight
+from .forwards import forward_replaced
+from .loss import label_loss, next_token_loss
+
+# logits [positions, vocabulary] and the tokens that follow, int64 [positions], to a scalar
+Function = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+# Logits of a piece (16 MB in 16 bits), but never so few tokens that a product with the head waits for its weights.
+PIECE, LEAST_TOKENS = 1 << 23, 128
+
+
+def pieces(positions: int, vocabulary: int) -> list[slice]:
+    """Slices of a number of positions whose logits may be held at once."""
+    step = max(LEAST_TOKENS, PIECE // vocabulary)
+    return [slice(start, min(start + step, positions)) for start in range(0, positions, step)]
+
+
+class Predictions:
+    """A model's predictions at all positions of some windows but each window's last, which nothing follows.
+
+    The decoder stack runs once, with a graph where gradients are enabled; `logits` runs the rest.
+
+    Args:
+        model: of any architecture whose forward calls its `base_model`; of others (OPT) all logits are made at once.
+        ids: int64 [windows, tokens].
+        run: runs the model's forward on `ids` and returns its output; default: calls the model.
+
+    Attributes:
+        hidden: what the stack gives at the positions, window after window: [windows x (tokens - 1), hidden].
+        labels: the tokens that follow the positions, int64 [windows x (tokens - 1)].
+        pieces: slices of the positions, to ask `logits` for.
+    """
+
+    def __init__(self, model: PreTrainedModel, ids: torch.Tensor, run: Callable[[], Any] | None = None) -> None:
+        self._model = model
+        self._ids = ids[:, :-1].flatten()
+        self.labels = ids[:, 1:].flatten()
+        self.pieces = pieces(len(self.labels), embedding_weight(model).shape[0])
+        stack: nn.Module = model.base_model
+        seen: list[Any] = []
+
+        def shortened(_: nn.Module, __: Any, output: Any) -> Any:
+            seen.append(output)
+            return _with_hidden(output, output.last_hidden_state[:, :1])  # what follows has next to nothing to do
+
+        with ExitStack() as hooks:
+            if stack is not model and len(self.pieces) > 1:
+                hooks.callback(stack.register_forward_hook(shortened).remove)
+            output = run() if run is not None else model(input_ids=ids, use_cache=False)
+        self._stack_output = seen[0] if len(seen) == 1 else None
+        whole = output.logits if self._stack_output is None else self._stack_output.last_hidden_state
+        self.hidden: torch.Tensor = whole[:, :-1].flatten(0, 1)
+
+    def logits(self, piece: slice, hidden: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits of some positions, [positions, vocabulary]; `hidden` stands in for their rows of `self.hidden`."""
+        if hidden is None:
+            hidden = self.hidden[piece]
+        if self._stack_output is None:
+            return hidden
+
+        def handing_out(*_: Any, **__: Any) -> Any:
+            return _with_hidden(self._stack_output, hidden[None])
+
+        with forward_replaced([self._model.base_model], lambda forward: handing_out):
+            output = self._model(input_ids=self._ids[piece][None], use_cache=False)
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+    def summed(self, function: Function) -> torch.Tensor:
+        """The sum of `function(logits, labels)`, a scalar, over the pieces.
+
+        Where `hidden` has a graph the sum has one to it, and to nothing else: of the head's parameters no gradient is
+        taken. Only one piece's logits and their gradient are held at a time.
+        """
+        result: torch.Tensor = _Summed.apply(self.hidden, self, function)
+        return result
+
+
+def windows_loss(
+    model: PreTrainedModel, ids: torch.Tensor, weight: float = 1.0, run: Callable[[], Any] | None = None
+) -> torch.Tensor:
+    """`weight` times a model's mean next-token cross-entropy (nats) on windows; arguments as for `Predictions`.
+
+    As `next_token_loss` of its logits, but of large vocabularies only a piece of them is held at a time. There no
+    gradient reaches the head's own parameters.
+    """
+    if len(pieces(ids[:, 1:].numel(), embedding_weight(model).shape[0])) == 1:
+        output = run() if run is not None else model(input_ids=ids, use_cache=False)
+        return next_token_loss(output.logits, ids, weight)
+    predictions = Predictions(model, ids, run)
+    return predictions.summed(partial(label_loss, scale=weight / len(predictions.labels)))
+
+
+class _Summed(torch.autograd.Function):
+    """Takes the gradient of each piece while its logits are there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        predictions: Predictions,
+        function: Function,
+    ) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for piece in predictions.pieces:
+            part = hidden[piece].detach()
+            with torch.set_grad_enabled(gradient is not None):
+                part.requires_grad_(gradient is not None)
+                value = function(predictions.logits(piece, part), predictions.labels[piece])
+            if gradient is not None:
+                (gradient[piece],) = torch.autograd.grad(value, part)
+            total += value.detach()
+        ctx.gradient = gradient
+        return total.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            raise RuntimeError("the sum was differentiated twice; its gradient is handed out once")
+        return gradient if bool(outer == 1) else gradient.mul_(outer), None, None
+
+
+def _with_hidden(output: Any, hidden: torch.Tensor) -> Any:
+    """What a decoder stack returned, with other hidden states."""
+    changed = copy.copy(output)
+    changed.last_hidden_state = hidden
+    return changed
