@@ -43,8 +43,34 @@ def _pieces(size: int, other: int) -> list[slice]:
     return [slice(start, min(start + step, size)) for start in range(0, max(1, size), step)]
 
 
+class _Room:
+    """Float32 memory that one product after another is computed in: fresh pages for each would cost a fifth more."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[str, torch.Tensor] = {}
+
+    def get(self, name: str, rows: int, columns: int) -> torch.Tensor:
+        """Uninitialised, [rows, columns]; what was got by this name before is overwritten with it."""
+        size = rows * columns
+        block = self._blocks.get(name)
+        if block is None or len(block) < size:
+            block = self._blocks[name] = torch.empty(size, dtype=torch.float32)
+        return block[:size].view(rows, columns)
+
+    def widened(self, name: str, part: torch.Tensor) -> torch.Tensor:
+        """A matrix in float32, transposed where the given one is."""
+        if part.stride(0) == 1 and part.stride(1) != 1:
+            return self.widened(name, part.T).T
+        return self.get(name, part.shape[0], part.shape[1]).copy_(part)
+
+
 def _product(
-    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None, beta: float = 1, alpha: float = 1
+    room: _Room,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    beta: float = 1,
+    alpha: float = 1,
 ) -> torch.Tensor:
     """alpha a [m, k] b [k, n] + beta bias, rounded once, in pieces of the longer of k and n."""
     (rows, inner), columns = a.shape, b.shape[1]
@@ -54,11 +80,13 @@ def _product(
     for piece in _pieces(columns, inner) if not across else [slice(0, columns)]:
         right = b[:, piece]
         parts = _pieces(inner, max(rows, right.shape[1])) if across else [slice(0, inner)]
-        total: torch.Tensor | None = None
-        for part in parts:
-            left, wide = a[:, part].float(), right[part].float()
-            total = left @ wide if total is None else total.addmm_(left, wide)
-        assert total is not None
+        total = room.get("total", rows, right.shape[1])
+        for number, part in enumerate(parts):
+            left, wide = room.widened("left", a[:, part]), room.widened("right", right[part])
+            if number:
+                total.addmm_(left, wide)
+            else:
+                torch.mm(left, wide, out=total)
         if alpha != 1:
             total *= alpha
         if offset is not None:
@@ -67,11 +95,11 @@ def _product(
     return result
 
 
-def _addmm(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, **scales: float) -> torch.Tensor:
-    return _product(a, b, bias, **scales)
+def _addmm(room: _Room, bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, **scales: float) -> torch.Tensor:
+    return _product(room, a, b, bias, **scales)
 
 
-def _bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _bmm(_: _Room, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.bmm(a.float(), b.float()).to(a.dtype)
 
 
@@ -94,13 +122,17 @@ def _is_slow(tensor: Any) -> bool:
 class WideProducts(TorchDispatchMode):
     """Computes the matrix products and the attention of 16-bit CPU tensors in float32; all else as it is."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._room = _Room()
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         product = _PRODUCTS.get(func)
         if product is not None:
             a, b = args[-2:]
             if _is_slow(a) and _is_slow(b) and a.dtype == b.dtype and a.shape[-2] >= LEAST_ROWS:
-                return product(*args, **kwargs)
+                return product(self._room, *args, **kwargs)
         elif func in _ATTENTION and _is_slow(args[0]):
             dtype = args[0].dtype
             wide = [arg.float() if _is_slow(arg) else arg for arg in args]
