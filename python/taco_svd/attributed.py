@@ -77,8 +77,10 @@ class Attributed:
         release()
         for site in sites:
             self._whole[site] = whole
-        held = {site: self._held(site) for site in sites}
-        release()
+        held = {}
+        for site in sites:
+            held[site] = self._held(site)
+            release()  # the decomposition's work space, between vectors that stay
         gradients = SigmaGradients(held)
         run(gradients)
         for site in held:

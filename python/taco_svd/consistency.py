@@ -12,7 +12,7 @@ ReplaceMe, arXiv 2505.02819.)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -44,17 +44,28 @@ class FitMoments:
 
     def add(self, inputs: torch.Tensor, missing: torch.Tensor) -> None:
         """inputs [..., in] and missing [..., out] of the same tokens."""
-        s = inputs.flatten(0, -2)
-        wide = torch.float64 if s.shape[1] <= WIDE else torch.float32
-        s = s.to(wide)
-        e = missing.flatten(0, -2).to(wide)
-        if self.affine:
-            s = torch.cat([s, s.new_ones(s.shape[0], 1)], 1)
+        s = self._widened(inputs.flatten(0, -2))
+        e = missing.flatten(0, -2).to(s.dtype)
         # in place: of a wide layer one such matrix is larger than the layer
         self.ss = s.T @ s if self.ss is None else self.ss.addmm_(s.T, s)
         self.es = e.T @ s if self.es is None else self.es.addmm_(e.T, s)
         self.ee += float(e.square().sum(dtype=torch.float64))
         self.tokens += s.shape[0]
+
+    def _widened(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Inputs [tokens, in] in the dtype of the sums, with the constant."""
+        s = inputs.to(torch.float64 if inputs.shape[1] <= WIDE else torch.float32)
+        return torch.cat([s, s.new_ones(s.shape[0], 1)], 1) if self.affine else s
+
+    def missing(self, outputs: slice) -> torch.Tensor:
+        """The sums of what is missing against the inputs, of some outputs: [outputs, in]."""
+        assert self.es is not None
+        return self.es[outputs]
+
+    def combined(self, signs: torch.Tensor) -> torch.Tensor:
+        """The same of combinations of all outputs, whose weights are `signs` [combinations, out]."""
+        assert self.es is not None
+        return signs.to(self.es) @ self.es
 
     def sum_over(self, team: Team) -> None:
         """Adds up what the processes of a team have gathered."""
@@ -71,8 +82,7 @@ class FitMoments:
         """By how much a change D [rows, in] lowers the sum of squares, with `es` [rows, in] for what is missing."""
         assert self.ss is not None
         total = 0.0
-        for start in range(0, len(change), OUTPUT_BLOCK):
-            rows = slice(start, start + OUTPUT_BLOCK)
+        for rows in _blocks(len(change)):
             left = change[rows].to(self.ss.dtype)
             # D s s^T D^T - 2 D s e^T, both at once
             total += float((es[rows].mul(2).addmm_(left, self.ss, alpha=-1).mul_(left)).sum(dtype=torch.float64))
@@ -92,6 +102,61 @@ class FitMoments:
     def _inputs(self, moment: torch.Tensor) -> torch.Tensor:
         size = len(moment) - self.affine
         return moment[:size, :size]
+
+
+@dataclass
+class HeldOutMoments(FitMoments):
+    """Moments of windows that only judge. Few tokens are kept as they are: that takes less memory than their sums."""
+
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+    def add(self, inputs: torch.Tensor, missing: torch.Tensor) -> None:
+        s, e = inputs.flatten(0, -2), missing.flatten(0, -2)
+        if self.ss is None and 2 * (self.tokens + len(s)) <= s.shape[1]:
+            self.kept.append((s.clone(), e.clone()))
+            self.ee += float(e.square().sum(dtype=torch.float64))
+            self.tokens += len(s)
+            return
+        self._sum_up()
+        super().add(s, e)
+
+    def _sum_up(self) -> None:
+        if self.kept:
+            kept, self.kept = self.kept, []
+            self.tokens, self.ee = 0, 0.0
+            for s, e in kept:
+                super().add(s, e)
+
+    def missing(self, outputs: slice) -> torch.Tensor:
+        if not self.kept:
+            return super().missing(outputs)
+        pairs = [(self._widened(s), e[:, outputs]) for s, e in self.kept]
+        return torch.stack([e.to(s.dtype).T @ s for s, e in pairs]).sum(0)
+
+    def combined(self, signs: torch.Tensor) -> torch.Tensor:
+        if not self.kept:
+            return super().combined(signs)
+        pairs = [(self._widened(s), e) for s, e in self.kept]
+        return torch.stack([(e.to(s.dtype) @ signs.T.to(s)).T @ s for s, e in pairs]).sum(0)
+
+    def sum_over(self, team: Team) -> None:
+        if team.size > 1:
+            self._sum_up()
+            super().sum_over(team)
+
+    def gain(self, change: torch.Tensor, es: torch.Tensor) -> float:
+        if not self.kept:
+            return super().gain(change, es)
+        total = 2 * sum(float((es[rows] * change[rows]).sum(dtype=torch.float64)) for rows in _blocks(len(change)))
+        for inputs, _ in self.kept:
+            s = self._widened(inputs)
+            for rows in _blocks(len(change)):
+                total -= float((s @ change[rows].T.to(s.dtype)).square().sum(dtype=torch.float64))
+        return total
+
+
+def _blocks(outputs: int) -> list[slice]:
+    return [slice(start, start + OUTPUT_BLOCK) for start in range(0, outputs, OUTPUT_BLOCK)]
 
 
 @dataclass(frozen=True)
@@ -116,8 +181,9 @@ def refit(fit: FitMoments, held_out: FitMoments, ridges: tuple[float, ...] = RID
     Beside both moments it takes memory for a few matrices of the map's own size. Strengths are compared by what they
     gain on a sketch of the outputs (random signs: its expectation is the gain itself), the best is judged on all of
     them. The processes of a `team`, which all have the moments, share strengths and outputs, and end with the same.
+    The change is made in the memory of `fit.es`, which is gone afterwards.
     """
-    assert fit.ss is not None and fit.es is not None and held_out.es is not None
+    assert fit.ss is not None and fit.es is not None
     team = team or Team()
     before = held_out.error_less(0.0)
     none = Refit(None, None, before, before)
@@ -125,13 +191,14 @@ def refit(fit: FitMoments, held_out: FitMoments, ridges: tuple[float, ...] = RID
     if not mean > 0:
         return none
     diagonal = fit.ss.diagonal().clone()
-    wanted, judged = fit.es, held_out.es
-    sketched = len(wanted) > 2 * SKETCHED_OUTPUTS
-    if sketched:
+    change, fit.es = fit.es, None
+    if len(change) > 2 * SKETCHED_OUTPUTS:
         generator = torch.Generator().manual_seed(0)
-        signs = torch.randint(0, 2, (SKETCHED_OUTPUTS, len(wanted)), generator=generator).mul_(2).sub_(1)
-        signs = signs.to(wanted) / SKETCHED_OUTPUTS**0.5
-        wanted, judged = signs @ wanted, signs @ judged
+        signs = torch.randint(0, 2, (SKETCHED_OUTPUTS, len(change)), generator=generator).mul_(2).sub_(1)
+        signs = signs.to(change) / SKETCHED_OUTPUTS**0.5
+        wanted, judged = signs @ change, held_out.combined(signs)
+    else:
+        wanted, judged = change.clone(), held_out.missing(slice(None))
     gains: dict[float, float] = {}
     factored: float | None = None
     try:
@@ -147,15 +214,13 @@ def refit(fit: FitMoments, held_out: FitMoments, ridges: tuple[float, ...] = RID
         if factored != best:
             restore_below_(fit.ss, diagonal + best * mean)
             cholesky_below_(fit.ss)
-        change = torch.empty_like(fit.es)
         gain = 0.0
-        for number, start in enumerate(range(0, len(change), OUTPUT_BLOCK)):
-            rows = slice(start, start + OUTPUT_BLOCK)
+        for number, rows in enumerate(_blocks(len(change))):
             if team.deals(number):
-                change[rows] = solve_below(fit.ss, fit.es[rows].T).T
-                gain += held_out.gain(change[rows], held_out.es[rows])
-        for number, start in enumerate(range(0, len(change), OUTPUT_BLOCK)):
-            team.broadcast_(change[start : start + OUTPUT_BLOCK], number % team.size)
+                change[rows] = solve_below(fit.ss, change[rows].T).T
+                gain += held_out.gain(change[rows], held_out.missing(rows))
+        for number, rows in enumerate(_blocks(len(change))):
+            team.broadcast_(change[rows], number % team.size)
         after = held_out.error_less(team.sum(gain))
         return Refit(change, best, before, after) if after < before else none
     finally:

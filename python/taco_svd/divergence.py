@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from .calibration import embedding_weight
 from .errors import TacoError
 from .evaluation import WindowBatches, ratio_mean
+from .loss import slices
 from .predictions import Predictions
 from .wide_products import in_wide_products
 
@@ -47,7 +48,7 @@ class Divergence:
 
 
 def kl_per_token(dense_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """KL(dense || compressed) in nats at every position.
+    """KL(dense || compressed) in nats at every position; few of them are widened at a time.
 
     Args:
         dense_logits, logits: [..., vocabulary], any floating dtype; computed in float32 (float64 for float64).
@@ -55,6 +56,13 @@ def kl_per_token(dense_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tens
     Returns:
         [...], with a graph to `logits` where it has one.
     """
+    rows = [side.reshape(-1, side.shape[-1]) for side in (dense_logits, logits)]
+    parts = slices(rows[0])
+    found = [_kl(*(side[part] for side in rows)) for part in parts]
+    return torch.cat(found).view(logits.shape[:-1])
+
+
+def _kl(dense_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     wide = torch.promote_types(torch.promote_types(dense_logits.dtype, logits.dtype), torch.float32)
     target = functional.log_softmax(dense_logits.to(wide), dim=-1)
     found = functional.log_softmax(logits.to(wide), dim=-1)

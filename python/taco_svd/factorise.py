@@ -192,9 +192,9 @@ def _factorise_paper(
             for site in sites:
                 directions = top_directions(found.importance[site], _rank_of(plan, site))
                 put_factors(architecture, site, found.decomposition(site), directions)
+                release()  # the decomposition and its work space, between factors that stay
             if entry:
                 _keep(store, entry, architecture, plan, layer, block, sorted(full))
-            release()
 
 
 def _attribute(

@@ -14,6 +14,13 @@ CPU_SLICE = 1 << 19
 GPU_SLICE = 1 << 24
 
 
+def slices(logits: torch.Tensor) -> list[slice]:
+    """Slices of the rows of logits [positions, vocabulary] that are widened at once."""
+    rows, vocabulary = logits.shape
+    step = max(1, (CPU_SLICE if logits.device.type == "cpu" else GPU_SLICE) // vocabulary)
+    return [slice(start, min(start + step, rows)) for start in range(0, max(1, rows), step)]
+
+
 def next_token_loss(logits: torch.Tensor, tokens: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
     """Mean cross-entropy (nats) of each token given those before it; labels are shifted here and nowhere else.
 
@@ -46,18 +53,16 @@ class _LabelLoss(torch.autograd.Function):
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         if gradient is not None:
             gradient[:, length:] = 0
-        step = max(1, (CPU_SLICE if logits.device.type == "cpu" else GPU_SLICE) // logits.shape[-1])
         total = torch.zeros((), dtype=torch.float64, device=logits.device)
         for row in range(batch):
-            for start in range(0, length, step):
-                stop = min(start + step, length)
-                here = labels[row, start:stop, None]
-                logs = functional.log_softmax(logits[row, start:stop], dim=-1, dtype=wide)
+            for part in slices(logits[row, :length]):
+                here = labels[row, part, None]
+                logs = functional.log_softmax(logits[row, part], dim=-1, dtype=wide)
                 total -= logs.gather(1, here).sum(dtype=torch.float64)
                 if gradient is not None:
                     share = logs.exp_()
-                    share.scatter_add_(1, here, share.new_full((stop - start, 1), -1.0))
-                    gradient[row, start:stop] = share.mul_(scale)
+                    share.scatter_add_(1, here, share.new_full(here.shape, -1.0))
+                    gradient[row, part] = share.mul_(scale)
         ctx.gradient = gradient
         return (total * scale).to(wide)
 

@@ -18,7 +18,7 @@ from torch import nn
 from .architectures import Architecture, LinearSite, dense_weight
 from .bridging import BridgeMoments, fit_bridge
 from .built import restore_layer, save_layer, with_own_parameters
-from .consistency import FitMoments, refit
+from .consistency import FitMoments, HeldOutMoments, refit
 from .decomposition import Decomposition, damped, weighted_svd
 from .divergence import kl_per_token
 from .experts import MAPS, expert_number
@@ -129,7 +129,9 @@ class UpwardPass:
         """As `_layer`, unless the store has the layer; what is made is kept there, and its memory with it."""
         entry = f"built/{layer}"
         if self.store is None:
-            return self._layer(layer, truth, ours, writers)
+            streams = self._layer(layer, truth, ours, writers)
+            release()
+            return streams
         if entry in self.store:
             note = restore_layer(self.store, entry, self.working, self.structure, layer)
             self.records += note["records"]
@@ -276,7 +278,7 @@ class UpwardPass:
         """Re-fits a map that writes to the stream towards `target`, then factorises it where the plan says so."""
         module = self.working.module(writer)
         affine = isinstance(getattr(module, "bias", None), torch.Tensor)
-        fit, held_out = FitMoments(affine), FitMoments(affine)
+        fit, held_out = FitMoments(affine), HeldOutMoments(affine)
         watched = [writer] if added is None or added == writer else [writer, added]
         for batch, hidden in enumerate(ours):
             out, seen = self._run_watching(self.working, writer.layer, batch, hidden, watched)
@@ -286,16 +288,6 @@ class UpwardPass:
         fit.sum_over(self.team)
         held_out.sum_over(self.team)
         found = refit(fit, held_out, team=self.team)
-        held_out.ss = held_out.es = None  # of a wide map larger than the layer
-        weight = dense_weight(module).detach().float()
-        if found.change is not None:
-            change = found.change.float()
-            weight = weight + change[:, : weight.shape[1]]
-            self._change(writer, weight, change[:, -1] if affine else None)
-        if self._rank(writer) is not None:
-            if self.team.rank == 0:
-                self._truncate(writer, weight, fit.take_second_moment())
-            self._hand_over(writer, 0)
         self.records.append(
             {
                 "layer": writer.layer,
@@ -306,6 +298,19 @@ class UpwardPass:
                 "ridge": found.ridge,
             }
         )
+        weight = dense_weight(module).detach().float()
+        if found.change is not None:
+            change = found.change.float()
+            weight = change[:, : weight.shape[1]].add_(weight)  # in its memory
+            self._change(writer, weight, change[:, -1] if affine else None)
+            del change
+        del held_out, moments, found, seen, out, reached  # of a wide map several times the layer
+        if self._rank(writer) is not None:
+            if self.team.rank == 0:
+                self._truncate(writer, weight, fit.take_second_moment())
+            self._hand_over(writer, 0)
+        del fit, weight
+        release()
 
     def _change(self, site: LinearSite, weight: torch.Tensor, bias_change: torch.Tensor | None) -> None:
         """Gives a map a new weight [out, in] (and bias) of its own: the one it has belongs to the dense model too."""

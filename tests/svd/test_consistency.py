@@ -10,7 +10,7 @@ import torch
 from taco_svd import compress
 from taco_svd.architectures import Architecture
 from taco_svd.calibration import Calibration
-from taco_svd.consistency import FitMoments, refit
+from taco_svd.consistency import FitMoments, HeldOutMoments, refit
 from taco_svd.walk import Walk, residual_writers, watching
 
 from .tiny_models import CONFIGS, VOCABULARY, tiny_model
@@ -81,15 +81,50 @@ def test_refit_chooses_and_solves_as_the_plain_one_does(
     e = s @ truth.T + 4 * torch.randn(400, outputs, generator=generator, dtype=torch.float64) + affine
     fit, held = moments(s[:200], e[:200], affine, 1), moments(s[200:], e[200:], affine, 1)
     # a product is symmetric to rounding; what is above the diagonal counts
-    before = (fit.ss.triu() + fit.ss.triu(1).T, fit.es.clone(), held.ss.clone(), held.es.clone())
+    before = (fit.ss.triu() + fit.ss.triu(1).T, held.ss.clone(), held.es.clone())
     ridges = (1e-4, 1e-2, 1.0, 100.0)
-    found = refit(fit, held, ridges)
     errors = plain_refit(fit, held, ridges)
+    found = refit(fit, held, ridges)
     best = min(range(len(ridges)), key=lambda number: errors[number][0])
     assert 0 < best < 3 and found.ridge == ridges[best]  # neither end: the choice is one
     assert found.after == pytest.approx(errors[best][0], rel=1e-9)
     assert torch.allclose(found.change, errors[best][1], rtol=1e-8, atol=1e-10)
-    assert all(torch.equal(one, other) for one, other in zip(before, (fit.ss, fit.es, held.ss, held.es), strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(before, (fit.ss, held.ss, held.es), strict=True))
+    assert fit.es is None  # the change is where it was
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("outputs", [3, 301])
+def test_few_held_out_tokens_judge_without_sums(outputs: int, affine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("taco_svd.consistency.OUTPUT_BLOCK", 64)
+    monkeypatch.setattr("taco_svd.consistency.SKETCHED_OUTPUTS", 64)
+    generator = torch.Generator().manual_seed(7)
+    s = torch.randn(230, 77, generator=generator, dtype=torch.float64)
+    e = s @ torch.randn(outputs, 77, generator=generator, dtype=torch.float64).T / 20 + affine
+    e += torch.randn(230, outputs, generator=generator, dtype=torch.float64)
+    found = []
+    for kind, tokens in ((FitMoments, 30), (HeldOutMoments, 30)):
+        held = kind(affine)
+        for start in (200, 200 + tokens // 2):
+            held.add(s[start : start + tokens // 2], e[start : start + tokens // 2])
+        assert (held.ss is None) == (kind is HeldOutMoments)
+        found.append(refit(moments(s[:200], e[:200], affine, 1), held, (1e-2, 1.0)))
+    assert found[0].change is not None and found[0].ridge == found[1].ridge
+    assert torch.equal(found[0].change, found[1].change)
+    assert found[1].after == pytest.approx(found[0].after, rel=1e-9)
+    assert found[1].before == pytest.approx(found[0].before, rel=1e-12)
+
+
+def test_held_out_tokens_are_summed_up_where_they_are_many() -> None:
+    s = torch.randn(60, 20, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    held, plain = HeldOutMoments(), FitMoments()
+    for part in s.split(10):
+        held.add(part, part[:, :3])
+        plain.add(part, part[:, :3])
+        assert bool(held.kept) == (held.tokens <= 10)
+        assert held.tokens == plain.tokens and held.ee == pytest.approx(plain.ee, rel=1e-14)
+    torch.testing.assert_close(held.ss, plain.ss, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(held.es, plain.es, rtol=1e-13, atol=1e-13)
 
 
 def test_taken_moments_are_the_same_and_gone() -> None:
