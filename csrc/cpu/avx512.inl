@@ -3,6 +3,7 @@
 struct Arch {
   static constexpr int kWidth = 16;
   static constexpr int kMaxRows = 4;  // 16 sums + 8 of x + 2 of weights = 26 of 32 registers
+  static constexpr bool kAsksAhead = true;
   using Vec = __m512;
   struct Pair {
     Vec a, b;

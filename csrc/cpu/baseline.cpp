@@ -37,6 +37,7 @@ inline void from_float(float f, F16& out) {
 struct Arch {
   static constexpr int kWidth = 8;
   static constexpr int kMaxRows = 2;
+  static constexpr bool kAsksAhead = true;
   struct Vec {
     float v[kWidth];
   };

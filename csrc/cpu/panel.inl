@@ -11,9 +11,9 @@
 // short streams that end with every row). Measured: 92% of the read bandwidth instead of 80%.
 //
 // Arch provides: kWidth (floats in a vector), kMaxRows (R's limit: 4R sums + 2R vectors + 2 weights must fit the
-// registers), Vec, Pair (two vectors), Quad (four floats), zero(), fma(a, b, c) = a * b + c, add(), load(const T*),
-// load_tail(const T*, n), load_pair(const float*), reduce4(), quad operations, prefetch(), and finish16() where kWidth
-// is 16; for attribution.inl mul(), abs() and store(float*, v) as well.
+// registers), kAsksAhead (whether a sweep prefetches), Vec, Pair (two vectors), Quad (four floats), zero(), add(),
+// fma(a, b, c) = a * b + c, load(const T*), load_tail(const T*, n), load_pair(const float*), reduce4(), quad operations,
+// prefetch(), and finish16() where kWidth is 16; for attribution.inl mul(), abs() and store(float*, v) as well.
 
 template <class T>
 struct Converted {  // weights and x of storage type T, both widened to fp32
@@ -55,7 +55,7 @@ inline void panel(const T* const (&w)[4], const typename Ops::Source* x, std::in
     typename Ops::X xs[R];
     for (int r = 0; r < R; ++r) xs[r] = Ops::load_x(x + r * x_stride + j);
     for (int m = 0; m < 4; ++m) {
-      if (kPrefetch) {
+      if (kPrefetch && Arch::kAsksAhead) {
         Arch::prefetch(w[m] + ahead + j);
         if (kStep * sizeof(T) > 64) Arch::prefetch(w[m] + ahead + j + kStep / 2);
       }
