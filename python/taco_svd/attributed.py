@@ -19,9 +19,9 @@ from .decomposition import Decomposition, plain_svd
 from .memory import release
 
 # Singular vectors in use by one pass, as a share of the model's bytes; small models may hold more than they are large.
-HELD_SHARE, HELD_BYTES = 0.15, 64 << 20
+HELD_SHARE, HELD_BYTES = 0.12, 64 << 20
 # Singular vectors in float32 that are kept after a pass
-KEPT_BYTES = 64 << 20
+KEPT_BYTES = 32 << 20
 
 
 class Attributed:
