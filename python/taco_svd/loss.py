@@ -68,8 +68,18 @@ class _LabelLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
-        gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None:
-            raise RuntimeError("the loss was differentiated twice; its gradient is handed out once")
-        return gradient if bool(outer == 1) else gradient.mul_(outer), None, None
+    def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return handed_out(ctx, outer), None, None
+
+
+def handed_out(ctx: Any, outer: torch.Tensor) -> torch.Tensor:
+    """The gradient that a function's forward pass has put into `ctx.gradient`, times the outer one, in its memory.
+
+    Raises:
+        RuntimeError: it has been handed out before.
+    """
+    gradient: torch.Tensor | None
+    gradient, ctx.gradient = ctx.gradient, None
+    if gradient is None:
+        raise RuntimeError("the loss was differentiated twice; its gradient is handed out once")
+    return gradient if bool(outer == 1) else gradient.mul_(outer)

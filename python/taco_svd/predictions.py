@@ -21,18 +21,19 @@ from transformers import PreTrainedModel
 
 from .calibration import embedding_weight
 from .forwards import forward_replaced
-from .loss import label_loss, next_token_loss
+from .loss import handed_out, label_loss, next_token_loss
 
 # logits [positions, vocabulary] and the tokens that follow, int64 [positions], to a scalar
 Function = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-# Logits of a piece (16 MB in 16 bits), but never so few tokens that a product with the head waits for its weights.
-PIECE, LEAST_TOKENS = 1 << 23, 128
+# Logits of a piece (16 MB in 16 bits; on a GPU, where a launch should have more to do, 128 MB), but never so few tokens
+# that a product with the head waits for its weights.
+PIECE, GPU_PIECE, LEAST_TOKENS = 1 << 23, 1 << 26, 128
 
 
-def pieces(positions: int, vocabulary: int) -> list[slice]:
-    """Slices of a number of positions whose logits may be held at once."""
-    step = max(LEAST_TOKENS, PIECE // vocabulary)
+def pieces(positions: int, head: torch.Tensor) -> list[slice]:
+    """Slices of a number of positions whose logits may be held at once; `head` [vocabulary, hidden]."""
+    step = max(LEAST_TOKENS, (PIECE if head.device.type == "cpu" else GPU_PIECE) // len(head))
     return [slice(start, min(start + step, positions)) for start in range(0, positions, step)]
 
 
@@ -56,7 +57,7 @@ class Predictions:
         self._model = model
         self._ids = ids[:, :-1].flatten()
         self.labels = ids[:, 1:].flatten()
-        self.pieces = pieces(len(self.labels), embedding_weight(model).shape[0])
+        self.pieces = pieces(len(self.labels), embedding_weight(model))
         stack: nn.Module = model.base_model
         seen: list[Any] = []
 
@@ -105,7 +106,7 @@ def windows_loss(
     As `next_token_loss` of its logits, but of large vocabularies only a piece of them is held at a time. There no
     gradient reaches the head's own parameters.
     """
-    if len(pieces(ids[:, 1:].numel(), embedding_weight(model).shape[0])) == 1:
+    if len(pieces(ids[:, 1:].numel(), embedding_weight(model))) == 1:
         output = run() if run is not None else model(input_ids=ids, use_cache=False)
         return next_token_loss(output.logits, ids, weight)
     predictions = Predictions(model, ids, run)
@@ -116,12 +117,7 @@ class _Summed(torch.autograd.Function):
     """Takes the gradient of each piece while its logits are there."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        predictions: Predictions,
-        function: Function,
-    ) -> torch.Tensor:
+    def forward(ctx: Any, hidden: torch.Tensor, predictions: Predictions, function: Function) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for piece in predictions.pieces:
@@ -137,11 +133,8 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
-        gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None:
-            raise RuntimeError("the sum was differentiated twice; its gradient is handed out once")
-        return gradient if bool(outer == 1) else gradient.mul_(outer), None, None
+    def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return handed_out(ctx, outer), None, None
 
 
 def _with_hidden(output: Any, hidden: torch.Tensor) -> Any:

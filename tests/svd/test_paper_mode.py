@@ -13,8 +13,9 @@ from taco_svd.allocation import paper_rank
 from taco_svd.architectures import Architecture, LinearSite, dense_weight
 from taco_svd.attribution import SigmaGradients, top_directions
 from taco_svd.decomposition import plain_svd
+from taco_svd.loss import next_token_loss
 from taco_svd.replacement import LowRankLinear
-from taco_svd.suffix import SuffixRunner, next_token_loss
+from taco_svd.suffix import SuffixRunner
 
 from .tiny_models import LAYERS, tiny_model
 

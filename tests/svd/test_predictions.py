@@ -46,11 +46,13 @@ def model_of(name: str) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("positions, vocabulary", [(1, 10), (7, 1 << 30), (4096, 128_256), (300, 32_000), (0, 5)])
-def test_pieces_cover_everything_once(positions: int, vocabulary: int) -> None:
-    found = pieces(positions, vocabulary)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_pieces_cover_everything_once(positions: int, vocabulary: int, device: str) -> None:
+    found = pieces(positions, torch.empty((vocabulary, 0), device=device))
     assert [index for piece in found for index in range(positions)[piece]] == list(range(positions))
     largest = max((piece.stop - piece.start for piece in found), default=0)
-    assert largest <= predictions.LEAST_TOKENS or largest * vocabulary <= predictions.PIECE
+    limit = predictions.PIECE if device == "cpu" else predictions.GPU_PIECE
+    assert largest <= predictions.LEAST_TOKENS or largest * vocabulary <= limit
 
 
 @pytest.mark.parametrize("name", [*CONFIGS, "cohere"])
