@@ -75,10 +75,9 @@ class Attributed:
         `run` is given the callback for `SuffixRunner.backward`.
         """
         release()
-        for site in sites:
-            self._whole[site] = whole
         held = {}
         for site in sites:
+            self._whole[site] = whole
             held[site] = self._held(site)
             release()  # the decomposition's work space, between vectors that stay
         gradients = SigmaGradients(held)

@@ -12,6 +12,7 @@ ReplaceMe, arXiv 2505.02819.)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -128,16 +129,15 @@ class HeldOutMoments(FitMoments):
                 super().add(s, e)
 
     def missing(self, outputs: slice) -> torch.Tensor:
-        if not self.kept:
-            return super().missing(outputs)
-        pairs = [(self._widened(s), e[:, outputs]) for s, e in self.kept]
-        return torch.stack([e.to(s.dtype).T @ s for s, e in pairs]).sum(0)
+        return self._against(lambda e: e[:, outputs]) if self.kept else super().missing(outputs)
 
     def combined(self, signs: torch.Tensor) -> torch.Tensor:
-        if not self.kept:
-            return super().combined(signs)
+        return self._against(lambda e: e @ signs.T.to(e)) if self.kept else super().combined(signs)
+
+    def _against(self, pick: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """The sums over the kept tokens of `pick(e)` [tokens, outputs] against the inputs: [outputs, in]."""
         pairs = [(self._widened(s), e) for s, e in self.kept]
-        return torch.stack([(e.to(s.dtype) @ signs.T.to(s)).T @ s for s, e in pairs]).sum(0)
+        return torch.stack([pick(e.to(s.dtype)).T @ s for s, e in pairs]).sum(0)
 
     def sum_over(self, team: Team) -> None:
         if team.size > 1:
@@ -198,7 +198,7 @@ def refit(fit: FitMoments, held_out: FitMoments, ridges: tuple[float, ...] = RID
         signs = signs.to(change) / SKETCHED_OUTPUTS**0.5
         wanted, judged = signs @ change, held_out.combined(signs)
     else:
-        wanted, judged = change.clone(), held_out.missing(slice(None))
+        wanted, judged = change, held_out.missing(slice(None))
     gains: dict[float, float] = {}
     factored: float | None = None
     try:

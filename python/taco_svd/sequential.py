@@ -120,6 +120,7 @@ class UpwardPass:
                 ours = truth
             else:
                 truth, ours = self._finished_layer(layer, truth, ours, writers)
+                release()
             report(layer + 1, depth)
         self.final = truth, ours
 
@@ -129,9 +130,7 @@ class UpwardPass:
         """As `_layer`, unless the store has the layer; what is made is kept there, and its memory with it."""
         entry = f"built/{layer}"
         if self.store is None:
-            streams = self._layer(layer, truth, ours, writers)
-            release()
-            return streams
+            return self._layer(layer, truth, ours, writers)
         if entry in self.store:
             note = restore_layer(self.store, entry, self.working, self.structure, layer)
             self.records += note["records"]
@@ -143,7 +142,6 @@ class UpwardPass:
         save_layer(self.store, entry, self.dense.layers[layer], self.working.layers[layer], note)
         restore_layer(self.store, entry, self.working, self.structure, layer)
         self.walk.let_go(self.working.layers[layer])
-        release()
         return truth, ours
 
     def _lowest_change(self) -> int:

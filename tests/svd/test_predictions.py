@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 import transformers
@@ -160,7 +158,7 @@ def test_passes_give_the_same_gradients(
                 torch.testing.assert_close(gradient2, gradient, rtol=1e-9, atol=1e-12 * float(gradient.abs().max()))
 
 
-def test_evaluations_give_the_same_numbers(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_evaluations_give_the_same_numbers(request: pytest.FixtureRequest) -> None:
     dense, other = model_of("gemma2"), model_of("gemma2")
     with torch.no_grad():
         next(other.parameters()).mul_(1.1)
