@@ -28,6 +28,7 @@ from .divergence import kl_per_token
 from .drift import depth_map, recorded
 from .errors import TacoError
 from .modeling import CompressedModel
+from .predictions import Predictions
 from .replacement import LowRankBridge, LowRankLinear
 from .structure import Structure
 from .wide_products import in_wide_products
@@ -207,15 +208,27 @@ class Objective:
 
     def __call__(self, windows: torch.Tensor) -> torch.Tensor:
         """Mean loss of int64 windows [rows, seq_len] as a scalar with a graph to the trained parameters."""
-        return self._hidden(windows) if self.kind == "hidden" else self._logits(windows).mean()
+        return self._hidden(windows) if self.kind == "hidden" else self._logits(windows)
 
-    def _logits(self, windows: torch.Tensor) -> torch.Tensor:
+    def _predictions(self, windows: torch.Tensor) -> tuple[Predictions, Predictions]:
+        """The dense model's and the student's, at every position: both see the same tokens, so the last counts too."""
         ids = windows.to(self.device)
         with torch.no_grad():
-            target = self.dense(input_ids=ids, use_cache=False).logits
+            target = Predictions(self.dense, ids, last=True)
         with self._autocast():
-            logits = self.student(input_ids=ids, use_cache=False).logits
-        return kl_per_token(target, logits)
+            return target, Predictions(self.student, ids, last=True)
+
+    def _logits(self, windows: torch.Tensor) -> torch.Tensor:
+        target, found = self._predictions(windows)
+
+        def mean_divergence(logits: torch.Tensor, piece: slice) -> torch.Tensor:
+            with torch.autocast(self.device.type, enabled=False):
+                with torch.no_grad():
+                    truth = target.logits(piece)
+                return kl_per_token(truth, logits).sum() / windows.numel()
+
+        with self._autocast():
+            return found.summed(mean_divergence)
 
     def _hidden(self, windows: torch.Tensor) -> torch.Tensor:
         ids = windows.to(self.device)
@@ -234,15 +247,17 @@ class Objective:
         """Objective, KL to the dense model and next-token loss (nats per token) on held-out windows."""
         objective = kl = nll = 0.0
         for rows in windows.split(batch):
-            ids = rows.to(self.device)
-            share = len(rows) / len(windows)
-            target = self.dense(input_ids=ids, use_cache=False).logits
-            with self._autocast():
-                logits = self.student(input_ids=ids, use_cache=False).logits
-            value = float(kl_per_token(target, logits).double().mean())
-            kl += share * value
-            nll += share * float(functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten()))
-            objective += share * (float(self._hidden(rows)) if self.kind == "hidden" else value)
+            target, found = self._predictions(rows)
+            for piece in found.pieces:
+                with self._autocast():
+                    logits = found.logits(piece)
+                kl += float(kl_per_token(target.logits(piece), logits).double().sum())
+                nll += float(functional.cross_entropy(logits.float(), found.labels[piece], reduction="sum"))
+            if self.kind == "hidden":
+                objective += float(self._hidden(rows)) * len(rows) / len(windows)
+        kl, nll = kl / windows.numel(), nll / windows[:, 1:].numel()
+        if self.kind == "logits":
+            objective = kl
         return {"objective": objective, "kl": kl, "nll": nll}
 
 

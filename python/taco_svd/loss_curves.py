@@ -8,8 +8,9 @@ token, nats per token, with one change made at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from .decomposition import Decomposition
 from .divergence import kl_per_token
 from .experts import kind_of
 from .factorise import put_factors
+from .predictions import Predictions
 from .progress import Report
 from .run_bridges import LENGTHS, Run, bridge_rank, bridged, fit_run_bridges
 from .store import Store
@@ -29,7 +31,7 @@ from .walk import Walk
 
 # Ranks that are measured, as shares of the full rank: the curve is bent most where few directions stay.
 MEASURED_SHARES = (0.1, 0.4)
-# Bytes of reference log-probabilities that may be kept: large vocabularies are measured on fewer tokens.
+# Bytes of reference logits that may be kept, as of float32: large vocabularies are measured on fewer tokens.
 REFERENCE_BYTES = 1 << 28
 MEASURED_TOKENS = 1024
 # Layers whose maps are measured; between them the factor is interpolated. A model twice as deep would else cost four
@@ -172,7 +174,7 @@ class CurveMeasurement:
             here = [site for site in sites if first <= site.layer <= last]
             if entry not in self.store:
                 if reference is None:
-                    reference = self._log_probabilities(self._climb(first, self.depth, stream))
+                    reference = list(self._logits(self._climb(first, self.depth, stream)))
                 found, costs, spectra, spanned = self._group(first, last, here, measured_layers, stream, reference)
                 tensors = {site.name: spectrum for site, spectrum in spectra.items()}
                 note = {
@@ -258,7 +260,7 @@ class CurveMeasurement:
         removal: dict[int, float] = {}
         spanned: dict[Run, float] = {}
         for change in changes:
-            loss = self._divergence(reference, self._log_probabilities(change.hidden))
+            loss = self._divergence(reference, change.hidden)
             if change.site is None:
                 removal[change.layer] = loss
             elif isinstance(change.site[0], LinearSite):
@@ -311,16 +313,18 @@ class CurveMeasurement:
         return stream
 
     @torch.no_grad()
-    def _log_probabilities(self, stream: list[torch.Tensor]) -> list[torch.Tensor]:
-        return [torch.log_softmax(self.walk.logits(batch, h).float(), -1) for batch, h in enumerate(stream)]
+    def _logits(self, stream: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Logits [positions, vocabulary] of a stream that leaves the last layer, a piece of the positions at a time."""
+        for batch, hidden in enumerate(stream):
+            run = partial(self.walk.output, batch, hidden)
+            found = Predictions(self.architecture.model, self.walk.batches[batch], run, last=True)
+            yield from map(found.logits, found.pieces)
 
-    def _divergence(self, reference: list[torch.Tensor], ours: list[torch.Tensor]) -> float:
-        """Mean KL(dense || changed) per token."""
-        total = 0.0
-        for truth, other in zip(reference, ours, strict=True):
-            rows = truth.shape[0] * truth.shape[1]
-            total += float((truth.exp() * (truth - other)).sum(-1).double().mean()) * rows
-        return total / self.tokens.numel()
+    @torch.no_grad()
+    def _divergence(self, reference: Sequence[torch.Tensor], stream: Sequence[torch.Tensor]) -> float:
+        """Mean KL(dense || changed) per token; `reference`: dense logits, `stream` leaves the changed model."""
+        pairs = zip(reference, self._logits(stream), strict=True)
+        return sum(float(kl_per_token(truth, ours).double().sum()) for truth, ours in pairs) / self.tokens.numel()
 
 
 def _of_layer(sites: Sequence[LinearSite], layer: int) -> list[LinearSite]:

@@ -11,20 +11,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from .calibration import embedding_weight
 from .forwards import forward_replaced
 from .loss import handed_out, label_loss, next_token_loss
 
-# logits [positions, vocabulary] and the tokens that follow, int64 [positions], to a scalar
-Function = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# logits [positions, vocabulary] and which of all positions these are, to a scalar
+Function = Callable[[torch.Tensor, slice], torch.Tensor]
+# The label of a position that no token follows: torch's losses leave it out.
+NOTHING = -100
 
 # Logits of a piece (16 MB in 16 bits; on a GPU, where a launch should have more to do, 128 MB), but never so few tokens
 # that a product with the head waits for its weights.
@@ -38,7 +40,7 @@ def pieces(positions: int, head: torch.Tensor) -> list[slice]:
 
 
 class Predictions:
-    """A model's predictions at all positions of some windows but each window's last, which nothing follows.
+    """A model's predictions at all positions of some windows, or all but each window's last, which nothing follows.
 
     The decoder stack runs once, with a graph where gradients are enabled; `logits` runs the rest.
 
@@ -46,17 +48,21 @@ class Predictions:
         model: of any architecture whose forward calls its `base_model`; of others (OPT) all logits are made at once.
         ids: int64 [windows, tokens].
         run: runs the model's forward on `ids` and returns its output; default: calls the model.
+        last: with the windows' last positions.
 
     Attributes:
-        hidden: what the stack gives at the positions, window after window: [windows x (tokens - 1), hidden].
-        labels: the tokens that follow the positions, int64 [windows x (tokens - 1)].
+        hidden: what the stack gives at the positions, window after window: [positions, hidden].
+        labels: the tokens that follow the positions, int64 [positions]; -100 for a window's last.
         pieces: slices of the positions, to ask `logits` for.
     """
 
-    def __init__(self, model: PreTrainedModel, ids: torch.Tensor, run: Callable[[], Any] | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, ids: torch.Tensor, run: Callable[[], Any] | None = None, last: bool = False
+    ) -> None:
         self._model = model
-        self._ids = ids[:, :-1].flatten()
-        self.labels = ids[:, 1:].flatten()
+        count = ids.shape[1] - (not last)
+        self._ids = ids[:, :count].flatten()
+        self.labels = functional.pad(ids[:, 1:], (0, int(last)), value=NOTHING).flatten()
         self.pieces = pieces(len(self.labels), embedding_weight(model))
         stack: nn.Module = model.base_model
         seen: list[Any] = []
@@ -71,7 +77,7 @@ class Predictions:
             output = run() if run is not None else model(input_ids=ids, use_cache=False)
         self._stack_output = seen[0] if len(seen) == 1 else None
         whole = output.logits if self._stack_output is None else self._stack_output.last_hidden_state
-        self.hidden: torch.Tensor = whole[:, :-1].flatten(0, 1)
+        self.hidden: torch.Tensor = whole[:, :count].flatten(0, 1)
 
     def logits(self, piece: slice, hidden: torch.Tensor | None = None) -> torch.Tensor:
         """Logits of some positions, [positions, vocabulary]; `hidden` stands in for their rows of `self.hidden`."""
@@ -89,7 +95,7 @@ class Predictions:
         return logits
 
     def summed(self, function: Function) -> torch.Tensor:
-        """The sum of `function(logits, labels)`, a scalar, over the pieces.
+        """The sum of `function(logits, piece)`, a scalar, over the pieces.
 
         Where `hidden` has a graph the sum has one to it, and to nothing else: of the head's parameters no gradient is
         taken. Only one piece's logits and their gradient are held at a time.
@@ -110,7 +116,8 @@ def windows_loss(
         output = run() if run is not None else model(input_ids=ids, use_cache=False)
         return next_token_loss(output.logits, ids, weight)
     predictions = Predictions(model, ids, run)
-    return predictions.summed(partial(label_loss, scale=weight / len(predictions.labels)))
+    labels = predictions.labels
+    return predictions.summed(lambda logits, piece: label_loss(logits, labels[piece], weight / len(labels)))
 
 
 class _Summed(torch.autograd.Function):
@@ -124,7 +131,7 @@ class _Summed(torch.autograd.Function):
             part = hidden[piece].detach()
             with torch.set_grad_enabled(gradient is not None):
                 part.requires_grad_(gradient is not None)
-                value = function(predictions.logits(piece, part), predictions.labels[piece])
+                value = function(predictions.logits(piece, part), piece)
             if gradient is not None:
                 (gradient[piece],) = torch.autograd.grad(value, part)
             total += value.detach()

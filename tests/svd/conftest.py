@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from taco_svd import Plan, compress, save_compressed
+from taco_svd import Plan, compress, predictions, save_compressed
 
 from .tiny_models import VOCABULARY, tiny_model
 
@@ -26,6 +26,13 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def seven(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits are made for seven positions at a time."""
+    monkeypatch.setattr(predictions, "LEAST_TOKENS", 7)
+    monkeypatch.setattr(predictions, "PIECE", 1)
 
 
 @pytest.fixture(scope="session")

@@ -60,6 +60,33 @@ def test_logits_objective_is_the_mean_kl(compressed_tiny, name, method):
     torch.testing.assert_close(found.double(), slow, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("name, method, kind", [("gemma2", "bridge", "logits"), ("llama", "taco", "hidden")])
+def test_pieces_of_the_logits_give_the_same_losses_and_gradients(compressed_tiny, request, name, method, kind):
+    dense, compressed, _ = compressed_tiny(name, method)
+    student = own_copy(compressed)
+    trained = prepare(student, trainable_names(student))
+    ids = torch.randint(3, VOCABULARY, (3, 9))
+
+    def losses_and_gradients():
+        objective = Objective(student, dense, kind)
+        loss = objective(ids)
+        gradients = torch.autograd.grad(loss, list(trained.values()))
+        return {"loss": float(loss.detach()), **objective.held_out(ids, 3)}, gradients
+
+    losses, gradients = losses_and_gradients()
+    request.getfixturevalue("seven")
+    again, cut = losses_and_gradients()
+    with torch.no_grad():
+        logits = student(ids).logits[:, :-1].double()
+    nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    assert losses["nll"] == pytest.approx(float(nll), rel=1e-5)
+    assert losses["objective"] == pytest.approx(losses["loss"], rel=1e-4)
+    # differences of logarithms, each of which is off by a rounding of its size
+    assert again == pytest.approx(losses, rel=1e-3, abs=1e-6)
+    for one, two in zip(gradients, cut, strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-4 * float(one.abs().max()))
+
+
 @pytest.mark.parametrize("name, method", [("llama", "bridge"), ("gpt2", "taco"), ("llama", "removal")])
 def test_hidden_objective_compares_states_behind_every_layer_from_the_first_replacement(compressed_tiny, name, method):
     dense, compressed, plan = compressed_tiny(name, method)

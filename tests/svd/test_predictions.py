@@ -21,13 +21,6 @@ from .test_layerwise import Seen, collected
 from .tiny_models import CONFIGS, VOCABULARY, tiny_model
 
 
-@pytest.fixture
-def seven(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces of seven positions."""
-    monkeypatch.setattr(predictions, "LEAST_TOKENS", 7)
-    monkeypatch.setattr(predictions, "PIECE", 1)
-
-
 def windows() -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (3, 11), generator=torch.Generator().manual_seed(1))
 
@@ -72,6 +65,18 @@ def test_logits_and_gradient_are_those_of_the_whole(name: str, seven: None) -> N
     (wanted,) = torch.autograd.grad(3 * exact, embeddings)
     torch.testing.assert_close(gradient, wanted, rtol=1e-10, atol=1e-14)
     assert "forward" not in vars(model.base_model) and not model.base_model._forward_hooks
+
+
+def test_last_positions_where_they_are_wanted(seven: None) -> None:
+    model, ids = model_of("cohere"), windows()
+    with torch.no_grad():
+        found = Predictions(model, ids, last=True)
+        got = torch.cat([found.logits(piece) for piece in found.pieces])
+        logits = model(ids).logits
+    assert len(found.pieces) == 5
+    torch.testing.assert_close(got, logits.flatten(0, 1), rtol=1e-12, atol=1e-12)
+    loss = functional.cross_entropy(got, found.labels)
+    torch.testing.assert_close(loss, functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
 
 
 def test_the_head_never_sees_more_than_a_piece(seven: None) -> None:
