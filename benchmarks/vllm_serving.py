@@ -37,7 +37,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -166,13 +166,24 @@ def prompts(count: int, length: int) -> list[list[int]]:
     return torch.randint(3, VOCABULARY, (count, length), generator=generator).tolist()
 
 
+class Asked(Protocol):
+    """What serves a checkpoint and gives completions of token ids in the form of vLLM's server."""
+
+    directory: Path
+
+    def ask(self, prompt: list[int], tokens: int) -> Any: ...
+
+
 @torch.no_grad()
-def check(server: Server, asked: list[list[int]], tokens: int = 8) -> dict[str, float]:
+def check(
+    server: Asked, asked: list[list[int]], tokens: int = 8, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, float]:
     """Largest difference of the log-probabilities that server and transformers give to the same tokens, and its bound.
 
-    Both compute in bfloat16 and round differently everywhere; a logit is known to a few units in its last place.
+    Both compute in `dtype` and round differently everywhere; a logit is known to a few units in its last place. In
+    16 bits only results are rounded; in float32 every partial sum of a product is, which adds up like a random walk.
     """
-    model = AutoModelForCausalLM.from_pretrained(server.directory, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(server.directory, dtype=dtype).eval()
     worst, largest = 0.0, 0.0
     for prompt in asked:
         choice = server.ask(prompt, tokens)
@@ -181,7 +192,8 @@ def check(server: Server, asked: list[list[int]], tokens: int = 8) -> dict[str, 
         mine = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
         worst = max(worst, float((mine - torch.tensor(choice["logprobs"]["token_logprobs"])).abs().max()))
         largest = max(largest, float(logits.abs().max()))
-    return {"difference": worst, "bound": 8 * torch.finfo(torch.bfloat16).eps * max(largest, 1.0)}
+    walk = model.config.hidden_size**0.5 if dtype == torch.float32 else 1.0
+    return {"difference": worst, "bound": 8 * torch.finfo(dtype).eps * walk * max(largest, 1.0)}
 
 
 def requests_per_second(server: Server, clients: int, requests: int, length: int, tokens: int) -> float:

@@ -9,6 +9,11 @@ another device, anything that does not fit together (the ordinary way has the me
 ``TACO_DIRECT=0`` (read at import) turns direct calls off. Results' storage cannot be resized in place, since it comes
 through DLPack; otherwise they are ordinary tensors.
 
+Compiled code (torch.compile, vLLM) calls an op through the dispatcher, where a kernel in Python costs 30 us warm and some
+300 us cold. For CPU tensors without gradients it is given a twin of the op, ``<op>_native``, whose kernel the extension
+registers itself through torch's stable C interface (csrc/direct/registered.cpp; again no torch headers). Exported programs
+hold the ordinary op.
+
 A function of the extension gives the result; None where the ordinary way must be taken; False where the tensors are
 plain and fit together but there are more rows than its kernels are good for, and the library may be called at once.
 """
@@ -21,9 +26,12 @@ from typing import Any
 
 import torch
 
-from taco_kernels import dispatch, native
+from torch import Tensor
 
-__all__ = ["entry", "reason", "usable"]
+from taco_kernels import dispatch, native
+from taco_kernels._library import library, needs_grad, register_autocast
+
+__all__ = ["entry", "native_op", "reason", "suits_native", "usable"]
 
 # What asks for the dispatcher while one of these says so: functions of torch._C, each 40 ns.
 _GUARDS = (
@@ -79,6 +87,40 @@ def entry(op: str, limits: Callable[[torch.dtype], dispatch.RowLimits]) -> Calla
     found: Callable[..., Any] = getattr(native.module, f"direct_{op}")
     return found
 
+
+def native_op(op: str, schema: str, ordinary: Any, fake: Callable[..., Any]) -> Any:
+    """Defines and returns ``<op>_native``; without the extension's kernel it calls the ordinary op.
+
+    Args:
+        schema: arguments and results, as the ordinary op has them.
+        ordinary: the ordinary op's overload.
+        fake: its fake.
+    """
+    name = f"{op}_native"
+    library.define(name + schema)
+    library.impl(name, lambda *args: ordinary(*args), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"taco_kernels::{name}", fake, lib=library)
+    made = getattr(torch.ops.taco_kernels, name).default
+    register_autocast(name, made)
+    if usable:
+        assert native.module is not None
+        _registered[op] = native.module.direct_register(op)
+    return made
+
+
+def suits_native(op: str, *tensors: Tensor | None) -> bool:
+    """Whether compiled code should call ``<op>_native`` with these tensors. For use while compiling."""
+    first = tensors[0]
+    return (
+        _registered.get(op, False)
+        and first is not None
+        and first.device.type == "cpu"
+        and not torch.compiler.is_exporting()
+        and not needs_grad(*tensors)
+    )
+
+
+_registered: dict[str, bool] = {}
 
 reason = _setup()
 """Why there are no direct calls; empty where there are"""

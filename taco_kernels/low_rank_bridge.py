@@ -125,7 +125,8 @@ def _check(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None) -> None:
 
 # --- registered op, fake, autograd -----------------------------------------------------------------------------------
 
-library.define("low_rank_bridge(Tensor h, Tensor v, Tensor u, Tensor? bias=None, float eps=1e-06) -> Tensor")
+_SCHEMA = "(Tensor h, Tensor v, Tensor u, Tensor? bias=None, float eps=1e-06) -> Tensor"
+library.define("low_rank_bridge" + _SCHEMA)
 _op = torch.ops.taco_kernels.low_rank_bridge.default
 _direct = direct.entry("low_rank_bridge", dispatch.cpu_rows)
 
@@ -197,6 +198,7 @@ def _autograd(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, eps: 
 
 library.impl("low_rank_bridge", _autograd, "Autograd")
 register_autocast("low_rank_bridge", _op)
+_native = direct.native_op("low_rank_bridge", _SCHEMA, _op, _fake)
 
 
 # --- public function -------------------------------------------------------------------------------------------------
@@ -223,7 +225,8 @@ def low_rank_bridge(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None,
     joint residual on it; the map is this project's own.
     """
     if torch.compiler.is_compiling():
-        return _op(h, v, u, bias, eps)
+        native_suits = direct.suits_native("low_rank_bridge", h, v, u, bias)
+        return _native(h, v, u, bias, eps) if native_suits else _op(h, v, u, bias, eps)
     y = _direct(h, v, u, bias, eps)
     if y is not None:
         return _library(h, v, u, bias, eps) if y is False else y

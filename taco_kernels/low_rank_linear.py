@@ -133,7 +133,8 @@ def _check(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, residual: Tenso
 
 # --- registered op, fake, autograd -----------------------------------------------------------------------------------
 
-library.define("low_rank_linear(Tensor x, Tensor v, Tensor u, Tensor? bias=None, Tensor? residual=None) -> Tensor")
+_SCHEMA = "(Tensor x, Tensor v, Tensor u, Tensor? bias=None, Tensor? residual=None) -> Tensor"
+library.define("low_rank_linear" + _SCHEMA)
 _op = torch.ops.taco_kernels.low_rank_linear.default
 _direct = direct.entry("low_rank_linear", dispatch.cpu_rows)
 
@@ -151,7 +152,7 @@ def _compute(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, residu
 def _compute_on_cpu(
     x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
-    y = _direct(x, v, u, bias, residual)  # for compiled code, which comes here and not through the public function
+    y = _direct(x, v, u, bias, residual)  # for compiled code that calls this op and not its native twin
     if y is not None:
         return _library(x, v, u, bias, residual) if y is False else y
     return _compute(x, v, u, bias, residual)
@@ -196,6 +197,7 @@ def _autograd(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, resid
 
 library.impl("low_rank_linear", _autograd, "Autograd")
 register_autocast("low_rank_linear", _op)
+_native = direct.native_op("low_rank_linear", _SCHEMA, _op, _fake)
 
 
 # --- public function -------------------------------------------------------------------------------------------------
@@ -231,7 +233,8 @@ def low_rank_linear(
     Source: truncated SVD of a linear layer as in Taco-SVD (arXiv:2501.00339, equation 2) with both factors kept.
     """
     if torch.compiler.is_compiling():
-        return _op(x, v, u, bias, residual)
+        native_suits = direct.suits_native("low_rank_linear", x, v, u, bias, residual)
+        return _native(x, v, u, bias, residual) if native_suits else _op(x, v, u, bias, residual)
     y = _direct(x, v, u, bias, residual)
     if y is not None:
         return _library(x, v, u, bias, residual) if y is False else y

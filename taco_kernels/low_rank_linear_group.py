@@ -132,7 +132,8 @@ def _check(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequen
 
 # --- registered op, fake, autograd -----------------------------------------------------------------------------------
 
-library.define("low_rank_linear_group(Tensor x, Tensor[] vs, Tensor[] us, Tensor?[] biases) -> Tensor[]")
+_SCHEMA = "(Tensor x, Tensor[] vs, Tensor[] us, Tensor?[] biases) -> Tensor[]"
+library.define("low_rank_linear_group" + _SCHEMA)
 _op = torch.ops.taco_kernels.low_rank_linear_group.default
 _direct = direct.entry("low_rank_linear_group", dispatch.cpu_rows)
 
@@ -209,6 +210,7 @@ def _autograd(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Seq
 
 library.impl("low_rank_linear_group", _autograd, "Autograd")
 register_autocast("low_rank_linear_group", _op)
+_native = direct.native_op("low_rank_linear_group", _SCHEMA, _op, _fake)
 
 
 # --- public function -------------------------------------------------------------------------------------------------
@@ -242,7 +244,8 @@ def low_rank_linear_group(
     if biases is None:
         biases = [None] * len(vs)
     if torch.compiler.is_compiling():
-        return _op(x, vs, us, biases)
+        native_suits = direct.suits_native("low_rank_linear_group", x, *vs, *us, *biases)
+        return _native(x, vs, us, biases) if native_suits else _op(x, vs, us, biases)
     ys = _direct(x, vs, us, biases)
     if ys is not None:
         return _library(x, vs, us, biases) if ys is False else ys

@@ -158,10 +158,8 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
 
 # --- registered op, fake, autograd -----------------------------------------------------------------------------------
 
-library.define(
-    "pivoted_low_rank_linear(Tensor x, Tensor v, Tensor u, Tensor pivot, Tensor? bias=None, Tensor? residual=None)"
-    " -> Tensor"
-)
+_SCHEMA = "(Tensor x, Tensor v, Tensor u, Tensor pivot, Tensor? bias=None, Tensor? residual=None) -> Tensor"
+library.define("pivoted_low_rank_linear" + _SCHEMA)
 _op = torch.ops.taco_kernels.pivoted_low_rank_linear.default
 _direct = direct.entry("pivoted_low_rank_linear", dispatch.cpu_rows)
 
@@ -218,6 +216,7 @@ def _autograd(
 
 library.impl("pivoted_low_rank_linear", _autograd, "Autograd")
 register_autocast("pivoted_low_rank_linear", _op)
+_native = direct.native_op("pivoted_low_rank_linear", _SCHEMA, _op, _fake)
 
 
 # --- public function -------------------------------------------------------------------------------------------------
@@ -250,7 +249,8 @@ def pivoted_low_rank_linear(
     Source: interpolative decomposition (Cheng, Gimbutas, Martinsson, Rokhlin 2005) of the right factor.
     """
     if torch.compiler.is_compiling():
-        return _op(x, v, u, pivot, bias, residual)
+        native_suits = direct.suits_native("pivoted_low_rank_linear", x, v, u, bias, residual)
+        return _native(x, v, u, pivot, bias, residual) if native_suits else _op(x, v, u, pivot, bias, residual)
     y = _direct(x, v, u, pivot, bias, residual)
     if y is not None:
         return _library(x, v, u, pivot, bias, residual) if y is False else y

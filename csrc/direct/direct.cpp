@@ -5,11 +5,12 @@
 
 #include <cstring>
 #include <exception>
-#include <memory>
 #include <new>
 #include <stdexcept>
 #include <string>
 
+#include "direct/calls.h"
+#include "direct/registered.h"
 #include "direct/tensors.h"
 
 namespace taco::direct {
@@ -39,148 +40,86 @@ bool run(const Kernel& kernel) {
   return false;
 }
 
-// Allocates, computes and hands the result out; `compute(data, threads)`.
-template <class Compute>
-PyObject* result_of(const Rows& like, std::int64_t width, const Compute& compute) {
+// Allocates, computes and hands the result out.
+template <class Call>
+PyObject* result_of(Way way, Call& call, std::int64_t width) {
+  if (way == Way::kOrdinary) Py_RETURN_NONE;
+  if (way == Way::kLibrary) Py_RETURN_FALSE;
   const int threads = thread_count();
   if (threads < 0) return nullptr;
   void* data = nullptr;
-  PyObject* const made = new_rows(like, width, data);
+  PyObject* const made = new_rows(call.x, width, data);
   if (made == nullptr) Py_RETURN_NONE;
-  if (run([&] { compute(data, threads); })) return made;
+  if (run([&] { call.compute(data, threads); })) return made;
   Py_DECREF(made);
   return nullptr;
 }
 
-// One factorised map of inputs of `width` features: v [rank, width], u [out, rank], bias [out] or None.
-bool read_map(PyObject* v, PyObject* u, PyObject* bias, const Rows& like, std::int64_t width, LowRankMap& out) {
-  Matrix right, left;
-  if (!read_matrix(v, like, right) || right.columns != width) return false;
-  if (!read_matrix(u, like, left) || left.columns != right.rows) return false;
-  const void* offset = nullptr;
-  if (!read_vector(bias, like, left.rows, offset)) return false;
-  out = {right.data, right.stride, left.data, left.stride, offset, nullptr, right.rows, left.rows, nullptr, 0};
-  return true;
-}
-
-bool read_residual(PyObject* object, const Rows& x, LowRankMap& map) {
-  if (object == Py_None) return true;
-  Rows rest;
-  if (!read_like(object, x, map.out, rest)) return false;
-  map.residual = rest.tensor.data, map.residual_stride = rest.stride;
-  return true;
-}
-
-LowRankInput input_of(const Rows& x) { return {x.dtype, x.tensor.data, x.stride, x.rows, x.width, false, 0.0f}; }
-
 // x, v, u, bias, residual
 PyObject* linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  Rows x;
-  LowRankMap map;
-  if (count != 5 || !nothing_in_the_way() || !read_rows(args[0], x)) Py_RETURN_NONE;
-  if (!read_map(args[1], args[2], args[3], x, x.width, map)) Py_RETURN_NONE;
-  if (!read_residual(args[4], x, map)) Py_RETURN_NONE;
-  if (!few_enough(kLinear, x, map.rank)) Py_RETURN_FALSE;
-  return result_of(x, map.out, [&](void* y, int threads) {
-    map.y = y;
-    low_rank(input_of(x), &map, 1, threads);
-  });
+  if (count != 5 || !nothing_in_the_way()) Py_RETURN_NONE;
+  Linear call;
+  const Way way = call.read(args[0], args[1], args[2], args[3], args[4]);
+  return result_of(way, call, call.map.out);
 }
 
 // h, v, u, bias, eps
 PyObject* bridge(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  Rows h;
-  LowRankMap map;
-  if (count != 5 || !PyFloat_CheckExact(args[4]) || !nothing_in_the_way() || !read_rows(args[0], h)) Py_RETURN_NONE;
-  if (!read_map(args[1], args[2], args[3], h, h.width, map) || map.out != h.width) Py_RETURN_NONE;
-  map.residual = h.tensor.data, map.residual_stride = h.stride;
-  if (!few_enough(kBridge, h, map.rank)) Py_RETURN_FALSE;
-  LowRankInput input = input_of(h);
-  input.normalise = true;
-  input.eps = static_cast<float>(PyFloat_AS_DOUBLE(args[4]));
-  return result_of(h, map.out, [&](void* y, int threads) {
-    map.y = y;
-    low_rank(input, &map, 1, threads);
-  });
+  if (count != 5 || !PyFloat_CheckExact(args[4]) || !nothing_in_the_way()) Py_RETURN_NONE;
+  Bridge call;
+  const Way way = call.read(args[0], args[1], args[2], args[3], PyFloat_AS_DOUBLE(args[4]));
+  return result_of(way, call, call.map.out);
 }
 
 // x, v, u, pivot, bias, residual
 PyObject* pivoted(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  Rows x;
-  LowRankMap map;
-  Matrix left;
-  const void* pivot = nullptr;
-  bool is_long = false;
-  if (count != 6 || !nothing_in_the_way() || !read_rows(args[0], x)) Py_RETURN_NONE;
-  // u's columns say how many of the inputs the identity takes
-  if (!read_matrix(args[2], x, left) || left.columns >= x.width) Py_RETURN_NONE;
-  if (!read_map(args[1], args[2], args[4], x, x.width - left.columns, map)) Py_RETURN_NONE;
-  if (!read_index(args[3], x.width, pivot, is_long)) Py_RETURN_NONE;
-  if (!read_residual(args[5], x, map)) Py_RETURN_NONE;
-  if (!few_enough(kPivoted, x, map.rank)) Py_RETURN_FALSE;
-  return result_of(x, map.out, [&](void* y, int threads) {
-    const std::int64_t element = x.dtype == Dtype::kF32 ? 4 : 2;
-    const std::unique_ptr<char[]> gathered(new char[static_cast<std::size_t>(x.rows * x.width * element)]);
-    char* const behind = gathered.get() + map.rank * element;
-    gather({x.tensor.data, x.stride, pivot, gathered.get(), x.width, behind, x.width, x.rows, x.width, map.rank, element},
-           is_long, threads);
-    map.y = y;
-    map.direct = gathered.get(), map.direct_stride = x.width;
-    low_rank({x.dtype, behind, x.width, x.rows, x.width - map.rank, false, 0.0f}, &map, 1, threads);
-  });
+  if (count != 6 || !nothing_in_the_way()) Py_RETURN_NONE;
+  Pivoted call;
+  const Way way = call.read(args[0], args[1], args[2], args[3], args[4], args[5]);
+  return result_of(way, call, call.map.out);
 }
 
 // x, gate_v, gate_u, gate_bias, up_v, up_u, up_bias, down_v, down_u, down_bias, act
 PyObject* mlp(PyObject*, PyObject* const* args, Py_ssize_t count) {
   static const char* const kNames[] = {"silu", "gelu_tanh", "gelu", "relu"};  // in the order of Activation
-  Rows x;
-  LowRankMap gate, up, down;
   if (count != 11 || !PyUnicode_CheckExact(args[10])) Py_RETURN_NONE;
   int act = 0;
   while (act < 4 && PyUnicode_CompareWithASCIIString(args[10], kNames[act]) != 0) ++act;
-  if (act == 4 || !nothing_in_the_way() || !read_rows(args[0], x)) Py_RETURN_NONE;
-  if (!read_map(args[1], args[2], args[3], x, x.width, gate)) Py_RETURN_NONE;
-  if (!read_map(args[4], args[5], args[6], x, x.width, up) || up.out != gate.out) Py_RETURN_NONE;
-  if (!read_map(args[7], args[8], args[9], x, gate.out, down)) Py_RETURN_NONE;
-  if (!few_enough(kMlp, x, gate.rank + up.rank)) Py_RETURN_NONE;  // composed of its maps, each by its own rank
-  return result_of(x, down.out, [&](void* y, int threads) {
-    down.y = y;
-    low_rank_mlp(input_of(x), gate, up, down, static_cast<Activation>(act), threads);
-  });
+  if (act == 4 || !nothing_in_the_way()) Py_RETURN_NONE;
+  Mlp call;
+  PyObject* const maps[9] = {args[1], args[2], args[3], args[4], args[5], args[6], args[7], args[8], args[9]};
+  const Way way = call.read(args[0], maps, static_cast<Activation>(act));
+  return result_of(way, call, call.down.out);
 }
 
 // x, vs, us, biases: three tuples or lists
 PyObject* group(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  constexpr Py_ssize_t kMembers = 8;
-  Rows x;
-  LowRankMap maps[kMembers];
   if (count != 4) Py_RETURN_NONE;
   for (int i = 1; i < 4; ++i)
     if (!PyTuple_Check(args[i]) && !PyList_Check(args[i])) Py_RETURN_NONE;
   const Py_ssize_t members = PySequence_Fast_GET_SIZE(args[1]);
-  if (members < 1 || members > kMembers) Py_RETURN_NONE;
   if (PySequence_Fast_GET_SIZE(args[2]) != members || PySequence_Fast_GET_SIZE(args[3]) != members) Py_RETURN_NONE;
-  if (!nothing_in_the_way() || !read_rows(args[0], x)) Py_RETURN_NONE;
-  std::int64_t ranks = 0;
-  for (Py_ssize_t i = 0; i < members; ++i) {
-    PyObject* const part[3] = {PySequence_Fast_GET_ITEM(args[1], i), PySequence_Fast_GET_ITEM(args[2], i),
-                               PySequence_Fast_GET_ITEM(args[3], i)};
-    if (!read_map(part[0], part[1], part[2], x, x.width, maps[i])) Py_RETURN_NONE;
-    ranks += maps[i].rank;
-  }
-  if (!few_enough(kGroup, x, ranks)) Py_RETURN_FALSE;
+  Group call;
+  if (!nothing_in_the_way() || !read_rows(args[0], call.x)) Py_RETURN_NONE;
+  for (Py_ssize_t i = 0; i < members; ++i)
+    if (!call.add(PySequence_Fast_GET_ITEM(args[1], i), PySequence_Fast_GET_ITEM(args[2], i),
+                  PySequence_Fast_GET_ITEM(args[3], i)))
+      Py_RETURN_NONE;
+  const Way way = call.way();
+  if (way == Way::kOrdinary) Py_RETURN_NONE;
+  if (way == Way::kLibrary) Py_RETURN_FALSE;
   const int threads = thread_count();
   PyObject* const results = threads < 0 ? nullptr : PyList_New(members);
   if (results == nullptr) return nullptr;
   for (Py_ssize_t i = 0; i < members; ++i) {
-    PyObject* const y = new_rows(x, maps[i].out, maps[i].y);
+    PyObject* const y = new_rows(call.x, call.maps[i].out, call.maps[i].y);
     if (y == nullptr) {
       Py_DECREF(results);
       Py_RETURN_NONE;
     }
     PyList_SET_ITEM(results, i, y);
   }
-  if (run([&] { low_rank(input_of(x), maps, static_cast<int>(members), threads); })) return results;
+  if (run([&] { call.compute(threads); })) return results;
   Py_DECREF(results);
   return nullptr;
 }
@@ -253,6 +192,7 @@ PyMethodDef kMethods[] = {
     {"direct_setup", as_method(setup), METH_FASTCALL, "(capsule, Tensor, Parameter, guards, get_num_threads)"},
     {"direct_enable", as_method(enable), METH_O, "whether direct calls are made; returns whether they are"},
     {"direct_limit", as_method(limit), METH_VARARGS, "(op, dtype, pairs): from which rank on up to how many rows"},
+    {"direct_register", register_op, METH_O, "op: gives <op>_native its kernel; returns whether it has one"},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

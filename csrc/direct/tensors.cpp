@@ -4,8 +4,6 @@ namespace taco::direct {
 
 State state;
 
-namespace {
-
 bool read(PyObject* object, dlpack::Tensor& out) {
   // exact types: a subclass has behaviour of its own, which lives in the dispatcher
   if (Py_TYPE(object) != state.tensor && Py_TYPE(object) != state.parameter) return false;
@@ -16,6 +14,8 @@ bool read(PyObject* object, dlpack::Tensor& out) {
   out.data = static_cast<char*>(out.data) + out.byte_offset;
   return out.device.type == dlpack::kCpu && out.dtype.lanes == 1 && out.data != nullptr;
 }
+
+namespace {
 
 bool dtype_of(dlpack::DataType type, Dtype& out) {
   if (type.code == dlpack::kFloat && type.bits == 32) out = Dtype::kF32;
@@ -34,6 +34,10 @@ bool same_type(const dlpack::Tensor& a, const dlpack::Tensor& b) {
 bool contiguous_vector(const dlpack::Tensor& t, std::int64_t size) {
   return t.ndim == 1 && t.shape[0] == size && t.strides[0] == 1;
 }
+
+void ignore_error(void*, const char*, const char*) {}
+
+}  // namespace
 
 // The leading dimensions as one, and its stride; false where they are not evenly spaced.
 bool rows_of(Rows& out) {
@@ -56,10 +60,6 @@ bool rows_of(Rows& out) {
   return true;
 }
 
-void ignore_error(void*, const char*, const char*) {}
-
-}  // namespace
-
 bool nothing_in_the_way() {
   if (!state.enabled) return false;
   for (PyObject* guard : state.guards) {
@@ -72,37 +72,25 @@ bool nothing_in_the_way() {
   return true;
 }
 
-bool read_rows(PyObject* object, Rows& out) { return read(object, out.tensor) && rows_of(out); }
-
-bool read_matrix(PyObject* object, const Rows& like, Matrix& out) {
-  dlpack::Tensor t;
-  if (!read(object, t) || t.ndim != 2 || !same_type(t, like.tensor)) return false;
+bool matrix_of(const dlpack::Tensor& t, const Rows& like, Matrix& out) {
+  if (t.ndim != 2 || !same_type(t, like.tensor)) return false;
   out = {t.data, t.strides[0], t.shape[0], t.shape[1]};
   return out.rows > 0 && out.columns > 0 && t.strides[1] == 1;
 }
 
-bool read_vector(PyObject* object, const Rows& like, std::int64_t size, const void*& out) {
-  out = nullptr;
-  if (object == Py_None) return true;
-  dlpack::Tensor t;
-  if (!read(object, t) || !same_type(t, like.tensor) || !contiguous_vector(t, size)) return false;
-  out = t.data;
-  return true;
+bool vector_of(const dlpack::Tensor& t, const Rows& like, std::int64_t size) {
+  return same_type(t, like.tensor) && contiguous_vector(t, size);
 }
 
-bool read_index(PyObject* object, std::int64_t size, const void*& out, bool& is_long) {
-  dlpack::Tensor t;
-  if (!read(object, t) || t.dtype.code != dlpack::kInt || !contiguous_vector(t, size)) return false;
+bool index_of(const dlpack::Tensor& t, std::int64_t size, bool& is_long) {
   is_long = t.dtype.bits == 64;
-  out = t.data;
-  return is_long || t.dtype.bits == 32;
+  return t.dtype.code == dlpack::kInt && (is_long || t.dtype.bits == 32) && contiguous_vector(t, size);
 }
 
-bool read_like(PyObject* object, const Rows& like, std::int64_t width, Rows& out) {
-  if (!read_rows(object, out) || !same_type(out.tensor, like.tensor)) return false;
-  if (out.width != width || out.tensor.ndim != like.tensor.ndim) return false;
-  for (int d = 0; d + 1 < like.tensor.ndim; ++d)
-    if (out.tensor.shape[d] != like.tensor.shape[d]) return false;
+bool same_leading(const Rows& a, const Rows& b) {
+  if (!same_type(a.tensor, b.tensor) || a.tensor.ndim != b.tensor.ndim) return false;
+  for (int d = 0; d + 1 < a.tensor.ndim; ++d)
+    if (a.tensor.shape[d] != b.tensor.shape[d]) return false;
   return true;
 }
 
@@ -112,12 +100,17 @@ bool few_enough(Op op, const Rows& x, std::int64_t rank) {
   return false;
 }
 
+bool shape_like(const Rows& like, std::int64_t width, std::int64_t (&shape)[kDimensions]) {
+  const int last = like.tensor.ndim - 1;
+  if (last >= kDimensions) return false;
+  for (int d = 0; d < last; ++d) shape[d] = like.tensor.shape[d];
+  shape[last] = width;
+  return true;
+}
+
 PyObject* new_rows(const Rows& like, std::int64_t width, void*& data) {
-  constexpr int kDimensions = 8;
-  if (like.tensor.ndim > kDimensions) return nullptr;
   std::int64_t shape[kDimensions];
-  for (int d = 0; d + 1 < like.tensor.ndim; ++d) shape[d] = like.tensor.shape[d];
-  shape[like.tensor.ndim - 1] = width;
+  if (!shape_like(like, width, shape)) return nullptr;
   dlpack::Tensor prototype = like.tensor;
   prototype.shape = shape;
   prototype.strides = nullptr;

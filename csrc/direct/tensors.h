@@ -1,8 +1,12 @@
 // Plain CPU tensors as the kernels take them, and the conditions under which a call may be direct.
+//
+// A tensor comes as a Python object (direct.cpp) or as torch's handle (registered.cpp); `read` makes a borrowed
+// dlpack::Tensor of either, `absent` tells None. What follows is the same for both.
 #pragma once
 
 #include <Python.h>
 
+#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -26,7 +30,7 @@ struct State {
   PyTypeObject* parameter = nullptr;  // torch.nn.Parameter
   std::vector<PyObject*> guards;      // functions without arguments; what is true in one of them asks for the dispatcher
   PyObject* threads = nullptr;        // torch.get_num_threads
-  bool enabled = false;
+  std::atomic<bool> enabled{false};    // read without the interpreter's lock
   std::vector<Limit> limits[kOps][3];  // by op and dtype
 };
 
@@ -44,16 +48,60 @@ struct Matrix {
   std::int64_t stride, rows, columns;
 };
 
-// Each of these is false for whatever a direct call is not for; no Python error is set then.
-bool nothing_in_the_way();
-bool read_rows(PyObject* object, Rows& out);
-bool read_matrix(PyObject* object, const Rows& like, Matrix& out);
-bool read_vector(PyObject* object, const Rows& like, std::int64_t size, const void*& out);  // None is null
-bool read_index(PyObject* object, std::int64_t size, const void*& out, bool& is_long);
-bool read_like(PyObject* object, const Rows& like, std::int64_t width, Rows& out);  // leading dimensions of `like`
+bool nothing_in_the_way();  // asks the guards
+
+bool read(PyObject* object, dlpack::Tensor& out);
+inline bool absent(PyObject* object) { return object == Py_None; }
+
+// Each of these is false for whatever a direct call is not for.
+bool rows_of(Rows& out);  // from out.tensor
+bool matrix_of(const dlpack::Tensor& t, const Rows& like, Matrix& out);
+bool vector_of(const dlpack::Tensor& t, const Rows& like, std::int64_t size);
+bool index_of(const dlpack::Tensor& t, std::int64_t size, bool& is_long);
+bool same_leading(const Rows& a, const Rows& b);  // dtype and all dimensions but the last
+
+template <class Object>
+bool read_rows(Object object, Rows& out) {
+  return read(object, out.tensor) && rows_of(out);
+}
+
+template <class Object>
+bool read_matrix(Object object, const Rows& like, Matrix& out) {
+  dlpack::Tensor t;
+  return read(object, t) && matrix_of(t, like, out);
+}
+
+// None is null.
+template <class Object>
+bool read_vector(Object object, const Rows& like, std::int64_t size, const void*& out) {
+  out = nullptr;
+  if (absent(object)) return true;
+  dlpack::Tensor t;
+  if (!read(object, t) || !vector_of(t, like, size)) return false;
+  out = t.data;
+  return true;
+}
+
+template <class Object>
+bool read_index(Object object, std::int64_t size, const void*& out, bool& is_long) {
+  dlpack::Tensor t;
+  if (!read(object, t) || !index_of(t, size, is_long)) return false;
+  out = t.data;
+  return true;
+}
+
+// Leading dimensions and dtype of `like`.
+template <class Object>
+bool read_like(Object object, const Rows& like, std::int64_t width, Rows& out) {
+  return read_rows(object, out) && out.width == width && same_leading(out, like);
+}
 
 // Whether the kernels are the better choice for so many rows.
 bool few_enough(Op op, const Rows& x, std::int64_t rank);
+
+// The shape [leading dimensions of like, width]; false where it has more dimensions than fit.
+constexpr int kDimensions = 8;
+bool shape_like(const Rows& like, std::int64_t width, std::int64_t (&shape)[kDimensions]);
 
 // A new tensor [leading dimensions of like, width] and where its data lies; null (no Python error) if there is none.
 PyObject* new_rows(const Rows& like, std::int64_t width, void*& data);

@@ -1,0 +1,221 @@
+"""Time of vLLM's engine steps: a compressed model against the same model with those layers removed, step by step.
+
+    python benchmarks/vllm_steps.py                           # four of 16 layers, hidden size 1024, two bridges
+    python benchmarks/vllm_steps.py --dtype float32           # on CPUs that have no arithmetic in 16 bits
+    python benchmarks/vllm_steps.py --shape tinyllama-1.1b
+
+`vllm_serving.py` compares servers, whose rounds lie seconds apart and scatter by several percent. Here all engines live
+in one process and take turns at every step, so the two times of a pair lie milliseconds apart and what disturbs one
+disturbs the other. A step is what a server's engine does between two tokens: scheduling, the model, sampling, turning
+ids into text. HTTP is left out, which costs both alike, so that overheads here are those of requests per second or more.
+
+A batch is `--clients` requests of `--prompt` tokens that get `--tokens` each: one step of prefill, then decode steps.
+First each engine's log-probabilities are checked against transformers; no ratio is printed where they are off. With
+`--control` the removal model runs a second time (again) and through this project's plugin (plugin).
+
+Writes benchmarks/results/<cpu or gpu>/vllm-steps-<shape>-<method>.json. Needs vLLM (`make test-vllm` sets it up):
+.venv-vllm/bin/python benchmarks/vllm_steps.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import taco_kernels
+from taco_svd.bench import device_name
+from taco_svd.latency import bootstrap
+from taco_svd.shapes import SHAPES
+from vllm_serving import DEFAULT_SHAPE, ROOT, check, prompts, write_models
+
+# before vLLM is imported: the engine in this process, where its steps can be called one by one
+SETTINGS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+PHASES = ("prefill", "decode", "requests")
+
+
+class Engine:
+    """A vLLM engine in this process, asked for one step at a time.
+
+    Attributes:
+        directory: the checkpoint that it serves.
+    """
+
+    def __init__(self, directory: Path, dtype: str, length: int, clients: int) -> None:
+        from vllm import LLM
+
+        self.directory = directory
+        self._llm = LLM(
+            model=str(directory),
+            dtype=dtype,
+            max_model_len=length,
+            max_num_seqs=clients,
+            # the same prompts come again and again: without a cache of prefixes each is computed
+            enable_prefix_caching=False,
+            # a step's answer is then that of the step's own work
+            async_scheduling=False,
+            gpu_memory_utilization=0.25,
+        )
+        self._sent = 0
+
+    def ask(self, prompt: list[int], tokens: int) -> dict[str, Any]:
+        """One completion in the form of the server's answer (`vllm_serving.check`)."""
+        from vllm import SamplingParams
+
+        options = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=0)
+        answer = self._llm.generate({"prompt_token_ids": prompt}, options, use_tqdm=False)[0].outputs[0]
+        ids = list(answer.token_ids)
+        chosen = [found[token].logprob for found, token in zip(answer.logprobs, ids, strict=True)]
+        return {"token_ids": ids, "logprobs": {"token_logprobs": chosen}}
+
+    def begin(self, asked: list[list[int]], tokens: int) -> None:
+        """Hands the engine a batch of requests; nothing is computed yet."""
+        from vllm import SamplingParams
+
+        options = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        for prompt in asked:
+            self._sent += 1
+            self._llm.llm_engine.add_request(str(self._sent), {"prompt_token_ids": prompt}, options)
+
+    def busy(self) -> bool:
+        return bool(self._llm.llm_engine.has_unfinished_requests())
+
+    def step(self) -> float:
+        """Seconds of one engine step."""
+        start = time.perf_counter()
+        self._llm.llm_engine.step()
+        return time.perf_counter() - start
+
+
+def one_batch(engines: dict[str, Engine], asked: list[list[int]], tokens: int, turned: bool) -> dict[str, list[float]]:
+    """Seconds of every step of a batch, the engines taking turns; the order turns around at each step."""
+    names = list(engines)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for engine in engines.values():
+        engine.begin(asked, tokens)
+    while any(engine.busy() for engine in engines.values()):
+        for name in names[::-1] if turned else names:
+            times[name].append(engines[name].step())
+        turned = not turned
+    steps = {len(values) for values in times.values()}
+    if len(steps) > 1:
+        raise SystemExit(f"The engines took different numbers of steps ({steps}); their times cannot be paired.")
+    return times
+
+
+def measure(engines: dict[str, Engine], options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+    """Engine -> phase -> seconds: each batch's prefill, its decode steps, and the whole of it."""
+    found: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in PHASES} for name in engines}
+    asked = prompts(options.clients, options.prompt)
+    one_batch(engines, asked, options.tokens, False)  # compiles, warms up
+    end, number = time.monotonic() + options.seconds, 0
+    while number < 2 or time.monotonic() < end:
+        gc.collect()
+        gc.disable()
+        try:
+            times = one_batch(engines, asked, options.tokens, number % 2 == 1)
+        finally:
+            gc.enable()
+        for name, (prefill, *decode) in times.items():
+            found[name]["prefill"].append(prefill)
+            found[name]["decode"] += decode
+            found[name]["requests"].append(prefill + sum(decode))
+        number += 1
+        print(f"batch {number}: " + ", ".join(f"{n} {v['requests'][-1]:.3f} s" for n, v in found.items()), flush=True)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default=DEFAULT_SHAPE, choices=[DEFAULT_SHAPE, *SHAPES])
+    parser.add_argument("--method", default="bridge", choices=["bridge", "paper", "taco"])
+    parser.add_argument("--share", type=float, default=0.25, help="of the layers that are redundant")
+    parser.add_argument("--runs", type=int, default=2, help="of redundant layers, each with a bridge")
+    parser.add_argument("--keep", type=float, help="share of the parameters that stays (paper, taco)")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of what is computed")
+    parser.add_argument("--clients", type=int, default=16, help="requests at once")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens")
+    parser.add_argument("--tokens", type=int, default=64, help="generated per request")
+    parser.add_argument("--seconds", type=float, default=300, help="of measuring")
+    parser.add_argument("--control", action="store_true", help="runs the removal model in two more ways")
+    parser.add_argument("--out", type=Path, help="default: see above")
+    options = parser.parse_args()
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    import vllm
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        directories, description = write_models(options, Path(folder))
+        length = max(options.prompt + options.tokens + 1, 64)
+        engines = {name: Engine(directory, options.dtype, length, options.clients) for name, directory in directories.items()}
+        dtype = getattr(torch, options.dtype)
+        checks = {name: check(engine, prompts(4, options.prompt), 8, dtype) for name, engine in engines.items()}
+    for name, found in checks.items():
+        print(f"{name}: log-probabilities off by {found['difference']:.2g}, bound {found['bound']:.2g}")
+    red = [name for name, found in checks.items() if not found["difference"] <= found["bound"]]
+    result: dict[str, Any] = {
+        "benchmark": "vllm_steps",
+        "device": device_name(device),
+        "cores": len(os.sched_getaffinity(0)),
+        "versions": {
+            "taco_kernels": taco_kernels.__version__,
+            "vllm": vllm.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "options": {key: value for key, value in vars(options).items() if key != "out"},
+        **description,
+        "check": checks,
+        "red": red,
+    }
+    if red:
+        print(f"red: {', '.join(red)}; nothing was measured")
+    else:
+        times = measure(engines, options)
+        yardstick = next(name for name in times if name != "compressed")
+        result["seconds"] = {
+            name: {phase: _summary(values) for phase, values in phases.items()} for name, phases in times.items()
+        }
+        for name in [name for name in times if name != yardstick]:
+            ratios = {phase: _overhead(times[name][phase], times[yardstick][phase]) for phase in PHASES}
+            result["overhead" if name == "compressed" else f"control {name}"] = ratios
+            for phase, ratio in ratios.items():
+                interval = f"{ratio['low']:+.2%} to {ratio['high']:+.2%}"
+                print(f"{name} against {yardstick}, {phase}: {ratio['median']:+.2%} ({interval}, {ratio['pairs']} pairs)")
+    out = options.out or ROOT / "results" / device.type / f"vllm-steps-{options.shape}-{options.method}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    print(out)
+    return 1 if red else 0
+
+
+def _summary(values: list[float]) -> dict[str, float]:
+    low, high = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.2, 0.8], dtype=torch.float64)).tolist()
+    return {"median": statistics.median(values), "p20": low, "p80": high}
+
+
+def _overhead(ours: list[float], base: list[float]) -> dict[str, float]:
+    """Ratio of the two of each pair, minus one: median and 95% interval."""
+    ratio = bootstrap([one / other - 1 for one, other in zip(ours, base, strict=True)])
+    return {**asdict(ratio), "pairs": len(ours)}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
