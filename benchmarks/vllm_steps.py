@@ -32,12 +32,12 @@ from typing import Any
 
 import torch
 import transformers
+from vllm_serving import DEFAULT_SHAPE, ROOT, check, prompts, write_models
 
 import taco_kernels
 from taco_svd.bench import device_name
 from taco_svd.latency import bootstrap
 from taco_svd.shapes import SHAPES
-from vllm_serving import DEFAULT_SHAPE, ROOT, check, prompts, write_models
 
 # before vLLM is imported: the engine in this process, where its steps can be called one by one
 SETTINGS = {

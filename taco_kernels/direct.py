@@ -25,7 +25,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-
 from torch import Tensor
 
 from taco_kernels import dispatch, native
