@@ -7,7 +7,7 @@
 `vllm_serving.py` compares servers, whose rounds lie seconds apart and scatter by several percent. Here all engines live
 in one process and take turns at every step, so the two times of a pair lie milliseconds apart and what disturbs one
 disturbs the other. A step is what a server's engine does between two tokens: scheduling, the model, sampling, turning
-ids into text. HTTP is left out, which costs both alike, so that overheads here are those of requests per second or more.
+ids into text. HTTP is left out, which costs both alike: an overhead here is that of requests per second, or more.
 
 A batch is `--clients` requests of `--prompt` tokens that get `--tokens` each: one step of prefill, then decode steps.
 First each engine's log-probabilities are checked against transformers; no ratio is printed where they are off. With
@@ -164,7 +164,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         directories, description = write_models(options, Path(folder))
         length = max(options.prompt + options.tokens + 1, 64)
-        engines = {name: Engine(directory, options.dtype, length, options.clients) for name, directory in directories.items()}
+        engines = {
+            name: Engine(directory, options.dtype, length, options.clients) for name, directory in directories.items()
+        }
         dtype = getattr(torch, options.dtype)
         checks = {name: check(engine, prompts(4, options.prompt), 8, dtype) for name, engine in engines.items()}
     for name, found in checks.items():
@@ -198,7 +200,9 @@ def main() -> int:
             result["overhead" if name == "compressed" else f"control {name}"] = ratios
             for phase, ratio in ratios.items():
                 interval = f"{ratio['low']:+.2%} to {ratio['high']:+.2%}"
-                print(f"{name} against {yardstick}, {phase}: {ratio['median']:+.2%} ({interval}, {ratio['pairs']} pairs)")
+                print(
+                    f"{name} against {yardstick}, {phase}: {ratio['median']:+.2%} ({interval}, {ratio['pairs']} pairs)"
+                )
     out = options.out or ROOT / "results" / device.type / f"vllm-steps-{options.shape}-{options.method}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
@@ -207,7 +211,9 @@ def main() -> int:
 
 
 def _summary(values: list[float]) -> dict[str, float]:
-    low, high = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.2, 0.8], dtype=torch.float64)).tolist()
+    low, high = (
+        torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.2, 0.8], dtype=torch.float64)).tolist()
+    )
     return {"median": statistics.median(values), "p20": low, "p80": high}
 
 

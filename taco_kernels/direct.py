@@ -9,10 +9,10 @@ another device, anything that does not fit together (the ordinary way has the me
 ``TACO_DIRECT=0`` (read at import) turns direct calls off. Results' storage cannot be resized in place, since it comes
 through DLPack; otherwise they are ordinary tensors.
 
-Compiled code (torch.compile, vLLM) calls an op through the dispatcher, where a kernel in Python costs 30 us warm and some
-300 us cold. For CPU tensors without gradients it is given a twin of the op, ``<op>_native``, whose kernel the extension
-registers itself through torch's stable C interface (csrc/direct/registered.cpp; again no torch headers). Exported programs
-hold the ordinary op.
+Compiled code (torch.compile, vLLM) calls an op through the dispatcher, where a kernel in Python costs 25 us warm and
+over 100 us cold. For CPU tensors without gradients it is given a twin of the op, ``<op>_native``, whose kernel the
+extension registers itself through torch's stable C interface (csrc/direct/registered.cpp; no torch headers). Exported
+programs hold the ordinary op.
 
 A function of the extension gives the result; None where the ordinary way must be taken; False where the tensors are
 plain and fit together but there are more rows than its kernels are good for, and the library may be called at once.

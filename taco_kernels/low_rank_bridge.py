@@ -141,7 +141,7 @@ def _compute(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, eps: f
 
 
 def _compute_on_cpu(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
-    y = _direct(h, v, u, bias, eps)  # for compiled code, which comes here and not through the public function
+    y = _direct(h, v, u, bias, eps)  # for compiled code that calls this op and not its native twin
     if y is not None:
         return _library(h, v, u, bias, eps) if y is False else y
     return _compute(h, v, u, bias, eps)

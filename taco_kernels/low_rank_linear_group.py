@@ -152,7 +152,7 @@ def _compute(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequ
 def _compute_on_cpu(
     x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> list[Tensor]:
-    ys = _direct(x, vs, us, biases)  # for compiled code, which comes here and not through the public function
+    ys = _direct(x, vs, us, biases)  # for compiled code that calls this op and not its native twin
     if ys is not None:
         return _library(x, vs, us, biases) if ys is False else ys
     return _compute(x, vs, us, biases)

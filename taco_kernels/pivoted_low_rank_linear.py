@@ -184,7 +184,7 @@ def _compute(
 def _compute_on_cpu(
     x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
-    # for compiled code, which comes here and not through the public function
+    # for compiled code that calls this op and not its native twin
     y = _direct(x, v, u, pivot, bias, residual)
     if y is not None:
         return _library(x, v, u, pivot, bias, residual) if y is False else y

@@ -33,7 +33,9 @@ from .walk import Walk
 MEASURED_SHARES = (0.1, 0.4)
 # Bytes of reference logits that may be kept, as of float32: large vocabularies are measured on fewer tokens.
 REFERENCE_BYTES = 1 << 28
-MEASURED_TOKENS = 1024
+# Changed models climb through all layers above them, most of what the curves cost. On classics-16l at keep 0.8 (KL on
+# text that calibration never saw, +-0.0001): 0.0093 with 1024 tokens and with 512, 0.0099 with 256.
+MEASURED_TOKENS = 512
 # Layers whose maps are measured; between them the factor is interpolated. A model twice as deep would else cost four
 # times as much to measure.
 MEASURED_LAYERS = 16
