@@ -50,14 +50,16 @@ def status(key: str) -> int:
     raise KeyError(key)
 
 
-def child(shape: str, method: str, samples: int, seq_len: int, layers: list[int], one_shot: bool) -> dict[str, Any]:
+def child(
+    shape: str, depth: int, method: str, samples: int, seq_len: int, layers: list[int], one_shot: bool
+) -> dict[str, Any]:
     import torch
     import transformers
 
     from taco_svd import compress
 
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**SHAPES[shape], tie_word_embeddings=False)
+    config = transformers.LlamaConfig(**SHAPES[shape] | {"num_hidden_layers": depth}, tie_word_embeddings=False)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     tokens = torch.randint(3, config.vocab_size, (samples, seq_len))
     with torch.no_grad():
@@ -116,6 +118,7 @@ def child(shape: str, method: str, samples: int, seq_len: int, layers: list[int]
         "samples": samples,
         "seq_len": seq_len,
         "layers": layers,
+        "depth": depth,
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
         "steps": steps,
@@ -128,22 +131,23 @@ def main() -> None:
     parser.add_argument("--methods", default="taco,paper-one-shot,bridge")
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--depth", type=int, help="only so many layers: for a look at one method in minutes")
     parser.add_argument("--layers", default="", help="which layers, e.g. 16,17; default: four in the upper half")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    depth = SHAPES[arguments.shape]["num_hidden_layers"]
+    depth = arguments.depth or SHAPES[arguments.shape]["num_hidden_layers"]
     layers = [int(part) for part in arguments.layers.split(",") if part] or [depth * k // 8 for k in (4, 5, 6, 7)]
     if arguments.child:
         method, _, one_shot = arguments.child.partition("-")
-        row = child(arguments.shape, method, arguments.samples, arguments.seq_len, layers, bool(one_shot))
+        row = child(arguments.shape, depth, method, arguments.samples, arguments.seq_len, layers, bool(one_shot))
         print(json.dumps(row))
         return
     rows = []
     for method in arguments.methods.split(","):
         command = [sys.executable, __file__, "--child", method, "--shape", arguments.shape]
         command += ["--samples", str(arguments.samples), "--seq-len", str(arguments.seq_len)]
-        command += ["--layers", ",".join(map(str, layers))]
+        command += ["--layers", ",".join(map(str, layers)), "--depth", str(depth)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(done.stderr[-4000:])

@@ -19,9 +19,10 @@ from .errors import TacoError
 # Eigenvalues below this share of the largest are rounding of float32 statistics, not information.
 RELATIVE_FLOOR = 1e-6
 # From which smaller side on a randomized SVD pays, and for at most which share of the directions. In the weighted case
-# it stands against two eigendecompositions and an SVD in float64. LAPACK's plain SVD in float32 is hard to beat: with
-# four power iterations and 45% of the directions both cost the same at 1024 x 1024 (0.7 times the speed at 512 x 512).
-WEIGHTED_LEAST, WEIGHTED_SHARE = 512, 0.5
+# it stands against eigenvectors of a Gram matrix in float64 (5632 x 2048: 3.8 s; 205 directions 1.7 s, 410 3.2 s, 819
+# 8.9 s). LAPACK's plain SVD in float32 is hard to beat: with four power iterations and 45% of the directions both cost
+# the same at 1024 x 1024 (0.7 times the speed at 512 x 512).
+WEIGHTED_LEAST, WEIGHTED_SHARE = 512, 0.2
 PLAIN_LEAST, PLAIN_SHARE = 1024, 0.25
 # Attribution looks at single directions, not only at the space that they span: two iterations more than that needs.
 PLAIN_POWER_ITERS = 4
@@ -83,12 +84,54 @@ def weighted_svd(
             randomized SVD with triangular roots of A and G (float32 if they are), whose truncation loss is within 1%
             of the least possible; any other matrix through a full one in float64.
     """
-    if min(weight.shape) >= WEIGHTED_LEAST:
-        roots = _triangular_roots(inputs, gradients)
-        if roots is not None:
-            if rank is not None and sketch_pays(weight.shape[0], weight.shape[1], rank, weighted=True):
-                return sketched_weighted_svd(weight, *roots, rank)
-            return _full_by_triangular_roots(weight, *roots)
+    return WeightedMap(weight, inputs, gradients).svd(rank)
+
+
+class WeightedMap:
+    """A weight with the moments of both its sides, to be asked for its directions and for all its singular values.
+
+    Of a large matrix triangular roots of the moments are taken once, and the moments themselves are let go.
+    Arguments as for `weighted_svd`.
+    """
+
+    def __init__(
+        self, weight: torch.Tensor, inputs: torch.Tensor | None = None, gradients: torch.Tensor | None = None
+    ) -> None:
+        self.weight = weight
+        self._roots = _triangular_roots(inputs, gradients) if min(weight.shape) >= WEIGHTED_LEAST else None
+        self._moments = (inputs, gradients) if self._roots is None else (None, None)
+
+    def svd(self, rank: int | None = None) -> Decomposition:
+        """The `rank` leading directions at least; see `weighted_svd`."""
+        if self._roots is None:
+            return _full_by_symmetric_roots(self.weight, *self._moments)
+        if rank is not None and sketch_pays(self.weight.shape[0], self.weight.shape[1], rank, weighted=True):
+            return sketched_weighted_svd(self.weight, *self._roots, rank)
+        return _by_triangular_roots(self.weight, *self._roots, rank)[0]
+
+    def svd_and_spectrum(self, rank: int) -> tuple[Decomposition, torch.Tensor]:
+        """`svd(rank)` without a sketch, and `spectrum()`, for the price of one: the directions in its first columns."""
+        if self._roots is None:
+            whole = self.svd()
+            return whole, whole.sigma
+        return _by_triangular_roots(self.weight, *self._roots, rank)
+
+    def spectrum(self) -> torch.Tensor:
+        """All singular values of ``G^(1/2) W A^(1/2)``, descending.
+
+        Those of a large matrix come from its Gram matrix in the dtype of the moments: of values below a thousandth of
+        the largest only the size is right, which is all that a sum of their squares needs.
+        """
+        if self._roots is None:
+            return self.svd().sigma
+        core = _core(self.weight, *self._roots)
+        gram = core @ core.T if core.shape[0] <= core.shape[1] else core.T @ core
+        return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).sqrt().float()
+
+
+def _full_by_symmetric_roots(
+    weight: torch.Tensor, inputs: torch.Tensor | None, gradients: torch.Tensor | None
+) -> Decomposition:
     # float64: the inverse roots below amplify rounding by the condition number of the statistics
     core = weight.double()
     left_back = right_back = None
@@ -106,39 +149,28 @@ def weighted_svd(
     return Decomposition(left.float(), sigma.float(), right.float())
 
 
-def weighted_spectrum(
-    weight: torch.Tensor, inputs: torch.Tensor | None = None, gradients: torch.Tensor | None = None
-) -> torch.Tensor:
-    """All singular values of ``G^(1/2) W A^(1/2)``, descending; arguments as for `weighted_svd`.
+def _svd_by_gram(
+    core: torch.Tensor, rank: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(left, sigma, right, all singular values) of a large matrix, from the eigenvectors of its smaller Gram matrix.
 
-    Those of a large matrix come from its Gram matrix in the dtype of the moments: of values below a thousandth of the
-    largest only the size is right, which is all that a sum of their squares needs.
-    """
-    if min(weight.shape) >= WEIGHTED_LEAST:
-        roots = _triangular_roots(inputs, gradients)
-        if roots is not None:
-            core = _core(weight, *roots)
-            gram = core @ core.T if core.shape[0] <= core.shape[1] else core.T @ core
-            return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).sqrt().float()
-    return weighted_svd(weight, inputs, gradients).sigma
-
-
-def _svd_by_gram(core: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """SVD of a large float64 matrix from the eigenvectors of its smaller Gram matrix, several times faster.
-
-    Singular values below 1e-8 of the largest come out with large relative errors, which is far below what the
-    statistics behind a weighted matrix can tell. The side that is derived has rows scaled to the singular values, so
-    ``left @ diag(sigma) @ right`` is the matrix to float64 rounding for those above.
+    Several times faster than an SVD. The Gram matrix is formed and decomposed in float64: singular values below 1e-8
+    of the largest come out with large relative errors, which is far below what the statistics behind a weighted matrix
+    can tell. The side that is derived has rows scaled to the singular values, so ``left @ diag(sigma) @ right`` is the
+    matrix's projection on the `rank` leading directions (default all) to the rounding of its dtype.
     """
     if core.shape[0] > core.shape[1]:
-        right, sigma, left = _svd_by_gram(core.T)
-        return left.T, sigma, right.T
-    squares, vectors = torch.linalg.eigh(core @ core.T)
-    left = vectors.flip(1)
-    sigma = squares.flip(0).clamp(min=0).sqrt()
-    floor = float(sigma[0]) * torch.finfo(core.dtype).eps
+        right, sigma, left, spectrum = _svd_by_gram(core.T, rank)
+        return left.T, sigma, right.T, spectrum
+    wide = core.double()
+    squares, vectors = torch.linalg.eigh(wide @ wide.T)
+    del wide
+    left = vectors.flip(1)[:, :rank].to(core.dtype)
+    spectrum = squares.flip(0).clamp(min=0).sqrt()
+    floor = float(spectrum[0]) * torch.finfo(spectrum.dtype).eps
+    sigma = spectrum[:rank].to(core.dtype)
     right = (left.T @ core) / sigma.clamp(min=floor or 1.0)[:, None]
-    return left, sigma, right
+    return left, sigma, right, spectrum
 
 
 def sketch_pays(out_features: int, in_features: int, rank: int, *, weighted: bool) -> bool:
@@ -189,14 +221,18 @@ def sketched_weighted_svd(
     return _taken_back(left, sigma, right, root_a, root_g)
 
 
-def _full_by_triangular_roots(
-    weight: torch.Tensor, root_a: torch.Tensor | None, root_g: torch.Tensor | None
-) -> Decomposition:
-    """All directions of a large matrix: a Cholesky factor costs a fraction of an eigendecomposition.
+def _by_triangular_roots(
+    weight: torch.Tensor, root_a: torch.Tensor | None, root_g: torch.Tensor | None, rank: int | None
+) -> tuple[Decomposition, torch.Tensor]:
+    """The leading directions of a large matrix (None: all) and its spectrum: a Cholesky factor costs a fraction of an
+    eigendecomposition.
 
     The products with the roots are in their dtype, what is sensitive (the Gram matrix) in float64.
     """
-    return _taken_back(*_svd_by_gram(_core(weight, root_a, root_g).double()), root_a, root_g)
+    core = _core(weight, root_a, root_g)
+    left, sigma, right, spectrum = _svd_by_gram(core if rank is not None else core.double(), rank)
+    del core
+    return _taken_back(left, sigma, right, root_a, root_g), spectrum.float()
 
 
 def _core(weight: torch.Tensor, root_a: torch.Tensor | None, root_g: torch.Tensor | None) -> torch.Tensor:

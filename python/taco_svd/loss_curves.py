@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 
 from .architectures import Architecture, LinearSite, linear_shape
 from .calibration import embedding_weight
-from .decomposition import Decomposition
+from .decomposition import Decomposition, WeightedMap
 from .divergence import kl_per_token
 from .experts import kind_of
 from .factorise import put_factors
+from .memory import release
 from .predictions import Predictions
 from .progress import Report
 from .run_bridges import LENGTHS, Run, bridge_rank, bridged, fit_run_bridges
@@ -40,7 +41,7 @@ MEASURED_TOKENS = 512
 # times as much to measure.
 MEASURED_LAYERS = 16
 # Hidden states of changed models that climb through the layers side by side.
-STREAM_BYTES = 256 << 20
+STREAM_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,7 @@ class CurveMeasurement:
     Args:
         architecture: a copy whose modules may be replaced; it is as before when `run` returns.
         tokens: calibration windows; the first `MEASURED_TOKENS` tokens are used, fewer for large vocabularies.
-        decompose: (map, rank) -> its decomposition with at least that many directions. Called once per measured map.
-        spectrum: map -> all its weighted singular values.
+        weighted: map -> its weight with the moments of both its sides. Called once per map.
         shares: ranks to measure, as shares of the full rank.
         team: every process measures its share of the changes.
         weight: by what a map's squared singular values count: the share of the tokens that an expert sees.
@@ -141,15 +141,14 @@ class CurveMeasurement:
         self,
         architecture: Architecture,
         tokens: torch.Tensor,
-        decompose: Callable[[LinearSite, int], Decomposition],
-        spectrum: Callable[[LinearSite], torch.Tensor],
+        weighted: Callable[[LinearSite], WeightedMap],
         store: Store | None = None,
         shares: Sequence[float] = MEASURED_SHARES,
         team: Team | None = None,
         weight: Callable[[LinearSite], float] = lambda site: 1.0,
     ) -> None:
         self.team, self.weight = team or Team(), weight
-        self.architecture, self.decompose, self.spectrum, self.shares = architecture, decompose, spectrum, shares
+        self.architecture, self.weighted, self.shares = architecture, weighted, shares
         self.store = store or Store()
         self.depth = len(architecture.layers)
         vocabulary = embedding_weight(architecture.model).shape[0]
@@ -289,9 +288,16 @@ class CurveMeasurement:
         dense = {site: self.architecture.module(site) for site in unit}
         layer, full = unit[0].layer, min(linear_shape(dense[unit[0]]))
         ranks = ranks_to_measure(full, self.shares) if measure else []
-        if not ranks:
-            return [], {site: self.spectrum(site) for site in unit}
-        parts = {site: self.decompose(site, ranks[-1]) for site in unit}
+        parts: dict[LinearSite, Decomposition] = {}
+        spectra: dict[LinearSite, torch.Tensor] = {}
+        for site in unit:
+            weighted = self.weighted(site)
+            if ranks:
+                parts[site], spectra[site] = weighted.svd_and_spectrum(ranks[-1])
+            else:
+                spectra[site] = weighted.spectrum()
+            del weighted  # before the next one is made: of a wide map its roots are among the largest things here
+            release()
         changes = []
         for rank in ranks:
             try:
@@ -304,9 +310,7 @@ class CurveMeasurement:
                 for site in unit:
                     self.architecture.replace(site, dense[site])
             changes.append(_Change(unit, layer, rank, hidden))
-        return changes, {
-            site: parts[site].sigma if len(parts[site].sigma) == full else self.spectrum(site) for site in unit
-        }
+        return changes, spectra
 
     def _climb(self, start: int, end: int, stream: list[torch.Tensor]) -> list[torch.Tensor]:
         """The dense stream that enters layer `end`, from the one that enters `start`."""

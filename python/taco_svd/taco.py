@@ -12,7 +12,7 @@ from .allocation import runs
 from .architectures import Architecture, LinearSite, dense_weight
 from .calibration import Calibration
 from .checkpoint import weight_bytes
-from .decomposition import damped, weighted_spectrum, weighted_svd
+from .decomposition import WeightedMap, damped
 from .experts import expert_number, kind_of
 from .layerwise import LayerwisePass
 from .loss_curves import CurveMeasurement, LossCurves
@@ -37,7 +37,7 @@ BRIDGE_GRADIENT_DAMPING = 0.1
 # Moments and hidden states that an analysis without a work directory may hold in memory, as a share of the model's
 # bytes and at least; what is more goes to a temporary directory.
 MEMORY_SHARE = 0.08
-LEAST_MEMORY = 256 << 20
+LEAST_MEMORY = 64 << 20
 
 
 # Of the average expert's tokens, how many every expert is taken to have seen beside those that it was sent.
@@ -107,6 +107,10 @@ class Analysis:
             self._last = (site.layer, moments)
         return self._last[1]
 
+    def let_go(self) -> None:
+        """Unmaps a layer's moments: what has been read of them counts as this process's memory until then."""
+        self._last = None
+
     def gradients(self, site: LinearSite, options: Mapping[str, Any]) -> torch.Tensor | None:
         """Damped E[g g^T] of a map, [out, out]; None where no gradient reaches its output."""
         moment = self._moment(site, SecondMoments.gradients)
@@ -152,21 +156,23 @@ class Analysis:
             sites = self.architecture.sites()
             self.prepare(sites, progress)
 
-            def weighted(site: LinearSite) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+            def weighted(site: LinearSite) -> WeightedMap:
                 weight = dense_weight(self.architecture.module(site)).detach()
-                return weight, self._inputs(site, options), self.gradients(site, options)
+                found = WeightedMap(weight, self._inputs(site, options), self.gradients(site, options))
+                self.let_go()
+                return found
 
             measurement = CurveMeasurement(
                 self.architecture,
                 self.calibration.tokens,
-                lambda site, rank: weighted_svd(*weighted(site), rank=rank),
-                lambda site: weighted_spectrum(*weighted(site)),
+                weighted,
                 self.store,
                 team=self.team,
                 weight=self._weight,
             )
             with progress.step("loss over rank, map by map") as report:
                 self._curves = measurement.run(sites, report)
+            release()
         return self._curves
 
 
@@ -187,12 +193,18 @@ def build_upwards(
     sites = [site for site in working.sites() if site.path in structure.low_rank.get(site.layer, {})]
     if sites:
         analysis.prepare(sites, progress)
+
+    def gradients(site: LinearSite) -> torch.Tensor | None:
+        found = analysis.gradients(site, plan.options)
+        analysis.let_go()
+        return found
+
     upwards = UpwardPass(
         Architecture(model),
         working,
         structure,
         calibration.tokens,
-        lambda site: analysis.gradients(site, plan.options),
+        gradients,
         _bridge_gradients(model, plan, calibration, progress, analysis),
         float(plan.options.get("input_damping", INPUT_DAMPING)),
         bool(plan.options.get("consistency", True)),
