@@ -82,7 +82,8 @@ def weighted_svd(
         gradients: G, symmetric positive semi-definite [out, out], or None for the identity.
         rank: how many directions are wanted, None for all. A large matrix of which few are wanted goes through a
             randomized SVD with triangular roots of A and G (float32 if they are), whose truncation loss is within 1%
-            of the least possible; any other matrix through a full one in float64.
+            of the least possible; one of which many are, through the same roots and its Gram matrix in float64; a small
+            one, or moments without such roots, through symmetric roots and a full SVD in float64, which gives all.
     """
     return WeightedMap(weight, inputs, gradients).svd(rank)
 

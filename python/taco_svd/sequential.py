@@ -19,7 +19,7 @@ from .architectures import Architecture, LinearSite, dense_weight
 from .bridging import BridgeMoments, fit_bridge
 from .built import restore_layer, save_layer, with_own_parameters
 from .consistency import FitMoments, HeldOutMoments, refit
-from .decomposition import Decomposition, damped, weighted_svd
+from .decomposition import Decomposition, WeightedMap, damped
 from .divergence import kl_per_token
 from .experts import MAPS, expert_number
 from .factorise import put_factors
@@ -266,7 +266,10 @@ class UpwardPass:
         rank = self._rank(site)
         assert rank is not None
         inputs = damped(inputs, self.input_damping, own=True)
-        parts: Decomposition = weighted_svd(weight.detach(), inputs, self.gradients(site), rank)
+        weighted = WeightedMap(weight.detach(), inputs, self.gradients(site))
+        del inputs  # of a wide map larger than the layer; its root is enough from here on
+        parts: Decomposition = weighted.svd(rank)
+        del weighted
         directions = torch.arange(rank, device=parts.sigma.device)
         put_factors(self.working, site, parts, directions, self.structure.is_pivoted(site.layer, site.path))
 

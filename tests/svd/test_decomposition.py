@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from taco_svd.decomposition import Decomposition, damped, plain_svd, weighted_svd
+from taco_svd.decomposition import Decomposition, WeightedMap, damped, plain_svd, weighted_svd
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -127,7 +127,36 @@ def test_what_has_no_triangular_root_goes_the_exact_way() -> None:
     singular = (rows.T @ rows).double()
     parts = weighted_svd(torch.randn(530, 600), singular, None, 40)
     assert parts.left.shape == (530, 530) and torch.isfinite(parts.right).all()
-    assert weighted_svd(torch.randn(530, 600), None, None, 400).left.shape == (530, 530)  # too many to pay
+    weight = torch.randn(530, 600)
+    parts = weighted_svd(weight, None, None, 400)  # too many for a sketch: of the Gram matrix's eigenvectors the first
+    sigma = torch.linalg.svdvals(weight.double())
+    assert parts.left.shape == (530, 400)
+    assert torch.allclose(parts.sigma.double(), sigma[:400], rtol=1e-5)
+    kept = (parts.left * parts.sigma).double() @ parts.right.double()
+    assert float((weight - kept).norm()) <= 1.0001 * float(sigma[400:].norm())
+
+
+@pytest.mark.parametrize("shape", [(520, 1100), (1100, 520)])
+def test_directions_and_spectrum_at_once(shape: tuple[int, int]) -> None:
+    """In float32, as moments of more than 1024 features are kept: massive inputs stretch the spectrum."""
+    generator = torch.Generator().manual_seed(7)
+    m, n = shape
+    rows = torch.randn(2 * n, n, generator=generator) * torch.logspace(0, -3, n)
+    outputs = torch.randn(2 * m, m, generator=generator) * torch.logspace(-1, 0, m)
+    inputs = damped(rows.T @ rows / len(rows), 0.01, torch.float32)
+    gradients = damped(outputs.T @ outputs / len(outputs), 0.01, torch.float32)
+    weight = torch.randn(m, n, generator=generator)
+    weighted = WeightedMap(weight, inputs, gradients)
+    parts, spectrum = weighted.svd_and_spectrum(200)
+    root_a, root_g = (torch.linalg.cholesky(moment.double()) for moment in (inputs, gradients))
+    sigma = torch.linalg.svdvals(root_g.T @ weight.double() @ root_a)
+    assert len(parts.sigma) == 200 and len(spectrum) == 520
+    torch.testing.assert_close(spectrum.double(), sigma, rtol=1e-4, atol=1e-6 * float(sigma[0]))
+    torch.testing.assert_close(weighted.spectrum().double()[:200], sigma[:200], rtol=1e-4, atol=0)
+    for rank in (20, 200):
+        kept = (parts.left[:, :rank] * parts.sigma[:rank]).double() @ parts.right[:rank].double()
+        loss = (root_g.T @ (weight.double() - kept) @ root_a).norm()
+        assert float(loss) <= 1.001 * float(sigma[rank:].norm())
 
 
 @pytest.mark.parametrize("shape", [(520, 600), (600, 520)])
