@@ -27,6 +27,7 @@ TESTS = (
     "tests/kernels/test_pivoted_low_rank_linear.py",
     "tests/kernels/test_many_rows.py",
     "tests/kernels/test_direct.py",
+    "tests/kernels/test_native_ops.py",
     "tests/kernels/test_singular_attribution.py",
     "tests/kernels/test_randomized_svd_steps.py",
     "tests/kernels/test_concurrency.py",
