@@ -44,7 +44,7 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 import taco_kernels
-from taco_svd.bench import device_name
+from taco_svd.bench import device_name, percentiles
 from taco_svd.bench_models import from_shape, shape_structure
 from taco_svd.checkpoint import DEFAULT_MODEL
 from taco_svd.latency import bootstrap
@@ -319,13 +319,42 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {**description, "check": checks, "red": red, "rates": rates, "costs": costs}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What `write_models` asks for, but `--control`."""
     parser.add_argument("--shape", default=DEFAULT_SHAPE, choices=[DEFAULT_SHAPE, *SHAPES])
     parser.add_argument("--method", default="bridge", choices=["bridge", "paper", "taco"])
     parser.add_argument("--share", type=float, default=0.25, help="of the layers that are redundant")
     parser.add_argument("--runs", type=int, default=2, help="of redundant layers, each with a bridge")
     parser.add_argument("--keep", type=float, help="share of the parameters that stays (paper, taco)")
+
+
+def described(benchmark: str, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
+    """What a result says of its origin: benchmark, machine, versions, options."""
+    import vllm
+
+    return {
+        "benchmark": benchmark,
+        "device": device_name(device),
+        "cores": len(os.sched_getaffinity(0)),
+        "versions": {
+            "taco_kernels": taco_kernels.__version__,
+            "vllm": vllm.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "options": {key: value for key, value in vars(options).items() if key not in ("lock", "out")},
+    }
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile."""
+    found = percentiles(values)
+    return {"median": found["p50"], "p20": found["p20"], "p80": found["p80"]}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_options(parser)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--requests", type=int, default=1, help="per client and round")
     parser.add_argument("--prompt", type=int, default=64, help="tokens")
@@ -344,19 +373,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         found = measure(options, Path(folder))
     rates, costs = found.pop("rates"), found.pop("costs")
-    import vllm
-
     result = {
-        "benchmark": "vllm_serving",
-        "device": device_name(device),
-        "cores": len(os.sched_getaffinity(0)),
-        "versions": {
-            "taco_kernels": taco_kernels.__version__,
-            "vllm": vllm.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "options": {key: value for key, value in vars(options).items() if key not in ("lock", "out")},
+        **described("vllm_serving", device, options),
         **found,
     }
     if found["red"]:
@@ -370,11 +388,7 @@ def main() -> int:
         }
         ratio = ratios.pop("compressed")
         result["controls"] = {name: asdict(r) for name, r in ratios.items()}
-        result["requests_per_second"] = {
-            name: {"median": statistics.median(values), "p20": low, "p80": high, "rounds": values}
-            for name, values in rates.items()
-            for low, high in [torch.tensor(values).quantile(torch.tensor([0.2, 0.8])).tolist()]
-        }
+        result["requests_per_second"] = {name: {**summary(values), "rounds": values} for name, values in rates.items()}
         result["overhead"] = asdict(ratio)
         spent = bootstrap([ours / base - 1 for base, ours in zip(costs[yardstick], costs["compressed"], strict=True)])
         result["cpu_seconds_per_request"] = {

@@ -20,10 +20,8 @@ Writes benchmarks/results/<cpu or gpu>/vllm-steps-<shape>-<method>.json. Needs v
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
-import statistics
 import tempfile
 import time
 from dataclasses import asdict
@@ -31,13 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from vllm_serving import DEFAULT_SHAPE, ROOT, check, prompts, write_models
+from vllm_serving import ROOT, add_model_options, check, described, prompts, summary, write_models
 
-import taco_kernels
-from taco_svd.bench import device_name
+from taco_svd.bench import no_collections
 from taco_svd.latency import bootstrap
-from taco_svd.shapes import SHAPES
 
 # before vLLM is imported: the engine in this process, where its steps can be called one by one
 SETTINGS = {
@@ -126,12 +121,8 @@ def measure(engines: dict[str, Engine], options: argparse.Namespace) -> dict[str
     one_batch(engines, asked, options.tokens, False)  # compiles, warms up
     end, number = time.monotonic() + options.seconds, 0
     while number < 2 or time.monotonic() < end:
-        gc.collect()
-        gc.disable()
-        try:
+        with no_collections():
             times = one_batch(engines, asked, options.tokens, number % 2 == 1)
-        finally:
-            gc.enable()
         for name, (prefill, *decode) in times.items():
             found[name]["prefill"].append(prefill)
             found[name]["decode"] += decode
@@ -143,11 +134,7 @@ def measure(engines: dict[str, Engine], options: argparse.Namespace) -> dict[str
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default=DEFAULT_SHAPE, choices=[DEFAULT_SHAPE, *SHAPES])
-    parser.add_argument("--method", default="bridge", choices=["bridge", "paper", "taco"])
-    parser.add_argument("--share", type=float, default=0.25, help="of the layers that are redundant")
-    parser.add_argument("--runs", type=int, default=2, help="of redundant layers, each with a bridge")
-    parser.add_argument("--keep", type=float, help="share of the parameters that stays (paper, taco)")
+    add_model_options(parser)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of what is computed")
     parser.add_argument("--clients", type=int, default=16, help="requests at once")
     parser.add_argument("--prompt", type=int, default=64, help="tokens")
@@ -158,7 +145,6 @@ def main() -> int:
     options = parser.parse_args()
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    import vllm
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
@@ -173,16 +159,7 @@ def main() -> int:
         print(f"{name}: log-probabilities off by {found['difference']:.2g}, bound {found['bound']:.2g}")
     red = [name for name, found in checks.items() if not found["difference"] <= found["bound"]]
     result: dict[str, Any] = {
-        "benchmark": "vllm_steps",
-        "device": device_name(device),
-        "cores": len(os.sched_getaffinity(0)),
-        "versions": {
-            "taco_kernels": taco_kernels.__version__,
-            "vllm": vllm.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "options": {key: value for key, value in vars(options).items() if key != "out"},
+        **described("vllm_steps", device, options),
         **description,
         "check": checks,
         "red": red,
@@ -193,7 +170,7 @@ def main() -> int:
         times = measure(engines, options)
         yardstick = next(name for name in times if name != "compressed")
         result["seconds"] = {
-            name: {phase: _summary(values) for phase, values in phases.items()} for name, phases in times.items()
+            name: {phase: summary(values) for phase, values in phases.items()} for name, phases in times.items()
         }
         for name in [name for name in times if name != yardstick]:
             ratios = {phase: _overhead(times[name][phase], times[yardstick][phase]) for phase in PHASES}
@@ -208,13 +185,6 @@ def main() -> int:
     out.write_text(json.dumps(result, indent=1) + "\n")
     print(out)
     return 1 if red else 0
-
-
-def _summary(values: list[float]) -> dict[str, float]:
-    low, high = (
-        torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.2, 0.8], dtype=torch.float64)).tolist()
-    )
-    return {"median": statistics.median(values), "p20": low, "p80": high}
 
 
 def _overhead(ours: list[float], base: list[float]) -> dict[str, float]:

@@ -52,6 +52,8 @@ struct Linear {
     return way_of(few_enough(kLinear, x, map.rank));
   }
 
+  std::int64_t width() const { return map.out; }  // of the result's rows
+
   void compute(void* y, int threads) {
     map.y = y;
     low_rank(input_of(x), &map, 1, threads);
@@ -70,6 +72,8 @@ struct Bridge {
     eps = static_cast<float>(eps_);
     return way_of(few_enough(kBridge, x, map.rank));
   }
+
+  std::int64_t width() const { return map.out; }  // of the result's rows
 
   void compute(void* y, int threads) {
     LowRankInput input = input_of(x);
@@ -95,6 +99,8 @@ struct Pivoted {
     if (!read_index(pivot_, x.width, pivot, is_long) || !read_residual(residual, x, map)) return Way::kOrdinary;
     return way_of(few_enough(kPivoted, x, map.rank));
   }
+
+  std::int64_t width() const { return map.out; }  // of the result's rows
 
   // Throws std::out_of_range for an index that is.
   void compute(void* y, int threads) {
@@ -143,6 +149,8 @@ struct Mlp {
     // with more rows it is composed of its maps, each by its own rank
     return few_enough(kMlp, x, gate.rank + up.rank) ? Way::kDirect : Way::kOrdinary;
   }
+
+  std::int64_t width() const { return down.out; }  // of the result's rows
 
   void compute(void* y, int threads) {
     down.y = y;

@@ -42,13 +42,13 @@ bool run(const Kernel& kernel) {
 
 // Allocates, computes and hands the result out.
 template <class Call>
-PyObject* result_of(Way way, Call& call, std::int64_t width) {
+PyObject* result_of(Way way, Call& call) {
   if (way == Way::kOrdinary) Py_RETURN_NONE;
   if (way == Way::kLibrary) Py_RETURN_FALSE;
   const int threads = thread_count();
   if (threads < 0) return nullptr;
   void* data = nullptr;
-  PyObject* const made = new_rows(call.x, width, data);
+  PyObject* const made = new_rows(call.x, call.width(), data);
   if (made == nullptr) Py_RETURN_NONE;
   if (run([&] { call.compute(data, threads); })) return made;
   Py_DECREF(made);
@@ -60,7 +60,7 @@ PyObject* linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 5 || !nothing_in_the_way()) Py_RETURN_NONE;
   Linear call;
   const Way way = call.read(args[0], args[1], args[2], args[3], args[4]);
-  return result_of(way, call, call.map.out);
+  return result_of(way, call);
 }
 
 // h, v, u, bias, eps
@@ -68,7 +68,7 @@ PyObject* bridge(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 5 || !PyFloat_CheckExact(args[4]) || !nothing_in_the_way()) Py_RETURN_NONE;
   Bridge call;
   const Way way = call.read(args[0], args[1], args[2], args[3], PyFloat_AS_DOUBLE(args[4]));
-  return result_of(way, call, call.map.out);
+  return result_of(way, call);
 }
 
 // x, v, u, pivot, bias, residual
@@ -76,7 +76,7 @@ PyObject* pivoted(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 6 || !nothing_in_the_way()) Py_RETURN_NONE;
   Pivoted call;
   const Way way = call.read(args[0], args[1], args[2], args[3], args[4], args[5]);
-  return result_of(way, call, call.map.out);
+  return result_of(way, call);
 }
 
 // x, gate_v, gate_u, gate_bias, up_v, up_u, up_bias, down_v, down_u, down_bias, act
@@ -89,7 +89,7 @@ PyObject* mlp(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Mlp call;
   PyObject* const maps[9] = {args[1], args[2], args[3], args[4], args[5], args[6], args[7], args[8], args[9]};
   const Way way = call.read(args[0], maps, static_cast<Activation>(act));
-  return result_of(way, call, call.down.out);
+  return result_of(way, call);
 }
 
 // x, vs, us, biases: three tuples or lists

@@ -3,7 +3,6 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "direct/calls.h"
 #include "direct/torch_c.h"
@@ -58,25 +57,31 @@ bool read(Handle handle, dlpack::Tensor& out) {
   return false;
 }
 
-// Lets go of what a kernel was handed, at the end of the call: tensors, optional ones and lists are the kernel's.
+// Lets go of what a kernel was handed, at the end of the call: tensors and optional ones are the kernel's.
 class Handed {
  public:
-  ~Handed() {
-    for (Tensor tensor : tensors_) torch.release(tensor);
-    for (torch_c::List list : lists_) torch.release_list(list);
+  Handed() = default;
+  // The first places of a stack: so many tensors, and so many optional ones behind them.
+  Handed(const Value* stack, int tensors, int optionals) {
+    for (int i = 0; i < tensors; ++i) tensor(stack[i]);
+    for (int i = 0; i < optionals; ++i) optional(stack[tensors + i]);
   }
-  void tensor(Value value) { tensors_.push_back(tensor_of(value).tensor); }
+  Handed(const Handed&) = delete;
+  Handed& operator=(const Handed&) = delete;
+  ~Handed() {
+    for (int i = 0; i < count_; ++i) torch.release(tensors_[i]);
+  }
+  void tensor(Value value) { tensors_[count_++] = tensor_of(value).tensor; }
   void optional(Value value) {
     if (value == 0) return;
     auto* const inner = reinterpret_cast<Value*>(value);
-    tensors_.push_back(tensor_of(*inner).tensor);
+    tensor(*inner);
     delete inner;
   }
-  void list(Value value) { lists_.push_back(reinterpret_cast<torch_c::List>(value)); }
 
  private:
-  std::vector<Tensor> tensors_;
-  std::vector<torch_c::List> lists_;
+  Tensor tensors_[1 + 3 * Group::kMembers];  // of a group the most
+  int count_ = 0;
 };
 
 Tensor new_rows(const Rows& like, std::int64_t width, std::int32_t number, void*& data) {
@@ -113,11 +118,15 @@ void ordinary(const char* op, Value* stack) {
     throw std::runtime_error(std::string(op) + " refused the call; torch has printed why");
 }
 
-// The arguments have been read and `handed` lets go of them; their places take the result.
-template <class Call>
-void compute(Call& call, std::int64_t width, Value* stack) {
+// Computes a call whose stack begins with so many tensors and so many optional ones, or hands it on; `arguments` are
+// what the call's `read` takes.
+template <class Call, class... Arguments>
+void serve(const char* op, Value* stack, int tensors, int optionals, Arguments... arguments) {
+  Call call;
+  if (!state.enabled || !served(call.read(arguments...), call.x)) return ordinary(op, stack);
+  const Handed handed(stack, tensors, optionals);
   void* data = nullptr;
-  const Tensor made = new_rows(call.x, width, number_of(stack[0]), data);
+  const Tensor made = new_rows(call.x, call.width(), number_of(stack[0]), data);
   try {
     call.compute(data, threads_of_torch());
   } catch (...) {
@@ -129,45 +138,22 @@ void compute(Call& call, std::int64_t width, Value* stack) {
 
 // x, v, u, bias, residual
 void linear(Value* stack, std::uint64_t, std::uint64_t) {
-  Linear call;
-  if (!state.enabled || !served(call.read(tensor_of(stack[0]), tensor_of(stack[1]), tensor_of(stack[2]),
-                                          optional_of(stack[3]), optional_of(stack[4])),
-                                call.x))
-    return ordinary("taco_kernels::low_rank_linear", stack);
-  Handed handed;
-  for (int i = 0; i < 3; ++i) handed.tensor(stack[i]);
-  handed.optional(stack[3]);
-  handed.optional(stack[4]);
-  compute(call, call.map.out, stack);
+  serve<Linear>("taco_kernels::low_rank_linear", stack, 3, 2, tensor_of(stack[0]), tensor_of(stack[1]),
+                tensor_of(stack[2]), optional_of(stack[3]), optional_of(stack[4]));
 }
 
 // h, v, u, bias, eps
 void bridge(Value* stack, std::uint64_t, std::uint64_t) {
-  Bridge call;
   double eps = 0;
   std::memcpy(&eps, &stack[4], sizeof eps);
-  if (!state.enabled || !served(call.read(tensor_of(stack[0]), tensor_of(stack[1]), tensor_of(stack[2]),
-                                          optional_of(stack[3]), eps),
-                                call.x))
-    return ordinary("taco_kernels::low_rank_bridge", stack);
-  Handed handed;
-  for (int i = 0; i < 3; ++i) handed.tensor(stack[i]);
-  handed.optional(stack[3]);
-  compute(call, call.map.out, stack);
+  serve<Bridge>("taco_kernels::low_rank_bridge", stack, 3, 1, tensor_of(stack[0]), tensor_of(stack[1]),
+                tensor_of(stack[2]), optional_of(stack[3]), eps);
 }
 
 // x, v, u, pivot, bias, residual
 void pivoted(Value* stack, std::uint64_t, std::uint64_t) {
-  Pivoted call;
-  if (!state.enabled || !served(call.read(tensor_of(stack[0]), tensor_of(stack[1]), tensor_of(stack[2]),
-                                          tensor_of(stack[3]), optional_of(stack[4]), optional_of(stack[5])),
-                                call.x))
-    return ordinary("taco_kernels::pivoted_low_rank_linear", stack);
-  Handed handed;
-  for (int i = 0; i < 4; ++i) handed.tensor(stack[i]);
-  handed.optional(stack[4]);
-  handed.optional(stack[5]);
-  compute(call, call.map.out, stack);
+  serve<Pivoted>("taco_kernels::pivoted_low_rank_linear", stack, 4, 2, tensor_of(stack[0]), tensor_of(stack[1]),
+                 tensor_of(stack[2]), tensor_of(stack[3]), optional_of(stack[4]), optional_of(stack[5]));
 }
 
 // x, vs, us, biases
@@ -195,7 +181,7 @@ void group(Value* stack, std::uint64_t, std::uint64_t) {
     handed.tensor(members[m][1]);
     handed.optional(members[m][2]);
   }
-  for (int i = 0; i < 3; ++i) handed.list(stack[i + 1]);
+  for (torch_c::List list : lists) torch.release_list(list);  // the lists, not what was in them
   torch_c::List results = nullptr;
   asked(torch.new_list(sizes[0], &results), "make a list");
   Tensor ys[Group::kMembers] = {};

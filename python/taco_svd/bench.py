@@ -100,7 +100,7 @@ class BenchSettings:
 
 
 @contextmanager
-def _no_collections() -> Iterator[None]:
+def no_collections() -> Iterator[None]:
     """Python's garbage collector would stop one of the two, now and then, for milliseconds."""
     was_on = gc.isenabled()
     gc.collect()
@@ -263,7 +263,7 @@ def _measure(
             if device.type == "cuda":
                 memory[name] = torch.cuda.max_memory_allocated(device)
         precision = settings.precision * (10 if other == "dense" else 1)
-        with _no_collections():
+        with no_collections():
             ratio, stopped, *both = compare_pair(
                 samples[one], samples[other], precision, settings.seconds, settings.rounds
             )
