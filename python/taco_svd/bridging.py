@@ -57,12 +57,13 @@ class BridgeMoments:
 
 
 def fit_bridge(
-    moments: BridgeMoments, rank: int, gradients: torch.Tensor | None = None
+    moments: BridgeMoments, rank: int, gradients: torch.Tensor | None = None, sketched: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(u [hidden, rank], v [rank, hidden], bias [hidden]), float32, of the best bridge of that rank.
 
     Args:
         gradients: second moments of dL/dh_out [hidden, hidden], damped, or None for plain least squares.
+        sketched: whether directions within 1% of the best will do, where they are found several times faster.
     """
     assert moments.sum_x is not None and moments.sum_d is not None
     assert moments.xx is not None and moments.dx is not None
@@ -71,7 +72,7 @@ def fit_bridge(
     xx = damped(moments.xx.double() / count - torch.outer(mean_x, mean_x), RIDGE, torch.float64)
     dx = moments.dx.double() / count - torch.outer(mean_d, mean_x)
     full = torch.linalg.solve(xx, dx.T).T
-    parts = weighted_svd(full, xx, gradients)
+    parts = weighted_svd(full, xx, gradients, rank if sketched else None)
     u, v = parts.factors(torch.arange(rank, device=full.device))
     bias = mean_d.float() - u @ (v @ mean_x.float())
     return u, v, bias

@@ -17,9 +17,13 @@ BRIDGE = "bridge"
 
 def save_layer(store: Store, name: str, dense: nn.Module, built: nn.Module, note: Any = None) -> None:
     """Stores every parameter and buffer of a finished layer that it does not share with the dense one."""
+    store.put(name, own_tensors(dense, built), note)
+
+
+def own_tensors(dense: nn.Module, built: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters and buffers of a finished layer that it does not share with the dense one."""
     theirs = {key: tensor.data_ptr() for key, tensor in _tensors(dense).items()}
-    own = {key: tensor for key, tensor in _tensors(built).items() if theirs.get(key) != tensor.data_ptr()}
-    store.put(name, own, note)
+    return {key: tensor for key, tensor in _tensors(built).items() if theirs.get(key) != tensor.data_ptr()}
 
 
 def restore_layer(

@@ -15,6 +15,7 @@ import torch
 import taco_kernels
 
 from .errors import TacoError
+from .triangle import cholesky_below_, restore_below_
 
 # Eigenvalues below this share of the largest are rounding of float32 statistics, not information.
 RELATIVE_FLOOR = 1e-6
@@ -26,6 +27,8 @@ WEIGHTED_LEAST, WEIGHTED_SHARE = 512, 0.2
 PLAIN_LEAST, PLAIN_SHARE = 1024, 0.25
 # Attribution looks at single directions, not only at the space that they span: two iterations more than that needs.
 PLAIN_POWER_ITERS = 4
+# Columns of a matrix that are widened to float64 at a time.
+WIDENED_COLUMNS = 1024
 # Second moments of more features than this are handled in float32.
 LARGE_MOMENT = 1024
 
@@ -92,14 +95,19 @@ class WeightedMap:
     """A weight with the moments of both its sides, to be asked for its directions and for all its singular values.
 
     Of a large matrix triangular roots of the moments are taken once, and the moments themselves are let go.
-    Arguments as for `weighted_svd`.
+    Arguments as for `weighted_svd`; with `own` the moments are the map's to be overwritten, and the roots are made in
+    their memory: those of a wide layer are larger than the layer.
     """
 
     def __init__(
-        self, weight: torch.Tensor, inputs: torch.Tensor | None = None, gradients: torch.Tensor | None = None
+        self,
+        weight: torch.Tensor,
+        inputs: torch.Tensor | None = None,
+        gradients: torch.Tensor | None = None,
+        own: bool = False,
     ) -> None:
         self.weight = weight
-        self._roots = _triangular_roots(inputs, gradients) if min(weight.shape) >= WEIGHTED_LEAST else None
+        self._roots = _triangular_roots(inputs, gradients, own) if min(weight.shape) >= WEIGHTED_LEAST else None
         self._moments = (inputs, gradients) if self._roots is None else (None, None)
 
     def svd(self, rank: int | None = None) -> Decomposition:
@@ -163,15 +171,22 @@ def _svd_by_gram(
     if core.shape[0] > core.shape[1]:
         right, sigma, left, spectrum = _svd_by_gram(core.T, rank)
         return left.T, sigma, right.T, spectrum
-    wide = core.double()
-    squares, vectors = torch.linalg.eigh(wide @ wide.T)
-    del wide
+    squares, vectors = torch.linalg.eigh(_wide_gram(core))
     left = vectors.flip(1)[:, :rank].to(core.dtype)
     spectrum = squares.flip(0).clamp(min=0).sqrt()
     floor = float(spectrum[0]) * torch.finfo(spectrum.dtype).eps
     sigma = spectrum[:rank].to(core.dtype)
     right = (left.T @ core) / sigma.clamp(min=floor or 1.0)[:, None]
     return left, sigma, right, spectrum
+
+
+def _wide_gram(core: torch.Tensor) -> torch.Tensor:
+    """``core core^T`` in float64, without a copy of all of it in float64."""
+    gram = core.new_zeros((core.shape[0], core.shape[0]), dtype=torch.float64)
+    for part in core.split(WIDENED_COLUMNS, dim=1):
+        wide = part.double()
+        gram.addmm_(wide, wide.T)
+    return gram
 
 
 def sketch_pays(out_features: int, in_features: int, rank: int, *, weighted: bool) -> bool:
@@ -181,24 +196,25 @@ def sketch_pays(out_features: int, in_features: int, rank: int, *, weighted: boo
     return smaller >= least and rank <= share * smaller
 
 
-def triangular_root(moment: torch.Tensor) -> torch.Tensor | None:
-    """L with ``L L^T = moment``, lower triangular, of the same dtype; None where rounding leaves no such root."""
-    root: torch.Tensor
-    root, failed = torch.linalg.cholesky_ex(moment)
-    return None if int(failed) or not torch.isfinite(root.diagonal()).all() else root
-
-
 def _triangular_roots(
-    inputs: torch.Tensor | None, gradients: torch.Tensor | None
+    inputs: torch.Tensor | None, gradients: torch.Tensor | None, own: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
-    """Roots of both moments in one dtype, the narrower of theirs; None where one of them has none."""
+    """L with ``L L^T = moment``, lower triangular, of both moments, in one dtype, the narrower of theirs.
+
+    None where rounding leaves one of them no such root. With `own` the roots are made in the moments' memory; where
+    there are none, the moments are as they were.
+    """
     given = [moment for moment in (inputs, gradients) if moment is not None]
+    diagonals = [moment.diagonal().clone() for moment in given]
     narrow = min((moment.dtype for moment in given), key=lambda dtype: torch.finfo(dtype).bits, default=torch.float32)
-    roots = [None if moment is None else triangular_root(moment) for moment in (inputs, gradients)]
-    if any(root is None and moment is not None for root, moment in zip(roots, (inputs, gradients), strict=True)):
-        return None
-    root_a, root_g = (None if root is None else root.to(narrow) for root in roots)
-    return root_a, root_g
+    roots = given if own else [moment.clone() for moment in given]
+    for begun, root in enumerate(roots, 1):
+        if not cholesky_below_(root) or not torch.isfinite(root.diagonal()).all():
+            for moment, diagonal in zip(roots[:begun], diagonals[:begun], strict=True):
+                restore_below_(moment, diagonal)
+            return None
+    made = iter([root.tril_().to(narrow) for root in roots])
+    return None if inputs is None else next(made), None if gradients is None else next(made)
 
 
 def sketched_weighted_svd(

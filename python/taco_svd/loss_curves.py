@@ -41,7 +41,7 @@ MEASURED_TOKENS = 512
 # times as much to measure.
 MEASURED_LAYERS = 16
 # Hidden states of changed models that climb through the layers side by side.
-STREAM_BYTES = 128 << 20
+STREAM_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def fit_run_bridges(
             moments.sum_over(team)
             tensors = {}
             if team.deals(number):
-                u, v, bias = fit_bridge(moments, bridge_rank(hidden_size))
+                u, v, bias = fit_bridge(moments, bridge_rank(hidden_size), sketched=True)
                 tensors = {"u": u, "v": v, "bias": bias}
             tensors = team.broadcast(tensors, number % team.size)
             store.put(_entry((first, last)), tensors)

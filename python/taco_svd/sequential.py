@@ -17,12 +17,14 @@ from torch import nn
 
 from .architectures import Architecture, LinearSite, dense_weight
 from .bridging import BridgeMoments, fit_bridge
-from .built import restore_layer, save_layer, with_own_parameters
+from .built import own_tensors, restore_layer, save_layer, with_own_parameters
 from .consistency import FitMoments, HeldOutMoments, refit
 from .decomposition import Decomposition, WeightedMap, damped
 from .divergence import kl_per_token
+from .errors import DiskFullError
 from .experts import MAPS, expert_number
 from .factorise import put_factors
+from .mapped import page_out_tensor
 from .memory import release
 from .progress import Report
 from .replacement import LowRankBridge, attach_bridge, empty_factors
@@ -71,7 +73,8 @@ class UpwardPass:
         bridge_gradients: damped second moments of dL/dh leaving each run's last layer, by that layer.
         input_damping: shrinkage of the inputs' second moments.
         with_refit: whether maps that stay, and those that are factorised, are re-fitted (`consistency`).
-        store: keeps every finished layer; those that it has are taken from there.
+        store: keeps every finished layer; those that it has are taken from there. What it does not hold in memory the
+            built model maps from its files.
         team: every process fits on its share of the windows and decomposes its share of the maps.
     """
 
@@ -101,6 +104,8 @@ class UpwardPass:
         self.records: list[dict[str, Any]] = []
         self.drift: list[dict[str, Any]] = []
         self.store = store
+        # whether layers of the built model are mapped from files
+        self.mapped = False
         # the streams that leave the last layer, once `run` has returned
         self.final: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
 
@@ -132,17 +137,33 @@ class UpwardPass:
         if self.store is None:
             return self._layer(layer, truth, ours, writers)
         if entry in self.store:
-            note = restore_layer(self.store, entry, self.working, self.structure, layer)
+            note = self._restored(entry, layer)
             self.records += note["records"]
             self.drift += note["drift"]
             return self.walk.through(layer, truth), self.walk.through(layer, ours, self.working)
         records, drift = len(self.records), len(self.drift)
         truth, ours = self._layer(layer, truth, ours, writers)
         note = {"records": self.records[records:], "drift": self.drift[drift:]}
-        save_layer(self.store, entry, self.dense.layers[layer], self.working.layers[layer], note)
-        restore_layer(self.store, entry, self.working, self.structure, layer)
+        try:
+            save_layer(self.store, entry, self.dense.layers[layer], self.working.layers[layer], note)
+        except DiskFullError:
+            if self.store.lasting:
+                raise
+            self.store = None  # it would have saved memory, no more
+            return truth, ours
+        self._restored(entry, layer)
         self.walk.let_go(self.working.layers[layer])
         return truth, ours
+
+    def _restored(self, entry: str, layer: int) -> Any:
+        """Puts a stored layer in its place and gives the pages of what is mapped back; returns the note."""
+        assert self.store is not None
+        note = restore_layer(self.store, entry, self.working, self.structure, layer)
+        if not self.store.in_memory(entry):
+            self.mapped = True
+            for tensor in own_tensors(self.dense.layers[layer], self.working.layers[layer]).values():
+                page_out_tensor(tensor)
+        return note
 
     def _lowest_change(self) -> int:
         """The lowest layer that differs from the dense model's: factorised, or the last before a removed one."""
@@ -265,9 +286,10 @@ class UpwardPass:
         """Puts factors of `weight` [out, in] in a map's place; its `inputs`' second moments are overwritten."""
         rank = self._rank(site)
         assert rank is not None
+        release()
         inputs = damped(inputs, self.input_damping, own=True)
-        weighted = WeightedMap(weight.detach(), inputs, self.gradients(site))
-        del inputs  # of a wide map larger than the layer; its root is enough from here on
+        weighted = WeightedMap(weight.detach(), inputs, self.gradients(site), own=True)
+        del inputs  # its root, in the same memory, goes with `weighted`
         parts: Decomposition = weighted.svd(rank)
         del weighted
         directions = torch.arange(rank, device=parts.sigma.device)

@@ -122,6 +122,10 @@ class Store:
             raise KeyError(name)
         return self._index[name]["note"]
 
+    def in_memory(self, name: str) -> bool:
+        """Whether the tensors of an entry are held, rather than mapped from a file."""
+        return name in self._held
+
     def drop(self, name: str) -> None:
         """Forgets an entry, where there is one."""
         held = self._held.pop(name, None)

@@ -36,8 +36,12 @@ BRIDGE_GRADIENT_DAMPING = 0.1
 
 # Moments and hidden states that an analysis without a work directory may hold in memory, as a share of the model's
 # bytes and at least; what is more goes to a temporary directory.
-MEMORY_SHARE = 0.08
-LEAST_MEMORY = 64 << 20
+MEMORY_SHARE = 0.015
+LEAST_MEMORY = 32 << 20
+
+
+def _memory_for(model: PreTrainedModel) -> int:
+    return max(LEAST_MEMORY, int(MEMORY_SHARE * weight_bytes(model)))
 
 
 # Of the average expert's tokens, how many every expert is taken to have seen beside those that it was sent.
@@ -62,7 +66,7 @@ class Analysis:
         self.team = team or Team()
         self.model, self.calibration = model, calibration
         self.architecture = Architecture(structural_copy(model))
-        self.store = store or Store(memory=max(LEAST_MEMORY, int(MEMORY_SHARE * weight_bytes(model))))
+        self.store = store or Store(memory=_memory_for(model))
         self._last: tuple[int, SecondMoments] | None = None
         self._curves: LossCurves | None = None
 
@@ -158,9 +162,9 @@ class Analysis:
 
             def weighted(site: LinearSite) -> WeightedMap:
                 weight = dense_weight(self.architecture.module(site)).detach()
-                found = WeightedMap(weight, self._inputs(site, options), self.gradients(site, options))
+                moments = self._inputs(site, options), self.gradients(site, options)
                 self.let_go()
-                return found
+                return WeightedMap(weight, *moments, own=True)
 
             measurement = CurveMeasurement(
                 self.architecture,
@@ -199,6 +203,11 @@ def build_upwards(
         analysis.let_go()
         return found
 
+    # Where all layers change, the result is almost as large as the model: what is finished need not stay in memory.
+    store: Store | None = analysis.store
+    if not analysis.store.lasting:
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        store = Store(memory=_memory_for(model)) if on_cpu else None
     upwards = UpwardPass(
         Architecture(model),
         working,
@@ -208,13 +217,16 @@ def build_upwards(
         _bridge_gradients(model, plan, calibration, progress, analysis),
         float(plan.options.get("input_damping", INPUT_DAMPING)),
         bool(plan.options.get("consistency", True)),
-        analysis.store if analysis.store.lasting else None,
+        store,
         analysis.team,
     )
     with progress.step("building, layer by layer") as report:
         upwards.run(report)
+    if store is not None and not store.lasting:
+        store.delete()  # files that are mapped stay until their last tensor is gone
     record: dict[str, Any] = {"consistency": upwards.records, "drift": upwards.drift}
-    if is_mapped(model) or analysis.team.size > 1:  # running both models again would read each once per window
+    # running both models again would read each once per window
+    if is_mapped(model) or upwards.mapped or analysis.team.size > 1:
         record["measured_loss"] = upwards.held_out_loss()
     return record
 

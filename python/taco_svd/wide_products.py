@@ -57,6 +57,10 @@ class _Room:
             block = self._blocks[name] = torch.empty(size, dtype=torch.float32)
         return block[:size].view(rows, columns)
 
+    def clear(self) -> None:
+        """Gives the memory back; the next product takes it anew."""
+        self._blocks.clear()
+
     def widened(self, name: str, part: torch.Tensor) -> torch.Tensor:
         """A matrix in float32, transposed where the given one is."""
         if part.stride(0) == 1 and part.stride(1) != 1:
@@ -126,6 +130,10 @@ class WideProducts(TorchDispatchMode):
         super().__init__()
         self._room = _Room()
 
+    def release(self) -> None:
+        """Gives the memory back that products were computed in."""
+        self._room.clear()
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         product = _PRODUCTS.get(func)
@@ -149,6 +157,12 @@ class _Open(threading.local):
 
 
 _open = _Open()
+
+
+def release_room() -> None:
+    """Gives the memory back that this thread's products were computed in, where `wide_products` is open."""
+    if _open.mode is not None:
+        _open.mode.release()
 
 
 def needs_wide_products(model: nn.Module) -> bool:

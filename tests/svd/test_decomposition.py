@@ -136,6 +136,31 @@ def test_what_has_no_triangular_root_goes_the_exact_way() -> None:
     assert float((weight - kept).norm()) <= 1.0001 * float(sigma[400:].norm())
 
 
+def test_roots_are_made_in_the_memory_of_moments_that_are_given_away() -> None:
+    weight = torch.randn(530, 600)
+    inputs, gradients = damped(moment(600, 2000), 0.1), damped(moment(530, 2000), 0.01)
+    kept = inputs.clone(), gradients.clone()
+    parts = WeightedMap(weight, inputs, gradients).svd(400)
+    assert torch.equal(inputs, kept[0]) and torch.equal(gradients, kept[1])
+    before = torch.tensor([inputs.data_ptr(), gradients.data_ptr()])
+    weighted = WeightedMap(weight, inputs, gradients, own=True)
+    assert weighted._roots is not None
+    assert [root.data_ptr() for root in weighted._roots if root is not None] == before.tolist()
+    again = weighted.svd(400)
+    assert torch.equal(again.left, parts.left) and torch.equal(again.right, parts.right)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_moments_that_are_given_away_are_whole_again_where_one_has_no_root(dtype: torch.dtype) -> None:
+    rows = torch.randn(5, 530, dtype=dtype)
+    inputs, singular = damped(moment(600, 2000), 0.1, dtype), rows.T @ rows
+    weight = torch.randn(530, 600)
+    expected = weighted_svd(weight, inputs.clone(), singular.clone(), 40)
+    assert expected.left.shape == (530, 530)  # by the symmetric roots
+    parts = WeightedMap(weight, inputs, singular, own=True).svd(40)
+    torch.testing.assert_close(parts.sigma, expected.sigma)
+
+
 @pytest.mark.parametrize("shape", [(520, 1100), (1100, 520)])
 def test_directions_and_spectrum_at_once(shape: tuple[int, int]) -> None:
     """In float32, as moments of more than 1024 features are kept: massive inputs stretch the spectrum."""

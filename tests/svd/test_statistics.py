@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 
-from taco_svd import compress, taco
 from taco_svd.architectures import Architecture, LinearSite
 from taco_svd.statistics import SecondMoments
 from taco_svd.suffix import SuffixRunner
@@ -58,18 +57,3 @@ def test_moments_come_back_from_their_state(calibration_tokens: torch.Tensor) ->
         for site in some:
             assert torch.equal(again.inputs(site), moments.inputs(site))
             assert torch.equal(again.gradients(site), moments.gradients(site))
-
-
-def test_on_disk_and_in_memory_give_the_same_factors(
-    calibration_tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def run() -> dict[str, torch.Tensor]:
-        compressed, _ = compress(tiny_model("llama"), method="taco", layers=[1, 3], calibration=calibration_tokens)
-        return compressed.state_dict()
-
-    in_memory = run()
-    monkeypatch.setattr(taco, "LEAST_MEMORY", 0)
-    monkeypatch.setattr(taco, "MEMORY_SHARE", 0.0)
-    on_disk = run()
-    assert in_memory.keys() == on_disk.keys()
-    assert all(torch.equal(in_memory[key], on_disk[key]) for key in in_memory)
