@@ -116,6 +116,10 @@ def check(suite: Suite) -> bool:
     order = ("cuda", "cuda dependent", "triton", "cpp", "library")
     names = [name for name in order if name.partition(" ")[0] in suite.usable()]
     full = suite.dry or suite.small
+    if not full and "cuda" in names:
+        for op in ("low_rank_linear", "low_rank_bridge", "low_rank_linear_group"):
+            if not store.done(f"direct/{op}"):
+                store.add(f"direct/{op}", checks.check_direct(op))
     for backend in names:
         if not full and backend.partition(" ")[0] in ("cuda", "triton"):
             for op in shapes.OPS:

@@ -13,7 +13,7 @@ from torch import Tensor
 from taco_kernels import dispatch, native
 from taco_kernels._library import rows_of
 
-__all__ = ["GATES", "LAUNCHES", "low_rank", "set_launch"]
+__all__ = ["GATES", "LAUNCHES", "launch", "low_rank", "set_launch"]
 
 GATES = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3, "relu": 4}
 """codes of the gated form's activations in ``csrc/``"""
@@ -45,6 +45,16 @@ def set_launch(name: str | None) -> None:
     """Forces one of ``LAUNCHES`` for later calls; None gives the choice back to ``_default_launch``."""
     global _launch
     _launch = None if name is None else LAUNCHES[name]
+    if native.module is not None:
+        native.module.direct_forget()
+
+
+def launch() -> int:
+    """The code of the launch that calls are made with."""
+    global _launch
+    if _launch is None:
+        _launch = _default_launch()
+    return _launch
 
 
 @functools.lru_cache(maxsize=4096)
@@ -80,11 +90,9 @@ def low_rank(
     rows or members than one launch takes are done in several. Results are contiguous; raises RuntimeError with CUDA's
     message when a launch fails.
     """
-    global _launch
     module = native.module
     assert module is not None  # the dispatcher has asked
-    if _launch is None:
-        _launch = _default_launch()
+    how = launch()
     widths = [u.shape[0] for _, u, _ in members[: 1 if act else None]]
     ys = [torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device) for width in widths]
     x, rows, x_stride = rows_of(x)
@@ -118,6 +126,6 @@ def low_rank(
                 module.cuda_low_rank(
                     x.data_ptr() + first * x_stride * size, x_stride, parts,
                     residual_ptr and residual_ptr + first * residual_stride * size, residual_stride, count, in_size,
-                    gate, dtype, eps is not None, eps or 0.0, _launch, workspace.data_ptr(), needed, stream,
+                    gate, dtype, eps is not None, eps or 0.0, how, workspace.data_ptr(), needed, stream,
                 )  # fmt: skip
     return ys

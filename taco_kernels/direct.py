@@ -1,10 +1,14 @@
-"""Direct calls: plain CPU tensors go from an op's public function straight to its kernel, past torch's dispatcher.
+"""Direct calls: plain tensors go from an op's public function straight to its kernel, past torch's dispatcher.
 
 The dispatcher, pybind11 and the checks in Python take 9 us of a call, and 100 us when the caches hold the last layer's
 weights instead of that code, which is how a model runs: as much as a bridge's kernel itself, or three library calls.
 The extension therefore reads the tensors through DLPack's C interface (csrc/direct). Whatever needs the dispatcher
 takes the ordinary way: gradients, autocast, transforms, modes, tracing, profiling, subclasses, a forced backend,
 another device, anything that does not fit together (the ordinary way has the message). The results are the same bits.
+
+On a GPU the ordinary way decides, by what was measured there, which backend serves a call. Linears, groups and bridges
+that the CUDA kernels have served once, or the library, are direct from then on (csrc/direct/gpu.h).
+NOT YET RUN ON A GPU: what is tested is the same code on a device that is made of CPU memory.
 
 ``TACO_DIRECT=0`` (read at import) turns direct calls off. Results' storage cannot be resized in place, since it comes
 through DLPack; otherwise they are ordinary tensors.
@@ -27,10 +31,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taco_kernels import dispatch, native
+from taco_kernels import _cuda, dispatch, native
 from taco_kernels._library import library, needs_grad, register_autocast
 
-__all__ = ["entry", "native_op", "reason", "suits_native", "usable"]
+__all__ = ["entry", "native_op", "reason", "served", "suits_native", "usable"]
 
 # What asks for the dispatcher while one of these says so: functions of torch._C, each 40 ns.
 _GUARDS = (
@@ -85,6 +89,18 @@ def entry(op: str, limits: Callable[[torch.dtype], dispatch.RowLimits]) -> Calla
         native.module.direct_limit(op, code, limits(dtype))
     found: Callable[..., Any] = getattr(native.module, f"direct_{op}")
     return found
+
+
+def served(op: str, backend: str, *args: Any) -> None:
+    """Notes that the ordinary way has served a call on a GPU: calls like it may be direct from now on.
+
+    Args:
+        backend: by which it did.
+        args: what the op's entry takes.
+    """
+    if usable and backend in ("cuda", "library") and dispatch.get_backend() is None:
+        launch = _cuda.launch() if backend == "cuda" else -1
+        native.module.direct_remember(op, launch, *args)  # type: ignore[union-attr]
 
 
 def native_op(op: str, schema: str, ordinary: Any, fake: Callable[..., Any]) -> Any:

@@ -137,7 +137,11 @@ def _compute(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, eps: f
     rows = h.numel() // width if width else 0
     device = h.device.type
     shape = None if device == "cpu" else ("low_rank_bridge", width, width, v.shape[0])
-    return _BACKENDS[dispatch.choose(device, h.dtype, rows, False, shape, v.shape[0])](h, v, u, bias, eps)
+    backend = dispatch.choose(device, h.dtype, rows, False, shape, v.shape[0])
+    y = _BACKENDS[backend](h, v, u, bias, eps)
+    if device == "cuda":
+        direct.served("low_rank_bridge", backend, h, v, u, bias, eps)
+    return y
 
 
 def _compute_on_cpu(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:

@@ -146,7 +146,10 @@ def _compute(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, residu
     device = x.device.type
     shape = None if device == "cpu" else ("low_rank_linear", width, u.shape[0], v.shape[0])
     backend = dispatch.choose(device, x.dtype, rows, turned(v) or turned(u), shape, v.shape[0])
-    return BACKENDS[backend](x, v, u, bias, residual)
+    y = BACKENDS[backend](x, v, u, bias, residual)
+    if device == "cuda":
+        direct.served("low_rank_linear", backend, x, v, u, bias, residual)
+    return y
 
 
 def _compute_on_cpu(

@@ -146,7 +146,11 @@ def _compute(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequ
     rank = sum(u.shape[1] for u in us)
     if device != "cpu":
         shape = ("low_rank_linear_group", width, sum(u.shape[0] for u in us), rank)
-    return BACKENDS[dispatch.choose(device, x.dtype, rows, False, shape, rank)](x, vs, us, biases)
+    backend = dispatch.choose(device, x.dtype, rows, False, shape, rank)
+    ys = BACKENDS[backend](x, vs, us, biases)
+    if device == "cuda":
+        direct.served("low_rank_linear_group", backend, x, vs, us, biases)
+    return ys
 
 
 def _compute_on_cpu(

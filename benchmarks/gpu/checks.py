@@ -360,3 +360,43 @@ def check_streams(backend: str, op: str) -> dict[str, Any]:
     except Exception as error:
         return {"ok": False, "error": f"{type(error).__name__}: {error}"[:400]}
     return {"ok": same}
+
+
+def check_direct(op: str) -> dict[str, Any]:
+    """On a GPU, no backend forced: calls of sizes that the CUDA kernels have served are direct, and give the same bits,
+    on a side stream and captured into a graph too."""
+    import importlib
+
+    from taco_kernels import direct
+
+    if not direct.usable:
+        return {"ok": True, "skipped": direct.reason}
+    inputs = draw(op, 1024, (1024, 256, 256) if op == "low_rank_linear_group" else 1024, 128, 4, "bfloat16", "cuda")
+    entry = importlib.import_module(f"taco_kernels.{op}")._direct
+    x, member = inputs.x, inputs.members[0]
+    arguments: tuple[Any, ...] = (x, *member, inputs.residual if op == "low_rank_linear" else inputs.eps)
+    if op == "low_rank_linear_group":
+        arguments = (x, *map(list, zip(*inputs.members, strict=True)))
+    try:
+        with using("cuda"):
+            expected = torch.cat([part.flatten() for part in parts(call(inputs))])
+        with torch.inference_mode():
+            direct.served(op, "cuda", *arguments)  # whatever a table of this GPU prefers
+            found = entry(*arguments)
+            if found is None or found is False:
+                return {"ok": False, "error": "the call was not direct"}
+            same = torch.equal(torch.cat([part.flatten() for part in parts(found)]), expected)
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                aside = parts(call(inputs))
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = parts(call(inputs))
+            graph.replay()
+            for results in (aside, captured):
+                same = same and torch.equal(torch.cat([part.flatten() for part in results]), expected)
+    except Exception as error:
+        return {"ok": False, "error": f"{type(error).__name__}: {error}"[:400]}
+    return {"ok": same}

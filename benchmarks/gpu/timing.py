@@ -103,6 +103,7 @@ def ceilings() -> dict[str, float]:
     }
 
 
+@torch.inference_mode()
 def eager_overhead(version: Call, inputs: Inputs, calls: int = 300) -> float:
     """Microseconds of host time per eager call: what Python, dispatch and launching cost, the GPU not waited for."""
     for _ in range(20):

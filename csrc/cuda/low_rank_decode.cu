@@ -201,6 +201,12 @@ int low_rank_decode(const LowRankCall& call, Launch launch, void* workspace, std
                dependent ? cudaLaunchAttributeProgrammaticStreamSerialization : cudaLaunchAttributeIgnore, on);
 }
 
+int current_device_index() {
+  int index = 0;
+  const cudaError_t error = cudaGetDevice(&index);
+  return error == cudaSuccess ? index : -int(error);
+}
+
 const char* error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
 }  // namespace taco::cuda

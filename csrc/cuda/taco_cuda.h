@@ -63,6 +63,9 @@ std::int64_t low_rank_decode_workspace_bytes(const LowRankCall& call);
 // launches its two kernels one after the other.
 int low_rank_decode(const LowRankCall& call, Launch launch, void* workspace, std::size_t workspace_bytes, void* stream);
 
+// The index of the current device; a negative number is an error (the negated cudaError).
+int current_device_index();
+
 // What a cudaError means, in words.
 const char* error_string(int error);
 

@@ -12,7 +12,7 @@ namespace taco::direct {
 
 enum class Way {
   kOrdinary,  // not plain, or does not fit together: the ordinary way serves it, or has the message
-  kLibrary,   // plain, but more rows than the kernels are good for
+  kLibrary,   // plain, but more rows than the CPU's kernels are good for
   kDirect,
 };
 
@@ -53,10 +53,11 @@ struct Linear {
   }
 
   std::int64_t width() const { return map.out; }  // of the result's rows
+  LowRankInput input() const { return input_of(x); }
 
   void compute(void* y, int threads) {
     map.y = y;
-    low_rank(input_of(x), &map, 1, threads);
+    low_rank(input(), &map, 1, threads);
   }
 };
 
@@ -75,12 +76,16 @@ struct Bridge {
 
   std::int64_t width() const { return map.out; }  // of the result's rows
 
+  LowRankInput input() const {
+    LowRankInput normalised = input_of(x);
+    normalised.normalise = true;
+    normalised.eps = eps;
+    return normalised;
+  }
+
   void compute(void* y, int threads) {
-    LowRankInput input = input_of(x);
-    input.normalise = true;
-    input.eps = eps;
     map.y = y;
-    low_rank(input, &map, 1, threads);
+    low_rank(input(), &map, 1, threads);
   }
 };
 
@@ -96,7 +101,7 @@ struct Pivoted {
     // u's columns say how many of the inputs the identity takes
     if (!read_rows(x_, x) || !read_matrix(u, x, left) || left.columns >= x.width) return Way::kOrdinary;
     if (!read_map(v, u, bias, x, x.width - left.columns, map)) return Way::kOrdinary;
-    if (!read_index(pivot_, x.width, pivot, is_long) || !read_residual(residual, x, map)) return Way::kOrdinary;
+    if (!read_index(pivot_, x, x.width, pivot, is_long) || !read_residual(residual, x, map)) return Way::kOrdinary;
     return way_of(few_enough(kPivoted, x, map.rank));
   }
 

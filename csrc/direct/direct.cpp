@@ -10,6 +10,7 @@
 #include <string>
 
 #include "direct/calls.h"
+#include "direct/gpu.h"
 #include "direct/registered.h"
 #include "direct/tensors.h"
 
@@ -40,7 +41,7 @@ bool run(const Kernel& kernel) {
   return false;
 }
 
-// Allocates, computes and hands the result out.
+// On a CPU: allocates, computes and hands the result out.
 template <class Call>
 PyObject* result_of(Way way, Call& call) {
   if (way == Way::kOrdinary) Py_RETURN_NONE;
@@ -55,20 +56,36 @@ PyObject* result_of(Way way, Call& call) {
   return nullptr;
 }
 
-// x, v, u, bias, residual
-PyObject* linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 5 || !nothing_in_the_way()) Py_RETURN_NONE;
-  Linear call;
-  const Way way = call.read(args[0], args[1], args[2], args[3], args[4]);
+// What a map, alone or with a norm, comes to on the device that its input is on.
+template <class Call>
+PyObject* result_anywhere(Op op, Way way, Call& call) {
+  if (way != Way::kOrdinary && on_gpu(call.x)) return on_gpu_result(op, call.x, call.input(), &call.map, 1, false);
   return result_of(way, call);
 }
 
+// x, v, u, bias, residual
+Way read_linear(PyObject* const* args, Py_ssize_t count, Linear& call) {
+  return count == 5 ? call.read(args[0], args[1], args[2], args[3], args[4]) : Way::kOrdinary;
+}
+
+PyObject* linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (!nothing_in_the_way()) Py_RETURN_NONE;
+  Linear call;
+  const Way way = read_linear(args, count, call);
+  return result_anywhere(kLinear, way, call);
+}
+
 // h, v, u, bias, eps
+Way read_bridge(PyObject* const* args, Py_ssize_t count, Bridge& call) {
+  if (count != 5 || !PyFloat_CheckExact(args[4])) return Way::kOrdinary;
+  return call.read(args[0], args[1], args[2], args[3], PyFloat_AS_DOUBLE(args[4]));
+}
+
 PyObject* bridge(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 5 || !PyFloat_CheckExact(args[4]) || !nothing_in_the_way()) Py_RETURN_NONE;
+  if (!nothing_in_the_way()) Py_RETURN_NONE;
   Bridge call;
-  const Way way = call.read(args[0], args[1], args[2], args[3], PyFloat_AS_DOUBLE(args[4]));
-  return result_of(way, call);
+  const Way way = read_bridge(args, count, call);
+  return result_anywhere(kBridge, way, call);
 }
 
 // x, v, u, pivot, bias, residual
@@ -76,6 +93,7 @@ PyObject* pivoted(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 6 || !nothing_in_the_way()) Py_RETURN_NONE;
   Pivoted call;
   const Way way = call.read(args[0], args[1], args[2], args[3], args[4], args[5]);
+  if (way == Way::kOrdinary || on_gpu(call.x)) Py_RETURN_NONE;
   return result_of(way, call);
 }
 
@@ -89,29 +107,37 @@ PyObject* mlp(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Mlp call;
   PyObject* const maps[9] = {args[1], args[2], args[3], args[4], args[5], args[6], args[7], args[8], args[9]};
   const Way way = call.read(args[0], maps, static_cast<Activation>(act));
+  if (way == Way::kOrdinary || on_gpu(call.x)) Py_RETURN_NONE;
   return result_of(way, call);
 }
 
 // x, vs, us, biases: three tuples or lists
-PyObject* group(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 4) Py_RETURN_NONE;
+Way read_group(PyObject* const* args, Py_ssize_t count, Group& call) {
+  if (count != 4) return Way::kOrdinary;
   for (int i = 1; i < 4; ++i)
-    if (!PyTuple_Check(args[i]) && !PyList_Check(args[i])) Py_RETURN_NONE;
+    if (!PyTuple_Check(args[i]) && !PyList_Check(args[i])) return Way::kOrdinary;
   const Py_ssize_t members = PySequence_Fast_GET_SIZE(args[1]);
-  if (PySequence_Fast_GET_SIZE(args[2]) != members || PySequence_Fast_GET_SIZE(args[3]) != members) Py_RETURN_NONE;
-  Group call;
-  if (!nothing_in_the_way() || !read_rows(args[0], call.x)) Py_RETURN_NONE;
+  if (PySequence_Fast_GET_SIZE(args[2]) != members || PySequence_Fast_GET_SIZE(args[3]) != members)
+    return Way::kOrdinary;
+  if (!read_rows(args[0], call.x)) return Way::kOrdinary;
   for (Py_ssize_t i = 0; i < members; ++i)
     if (!call.add(PySequence_Fast_GET_ITEM(args[1], i), PySequence_Fast_GET_ITEM(args[2], i),
                   PySequence_Fast_GET_ITEM(args[3], i)))
-      Py_RETURN_NONE;
-  const Way way = call.way();
+      return Way::kOrdinary;
+  return call.way();
+}
+
+PyObject* group(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (!nothing_in_the_way()) Py_RETURN_NONE;
+  Group call;
+  const Way way = read_group(args, count, call);
   if (way == Way::kOrdinary) Py_RETURN_NONE;
+  if (on_gpu(call.x)) return on_gpu_result(kGroup, call.x, input_of(call.x), call.maps, call.members, true);
   if (way == Way::kLibrary) Py_RETURN_FALSE;
   const int threads = thread_count();
-  PyObject* const results = threads < 0 ? nullptr : PyList_New(members);
+  PyObject* const results = threads < 0 ? nullptr : PyList_New(call.members);
   if (results == nullptr) return nullptr;
-  for (Py_ssize_t i = 0; i < members; ++i) {
+  for (int i = 0; i < call.members; ++i) {
     PyObject* const y = new_rows(call.x, call.maps[i].out, call.maps[i].y);
     if (y == nullptr) {
       Py_DECREF(results);
@@ -122,6 +148,45 @@ PyObject* group(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (run([&] { call.compute(threads); })) return results;
   Py_DECREF(results);
   return nullptr;
+}
+
+int op_named(const char* name) {
+  int op = 0;
+  while (op < kOps && std::strcmp(name, kOpNames[op]) != 0) ++op;
+  return op;
+}
+
+// op, launch, and what the op's function takes
+PyObject* remember_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  const char* const name = count < 2 ? nullptr : PyUnicode_AsUTF8(args[0]);
+  const long launch = name == nullptr ? -1 : PyLong_AsLong(args[1]);
+  if (PyErr_Occurred()) return nullptr;
+  if (name == nullptr) {
+    PyErr_SetString(PyExc_TypeError, "direct_remember(op, launch, ...)");
+    return nullptr;
+  }
+  const auto note = [&](Op op, const Rows& x, const LowRankInput& input, const LowRankMap* maps, int members) {
+    if (on_gpu(x)) remember(op, input, maps, members, static_cast<int>(launch));
+  };
+  const int op = op_named(name);
+  PyObject* const* const rest = args + 2;
+  if (op == kLinear) {
+    Linear call;
+    if (read_linear(rest, count - 2, call) != Way::kOrdinary) note(kLinear, call.x, call.input(), &call.map, 1);
+  } else if (op == kBridge) {
+    Bridge call;
+    if (read_bridge(rest, count - 2, call) != Way::kOrdinary) note(kBridge, call.x, call.input(), &call.map, 1);
+  } else if (op == kGroup) {
+    Group call;
+    if (read_group(rest, count - 2, call) != Way::kOrdinary)
+      note(kGroup, call.x, input_of(call.x), call.maps, call.members);
+  }
+  Py_RETURN_NONE;
+}
+
+PyObject* forget_calls(PyObject*, PyObject*) {
+  forget();
+  Py_RETURN_NONE;
 }
 
 // capsule, torch.Tensor, torch.nn.Parameter, guards (tuple), torch.get_num_threads; whether direct calls are possible
@@ -155,10 +220,10 @@ PyObject* enable(PyObject*, PyObject* flag) {
 // op, dtype code, tuple of (rank, rows)
 PyObject* limit(PyObject*, PyObject* args) {
   const char* name = nullptr;
-  int op = 0, dtype = 0;
+  int dtype = 0;
   PyObject* pairs = nullptr;
   if (!PyArg_ParseTuple(args, "siO!", &name, &dtype, &PyTuple_Type, &pairs)) return nullptr;
-  while (op < kOps && std::strcmp(name, kOpNames[op]) != 0) ++op;
+  const int op = op_named(name);
   if (op == kOps || dtype < 0 || dtype > 2) {
     PyErr_SetString(PyExc_ValueError, "direct_limit: there is no such op or dtype");
     return nullptr;
@@ -192,6 +257,9 @@ PyMethodDef kMethods[] = {
     {"direct_setup", as_method(setup), METH_FASTCALL, "(capsule, Tensor, Parameter, guards, get_num_threads)"},
     {"direct_enable", as_method(enable), METH_O, "whether direct calls are made; returns whether they are"},
     {"direct_limit", as_method(limit), METH_VARARGS, "(op, dtype, pairs): from which rank on up to how many rows"},
+    {"direct_remember", as_method(remember_call), METH_FASTCALL,
+     "(op, launch, ...): the ordinary way serves calls like this one on a GPU by CUDA, or by the library (launch < 0)"},
+    {"direct_forget", forget_calls, METH_NOARGS, "forgets what direct_remember was told"},
     {"direct_register", register_op, METH_O, "op: gives <op>_native its kernel; returns whether it has one"},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -8,8 +8,8 @@
 namespace taco::dlpack {
 
 constexpr std::uint32_t kMajor = 1;
-constexpr std::int32_t kCpu = 1;                              // Device::type
-constexpr std::uint8_t kInt = 0, kFloat = 2, kBfloat = 4;  // DataType::code
+constexpr std::int32_t kCpu = 1, kCuda = 2;                           // Device::type
+constexpr std::uint8_t kInt = 0, kUnsigned = 1, kFloat = 2, kBfloat = 4;  // DataType::code
 
 struct Version {
   std::uint32_t major, minor;
@@ -35,7 +35,15 @@ struct Tensor {
   std::uint64_t byte_offset;
 };
 
-struct ManagedTensor;  // only handed on
+// Owned by whoever holds it, until it is handed on or its deleter is called.
+struct ManagedTensor {
+  Version version;
+  void* context;
+  void (*deleter)(ManagedTensor* self);  // may be null
+  std::uint64_t flags;
+  Tensor tensor;
+};
+
 using SetError = void (*)(void* context, const char* kind, const char* message);
 
 struct ExchangeApi {

@@ -1,5 +1,7 @@
 #include "direct/tensors.h"
 
+#include "direct/gpu.h"
+
 namespace taco::direct {
 
 State state;
@@ -12,7 +14,8 @@ bool read(PyObject* object, dlpack::Tensor& out) {
     return false;
   }
   out.data = static_cast<char*>(out.data) + out.byte_offset;
-  return out.device.type == dlpack::kCpu && out.dtype.lanes == 1 && out.data != nullptr;
+  const bool here = out.device.type == dlpack::kCpu || (kHasGpu && out.device.type == dlpack::kCuda);
+  return here && out.dtype.lanes == 1 && out.data != nullptr;
 }
 
 namespace {
@@ -25,8 +28,12 @@ bool dtype_of(dlpack::DataType type, Dtype& out) {
   return true;
 }
 
-bool same_type(const dlpack::Tensor& a, const dlpack::Tensor& b) {
-  return a.dtype.code == b.dtype.code && a.dtype.bits == b.dtype.bits;
+bool same_device(const dlpack::Tensor& a, const dlpack::Tensor& b) {
+  return a.device.type == b.device.type && a.device.id == b.device.id;
+}
+
+bool alike(const dlpack::Tensor& a, const dlpack::Tensor& b) {
+  return a.dtype.code == b.dtype.code && a.dtype.bits == b.dtype.bits && same_device(a, b);
 }
 
 // Unit strides are asked for even where there is one element: so no view of a conjugate's imaginary part, whose data
@@ -73,22 +80,23 @@ bool nothing_in_the_way() {
 }
 
 bool matrix_of(const dlpack::Tensor& t, const Rows& like, Matrix& out) {
-  if (t.ndim != 2 || !same_type(t, like.tensor)) return false;
+  if (t.ndim != 2 || !alike(t, like.tensor)) return false;
   out = {t.data, t.strides[0], t.shape[0], t.shape[1]};
   return out.rows > 0 && out.columns > 0 && t.strides[1] == 1;
 }
 
 bool vector_of(const dlpack::Tensor& t, const Rows& like, std::int64_t size) {
-  return same_type(t, like.tensor) && contiguous_vector(t, size);
+  return alike(t, like.tensor) && contiguous_vector(t, size);
 }
 
-bool index_of(const dlpack::Tensor& t, std::int64_t size, bool& is_long) {
+bool index_of(const dlpack::Tensor& t, const Rows& like, std::int64_t size, bool& is_long) {
   is_long = t.dtype.bits == 64;
-  return t.dtype.code == dlpack::kInt && (is_long || t.dtype.bits == 32) && contiguous_vector(t, size);
+  return t.dtype.code == dlpack::kInt && (is_long || t.dtype.bits == 32) && contiguous_vector(t, size) &&
+         same_device(t, like.tensor);
 }
 
 bool same_leading(const Rows& a, const Rows& b) {
-  if (!same_type(a.tensor, b.tensor) || a.tensor.ndim != b.tensor.ndim) return false;
+  if (!alike(a.tensor, b.tensor) || a.tensor.ndim != b.tensor.ndim) return false;
   for (int d = 0; d + 1 < a.tensor.ndim; ++d)
     if (a.tensor.shape[d] != b.tensor.shape[d]) return false;
   return true;

@@ -1,4 +1,5 @@
-// Plain CPU tensors as the kernels take them, and the conditions under which a call may be direct.
+// Plain tensors as the kernels take them, and the conditions under which a call may be direct. All tensors of a call
+// are on the device of its input: the CPU, or a GPU where there are kernels for it (gpu.h).
 //
 // A tensor comes as a Python object (direct.cpp) or as torch's handle (registered.cpp); `read` makes a borrowed
 // dlpack::Tensor of either, `absent` tells None. What follows is the same for both.
@@ -57,8 +58,10 @@ inline bool absent(PyObject* object) { return object == Py_None; }
 bool rows_of(Rows& out);  // from out.tensor
 bool matrix_of(const dlpack::Tensor& t, const Rows& like, Matrix& out);
 bool vector_of(const dlpack::Tensor& t, const Rows& like, std::int64_t size);
-bool index_of(const dlpack::Tensor& t, std::int64_t size, bool& is_long);
-bool same_leading(const Rows& a, const Rows& b);  // dtype and all dimensions but the last
+bool index_of(const dlpack::Tensor& t, const Rows& like, std::int64_t size, bool& is_long);
+bool same_leading(const Rows& a, const Rows& b);  // dtype, device and all dimensions but the last
+
+inline bool on_gpu(const Rows& x) { return x.tensor.device.type == dlpack::kCuda; }
 
 template <class Object>
 bool read_rows(Object object, Rows& out) {
@@ -83,9 +86,9 @@ bool read_vector(Object object, const Rows& like, std::int64_t size, const void*
 }
 
 template <class Object>
-bool read_index(Object object, std::int64_t size, const void*& out, bool& is_long) {
+bool read_index(Object object, const Rows& like, std::int64_t size, const void*& out, bool& is_long) {
   dlpack::Tensor t;
-  if (!read(object, t) || !index_of(t, size, is_long)) return false;
+  if (!read(object, t) || !index_of(t, like, size, is_long)) return false;
   out = t.data;
   return true;
 }
@@ -96,14 +99,15 @@ bool read_like(Object object, const Rows& like, std::int64_t width, Rows& out) {
   return read_rows(object, out) && out.width == width && same_leading(out, like);
 }
 
-// Whether the kernels are the better choice for so many rows.
+// Whether the CPU's kernels are the better choice for so many rows.
 bool few_enough(Op op, const Rows& x, std::int64_t rank);
 
 // The shape [leading dimensions of like, width]; false where it has more dimensions than fit.
 constexpr int kDimensions = 8;
 bool shape_like(const Rows& like, std::int64_t width, std::int64_t (&shape)[kDimensions]);
 
-// A new tensor [leading dimensions of like, width] and where its data lies; null (no Python error) if there is none.
+// A new tensor [leading dimensions of like, width] on its device, and where its data lies; null (no Python error) if
+// there is none.
 PyObject* new_rows(const Rows& like, std::int64_t width, void*& data);
 
 int thread_count();  // -1 with a Python error

@@ -35,6 +35,9 @@ class Extension:
     def __init__(self):
         self.calls = []
 
+    def direct_forget(self):
+        pass
+
     def cuda_low_rank_workspace_bytes(self, members, rows, in_size, gate, dtype):
         assert 1 <= rows <= 16 and 1 <= len(members) <= 4 and dtype == 0
         assert all(member[:6] == (0,) * 6 for member in members)
