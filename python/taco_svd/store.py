@@ -10,7 +10,6 @@ import errno
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 
 from .checksums import file_digest
 from .errors import DiskFullError, TacoError
+from .scratch import ScratchDirectory
 from .team import Team
 
 INDEX = "index.json"
@@ -45,7 +45,7 @@ class Store:
         self._held: dict[str, tuple[dict[str, torch.Tensor], Any]] = {}
         self._index: dict[str, dict[str, Any]] = {}
         self._checked: set[str] = set()
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._temporary: ScratchDirectory | None = None
         if self._directory is not None:
             self._directory.mkdir(parents=True, exist_ok=True)
             self._index = self._read_index()
@@ -141,7 +141,7 @@ class Store:
         self._held.clear()
         self._index.clear()
         if self._temporary is not None:
-            self._temporary.cleanup()
+            self._temporary.delete()
             self._temporary = None
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
@@ -152,8 +152,8 @@ class Store:
         if self._directory is not None:
             return self._directory
         if self._temporary is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="taco-svd-")
-        return Path(self._temporary.name)
+            self._temporary = ScratchDirectory()
+        return self._temporary.path
 
     def _sound(self, name: str) -> bool:
         """Whether the file is what was written; looked at once per process. A damaged entry is forgotten."""
