@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <vector>
 
 #include "cuda/taco_cuda.h"
@@ -30,8 +31,8 @@ cuda::LowRankCall call_of(const LowRankInput& input, const LowRankMap* maps, int
   call.count = count, call.gate = cuda::kNoGate, call.dtype = static_cast<int>(input.dtype);
   call.norm = input.normalise, call.eps = input.eps;
   for (int i = 0; i < count; ++i)
-    call.members[i] = {maps[i].v, maps[i].v_stride, maps[i].u,    maps[i].u_stride,
-                       maps[i].bias, maps[i].y,     maps[i].rank, maps[i].out};
+    call.members[i] = {maps[i].v,    maps[i].v_stride, maps[i].u,    maps[i].u_stride,
+                       maps[i].bias, maps[i].y,        maps[i].rank, maps[i].out};
   return call;
 }
 
@@ -68,23 +69,22 @@ PyObject* ordinary() {
   Py_RETURN_NONE;
 }
 
-// Launches the call; results are there already.
-bool launch(const cuda::LowRankCall& call, int how, dlpack::Device device, PyObject*& error) {
-  error = nullptr;
+// Launches the call, whose results have been made. Nothing, or what to return instead of them (null: a Python error).
+std::optional<PyObject*> launch(const cuda::LowRankCall& call, int how, dlpack::Device device) {
   void* stream = nullptr;
   if (state.api->current_stream == nullptr || state.api->current_stream(device.type, device.id, &stream) != 0)
-    return error = ordinary(), false;
+    return ordinary();
   const std::int64_t bytes = cuda::low_rank_decode_workspace_bytes(call);
-  if (bytes < 0) return failed(static_cast<int>(-bytes)), false;
+  if (bytes < 0) return failed(static_cast<int>(-bytes));
   const Workspace workspace(device, bytes);
-  if (bytes > 0 && workspace.data() == nullptr) return error = ordinary(), false;  // which has torch's message
-  int code = 0;
+  if (bytes > 0 && workspace.data() == nullptr) return ordinary();  // which has torch's message
+  int error = 0;
   Py_BEGIN_ALLOW_THREADS;
-  code = cuda::low_rank_decode(call, static_cast<cuda::Launch>(how), workspace.data(), static_cast<std::size_t>(bytes),
-                               stream);
+  error = cuda::low_rank_decode(call, static_cast<cuda::Launch>(how), workspace.data(), static_cast<std::size_t>(bytes),
+                                stream);
   Py_END_ALLOW_THREADS;
-  if (code != 0) return failed(code), false;
-  return true;
+  if (error != 0) return failed(error);
+  return std::nullopt;
 }
 
 }  // namespace
@@ -113,10 +113,9 @@ PyObject* on_gpu_result(Op op, const Rows& x, const LowRankInput& input, LowRank
     }
     PyList_SET_ITEM(results, i, y);
   }
-  PyObject* instead = nullptr;
-  if (!launch(call_of(input, maps, count), known->second, x.tensor.device, instead)) {
+  if (const auto instead = launch(call_of(input, maps, count), known->second, x.tensor.device)) {
     Py_DECREF(results);
-    return instead;
+    return *instead;
   }
   if (list) return results;
   PyObject* const one = PyList_GET_ITEM(results, 0);

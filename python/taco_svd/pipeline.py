@@ -427,7 +427,9 @@ def compress(
         experts: of a mixture: "factorised" (methods taco, paper and svd: each expert's maps like any other) or "whole".
 
     Returns:
-        (compressed model, plan); save with `taco_svd.save_compressed` or the model's `save_pretrained`.
+        (compressed model, plan); save with `taco_svd.save_compressed` or the model's `save_pretrained`. Of methods
+        "taco" and "bridge" on a CPU, what a large model's layers do not share with `model` is mapped from temporary
+        files (deleted already), so that it takes memory only where it is used.
 
     Raises:
         TacoError: anything wrong with the arguments, the model, the tokenizer or the text, before long work.

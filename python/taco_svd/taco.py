@@ -34,18 +34,19 @@ GRADIENT_DAMPING = 0.01
 BRIDGE_GRADIENT_DAMPING = 0.1
 
 
-# Moments and hidden states that an analysis without a work directory may hold in memory, as a share of the model's
-# bytes and at least; what is more goes to a temporary directory.
+# Moments and hidden states that an analysis without a work directory may hold in memory, and finished layers as much
+# again, as a share of the model's bytes and at least; what is more goes to a temporary directory.
 MEMORY_SHARE = 0.015
 LEAST_MEMORY = 32 << 20
 
 
-def _memory_for(model: PreTrainedModel) -> int:
-    return max(LEAST_MEMORY, int(MEMORY_SHARE * weight_bytes(model)))
-
-
 # Of the average expert's tokens, how many every expert is taken to have seen beside those that it was sent.
 PRIOR_SHARE = 0.1
+
+
+def memory_for(model: PreTrainedModel) -> int:
+    """Bytes that a store without a directory may hold."""
+    return max(LEAST_MEMORY, int(MEMORY_SHARE * weight_bytes(model)))
 
 
 class Analysis:
@@ -66,7 +67,7 @@ class Analysis:
         self.team = team or Team()
         self.model, self.calibration = model, calibration
         self.architecture = Architecture(structural_copy(model))
-        self.store = store or Store(memory=_memory_for(model))
+        self.store = store or Store(memory=memory_for(model))
         self._last: tuple[int, SecondMoments] | None = None
         self._curves: LossCurves | None = None
 
@@ -207,7 +208,7 @@ def build_upwards(
     store: Store | None = analysis.store
     if not analysis.store.lasting:
         on_cpu = next(model.parameters()).device.type == "cpu"
-        store = Store(memory=_memory_for(model)) if on_cpu else None
+        store = Store(memory=memory_for(model)) if on_cpu else None
     upwards = UpwardPass(
         Architecture(model),
         working,
