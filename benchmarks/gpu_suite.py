@@ -117,14 +117,12 @@ def check(suite: Suite) -> bool:
     names = [name for name in order if name.partition(" ")[0] in suite.usable()]
     full = suite.dry or suite.small
     if not full and "cuda" in names:
-        for op in ("low_rank_linear", "low_rank_bridge", "low_rank_linear_group"):
-            if not store.done(f"direct/{op}"):
+        for op in shapes.OPS:
+            if op != "low_rank_mlp" and not store.done(f"direct/{op}"):
                 store.add(f"direct/{op}", checks.check_direct(op))
     for backend in names:
         if not full and backend.partition(" ")[0] in ("cuda", "triton"):
             for op in shapes.OPS:
-                if op == "pivoted_low_rank_linear" and backend != "triton":
-                    continue
                 if not store.done(f"{backend}/streams/{op}"):
                     store.add(f"{backend}/streams/{op}", checks.check_streams(backend, op))
         for case in checks.cases(suite.small, suite.dry):
@@ -135,8 +133,6 @@ def check(suite: Suite) -> bool:
                     continue
             if suite.small and backend == "library":
                 continue
-            if case.op == "pivoted_low_rank_linear" and backend.partition(" ")[0] == "cuda":
-                continue  # no CUDA kernel gathers
             # Separate steps overflow float16 where the fused ones do not; that is not theirs to answer for.
             if backend == "library" and case.scale != 1.0:
                 continue

@@ -140,7 +140,7 @@ CUDA_MAX_MEMBERS: int
 _CudaMember = tuple[int, int, int, int, int, int, int, int]
 
 def cuda_low_rank_workspace_bytes(
-    members: Sequence[_CudaMember], rows: int, in_features: int, gate: int, dtype: int, /
+    members: Sequence[_CudaMember], rows: int, in_features: int, gate: int, dtype: int, pivot: bool, /
 ) -> int: ...
 def cuda_low_rank(
     x: int,
@@ -158,6 +158,8 @@ def cuda_low_rank(
     workspace: int,
     workspace_bytes: int,
     stream: int,
+    pivot: int,
+    long_pivot: bool,
     /,
 ) -> None: ...
 

@@ -58,13 +58,17 @@ def launch() -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def _workspace_bytes(device: int, rows: int, in_size: int, gate: int, dtype: int, *sizes: tuple[int, int]) -> int:
+def _workspace_bytes(
+    device: int, rows: int, in_size: int, gate: int, dtype: int, pivot: bool, *sizes: tuple[int, int]
+) -> int:
     """Bytes of work space on the current device, which must be ``device`` (part of the key: GPUs differ).
 
     ``sizes`` are (rank, out) of each member.
     """
     members = [(0, 0, 0, 0, 0, 0, rank, out) for rank, out in sizes]
-    return int(native.module.cuda_low_rank_workspace_bytes(members, rows, in_size, gate, dtype))  # type: ignore[union-attr]
+    module = native.module
+    assert module is not None
+    return int(module.cuda_low_rank_workspace_bytes(members, rows, in_size, gate, dtype, pivot))
 
 
 def _on(device: int) -> AbstractContextManager[object]:
@@ -81,13 +85,16 @@ def low_rank(
     residual: Tensor | None = None,
     eps: float | None = None,
     act: str | None = None,
+    pivot: Tensor | None = None,
 ) -> list[Tensor]:
     """``scale * (x v^T) u^T + bias + residual`` for every (v, u, bias); the results, in order.
 
     scale is the inverse root mean square of x's rows if ``eps`` is given. x [..., in], v [rank, in], u [out, rank],
     bias [out], residual [..., out] (with one member only) of one dtype (float32, float16, bfloat16) on one GPU, no
-    dimension of size 0. With ``act`` there are two members of one width and one result, act(first) * second. More
-    rows or members than one launch takes are done in several. Results are contiguous; raises RuntimeError with CUDA's
+    dimension of size 0. With ``act`` there are two members of one width and one result, act(first) * second. With a
+    ``pivot`` [in], int32 or int64, there is one member, v is [rank, in - rank] and multiplies x[..., pivot[rank:]], and
+    x[..., pivot[:rank]] is added to that; an index out of range reads zero, and ``eps`` is not given. More rows or
+    members than one launch takes are done in several. Results are contiguous; raises RuntimeError with CUDA's
     message when a launch fails.
     """
     module = native.module
@@ -97,6 +104,11 @@ def low_rank(
     ys = [torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device) for width in widths]
     x, rows, x_stride = rows_of(x)
     in_size = x.shape[-1]
+    pivot_ptr, long_pivot = 0, False
+    if pivot is not None:
+        pivot = pivot.contiguous()
+        pivot_ptr, long_pivot = pivot.data_ptr(), pivot.dtype == torch.int64
+        in_size -= members[0][0].shape[0]
     # The names keep every temporary copy alive until the launches are on the stream.
     factors = [(_rows(v), _rows(u), None if bias is None else bias.contiguous()) for v, u, bias in members]
     residual_ptr = residual_stride = 0
@@ -114,7 +126,7 @@ def low_rank(
             for first in range(0, rows, most):
                 count = min(most, rows - first)
                 # Freed on return, while the kernel may still run: the allocator gives it to this stream only, in order.
-                needed = _workspace_bytes(device, count, in_size, gate, dtype, *sizes)
+                needed = _workspace_bytes(device, count, in_size, gate, dtype, pivot is not None, *sizes)
                 workspace = torch.empty(needed, dtype=torch.uint8, device=x.device)
                 parts = [
                     (
@@ -127,5 +139,6 @@ def low_rank(
                     x.data_ptr() + first * x_stride * size, x_stride, parts,
                     residual_ptr and residual_ptr + first * residual_stride * size, residual_stride, count, in_size,
                     gate, dtype, eps is not None, eps or 0.0, how, workspace.data_ptr(), needed, stream,
+                    pivot_ptr, long_pivot,
                 )  # fmt: skip
     return ys

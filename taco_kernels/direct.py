@@ -6,8 +6,8 @@ The extension therefore reads the tensors through DLPack's C interface (csrc/dir
 takes the ordinary way: gradients, autocast, transforms, modes, tracing, profiling, subclasses, a forced backend,
 another device, anything that does not fit together (the ordinary way has the message). The results are the same bits.
 
-On a GPU the ordinary way decides, by what was measured there, which backend serves a call. Linears, groups and bridges
-that the CUDA kernels have served once, or the library, are direct from then on (csrc/direct/gpu.h).
+On a GPU the ordinary way decides, by what was measured there, which backend serves a call. Calls of sizes that the CUDA
+kernels have served once, or the library, are direct from then on, all ops' but the MLP's (csrc/direct/gpu.h).
 NOT YET RUN ON A GPU: what is tested is the same code on a device that is made of CPU memory.
 
 ``TACO_DIRECT=0`` (read at import) turns direct calls off. Results' storage cannot be resized in place, since it comes

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from taco_kernels import direct, dispatch, native
 from taco_kernels._cpu import map_of
+from taco_kernels._cuda import low_rank as _cuda_call
 from taco_kernels._factored import require_tensors, rows_2d
 from taco_kernels._library import (
     FLOATS,
@@ -148,11 +149,18 @@ def _triton(x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None,
     return y.view(*x.shape[:-1], u.shape[0])
 
 
+def _cuda(x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    if not (x.numel() and v.numel() and u.numel()):
+        return _library(x, v, u, pivot, bias, residual)
+    return _cuda_call(x, [(v, u, bias)], residual, pivot=pivot)[0]
+
+
 BACKENDS: dict[str, Callable[..., Tensor]] = {
     "reference": pivoted_low_rank_linear_reference,
     "library": _library,
     "cpp": _cpp,
     "triton": _triton,
+    "cuda": _cuda,
 }
 
 
@@ -173,12 +181,12 @@ def _compute(
     device = x.device.type
     shape = None if device == "cpu" else ("pivoted_low_rank_linear", width, u.shape[0], v.shape[0])
     chosen = dispatch.choose(device, x.dtype, rows, False, shape, v.shape[0])
-    if chosen == "cuda":  # no CUDA kernel gathers; where one would serve other ops, Triton's does
-        few = rows <= dispatch.TRITON_MAX_ROWS and not dispatch.why_not("triton", "cuda")
-        chosen = "triton" if few else "library"
     # Behind a pivot Triton has kernels for few rows only.
     backend = "library" if chosen == "triton" and rows > dispatch.TRITON_MAX_ROWS else chosen
-    return BACKENDS[backend](x, v, u, pivot, bias, residual)
+    y = BACKENDS[backend](x, v, u, pivot, bias, residual)
+    if device == "cuda":
+        direct.served("pivoted_low_rank_linear", backend, x, v, u, pivot, bias, residual)
+    return y
 
 
 def _compute_on_cpu(
@@ -238,9 +246,9 @@ def pivoted_low_rank_linear(
         residual: [..., out], optional.
 
     Returns:
-        [..., out] of ``x``'s dtype. Differentiable in every floating argument. The backends ``cpp`` and ``triton`` keep
-        the rank-sized intermediate in float32, ``library`` rounds it to the dtype (``cpp`` too for many rows, see
-        :func:`low_rank_linear`).
+        [..., out] of ``x``'s dtype. Differentiable in every floating argument. The backends ``cpp``, ``triton`` and
+        ``cuda`` keep the rank-sized intermediate in float32, ``library`` rounds it to the dtype (``cpp`` too for many
+        rows, see :func:`low_rank_linear`).
 
     Raises:
         TypeError, ValueError: dtypes or shapes that do not fit together.

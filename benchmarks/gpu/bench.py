@@ -79,8 +79,8 @@ def versions_for(
     if compile_too and point.rows in COMPILED_ROWS:
         found["compiled"] = compiled
     found["taco"] = call
-    pivoted = point.op == "pivoted_low_rank_linear"  # no CUDA kernel gathers; Triton's serve few rows
-    if "cuda" in usable and point.rows <= 16 and not pivoted:
+    pivoted = point.op == "pivoted_low_rank_linear"  # Triton's kernels for it serve few rows
+    if "cuda" in usable and point.rows <= 16:
         found["taco cuda"] = functools.partial(forced, "cuda")
         found["taco cuda dependent"] = functools.partial(forced, "cuda dependent")
     if "triton" in usable and (point.rows <= 16 or not pivoted):

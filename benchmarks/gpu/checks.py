@@ -373,10 +373,13 @@ def check_direct(op: str) -> dict[str, Any]:
         return {"ok": True, "skipped": direct.reason}
     inputs = draw(op, 1024, (1024, 256, 256) if op == "low_rank_linear_group" else 1024, 128, 4, "bfloat16", "cuda")
     entry = importlib.import_module(f"taco_kernels.{op}")._direct
-    x, member = inputs.x, inputs.members[0]
-    arguments: tuple[Any, ...] = (x, *member, inputs.residual if op == "low_rank_linear" else inputs.eps)
-    if op == "low_rank_linear_group":
-        arguments = (x, *map(list, zip(*inputs.members, strict=True)))
+    x, (v, u, bias) = inputs.x, inputs.members[0]
+    arguments: tuple[Any, ...] = {
+        "low_rank_linear": (x, v, u, bias, inputs.residual),
+        "low_rank_bridge": (x, v, u, bias, inputs.eps),
+        "low_rank_linear_group": (x, *map(list, zip(*inputs.members, strict=True))),
+        "pivoted_low_rank_linear": (x, v, u, inputs.pivot, bias, inputs.residual),
+    }[op]
     try:
         with using("cuda"):
             expected = torch.cat([part.flatten() for part in parts(call(inputs))])

@@ -2,6 +2,7 @@
 // or, gated, y = act(first) * second of two members. What the matrix-unit and the plain kernels share.
 //
 //   u's tiles start travelling to shared memory
+//   (with a pivot: x is gathered, gather.cuh)           a kernel before this one
 //   t_partial[split] = x[:, slice] v[:, slice]^T        units of 16 ranks x one slice of `in`; float32, to work space
 //   ---- barrier over the whole grid, or the next kernel ----
 //   t = scale * sum over splits                         every block, in a fixed order, into its shared memory
@@ -24,7 +25,7 @@ enum class Part { kBoth, kFirst, kSecond };
 struct DecodeArgs {
   LowRankCall call;
   DecodePlan plan;
-  float* partial;  // [splits][rows][rank_padded]
+  float* partial;  // [planes][rows][rank_padded]
   float* squares;  // [splits][rows]
 };
 
@@ -133,7 +134,7 @@ TACO_DEVICE float4 combine_splits(const DecodeArgs& a, int m, int r, float scale
   const int64_t plane = a.call.rows * a.plan.rank_padded;
   const float* from = a.partial + int64_t(m) * a.plan.rank_padded + r;
 #pragma unroll 4
-  for (int s = 0; s < a.plan.splits; ++s) {
+  for (int s = 0; s < a.plan.planes; ++s) {
     const float4 part = load_written4(from + s * plane);
     total.x += part.x, total.y += part.y, total.z += part.z, total.w += part.w;
   }

@@ -1,6 +1,7 @@
 // Launches the decode kernels: picks the plan and the instantiation, raises the shared-memory limit once per device.
 #include "decode_mma.cuh"
 #include "decode_plain.cuh"
+#include "gather.cuh"
 
 #include <cuda_runtime.h>
 
@@ -21,6 +22,11 @@ __global__ void __launch_bounds__(kThreads, bound(part)) decode_mma_kernel(const
 template <class T, int Vector, int Rows, Part part>
 __global__ void __launch_bounds__(kThreads, bound(part)) decode_plain_kernel(const __grid_constant__ DecodeArgs args) {
   decode_plain<T, Vector, Rows, part>(args);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant__ GatherArgs args) {
+  gather<T>(args);
 }
 
 using Kernel = void (*)(DecodeArgs);
@@ -112,6 +118,7 @@ bool sizes_are_sane(const LowRankCall& call) {
   if (sane && call.gate != kNoGate) {
     sane = call.count == 2 && call.members[0].out == call.members[1].out && call.residual == nullptr;
   }
+  if (sane && call.pivot != nullptr) sane = call.count == 1 && !call.norm;
   return sane && (call.residual == nullptr || call.count == 1);
 }
 
@@ -153,6 +160,14 @@ cudaError_t start(Device& device, const Choice& choice, DecodeArgs& args, std::i
   return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(choice.kernel), parameters);
 }
 
+cudaError_t start_gather(GatherArgs& args, int dtype, cudaStream_t stream) {
+  using GatherKernel = void (*)(GatherArgs);
+  const GatherKernel kernels[] = {gather_kernel<float>, gather_kernel<Half>, gather_kernel<Bfloat>};
+  void* parameters[] = {&args};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernels[dtype]), dim3(unsigned(args.blocks)), dim3(kThreads),
+                          parameters, 0, stream);
+}
+
 }  // namespace
 
 std::int64_t low_rank_decode_workspace_bytes(const LowRankCall& call) {
@@ -175,20 +190,24 @@ int low_rank_decode(const LowRankCall& call, Launch launch, void* workspace, std
   if (error != cudaSuccess) return error;
 
   const std::int64_t size = call.dtype == 0 ? 4 : 2;
-  bool aligned = is_aligned(call.x, call.x_stride * size, call.in * size);
+  bool aligned = call.pivot != nullptr || is_aligned(call.x, call.x_stride * size, call.in * size);
   for (int i = 0; i < call.count; ++i) {
     const Factors& member = call.members[i];
     aligned = aligned && is_aligned(member.v, member.v_stride * size, call.in * size) &&
               is_aligned(member.u, member.u_stride * size, member.rank * size);
   }
   const std::int64_t shared = launch == kDependent ? beside_first_kernel(device->shared_limit) : device->shared_limit;
-  DecodeArgs args{call, plan_decode(call, aligned, device->processors, shared), static_cast<float*>(workspace), nullptr};
-  args.squares = args.partial + std::int64_t(args.plan.splits) * call.rows * args.plan.rank_padded;
+  DecodeArgs args{call, plan_decode(call, aligned, device->processors, shared), nullptr, nullptr};
+  GatherArgs gathering = arrange(args, workspace);
   if (workspace_bytes < std::size_t(args.plan.workspace_bytes) ||
       reinterpret_cast<std::uintptr_t>(workspace) % 16 != 0) {
     return cudaErrorInvalidValue;
   }
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
+  if (call.pivot != nullptr) {
+    error = start_gather(gathering, call.dtype, on);
+    if (error != cudaSuccess) return error;
+  }
   if (launch == kCooperative) {
     return start(*device, choose<Part::kBoth>(args.plan, call.dtype), args, args.plan.shared_bytes,
                  cudaLaunchAttributeCooperative, on);

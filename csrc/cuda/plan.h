@@ -35,7 +35,10 @@ struct DecodePlan {
   int tile_start[kMaxMembers + 1];  // the second product's tiles, counted through the phases
   int prefetched_tiles;  // tiles of u per block that travel before the barrier
   int tile_warps;        // tiles of outputs a block works on at a time (the other factor of kWarps splits the rank)
+  int planes;            // partial sums to add up: the splits', and with a pivot what the identity gives
+  int rest_pitch;        // elements from one row of gathered inputs to the next
   std::int64_t shared_bytes;
+  std::int64_t sums_bytes;       // of the work space, in front of the gathered inputs
   std::int64_t workspace_bytes;
 };
 
@@ -124,8 +127,11 @@ inline DecodePlan plan_decode(const LowRankCall& call, bool aligned, int process
     p.t_pitch = p.t_capacity;
     p.shared_bytes = header_bytes(p.rows_padded) + 4 * std::int64_t(p.rows_padded) * p.t_pitch * p.width;
   }
-  // partial sums [splits][rows][rank_padded], then sums of squares [splits][rows]
-  p.workspace_bytes = std::int64_t(p.splits) * rows * (p.rank_padded + 1) * 4;
+  // partial sums [planes][rows][rank_padded], sums of squares [splits][rows], gathered inputs [rows][rest_pitch]
+  p.planes = p.splits + (call.pivot != nullptr);
+  p.rest_pitch = int(round_up(in, 16 / element));
+  p.sums_bytes = round_up(rows * (std::int64_t(p.planes) * p.rank_padded + p.splits) * 4, 16);
+  p.workspace_bytes = p.sums_bytes + (call.pivot != nullptr ? rows * p.rest_pitch * element : 0);
   return p;
 }
 

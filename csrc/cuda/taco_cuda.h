@@ -38,6 +38,8 @@ enum Launch : int {
 // 1 / sqrt(mean(x^2) + eps) per row if `norm`. x [rows, in] and residual [rows, out] (of a single member; may be null)
 // have strided rows. dtype: 0 float32, 1 float16, 2 bfloat16, for every tensor. Rows are at most kMaxDecodeRows.
 // A gated call has exactly two members of one `out`, and no residual.
+// With a pivot, of a single member without norm: x is [rows, in + rank], v multiplies x[:, pivot[rank:]], and
+// x[:, pivot[:rank]] is added to that product. An index out of range reads zero.
 struct LowRankCall {
   const void* x;
   std::int64_t x_stride;
@@ -50,10 +52,12 @@ struct LowRankCall {
   int dtype;
   bool norm;
   float eps;
+  const void* pivot;  // [in + rank], or null
+  bool long_pivot;    // 64 bits each, not 32
 };
 
-// Bytes of work space that low_rank_decode needs on the current device for calls of these sizes (pointers and strides
-// are not looked at), whatever the alignment of the tensors; a negative number is an error (the negated cudaError). The
+// Bytes of work space that low_rank_decode needs on the current device for calls of these sizes (of pointers only whether
+// there is a pivot, no strides), whatever the alignment of the tensors; a negative number is an error (the negated cudaError). The
 // work space needs no initialisation and 16-byte alignment.
 std::int64_t low_rank_decode_workspace_bytes(const LowRankCall& call);
 

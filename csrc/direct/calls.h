@@ -107,6 +107,13 @@ struct Pivoted {
 
   std::int64_t width() const { return map.out; }  // of the result's rows
 
+  // of the product behind the pivot, its columns not gathered yet
+  LowRankInput input() const {
+    LowRankInput behind = input_of(x);
+    behind.in = x.width - map.rank;
+    return behind;
+  }
+
   // Throws std::out_of_range for an index that is.
   void compute(void* y, int threads) {
     const std::int64_t element = x.dtype == Dtype::kF32 ? 4 : 2;

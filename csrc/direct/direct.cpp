@@ -89,11 +89,16 @@ PyObject* bridge(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 // x, v, u, pivot, bias, residual
+Way read_pivoted(PyObject* const* args, Py_ssize_t count, Pivoted& call) {
+  return count == 6 ? call.read(args[0], args[1], args[2], args[3], args[4], args[5]) : Way::kOrdinary;
+}
+
 PyObject* pivoted(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 6 || !nothing_in_the_way()) Py_RETURN_NONE;
+  if (!nothing_in_the_way()) Py_RETURN_NONE;
   Pivoted call;
-  const Way way = call.read(args[0], args[1], args[2], args[3], args[4], args[5]);
-  if (way == Way::kOrdinary || on_gpu(call.x)) Py_RETURN_NONE;
+  const Way way = read_pivoted(args, count, call);
+  if (way != Way::kOrdinary && on_gpu(call.x))
+    return on_gpu_result(kPivoted, call.x, call.input(), &call.map, 1, false, {call.pivot, call.is_long});
   return result_of(way, call);
 }
 
@@ -176,6 +181,9 @@ PyObject* remember_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
   } else if (op == kBridge) {
     Bridge call;
     if (read_bridge(rest, count - 2, call) != Way::kOrdinary) note(kBridge, call.x, call.input(), &call.map, 1);
+  } else if (op == kPivoted) {
+    Pivoted call;
+    if (read_pivoted(rest, count - 2, call) != Way::kOrdinary) note(kPivoted, call.x, call.input(), &call.map, 1);
   } else if (op == kGroup) {
     Group call;
     if (read_group(rest, count - 2, call) != Way::kOrdinary)

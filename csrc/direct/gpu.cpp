@@ -24,12 +24,13 @@ std::vector<std::int64_t> key_of(Op op, const LowRankInput& input, const LowRank
   return key;
 }
 
-cuda::LowRankCall call_of(const LowRankInput& input, const LowRankMap* maps, int count) {
+cuda::LowRankCall call_of(const LowRankInput& input, const LowRankMap* maps, int count, Pivot pivot) {
   cuda::LowRankCall call = {};
   call.x = input.x, call.x_stride = input.x_stride, call.rows = input.rows, call.in = input.in;
   call.residual = maps[0].residual, call.residual_stride = maps[0].residual_stride;
   call.count = count, call.gate = cuda::kNoGate, call.dtype = static_cast<int>(input.dtype);
   call.norm = input.normalise, call.eps = input.eps;
+  call.pivot = pivot.index, call.long_pivot = pivot.is_long;
   for (int i = 0; i < count; ++i)
     call.members[i] = {maps[i].v,    maps[i].v_stride, maps[i].u,    maps[i].u_stride,
                        maps[i].bias, maps[i].y,        maps[i].rank, maps[i].out};
@@ -97,7 +98,8 @@ void remember(Op op, const LowRankInput& input, const LowRankMap* maps, int coun
 
 void forget() { remembered.clear(); }
 
-PyObject* on_gpu_result(Op op, const Rows& x, const LowRankInput& input, LowRankMap* maps, int count, bool list) {
+PyObject* on_gpu_result(Op op, const Rows& x, const LowRankInput& input, LowRankMap* maps, int count, bool list,
+                        Pivot pivot) {
   const auto known = remembered.find(key_of(op, input, maps, count));
   if (known == remembered.end()) Py_RETURN_NONE;
   if (known->second == kLibrary) Py_RETURN_FALSE;
@@ -113,7 +115,7 @@ PyObject* on_gpu_result(Op op, const Rows& x, const LowRankInput& input, LowRank
     }
     PyList_SET_ITEM(results, i, y);
   }
-  if (const auto instead = launch(call_of(input, maps, count), known->second, x.tensor.device)) {
+  if (const auto instead = launch(call_of(input, maps, count, pivot), known->second, x.tensor.device)) {
     Py_DECREF(results);
     return *instead;
   }
@@ -132,7 +134,7 @@ namespace taco::direct {
 
 void remember(Op, const LowRankInput&, const LowRankMap*, int, int) {}
 void forget() {}
-PyObject* on_gpu_result(Op, const Rows&, const LowRankInput&, LowRankMap*, int, bool) { Py_RETURN_NONE; }
+PyObject* on_gpu_result(Op, const Rows&, const LowRankInput&, LowRankMap*, int, bool, Pivot) { Py_RETURN_NONE; }
 
 }  // namespace taco::direct
 

@@ -18,6 +18,12 @@ constexpr bool kHasGpu = true;
 constexpr bool kHasGpu = false;
 #endif
 
+// x's columns in another order, before the product (Pivoted); none where `index` is null.
+struct Pivot {
+  const void* index = nullptr;
+  bool is_long = false;
+};
+
 // Notes that calls like this one are served by the CUDA kernels, launched in this way (cuda::Launch), or by the library
 // (`launch` negative).
 void remember(Op op, const LowRankInput& input, const LowRankMap* maps, int count, int launch);
@@ -27,6 +33,7 @@ void forget();
 
 // Serves a call whose input is on a GPU: results in order; with `list` as a list, else the one by itself. None where the
 // ordinary way must be taken, False for the library; null with a Python error where a launch failed.
-PyObject* on_gpu_result(Op op, const Rows& x, const LowRankInput& input, LowRankMap* maps, int count, bool list);
+PyObject* on_gpu_result(Op op, const Rows& x, const LowRankInput& input, LowRankMap* maps, int count, bool list,
+                        Pivot pivot = {});
 
 }  // namespace taco::direct

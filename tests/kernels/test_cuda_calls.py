@@ -16,6 +16,8 @@ from taco_kernels import _cuda
 from taco_kernels.low_rank_linear_group import _cuda as group_cuda
 from taco_kernels.low_rank_mlp import ACTIVATIONS, low_rank_mlp_reference
 from taco_kernels.low_rank_mlp import _cuda as mlp_cuda
+from taco_kernels.pivoted_low_rank_linear import _cuda as pivot_cuda
+from taco_kernels.pivoted_low_rank_linear import pivoted_low_rank_linear_reference
 
 CODES = {code: name for name, code in _cuda.GATES.items()}
 
@@ -38,25 +40,31 @@ class Extension:
     def direct_forget(self):
         pass
 
-    def cuda_low_rank_workspace_bytes(self, members, rows, in_size, gate, dtype):
+    def cuda_low_rank_workspace_bytes(self, members, rows, in_size, gate, dtype, pivot):
         assert 1 <= rows <= 16 and 1 <= len(members) <= 4 and dtype == 0
         assert all(member[:6] == (0,) * 6 for member in members)
-        return 64 * rows + sum(member[6] for member in members)
+        return (128 if pivot else 64) * rows + sum(member[6] for member in members)
 
     def cuda_low_rank(
         self, x, x_stride, members, residual, residual_stride, rows, in_size, gate, dtype, norm, eps, launch,
-        workspace, workspace_bytes, stream,
+        workspace, workspace_bytes, stream, pivot, long_pivot,
     ):  # fmt: skip
         sizes = [(0, 0, 0, 0, 0, 0, *member[6:]) for member in members]
-        assert workspace_bytes == self.cuda_low_rank_workspace_bytes(sizes, rows, in_size, gate, dtype)
+        assert workspace_bytes == self.cuda_low_rank_workspace_bytes(sizes, rows, in_size, gate, dtype, bool(pivot))
         assert workspace and stream == 77
         self.calls.append((rows, len(members), launch))
-        x = tensor_at(x, rows, in_size, x_stride)
+        width = in_size + (members[0][6] if pivot else 0)
+        x = tensor_at(x, rows, width, x_stride)
+        if pivot:
+            assert len(members) == 1 and not norm and not gate
+            kind = ctypes.c_int64 if long_pivot else ctypes.c_int32
+            x = x[:, list((kind * width).from_address(pivot))]
         if norm:
             x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
         results = []
         for v, v_stride, u, u_stride, bias, _, rank, out in members:
-            y = x @ tensor_at(v, rank, in_size, v_stride).T @ tensor_at(u, out, rank, u_stride).T
+            t = x[:, width - in_size :] @ tensor_at(v, rank, in_size, v_stride).T + (x[:, :rank] if pivot else 0)
+            y = t @ tensor_at(u, out, rank, u_stride).T
             y = y + (tensor_at(bias, 1, out, out) if bias else 0)
             results.append(y + (tensor_at(residual, rows, out, residual_stride) if residual else 0))
         if gate:
@@ -134,6 +142,17 @@ def test_mlp_is_two_calls(extension, act):
     y = mlp_cuda(x, gate, up, down, act)
     torch.testing.assert_close(y, low_rank_mlp_reference(x, gate, up, down, act), rtol=1e-3, atol=1e-3)
     assert [call[:2] for call in extension.calls] == [(16, 2), (4, 2), (16, 1), (4, 1)]
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("rows", [1, 17])
+def test_behind_a_pivot(extension, rows, index):
+    x, residual, pivot = torch.randn(rows, 15)[:, 2:12], torch.randn(7, rows).T, torch.randperm(10).to(index)
+    v, u, bias = projection(4, 6, 7)
+    y = pivot_cuda(x, v, u, pivot, bias, residual)
+    expected = pivoted_low_rank_linear_reference(x, v, u, pivot, bias, residual)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    assert extension.calls == [(16, 1, 1)] * (rows > 16) + [(1, 1, 1)]
 
 
 def test_launch_is_chosen_by_name(extension, monkeypatch):

@@ -25,7 +25,7 @@ HOPPER_SHARED = 232448  # bytes a block may have; less makes the kernels take th
 @dataclass(frozen=True)
 class Case:
     """One call. Tuples of ranks and sizes are several members, ``act`` the gated form of two. ``pad`` widens every row
-    beyond its elements; ``shared`` is what the device gives a block."""
+    beyond its elements; ``shared`` is what the device gives a block; ``pivot`` is the dtype of one."""
 
     rows: int
     in_size: int
@@ -41,6 +41,12 @@ class Case:
     scale: float = 1.0
     act: str | None = None
     launch: str = "cooperative"
+    pivot: torch.dtype | None = None  # in_size is then what is left beside the identity
+
+    @property
+    def width(self) -> int:
+        """Columns of x."""
+        return self.in_size if self.pivot is None else self.in_size + self.members[0][0]
 
     @property
     def members(self) -> list[tuple[int, int]]:
@@ -103,6 +109,19 @@ def _cases() -> list[Case]:
         Case(2, 131, 51, (13, 40), brain, act="gelu_tanh", **one),
         Case(16, 33, 37, (5, 3), single, act="relu", **one),
     ]
+    # behind a pivot: matrix unit and plain, one split and several, intermediates in pieces, every dtype and index
+    cases += [
+        Case(1, 264, 200, 40, brain, pivot=torch.int32),
+        Case(5, 4200, 24, 8, half, pivot=torch.int64, processors=4, bias=False),
+        Case(16, 96, 304, 264, brain, pivot=torch.int64, shared=26_000),
+        Case(9, 32, 16, 16, half, pivot=torch.int32, residual=False),
+        Case(3, 301, 43, 19, single, pivot=torch.int32, pad=1),
+        Case(16, 256, 100, 64, single, pivot=torch.int64, processors=4),
+        Case(2, 77, 51, 13, half, pivot=torch.int64),
+        Case(1, 1, 1, 1, brain, pivot=torch.int32),
+        Case(4, 8, 300, 70, single, pivot=torch.int32, shared=13_000),
+        Case(12, 131, 64, 30, brain, pivot=torch.int64, pad=3),
+    ]
     generator = torch.Generator().manual_seed(0)
 
     def pick(*options):
@@ -125,7 +144,7 @@ def _cases() -> list[Case]:
     both = []
     for i, case in enumerate(cases):
         both.append(case)
-        if i % 3 == 0 or case.act or isinstance(case.rank, tuple):
+        if i % 3 == 0 or case.act or case.pivot or isinstance(case.rank, tuple):
             both.append(dataclasses.replace(case, launch="dependent"))
     return both
 
@@ -158,14 +177,15 @@ def _bytes(tensor):
 
 def _draw(case: Case, seed: int):
     generator = torch.Generator().manual_seed(seed)
-    x = _tensor(case.rows, case.in_size, case.pad, case.dtype, generator, case.scale)
+    x = _tensor(case.rows, case.width, case.pad, case.dtype, generator, case.scale)
+    pivot = None if case.pivot is None else torch.randperm(case.width, generator=generator).to(case.pivot)
     members = []
     for rank, out_size in case.members:
         v = _tensor(rank, case.in_size, case.pad, case.dtype, generator, case.in_size**-0.5)
         u = _tensor(out_size, rank, case.pad, case.dtype, generator, rank**-0.5)
         members.append((v, u, _tensor(1, out_size, 0, case.dtype, generator) if case.bias else None))
     residual = _tensor(case.rows, case.members[0][1], case.pad, case.dtype, generator) if case.residual else None
-    return x, members, residual
+    return x, members, residual, pivot
 
 
 def _aligned(case: Case, tensors) -> bool:
@@ -175,7 +195,7 @@ def _aligned(case: Case, tensors) -> bool:
     )
 
 
-def _exact(x, v, u, bias, residual, eps, dtype):
+def _exact(x, v, u, bias, residual, eps, dtype, pivot=None):
     """float64 result and what roundoff explains before the result is rounded: float32 sums, an intermediate good to
     the square of the dtype's roundoff. The intermediate below float16's normal range loses its remainder."""
     info = torch.finfo(dtype)
@@ -183,6 +203,8 @@ def _exact(x, v, u, bias, residual, eps, dtype):
     middle_error = 0.0 if dtype == torch.float32 else (info.eps / 2) ** 2
     tiny = info.smallest_normal * info.eps / 2
     x, v, u, bias, residual = (None if t is None else t.double() for t in (x, v, u, bias, residual))
+    if pivot is not None:  # the right factor whole, in the pivot's order
+        x, v = x[:, pivot.long()], torch.cat([torch.eye(len(v), dtype=v.dtype), v], 1)
     scale = 1.0 if eps is None else torch.rsqrt(x.pow(2).mean(1, keepdim=True) + eps)
     middle = scale * (x @ v.T)
     exact = middle @ u.T
@@ -224,15 +246,19 @@ def test_kernels_against_float64(program, tmp_path):
     for seed, case in enumerate(cases):
         drawn.append(drawn[-1] if case.launch == "dependent" else _draw(case, seed))
     with open(tmp_path / "calls", "wb") as file:
-        for case, (x, members, residual) in zip(cases, drawn, strict=True):
+        for case, (x, members, residual, pivot) in zip(cases, drawn, strict=True):
             factors = [t for member in members for t in member[:2]]
+            read_whole = factors if case.pivot else (x, *factors)  # what is gathered is aligned
             header = (
-                case.rows, case.in_size, CODES[case.dtype], case.norm, _cuda.GATES[case.act],
-                _cuda.LAUNCHES[case.launch], _aligned(case, (x, *factors)), case.residual, case.processors,
+                case.rows, case.in_size, case.width, CODES[case.dtype], case.norm, _cuda.GATES[case.act],
+                _cuda.LAUNCHES[case.launch], _aligned(case, read_whole), case.residual, case.processors,
                 case.shared, len(members), x.stride(0), residual.stride(0) if case.residual else 0,
+                0 if pivot is None else pivot.element_size(),
             )  # fmt: skip
-            file.write(struct.pack("<13qd", *header, eps))
+            file.write(struct.pack("<15qd", *header, eps))
             file.write(_bytes(x))
+            if pivot is not None:
+                file.write(_bytes(pivot[None]))
             for v, u, bias in members:
                 file.write(struct.pack("<5q", u.shape[1], u.shape[0], bias is not None, v.stride(0), u.stride(0)))
                 file.write(b"".join(_bytes(tensor) for tensor in (v, u, bias) if tensor is not None))
@@ -246,10 +272,10 @@ def test_kernels_against_float64(program, tmp_path):
     data = bytearray((tmp_path / "results").read_bytes())
     at = 0
     before = None
-    for case, (x, members, residual) in zip(cases, drawn, strict=True):
+    for case, (x, members, residual, pivot) in zip(cases, drawn, strict=True):
         matrix_unit, splits, prefetched, capacity, tile_warps = struct.unpack_from("<5q", data, at)
         at += 40
-        results = [_exact(x, *member, residual, eps if case.norm else None, case.dtype) for member in members]
+        results = [_exact(x, *member, residual, eps if case.norm else None, case.dtype, pivot) for member in members]
         if case.act is not None:
             results = [_gated(results, case.act)]
         ys = []
@@ -264,7 +290,7 @@ def test_kernels_against_float64(program, tmp_path):
         if case.launch == "dependent":
             assert all(torch.equal(a, b) for a, b in zip(ys, before, strict=True)), f"{case}: the launches differ"
         before = ys
-        form = "gated" if case.act else "group" if len(members) > 1 else "single"
+        form = "gated" if case.act else "group" if len(members) > 1 else "pivoted" if case.pivot else "single"
         seen.update(
             {
                 ("matrix unit", bool(matrix_unit), form),
@@ -277,7 +303,7 @@ def test_kernels_against_float64(program, tmp_path):
     assert at == len(data)
     # The cases must have reached every way through the kernels.
     ways = ("matrix unit", "several splits", "u prefetched", "intermediate in pieces")
-    forms = ("single", "group", "gated")
+    forms = ("single", "group", "gated", "pivoted")
     missing = {(way, value, form) for way in ways for value in (True, False) for form in forms} - seen
     missing |= {("tiles at a time", n) for n in (1, 2, 4, 8)} - seen
     assert not missing, f"no case covers {missing}"

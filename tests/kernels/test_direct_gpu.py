@@ -149,13 +149,21 @@ def test_the_library_keeps_what_it_serves(gpu: Any) -> None:
     assert gpu.direct_low_rank_linear_group(*five) is None
 
 
-def test_ops_without_a_cuda_kernel_of_their_own_take_the_ordinary_way(gpu: Any) -> None:
-    before = launches(gpu)
-    x, v, u = some((2, 9), (4, 5), (3, 4))
-    args = x, v, u, torch.randperm(9), None, None
-    gpu.direct_remember("pivoted_low_rank_linear", 0, *args)
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+def test_behind_a_pivot(gpu: Any, index: torch.dtype) -> None:
+    x, v, u, bias, residual = some((3, 9), (4, 5), (7, 4), (7,), (3, 7))
+    args = x, v, u, torch.randperm(9).to(index), bias, residual
     assert gpu.direct_pivoted_low_rank_linear(*args) is None
-    gate_v, gate_u, up_v, up_u, down_v, down_u = some((2, 9), (5, 2), (2, 9), (5, 2), (2, 5), (9, 2))
+    gpu.direct_remember("pivoted_low_rank_linear", 0, *args)
+    gathered, whole = x[:, args[3].long()], torch.cat([torch.eye(4), v], 1)
+    assert_linear(gpu.direct_pivoted_low_rank_linear(*args), (gathered, whole, u, bias, residual))
+    gpu.place(args[3].data_ptr(), CPU, 0)
+    assert gpu.direct_pivoted_low_rank_linear(*args) is None
+
+
+def test_an_mlp_takes_the_ordinary_way(gpu: Any) -> None:
+    before = launches(gpu)
+    x, gate_v, gate_u, up_v, up_u, down_v, down_u = some((2, 9), (2, 9), (5, 2), (2, 9), (5, 2), (2, 5), (9, 2))
     mlp = x, gate_v, gate_u, None, up_v, up_u, None, down_v, down_u, None, "silu"
     gpu.direct_remember("low_rank_mlp", 0, *mlp)
     assert gpu.direct_low_rank_mlp(*mlp) is None
@@ -223,7 +231,9 @@ def test_the_ordinary_way_tells_what_it_has_served(gpu: Any, monkeypatch: pytest
     assert gpu.direct_low_rank_linear(*args) is None  # it will be launched otherwise
 
 
-@pytest.mark.parametrize("op", ["low_rank_linear", "low_rank_bridge", "low_rank_linear_group"])
+@pytest.mark.parametrize(
+    "op", ["low_rank_linear", "low_rank_bridge", "low_rank_linear_group", "pivoted_low_rank_linear"]
+)
 def test_every_op_tells(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With tensors that say they are on a GPU, and have no data."""
     module = importlib.import_module(f"taco_kernels.{op}")
@@ -233,11 +243,13 @@ def test_every_op_tells(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     table = "_BACKENDS" if op == "low_rank_bridge" else "BACKENDS"
     monkeypatch.setattr(module, table, {"cuda": lambda *args: "result"})
     with FakeTensorMode():
-        x, v, u = (torch.empty(shape, device="cuda") for shape in ((3, 8), (2, 8), (8, 2)))
+        x, v, u, rest = (torch.empty(shape, device="cuda") for shape in ((3, 8), (2, 8), (8, 2), (2, 6)))
+        pivot = torch.empty(8, dtype=torch.int64, device="cuda")
         args: tuple[Any, ...] = {
             "low_rank_linear": (x, v, u, None, None),
             "low_rank_bridge": (x, v, u, None, 1e-6),
             "low_rank_linear_group": (x, [v], [u], [None]),
+            "pivoted_low_rank_linear": (x, rest, u, pivot, None, None),
         }[op]
         assert module._compute(*args) == "result"
     assert len(told) == 1 and told[0][:2] == (op, "cuda") and len(told[0]) == 2 + len(args)

@@ -3,6 +3,7 @@
 #define TACO_EMULATE 1
 #include "cuda/decode_mma.cuh"
 #include "cuda/decode_plain.cuh"
+#include "cuda/gather.cuh"
 
 namespace taco::cuda {
 
@@ -25,7 +26,8 @@ bool launch_part(const DecodeArgs& args) {
 }
 
 template <class T>
-bool launch(const DecodeArgs& args, Launch how) {
+bool launch(const DecodeArgs& args, const GatherArgs& gathering, Launch how) {
+  if (args.call.pivot != nullptr && !run(gathering.blocks, kThreads, 0, [&] { gather<T>(gathering); })) return false;
   if (how == kCooperative) return launch_part<T, Part::kBoth>(args);
   return launch_part<T, Part::kFirst>(args) && launch_part<T, Part::kSecond>(args);
 }
@@ -35,8 +37,9 @@ bool launch(const DecodeArgs& args, Launch how) {
 namespace {
 
 struct Header {  // as the test writes it; 64-bit each
-  int64_t rows, in, dtype, norm, gate, launch, aligned, has_residual, processors, shared_limit, count;
+  int64_t rows, in, width, dtype, norm, gate, launch, aligned, has_residual, processors, shared_limit, count;
   int64_t x_stride, residual_stride;
+  int64_t pivot;  // bytes of an index, 0 without one
   double eps;
 };
 struct MemberHeader {
@@ -67,8 +70,9 @@ int main(int argc, char** argv) {
   while (fread(&h, sizeof(h), 1, in) == 1) {
     const int64_t element = h.dtype == 0 ? 4 : 2;
     LowRankCall call = {};
-    Bytes x, residual, v[kMaxMembers], u[kMaxMembers], bias[kMaxMembers], y[kMaxMembers];
-    bool whole = h.count >= 1 && h.count <= kMaxMembers && read(in, x, h.rows, h.x_stride, h.in, element);
+    Bytes x, pivot, residual, v[kMaxMembers], u[kMaxMembers], bias[kMaxMembers], y[kMaxMembers];
+    bool whole = h.count >= 1 && h.count <= kMaxMembers && read(in, x, h.rows, h.x_stride, h.width, element) &&
+                 (h.pivot == 0 || read(in, pivot, 1, 0, h.width, h.pivot));
     for (int i = 0; whole && i < h.count; ++i) {
       MemberHeader m;
       whole = fread(&m, sizeof(m), 1, in) == 1 && read(in, v[i], m.rank, m.v_stride, h.in, element) &&
@@ -86,6 +90,7 @@ int main(int argc, char** argv) {
     call.x = x.data, call.x_stride = h.x_stride, call.residual = residual.data;
     call.residual_stride = h.residual_stride, call.rows = h.rows, call.in = h.in, call.count = int(h.count);
     call.gate = int(h.gate), call.dtype = int(h.dtype), call.norm = h.norm != 0, call.eps = float(h.eps);
+    call.pivot = pivot.data, call.long_pivot = h.pivot == 8;
     DecodeArgs args{call, plan_decode(call, h.aligned != 0, int(h.processors), h.shared_limit), nullptr, nullptr};
     if (args.plan.shared_bytes > h.shared_limit) {
       return fprintf(stderr, "the plan wants %lld bytes of shared memory\n", (long long)args.plan.shared_bytes), 1;
@@ -93,12 +98,11 @@ int main(int argc, char** argv) {
     Bytes work;
     if (posix_memalign(reinterpret_cast<void**>(&work.data), 16, size_t(args.plan.workspace_bytes)) != 0) return 2;
     memset(work.data, 0xff, size_t(args.plan.workspace_bytes));  // NaN
-    args.partial = reinterpret_cast<float*>(work.data);
-    args.squares = args.partial + int64_t(args.plan.splits) * h.rows * args.plan.rank_padded;
+    const GatherArgs gathering = arrange(args, work.data);
     const Launch how = Launch(h.launch);
-    const bool done = h.dtype == 0   ? launch<float>(args, how)
-                      : h.dtype == 1 ? launch<Half>(args, how)
-                                     : launch<Bfloat>(args, how);
+    const bool done = h.dtype == 0   ? launch<float>(args, gathering, how)
+                      : h.dtype == 1 ? launch<Half>(args, gathering, how)
+                                     : launch<Bfloat>(args, gathering, how);
     if (!done) return fprintf(stderr, "the launch hangs: a barrier that not every thread reaches\n"), 1;
     const int64_t facts[5] = {args.plan.matrix_unit, args.plan.splits, args.plan.prefetched_tiles,
                               args.plan.t_capacity, args.plan.tile_warps};

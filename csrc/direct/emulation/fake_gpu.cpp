@@ -110,11 +110,19 @@ int low_rank_decode(const LowRankCall& call, Launch launch, void* workspace, std
   for (int m = 0; m < call.count; ++m) {
     const Factors& f = call.members[m];
     for (std::int64_t row = 0; row < call.rows; ++row) {
-      const auto x = [&](std::int64_t i) { return number_at(call.x, row * call.x_stride + i, call.dtype); };
+      const auto column = [&](std::int64_t c) {
+        if (call.pivot == nullptr) return c;
+        return call.long_pivot ? static_cast<const std::int64_t*>(call.pivot)[c]
+                               : std::int64_t(static_cast<const std::int32_t*>(call.pivot)[c]);
+      };
+      const auto at = [&](std::int64_t c) { return number_at(call.x, row * call.x_stride + column(c), call.dtype); };
+      const std::int64_t before = call.pivot == nullptr ? 0 : f.rank;
+      const auto x = [&](std::int64_t i) { return at(before + i); };
       double squares = 0;
       for (std::int64_t i = 0; i < call.in; ++i) squares += x(i) * x(i);
       const double scale = call.norm ? 1 / std::sqrt(squares / double(call.in) + call.eps) : 1;
       std::vector<double> middle(static_cast<std::size_t>(f.rank));
+      for (std::int64_t r = 0; r < before; ++r) middle[static_cast<std::size_t>(r)] = at(r);
       for (std::int64_t r = 0; r < f.rank; ++r)
         for (std::int64_t i = 0; i < call.in; ++i)
           middle[static_cast<std::size_t>(r)] += scale * x(i) * number_at(f.v, r * f.v_stride + i, call.dtype);
