@@ -62,7 +62,7 @@ class Store:
         """Keeps an entry; it is lasting once this returns.
 
         Raises:
-            DiskFullError: there is no space for it.
+            DiskFullError: there is no space for it, or no temporary directory can be made.
         """
         if name in self._held:
             self.drop(name)
@@ -85,10 +85,12 @@ class Store:
         except BaseException as error:
             partial.unlink(missing_ok=True)
             if disk_full(error):
-                raise DiskFullError(
-                    f"No space left on the disk of {self._folder()}; finished steps are kept. Free some, and run the "
-                    "same command with --resume."
-                ) from error
+                advice = (
+                    "finished steps are kept. Free some, and run the same command with --resume."
+                    if self.lasting
+                    else "free some, or point TMPDIR to another."
+                )
+                raise DiskFullError(f"No space left on the disk of {self._folder()}; {advice}") from error
             raise
         self._index[name] = {"file": file, "sha256": digest, "note": note}
         self._checked.add(name)
@@ -152,7 +154,12 @@ class Store:
         if self._directory is not None:
             return self._directory
         if self._temporary is None:
-            self._temporary = ScratchDirectory()
+            try:
+                self._temporary = ScratchDirectory()
+            except OSError as error:
+                raise DiskFullError(
+                    f"No temporary directory can be made ({error}); point TMPDIR to a disk with space."
+                ) from error
         return self._temporary.path
 
     def _sound(self, name: str) -> bool:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
 from taco_svd import store as store_module
-from taco_svd.errors import TacoError
+from taco_svd.errors import DiskFullError, TacoError
 from taco_svd.store import INDEX, Store
 
 TENSORS = {"a": torch.arange(12.0).view(3, 4), "b": torch.ones(2, 2, dtype=torch.bfloat16)[:, :1]}
@@ -96,3 +98,18 @@ def test_a_strange_index_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / INDEX).write_text(content)
     with pytest.raises(TacoError, match="delete"):
         Store(tmp_path)
+
+
+def test_a_full_disk_and_none_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "save_file", full)
+        with pytest.raises(DiskFullError, match="--resume"):
+            Store(tmp_path / "w").put("x", TENSORS)
+        with pytest.raises(DiskFullError, match="TMPDIR"):
+            Store().put("x", TENSORS)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    with pytest.raises(DiskFullError, match=r"No temporary directory can be made .*TMPDIR"):
+        Store().put("x", TENSORS)
