@@ -244,8 +244,10 @@ PYBIND11_MODULE(_C, m) {
   m.attr("HAS_CUDA") = true;
   m.attr("CUDA_MAX_ROWS") = taco::cuda::kMaxDecodeRows;
   m.attr("CUDA_MAX_MEMBERS") = taco::cuda::kMaxMembers;
-  m.def("cuda_low_rank_workspace_bytes", &cuda_low_rank_workspace_bytes, "bytes for (members, rows, in, gate, dtype, pivot)");
-  m.def("cuda_low_rank", &cuda_low_rank, "y = scale * (x v^T) u^T + bias + residual of every member, gated, or behind a pivot");
+  m.def("cuda_low_rank_workspace_bytes", &cuda_low_rank_workspace_bytes,
+        "bytes for (members, rows, in, gate, dtype, pivot)");
+  m.def("cuda_low_rank", &cuda_low_rank,
+        "y = scale * (x v^T) u^T + bias + residual of every member, gated, or behind a pivot");
 #else
   m.attr("HAS_CUDA") = false;
 #endif

@@ -24,6 +24,7 @@ plain and fit together but there are more rows than its kernels are good for, an
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -48,6 +49,14 @@ _GUARDS = (
 )
 
 
+def _guards() -> tuple[Any, ...]:
+    """The functions named in `_GUARDS`; None for one that this torch has not."""
+    place: Any = torch._C
+    return tuple(
+        functools.reduce(lambda owner, part: getattr(owner, part, None), name.split("."), place) for name in _GUARDS
+    )
+
+
 def _setup() -> str:
     """Hands torch's interface to the extension; returns why there are no direct calls, empty where there are."""
     if native.module is None:
@@ -55,21 +64,12 @@ def _setup() -> str:
     if os.environ.get("TACO_DIRECT", "1").strip() == "0":
         return "turned off by TACO_DIRECT=0"
     capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    guards = _guards()
     missing = f"torch {torch.__version__} does not offer what they need (DLPack's C interface, since 2.10)"
-    if capsule is None:
+    if capsule is None or None in guards:
         return missing
-    guards = []
-    for name in _GUARDS:
-        found: Any = torch._C
-        for part in name.split("."):
-            found = getattr(found, part, None)
-        if found is None:
-            return missing
-        guards.append(found)
     try:
-        made = native.module.direct_setup(
-            capsule, torch.Tensor, torch.nn.Parameter, tuple(guards), torch.get_num_threads
-        )
+        made = native.module.direct_setup(capsule, torch.Tensor, torch.nn.Parameter, guards, torch.get_num_threads)
     except (TypeError, ValueError) as error:  # the interface's early forms: an integer, a capsule of another name
         return f"torch {torch.__version__} offers DLPack's C interface in another form ({error})"
     dispatch.allow_direct()

@@ -334,29 +334,37 @@ def check(case: Case, backend: str, device: str) -> dict[str, Any]:
     return {"ok": worst <= 1.0 and same, "worst": round(worst, 4) if worst < 1e9 else "inf", "same_bits": same}
 
 
+def joined(inputs: Inputs) -> Tensor:
+    """All results of a call, one after the other."""
+    return torch.cat([part.flatten() for part in parts(call(inputs))])
+
+
+def on_streams(inputs: Inputs) -> tuple[Tensor, Tensor, torch.cuda.CUDAGraph]:
+    """What `joined` gives on a side stream, what it will give when the graph is replayed, and that graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        aside = joined(inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = joined(inputs)
+    return aside, replayed, graph
+
+
 def check_streams(backend: str, op: str) -> dict[str, Any]:
     """On a GPU: on a side stream, and replayed from a CUDA graph with new input values, results must be the same."""
     inputs = draw(op, 1024, (1024, 256, 256) if op == "low_rank_linear_group" else 1024, 128, 4, "bfloat16", "cuda")
 
-    def call_once() -> Tensor:
-        return torch.cat([part.flatten() for part in parts(call(inputs))])
-
     try:
         with using(backend):
-            expected = call_once()
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                aside = call_once()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                replayed = call_once()
+            expected = joined(inputs)
+            aside, replayed, graph = on_streams(inputs)
             same = bool(torch.equal(aside, expected))
             for _ in range(3):
                 inputs.x.normal_()
                 graph.replay()
-                same = same and bool(torch.equal(replayed, call_once()))
+                same = same and bool(torch.equal(replayed, joined(inputs)))
     except Exception as error:
         return {"ok": False, "error": f"{type(error).__name__}: {error}"[:400]}
     return {"ok": same}
@@ -382,24 +390,16 @@ def check_direct(op: str) -> dict[str, Any]:
     }[op]
     try:
         with using("cuda"):
-            expected = torch.cat([part.flatten() for part in parts(call(inputs))])
+            expected = joined(inputs)
         with torch.inference_mode():
             direct.served(op, "cuda", *arguments)  # whatever a table of this GPU prefers
             found = entry(*arguments)
             if found is None or found is False:
                 return {"ok": False, "error": "the call was not direct"}
-            same = torch.equal(torch.cat([part.flatten() for part in parts(found)]), expected)
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                aside = parts(call(inputs))
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                captured = parts(call(inputs))
+            direct_results = torch.cat([part.flatten() for part in parts(found)])
+            aside, replayed, graph = on_streams(inputs)
             graph.replay()
-            for results in (aside, captured):
-                same = same and torch.equal(torch.cat([part.flatten() for part in results]), expected)
+            same = all(torch.equal(results, expected) for results in (direct_results, aside, replayed))
     except Exception as error:
         return {"ok": False, "error": f"{type(error).__name__}: {error}"[:400]}
     return {"ok": same}

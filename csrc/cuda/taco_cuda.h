@@ -56,9 +56,9 @@ struct LowRankCall {
   bool long_pivot;    // 64 bits each, not 32
 };
 
-// Bytes of work space that low_rank_decode needs on the current device for calls of these sizes (of pointers only whether
-// there is a pivot, no strides), whatever the alignment of the tensors; a negative number is an error (the negated cudaError). The
-// work space needs no initialisation and 16-byte alignment.
+// Bytes of work space that low_rank_decode needs on the current device for calls of these sizes (of pointers it matters
+// only whether there is a pivot, and no strides do), whatever the alignment of the tensors; a negative number is an error
+// (the negated cudaError). The work space needs no initialisation and 16-byte alignment.
 std::int64_t low_rank_decode_workspace_bytes(const LowRankCall& call);
 
 // Launches one call on `stream` (a cudaStream_t) of the current device; returns a cudaError (0 is success). May be

@@ -56,50 +56,72 @@ PyObject* result_of(Way way, Call& call) {
   return nullptr;
 }
 
-// What a map, alone or with a norm, comes to on the device that its input is on.
-template <class Call>
-PyObject* result_anywhere(Op op, Way way, Call& call) {
-  if (way != Way::kOrdinary && on_gpu(call.x)) return on_gpu_result(op, call.x, call.input(), &call.map, 1, false);
-  return result_of(way, call);
-}
+// What the functions below take, each as the call that it is.
 
 // x, v, u, bias, residual
-Way read_linear(PyObject* const* args, Py_ssize_t count, Linear& call) {
+Way read_call(PyObject* const* args, Py_ssize_t count, Linear& call) {
   return count == 5 ? call.read(args[0], args[1], args[2], args[3], args[4]) : Way::kOrdinary;
 }
 
-PyObject* linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (!nothing_in_the_way()) Py_RETURN_NONE;
-  Linear call;
-  const Way way = read_linear(args, count, call);
-  return result_anywhere(kLinear, way, call);
-}
-
 // h, v, u, bias, eps
-Way read_bridge(PyObject* const* args, Py_ssize_t count, Bridge& call) {
+Way read_call(PyObject* const* args, Py_ssize_t count, Bridge& call) {
   if (count != 5 || !PyFloat_CheckExact(args[4])) return Way::kOrdinary;
   return call.read(args[0], args[1], args[2], args[3], PyFloat_AS_DOUBLE(args[4]));
 }
 
-PyObject* bridge(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (!nothing_in_the_way()) Py_RETURN_NONE;
-  Bridge call;
-  const Way way = read_bridge(args, count, call);
-  return result_anywhere(kBridge, way, call);
-}
-
 // x, v, u, pivot, bias, residual
-Way read_pivoted(PyObject* const* args, Py_ssize_t count, Pivoted& call) {
+Way read_call(PyObject* const* args, Py_ssize_t count, Pivoted& call) {
   return count == 6 ? call.read(args[0], args[1], args[2], args[3], args[4], args[5]) : Way::kOrdinary;
 }
 
-PyObject* pivoted(PyObject*, PyObject* const* args, Py_ssize_t count) {
+// x, vs, us, biases: three tuples or lists
+Way read_call(PyObject* const* args, Py_ssize_t count, Group& call) {
+  if (count != 4) return Way::kOrdinary;
+  for (int i = 1; i < 4; ++i)
+    if (!PyTuple_Check(args[i]) && !PyList_Check(args[i])) return Way::kOrdinary;
+  const Py_ssize_t members = PySequence_Fast_GET_SIZE(args[1]);
+  if (PySequence_Fast_GET_SIZE(args[2]) != members || PySequence_Fast_GET_SIZE(args[3]) != members)
+    return Way::kOrdinary;
+  if (!read_rows(args[0], call.x)) return Way::kOrdinary;
+  for (Py_ssize_t i = 0; i < members; ++i)
+    if (!call.add(PySequence_Fast_GET_ITEM(args[1], i), PySequence_Fast_GET_ITEM(args[2], i),
+                  PySequence_Fast_GET_ITEM(args[3], i)))
+      return Way::kOrdinary;
+  return call.way();
+}
+
+// The same calls on a GPU.
+GpuCall gpu_call(Linear& call) { return {kLinear, call.x, call.input(), &call.map, 1}; }
+GpuCall gpu_call(Bridge& call) { return {kBridge, call.x, call.input(), &call.map, 1}; }
+GpuCall gpu_call(Pivoted& call) {
+  return {kPivoted, call.x, call.input(), &call.map, 1, call.pivot, call.is_long};
+}
+GpuCall gpu_call(Group& call) { return {kGroup, call.x, input_of(call.x), call.maps, call.members}; }
+
+// A function with one result.
+template <class Call>
+PyObject* one(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!nothing_in_the_way()) Py_RETURN_NONE;
-  Pivoted call;
-  const Way way = read_pivoted(args, count, call);
-  if (way != Way::kOrdinary && on_gpu(call.x))
-    return on_gpu_result(kPivoted, call.x, call.input(), &call.map, 1, false, {call.pivot, call.is_long});
+  Call call;
+  const Way way = read_call(args, count, call);
+  if (way != Way::kOrdinary && on_gpu(call.x)) return on_gpu_result(gpu_call(call), false);
   return result_of(way, call);
+}
+
+PyObject* group(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (!nothing_in_the_way()) Py_RETURN_NONE;
+  Group call;
+  const Way way = read_call(args, count, call);
+  if (way == Way::kOrdinary) Py_RETURN_NONE;
+  if (on_gpu(call.x)) return on_gpu_result(gpu_call(call), true);
+  if (way == Way::kLibrary) Py_RETURN_FALSE;
+  const int threads = thread_count();
+  if (threads < 0) return nullptr;
+  PyObject* const results = new_results(call.x, call.maps, call.members);
+  if (results == nullptr) Py_RETURN_NONE;
+  if (run([&] { call.compute(threads); })) return results;
+  Py_DECREF(results);
+  return nullptr;
 }
 
 // x, gate_v, gate_u, gate_bias, up_v, up_u, up_bias, down_v, down_u, down_bias, act
@@ -116,78 +138,35 @@ PyObject* mlp(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return result_of(way, call);
 }
 
-// x, vs, us, biases: three tuples or lists
-Way read_group(PyObject* const* args, Py_ssize_t count, Group& call) {
-  if (count != 4) return Way::kOrdinary;
-  for (int i = 1; i < 4; ++i)
-    if (!PyTuple_Check(args[i]) && !PyList_Check(args[i])) return Way::kOrdinary;
-  const Py_ssize_t members = PySequence_Fast_GET_SIZE(args[1]);
-  if (PySequence_Fast_GET_SIZE(args[2]) != members || PySequence_Fast_GET_SIZE(args[3]) != members)
-    return Way::kOrdinary;
-  if (!read_rows(args[0], call.x)) return Way::kOrdinary;
-  for (Py_ssize_t i = 0; i < members; ++i)
-    if (!call.add(PySequence_Fast_GET_ITEM(args[1], i), PySequence_Fast_GET_ITEM(args[2], i),
-                  PySequence_Fast_GET_ITEM(args[3], i)))
-      return Way::kOrdinary;
-  return call.way();
-}
-
-PyObject* group(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (!nothing_in_the_way()) Py_RETURN_NONE;
-  Group call;
-  const Way way = read_group(args, count, call);
-  if (way == Way::kOrdinary) Py_RETURN_NONE;
-  if (on_gpu(call.x)) return on_gpu_result(kGroup, call.x, input_of(call.x), call.maps, call.members, true);
-  if (way == Way::kLibrary) Py_RETURN_FALSE;
-  const int threads = thread_count();
-  PyObject* const results = threads < 0 ? nullptr : PyList_New(call.members);
-  if (results == nullptr) return nullptr;
-  for (int i = 0; i < call.members; ++i) {
-    PyObject* const y = new_rows(call.x, call.maps[i].out, call.maps[i].y);
-    if (y == nullptr) {
-      Py_DECREF(results);
-      Py_RETURN_NONE;
-    }
-    PyList_SET_ITEM(results, i, y);
-  }
-  if (run([&] { call.compute(threads); })) return results;
-  Py_DECREF(results);
-  return nullptr;
-}
-
 int op_named(const char* name) {
   int op = 0;
   while (op < kOps && std::strcmp(name, kOpNames[op]) != 0) ++op;
   return op;
 }
 
+template <class Call>
+void remember_on_gpu(PyObject* const* args, Py_ssize_t count, int launch) {
+  Call call;
+  if (read_call(args, count, call) != Way::kOrdinary && on_gpu(call.x)) remember(gpu_call(call), launch);
+}
+
 // op, launch, and what the op's function takes
 PyObject* remember_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  const char* const name = count < 2 ? nullptr : PyUnicode_AsUTF8(args[0]);
-  const long launch = name == nullptr ? -1 : PyLong_AsLong(args[1]);
-  if (PyErr_Occurred()) return nullptr;
-  if (name == nullptr) {
+  if (count < 2) {
     PyErr_SetString(PyExc_TypeError, "direct_remember(op, launch, ...)");
     return nullptr;
   }
-  const auto note = [&](Op op, const Rows& x, const LowRankInput& input, const LowRankMap* maps, int members) {
-    if (on_gpu(x)) remember(op, input, maps, members, static_cast<int>(launch));
-  };
-  const int op = op_named(name);
-  PyObject* const* const rest = args + 2;
-  if (op == kLinear) {
-    Linear call;
-    if (read_linear(rest, count - 2, call) != Way::kOrdinary) note(kLinear, call.x, call.input(), &call.map, 1);
-  } else if (op == kBridge) {
-    Bridge call;
-    if (read_bridge(rest, count - 2, call) != Way::kOrdinary) note(kBridge, call.x, call.input(), &call.map, 1);
-  } else if (op == kPivoted) {
-    Pivoted call;
-    if (read_pivoted(rest, count - 2, call) != Way::kOrdinary) note(kPivoted, call.x, call.input(), &call.map, 1);
-  } else if (op == kGroup) {
-    Group call;
-    if (read_group(rest, count - 2, call) != Way::kOrdinary)
-      note(kGroup, call.x, input_of(call.x), call.maps, call.members);
+  const char* const name = PyUnicode_AsUTF8(args[0]);
+  if (name == nullptr) return nullptr;
+  const int launch = static_cast<int>(PyLong_AsLong(args[1]));
+  if (PyErr_Occurred()) return nullptr;
+  args += 2, count -= 2;
+  switch (op_named(name)) {
+    case kLinear: remember_on_gpu<Linear>(args, count, launch); break;
+    case kBridge: remember_on_gpu<Bridge>(args, count, launch); break;
+    case kPivoted: remember_on_gpu<Pivoted>(args, count, launch); break;
+    case kGroup: remember_on_gpu<Group>(args, count, launch); break;
+    default: break;  // no kernel on a GPU
   }
   Py_RETURN_NONE;
 }
@@ -257,9 +236,9 @@ PyCFunction as_method(Function* function) {
 }
 
 PyMethodDef kMethods[] = {
-    {"direct_low_rank_linear", as_method(linear), METH_FASTCALL, "(x, v, u, bias, residual)"},
-    {"direct_low_rank_bridge", as_method(bridge), METH_FASTCALL, "(h, v, u, bias, eps)"},
-    {"direct_pivoted_low_rank_linear", as_method(pivoted), METH_FASTCALL, "(x, v, u, pivot, bias, residual)"},
+    {"direct_low_rank_linear", as_method(one<Linear>), METH_FASTCALL, "(x, v, u, bias, residual)"},
+    {"direct_low_rank_bridge", as_method(one<Bridge>), METH_FASTCALL, "(h, v, u, bias, eps)"},
+    {"direct_pivoted_low_rank_linear", as_method(one<Pivoted>), METH_FASTCALL, "(x, v, u, pivot, bias, residual)"},
     {"direct_low_rank_mlp", as_method(mlp), METH_FASTCALL, "(x, three times v, u and bias, act)"},
     {"direct_low_rank_linear_group", as_method(group), METH_FASTCALL, "(x, vs, us, biases)"},
     {"direct_setup", as_method(setup), METH_FASTCALL, "(capsule, Tensor, Parameter, guards, get_num_threads)"},

@@ -8,7 +8,7 @@
 namespace taco::dlpack {
 
 constexpr std::uint32_t kMajor = 1;
-constexpr std::int32_t kCpu = 1, kCuda = 2;                           // Device::type
+constexpr std::int32_t kCpu = 1, kCuda = 2;                               // Device::type
 constexpr std::uint8_t kInt = 0, kUnsigned = 1, kFloat = 2, kBfloat = 4;  // DataType::code
 
 struct Version {

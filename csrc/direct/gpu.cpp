@@ -18,23 +18,27 @@ constexpr int kLibrary = -1;
 // Under the interpreter's lock, which every caller holds.
 std::map<std::vector<std::int64_t>, int> remembered;  // sizes -> launch
 
-std::vector<std::int64_t> key_of(Op op, const LowRankInput& input, const LowRankMap* maps, int count) {
-  std::vector<std::int64_t> key = {op, static_cast<std::int64_t>(input.dtype), input.rows, input.in};
-  for (int i = 0; i < count; ++i) key.push_back(maps[i].rank), key.push_back(maps[i].out);
+std::vector<std::int64_t> key_of(const GpuCall& call) {
+  std::vector<std::int64_t> key = {call.op, static_cast<std::int64_t>(call.input.dtype), call.input.rows,
+                                   call.input.in};
+  for (int i = 0; i < call.count; ++i) key.push_back(call.maps[i].rank), key.push_back(call.maps[i].out);
   return key;
 }
 
-cuda::LowRankCall call_of(const LowRankInput& input, const LowRankMap* maps, int count, Pivot pivot) {
-  cuda::LowRankCall call = {};
-  call.x = input.x, call.x_stride = input.x_stride, call.rows = input.rows, call.in = input.in;
-  call.residual = maps[0].residual, call.residual_stride = maps[0].residual_stride;
-  call.count = count, call.gate = cuda::kNoGate, call.dtype = static_cast<int>(input.dtype);
-  call.norm = input.normalise, call.eps = input.eps;
-  call.pivot = pivot.index, call.long_pivot = pivot.is_long;
-  for (int i = 0; i < count; ++i)
-    call.members[i] = {maps[i].v,    maps[i].v_stride, maps[i].u,    maps[i].u_stride,
+// With the addresses of the results in the maps.
+cuda::LowRankCall kernel_call(const GpuCall& call) {
+  const LowRankInput& input = call.input;
+  const LowRankMap* const maps = call.maps;
+  cuda::LowRankCall made = {};
+  made.x = input.x, made.x_stride = input.x_stride, made.rows = input.rows, made.in = input.in;
+  made.residual = maps[0].residual, made.residual_stride = maps[0].residual_stride;
+  made.count = call.count, made.gate = cuda::kNoGate, made.dtype = static_cast<int>(input.dtype);
+  made.norm = input.normalise, made.eps = input.eps;
+  made.pivot = call.pivot, made.long_pivot = call.long_pivot;
+  for (int i = 0; i < call.count; ++i)
+    made.members[i] = {maps[i].v,    maps[i].v_stride, maps[i].u,    maps[i].u_stride,
                        maps[i].bias, maps[i].y,        maps[i].rank, maps[i].out};
-  return call;
+  return made;
 }
 
 void ignore_error(void*, const char*, const char*) {}
@@ -90,32 +94,23 @@ std::optional<PyObject*> launch(const cuda::LowRankCall& call, int how, dlpack::
 
 }  // namespace
 
-void remember(Op op, const LowRankInput& input, const LowRankMap* maps, int count, int launch) {
+void remember(const GpuCall& call, int launch) {
   if (remembered.size() >= kMost) return;
-  const bool fits = input.rows <= cuda::kMaxDecodeRows && count <= cuda::kMaxMembers;
-  if (launch == kLibrary || fits) remembered[key_of(op, input, maps, count)] = launch;
+  const bool fits = call.input.rows <= cuda::kMaxDecodeRows && call.count <= cuda::kMaxMembers;
+  if (launch == kLibrary || fits) remembered[key_of(call)] = launch;
 }
 
 void forget() { remembered.clear(); }
 
-PyObject* on_gpu_result(Op op, const Rows& x, const LowRankInput& input, LowRankMap* maps, int count, bool list,
-                        Pivot pivot) {
-  const auto known = remembered.find(key_of(op, input, maps, count));
+PyObject* on_gpu_result(const GpuCall& call, bool list) {
+  const auto known = remembered.find(key_of(call));
   if (known == remembered.end()) Py_RETURN_NONE;
   if (known->second == kLibrary) Py_RETURN_FALSE;
-  // the kernels launch on the current device
-  if (cuda::current_device_index() != x.tensor.device.id) Py_RETURN_NONE;
-  PyObject* const results = PyList_New(count);
-  if (results == nullptr) return nullptr;
-  for (int i = 0; i < count; ++i) {
-    PyObject* const y = new_rows(x, maps[i].out, maps[i].y);
-    if (y == nullptr) {
-      Py_DECREF(results);
-      Py_RETURN_NONE;
-    }
-    PyList_SET_ITEM(results, i, y);
-  }
-  if (const auto instead = launch(call_of(input, maps, count, pivot), known->second, x.tensor.device)) {
+  const dlpack::Device device = call.x.tensor.device;
+  if (cuda::current_device_index() != device.id) Py_RETURN_NONE;  // the kernels launch on the current one
+  PyObject* const results = new_results(call.x, call.maps, call.count);
+  if (results == nullptr) Py_RETURN_NONE;
+  if (const auto instead = launch(kernel_call(call), known->second, device)) {
     Py_DECREF(results);
     return *instead;
   }
@@ -132,9 +127,9 @@ PyObject* on_gpu_result(Op op, const Rows& x, const LowRankInput& input, LowRank
 
 namespace taco::direct {
 
-void remember(Op, const LowRankInput&, const LowRankMap*, int, int) {}
+void remember(const GpuCall&, int) {}
 void forget() {}
-PyObject* on_gpu_result(Op, const Rows&, const LowRankInput&, LowRankMap*, int, bool, Pivot) { Py_RETURN_NONE; }
+PyObject* on_gpu_result(const GpuCall&, bool) { Py_RETURN_NONE; }
 
 }  // namespace taco::direct
 

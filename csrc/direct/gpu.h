@@ -18,22 +18,26 @@ constexpr bool kHasGpu = true;
 constexpr bool kHasGpu = false;
 #endif
 
-// x's columns in another order, before the product (Pivoted); none where `index` is null.
-struct Pivot {
-  const void* index = nullptr;
-  bool is_long = false;
+// What a call comes to. With a pivot (Pivoted) x's columns are put in its order before the product of `input`.
+struct GpuCall {
+  Op op;
+  const Rows& x;
+  LowRankInput input;
+  LowRankMap* maps;
+  int count;
+  const void* pivot = nullptr;
+  bool long_pivot = false;
 };
 
 // Notes that calls like this one are served by the CUDA kernels, launched in this way (cuda::Launch), or by the library
 // (`launch` negative).
-void remember(Op op, const LowRankInput& input, const LowRankMap* maps, int count, int launch);
+void remember(const GpuCall& call, int launch);
 
 // Forgets all of them.
 void forget();
 
 // Serves a call whose input is on a GPU: results in order; with `list` as a list, else the one by itself. None where the
 // ordinary way must be taken, False for the library; null with a Python error where a launch failed.
-PyObject* on_gpu_result(Op op, const Rows& x, const LowRankInput& input, LowRankMap* maps, int count, bool list,
-                        Pivot pivot = {});
+PyObject* on_gpu_result(const GpuCall& call, bool list);
 
 }  // namespace taco::direct

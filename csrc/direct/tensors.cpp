@@ -140,6 +140,20 @@ PyObject* new_rows(const Rows& like, std::int64_t width, void*& data) {
   return result;
 }
 
+PyObject* new_results(const Rows& like, LowRankMap* maps, int count) {
+  PyObject* const results = PyList_New(count);
+  for (int i = 0; results != nullptr && i < count; ++i) {
+    PyObject* const y = new_rows(like, maps[i].out, maps[i].y);
+    if (y == nullptr) {
+      Py_DECREF(results);
+      return nullptr;
+    }
+    PyList_SET_ITEM(results, i, y);
+  }
+  if (results == nullptr) PyErr_Clear();
+  return results;
+}
+
 int thread_count() {
   PyObject* const answer = PyObject_CallNoArgs(state.threads);
   if (answer == nullptr) return -1;

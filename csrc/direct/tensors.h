@@ -110,6 +110,9 @@ bool shape_like(const Rows& like, std::int64_t width, std::int64_t (&shape)[kDim
 // there is none.
 PyObject* new_rows(const Rows& like, std::int64_t width, void*& data);
 
+// A list of such tensors, one for each map, whose `y` is then where its data lies; null as above.
+PyObject* new_results(const Rows& like, LowRankMap* maps, int count);
+
 int thread_count();  // -1 with a Python error
 
 }  // namespace taco::direct

@@ -137,10 +137,12 @@ class UpwardPass:
         if self.store is None:
             return self._layer(layer, truth, ours, writers)
         if entry in self.store:
-            note = self._restored(entry, layer)
+            note = restore_layer(self.store, entry, self.working, self.structure, layer)
             self.records += note["records"]
             self.drift += note["drift"]
-            return self.walk.through(layer, truth), self.walk.through(layer, ours, self.working)
+            truth, ours = self.walk.through(layer, truth), self.walk.through(layer, ours, self.working)
+            self._let_go(entry, layer)
+            return truth, ours
         records, drift = len(self.records), len(self.drift)
         truth, ours = self._layer(layer, truth, ours, writers)
         note = {"records": self.records[records:], "drift": self.drift[drift:]}
@@ -151,19 +153,17 @@ class UpwardPass:
                 raise
             self.store = None  # it would have saved memory, no more
             return truth, ours
-        self._restored(entry, layer)
-        self.walk.let_go(self.working.layers[layer])
+        restore_layer(self.store, entry, self.working, self.structure, layer)
+        self._let_go(entry, layer)
         return truth, ours
 
-    def _restored(self, entry: str, layer: int) -> Any:
-        """Puts a stored layer in its place and gives the pages of what is mapped back; returns the note."""
+    def _let_go(self, entry: str, layer: int) -> None:
+        """Gives the pages of a finished layer back, if it is mapped; what it shares, `walk` has let go."""
         assert self.store is not None
-        note = restore_layer(self.store, entry, self.working, self.structure, layer)
         if not self.store.in_memory(entry):
             self.mapped = True
             for tensor in own_tensors(self.dense.layers[layer], self.working.layers[layer]).values():
                 page_out_tensor(tensor)
-        return note
 
     def _lowest_change(self) -> int:
         """The lowest layer that differs from the dense model's: factorised, or the last before a removed one."""

@@ -57,10 +57,6 @@ class _Room:
             block = self._blocks[name] = torch.empty(size, dtype=torch.float32)
         return block[:size].view(rows, columns)
 
-    def clear(self) -> None:
-        """Gives the memory back; the next product takes it anew."""
-        self._blocks.clear()
-
     def widened(self, name: str, part: torch.Tensor) -> torch.Tensor:
         """A matrix in float32, transposed where the given one is."""
         if part.stride(0) == 1 and part.stride(1) != 1:
@@ -132,7 +128,7 @@ class WideProducts(TorchDispatchMode):
 
     def release(self) -> None:
         """Gives the memory back that products were computed in."""
-        self._room.clear()
+        self._room = _Room()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

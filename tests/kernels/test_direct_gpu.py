@@ -47,14 +47,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Any:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    guards = []
-    for name in direct._GUARDS:
-        found: Any = torch._C
-        for part in name.split("."):
-            found = getattr(found, part)
-        guards.append(found)
     capsule = module.fake_api(torch.Tensor.__dlpack_c_exchange_api__)
-    assert module.direct_setup(capsule, torch.Tensor, torch.nn.Parameter, tuple(guards), torch.get_num_threads)
+    assert module.direct_setup(capsule, torch.Tensor, torch.nn.Parameter, direct._guards(), torch.get_num_threads)
     return module
 
 

@@ -142,10 +142,10 @@ def test_roots_are_made_in_the_memory_of_moments_that_are_given_away() -> None:
     kept = inputs.clone(), gradients.clone()
     parts = WeightedMap(weight, inputs, gradients).svd(400)
     assert torch.equal(inputs, kept[0]) and torch.equal(gradients, kept[1])
-    before = torch.tensor([inputs.data_ptr(), gradients.data_ptr()])
+    before = [inputs.data_ptr(), gradients.data_ptr()]
     weighted = WeightedMap(weight, inputs, gradients, own=True)
     assert weighted._roots is not None
-    assert [root.data_ptr() for root in weighted._roots if root is not None] == before.tolist()
+    assert [root.data_ptr() for root in weighted._roots if root is not None] == before
     again = weighted.svd(400)
     assert torch.equal(again.left, parts.left) and torch.equal(again.right, parts.right)
 
