@@ -10,8 +10,8 @@ On a GPU the ordinary way decides, by what was measured there, which backend ser
 kernels have served once, or the library, are direct from then on, all ops' but the MLP's (csrc/direct/gpu.h).
 NOT YET RUN ON A GPU: what is tested is the same code on a device that is made of CPU memory.
 
-``TACO_DIRECT=0`` (read at import) turns direct calls off. Results' storage cannot be resized in place, since it comes
-through DLPack; otherwise they are ordinary tensors.
+``TACO_DIRECT=0`` (read at import) turns direct calls off. The storage of results on a CPU cannot be resized in place,
+since it comes through DLPack; otherwise they are ordinary tensors.
 
 Compiled code (torch.compile, vLLM) calls an op through the dispatcher, where a kernel in Python costs 25 us warm and
 over 100 us cold. For CPU tensors without gradients it is given a twin of the op, ``<op>_native``, whose kernel the

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -370,9 +370,26 @@ def check_streams(backend: str, op: str) -> dict[str, Any]:
     return {"ok": same}
 
 
+def kept_for_stream(result: Callable[[], Tensor]) -> bool:
+    """Whether a result that a busy side stream still reads (`record_stream`) keeps its memory once it is let go."""
+    y = result()
+    expected, shape = y.clone(), y.shape
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)  # some ten milliseconds
+        read = y.clone()
+    y.record_stream(stream)
+    del y
+    for _ in range(8):  # whoever is given the block writes over it
+        torch.full(shape, 777.0, dtype=expected.dtype, device=expected.device)
+    torch.cuda.synchronize()
+    return bool(torch.equal(read, expected))
+
+
 def check_direct(op: str) -> dict[str, Any]:
     """On a GPU, no backend forced: calls of sizes that the CUDA kernels have served are direct, and give the same bits,
-    on a side stream and captured into a graph too."""
+    on a side stream and captured into a graph too; their results are blocks that torch's allocator knows."""
     import importlib
 
     from taco_kernels import direct
@@ -400,6 +417,8 @@ def check_direct(op: str) -> dict[str, Any]:
             aside, replayed, graph = on_streams(inputs)
             graph.replay()
             same = all(torch.equal(results, expected) for results in (direct_results, aside, replayed))
+            if same and not kept_for_stream(lambda: parts(entry(*arguments))[0]):
+                return {"ok": False, "error": "a result's memory was given away while a recorded stream read it"}
     except Exception as error:
         return {"ok": False, "error": f"{type(error).__name__}: {error}"[:400]}
     return {"ok": same}

@@ -44,6 +44,40 @@ bool contiguous_vector(const dlpack::Tensor& t, std::int64_t size) {
 
 void ignore_error(void*, const char*, const char*) {}
 
+// By DLPack, which costs less than a call of torch's. What comes of it is no block of the allocator's to torch but
+// memory with an owner of its own.
+PyObject* new_by_dlpack(const Rows& like, std::int64_t* shape) {
+  dlpack::Tensor prototype = like.tensor;
+  prototype.shape = shape;
+  prototype.strides = nullptr;
+  prototype.byte_offset = 0;
+  dlpack::ManagedTensor* made = nullptr;
+  void* object = nullptr;
+  if (state.api->allocate(&prototype, &made, nullptr, ignore_error) != 0 ||
+      state.api->object_from_managed(made, &object) != 0)
+    return nullptr;
+  return static_cast<PyObject*>(object);
+}
+
+// By torch: a GPU's allocator must know the block for its own, or `record_stream` on the result would do nothing and
+// the block go to the next allocation while another stream still reads it.
+PyObject* new_by_torch(const Rows& like, const std::int64_t* shape) {
+  static PyObject* const name = PyUnicode_InternFromString("new_empty");
+  PyObject* const sizes = PyTuple_New(like.tensor.ndim);
+  if (sizes == nullptr) return nullptr;
+  for (int d = 0; d < like.tensor.ndim; ++d) {
+    PyObject* const size = PyLong_FromLongLong(shape[d]);
+    if (size == nullptr) {
+      Py_DECREF(sizes);
+      return nullptr;
+    }
+    PyTuple_SET_ITEM(sizes, d, size);
+  }
+  PyObject* const made = PyObject_CallMethodOneArg(like.object, name, sizes);
+  Py_DECREF(sizes);
+  return made;
+}
+
 }  // namespace
 
 // The leading dimensions as one, and its stride; false where they are not evenly spaced.
@@ -119,21 +153,11 @@ bool shape_like(const Rows& like, std::int64_t width, std::int64_t (&shape)[kDim
 PyObject* new_rows(const Rows& like, std::int64_t width, void*& data) {
   std::int64_t shape[kDimensions];
   if (!shape_like(like, width, shape)) return nullptr;
-  dlpack::Tensor prototype = like.tensor;
-  prototype.shape = shape;
-  prototype.strides = nullptr;
-  prototype.byte_offset = 0;
-  dlpack::ManagedTensor* made = nullptr;
-  void* object = nullptr;
-  if (state.api->allocate(&prototype, &made, nullptr, ignore_error) != 0 ||
-      state.api->object_from_managed(made, &object) != 0) {
-    PyErr_Clear();
-    return nullptr;
-  }
-  PyObject* const result = static_cast<PyObject*>(object);
+  PyObject* const result = on_gpu(like) ? new_by_torch(like, shape) : new_by_dlpack(like, shape);
   dlpack::Tensor t;
-  if (!read(result, t)) {
-    Py_DECREF(result);
+  if (result == nullptr || !read(result, t)) {
+    Py_XDECREF(result);
+    PyErr_Clear();
     return nullptr;
   }
   data = t.data;

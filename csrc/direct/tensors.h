@@ -40,6 +40,7 @@ extern State state;
 // Rows of an input: [..., width] whose rows lie evenly spaced.
 struct Rows {
   dlpack::Tensor tensor;
+  PyObject* object = nullptr;  // borrowed; null for a handle
   std::int64_t stride, rows, width;
   Dtype dtype;
 };
@@ -63,8 +64,15 @@ bool same_leading(const Rows& a, const Rows& b);  // dtype, device and all dimen
 
 inline bool on_gpu(const Rows& x) { return x.tensor.device.type == dlpack::kCuda; }
 
+inline PyObject* as_python(PyObject* object) { return object; }
+template <class Handle>
+PyObject* as_python(Handle) {
+  return nullptr;
+}
+
 template <class Object>
 bool read_rows(Object object, Rows& out) {
+  out.object = as_python(object);
   return read(object, out.tensor) && rows_of(out);
 }
 
@@ -107,7 +115,7 @@ constexpr int kDimensions = 8;
 bool shape_like(const Rows& like, std::int64_t width, std::int64_t (&shape)[kDimensions]);
 
 // A new tensor [leading dimensions of like, width] on its device, and where its data lies; null (no Python error) if
-// there is none.
+// there is none. `like` was read from a Python object.
 PyObject* new_rows(const Rows& like, std::int64_t width, void*& data);
 
 // A list of such tensors, one for each map, whose `y` is then where its data lies; null as above.

@@ -189,14 +189,24 @@ def test_errors_and_no_memory(gpu: Any) -> None:
     gpu.set(0, 700, PLENTY)
     with pytest.raises(RuntimeError, match="cuda: the launch failed"):
         gpu.direct_low_rank_linear(*args)
-    for allocations in (0, 1):  # of the result, of the work space: the ordinary way has the message
-        gpu.set(0, 0, allocations)
-        assert gpu.direct_low_rank_linear(*args) is None
+    gpu.set(0, 0, 0)  # of the work space: the ordinary way has the message
+    assert gpu.direct_low_rank_linear(*args) is None
     gpu.set(0, 0, PLENTY)
     y = gpu.direct_low_rank_linear(*args)
     alive = weakref.ref(y)
     del y
     assert alive() is None
+
+
+def test_results_are_blocks_of_torchs_allocator(gpu: Any) -> None:
+    """Memory with an owner of its own, as DLPack hands it out, is none: `record_stream` would do nothing there."""
+    args = linear((3,))
+    gpu.direct_remember("low_rank_linear", 0, *args)
+    assert gpu.direct_low_rank_linear(*args).untyped_storage().resizable()
+    vs, us = some((4, 23), (1, 23)), some((7, 4), (1, 1))
+    gpu.direct_remember("low_rank_linear_group", 0, args[0], vs, us, [None, None])
+    for y in gpu.direct_low_rank_linear_group(args[0], vs, us, [None, None]):
+        assert y.untyped_storage().resizable()
 
 
 def test_what_asks_for_the_dispatcher_gets_it(gpu: Any) -> None:
