@@ -21,9 +21,9 @@ COLOURS = dict(zip(OPS, ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:
 def rates(content: dict[str, Any]) -> list[tuple[str, float, float]]:
     """(op, operations per byte, TFLOP/s) of every point whose result was right."""
     return [
-        (p["op"], p["flops"] / p["bytes"], p["flops"] / p["us"]["taco"]["p50"] / 1e6)
+        (p["op"], p["flops"] / p["bytes"], p["flops"] / p["us"][p["chosen"]]["p50"] / 1e6)
         for p in content["points"].values()
-        if "p50" in p["us"].get("taco", {}) and "taco" not in p["red"]
+        if p.get("chosen")
     ]
 
 
@@ -31,7 +31,7 @@ def speedups(content: dict[str, Any], rows: int) -> dict[str, list[tuple[float, 
     """Per op: (rank as a share of the break-even rank, speed-up over dense), by rank. A bridge replaces no matrix."""
     found: dict[str, list[tuple[float, float]]] = {}
     for p in content["points"].values():
-        up = p["speedup"].get("taco", {}).get("dense")
+        up = p["speedup"].get(p.get("chosen"), {}).get("dense") if p.get("chosen") else None
         if up is not None and p["rows"] == rows and p["op"] != "low_rank_bridge":
             found.setdefault(p["op"], []).append((p["rank"] / p["break_even_rank"], up))
     return {op: sorted(values) for op, values in found.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import shapes
 from .checks import Factors, Inputs, call, draw, using, worst_error
-from .timing import sets_needed, time_on_cpu, time_on_gpu
+from .timing import Version, sets_needed, time_on_cpu, time_on_gpu
 
 # Compiling takes seconds per shape; these rows stand for decode, a batch and prefill.
 COMPILED_ROWS = (1, 16, 512)
@@ -79,6 +79,7 @@ def versions_for(
     if compile_too and point.rows in COMPILED_ROWS:
         found["compiled"] = compiled
     found["taco"] = call
+    found["taco library"] = functools.partial(forced, "library")
     pivoted = point.op == "pivoted_low_rank_linear"  # Triton's kernels for it serve few rows
     if "cuda" in usable and point.rows <= 16:
         found["taco cuda"] = functools.partial(forced, "cuda")
@@ -97,15 +98,14 @@ def bench_point(
         torch.compiler.reset()  # or the number of shapes seen so far decides what is compiled
         _compiled.cache_clear()
     first = draw(point.op, point.in_size, point.out_size, point.rank, point.rows, point.dtype, device)
-    # Large calls need no 200 repetitions, nor memory for them.
-    count = 2 if few else min(200, sets_needed(first.bytes, cache, 12 << 30))
+    count = 2 if few else sets_needed(first.bytes, cache, 12 << 30)
     sets = [first] + [
         draw(point.op, point.in_size, point.out_size, point.rank, point.rows, point.dtype, device)
         for _ in range(count - 1)
     ]
     versions = versions_for(point, device, usable, compile_too)
     # "taco" may be any of them, the library included.
-    backend_of = {"two calls": "library", "compiled": "library", "taco": "library", "taco triton": "triton"}
+    backend_of = dict.fromkeys(("two calls", "compiled", "taco", "taco library"), "library") | {"taco triton": "triton"}
     red: dict[str, Any] = {}
     for name, version in versions.items():
         try:
@@ -115,8 +115,9 @@ def bench_point(
             continue
         if not worst <= 1.0:
             red[name] = f"error {worst:.2f} times the bound"
-    times = (time_on_gpu if device == "cuda" else time_on_cpu)(versions, sets)
-    times.update(_dense(point, device, cache, few))
+    timed: dict[str, Version] = {name: (version, sets) for name, version in versions.items()}
+    timed["dense"] = _dense(point, device, cache, few)
+    times = (time_on_gpu if device == "cuda" else time_on_cpu)(timed)
 
     result: dict[str, Any] = {
         "op": point.op, "in": point.in_size, "out": point.out_size, "rank": point.rank, "rows": point.rows,
@@ -156,7 +157,7 @@ def _dense_call(op: str, inputs: _Dense) -> Tensor:
     return F.linear(F.silu(gate) * up, inputs.weights[1], inputs.biases[1])
 
 
-def _dense(point: shapes.Point, device: str, cache: int, few: bool) -> dict[str, Any]:
+def _dense(point: shapes.Point, device: str, cache: int, few: bool) -> Version:
     """The full matrices that the factors replace, those of one x glued together, as fast dense models have them (no
     norm, no residual: in a model they are there either way)."""
     kind = getattr(torch, point.dtype)
@@ -173,9 +174,8 @@ def _dense(point: shapes.Point, device: str, cache: int, few: bool) -> dict[str,
         return _Dense(normal(point.rows, point.in_size), weights, tuple(normal(size[0]) for size in sizes))
 
     size = sum(a * b for a, b in sizes) * kind.itemsize
-    sets = [one() for _ in range(2 if few else min(200, sets_needed(size, cache, 12 << 30)))]
-    version = {"dense": functools.partial(_dense_call, point.op)}
-    return (time_on_gpu if device == "cuda" else time_on_cpu)(version, sets)
+    sets = [one() for _ in range(2 if few else sets_needed(size, cache, 12 << 30))]
+    return functools.partial(_dense_call, point.op), sets
 
 
 def geomean(values: list[float]) -> float | None:
@@ -199,8 +199,32 @@ def launches(points: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _backends(points: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """The timed versions that the dispatcher may choose, and their backends.
+
+    A launch is chosen for all calls at once: the CUDA kernels count with the one that is faster on the whole.
+    """
+    cuda = "taco cuda dependent" if launches(points)["faster"] == "dependent" else "taco cuda"
+    return {"taco library": "library", cuda: "cuda", "taco triton": "triton"}
+
+
+def chosen(points: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Per point the version that the dispatcher will take by these points: the fastest whose result is right. Points of
+    which none is right are left out."""
+    found = {}
+    backends = _backends(points)
+    for key, p in points.items():
+        times = {name: t["p50"] for name, t in p["us"].items() if name in backends and "p50" in t}
+        right = {name: time for name, time in times.items() if name not in p["red"]}
+        if right:
+            found[key] = min(right, key=right.__getitem__)
+    return found
+
+
 def summary(points: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The figures that the targets of this project are stated in."""
+    """The figures that the targets of this project are stated in, of the backends that the dispatcher will choose by
+    these points."""
+    ours = chosen(points)
     kinds = {
         "decode, r >= 256": lambda p: p["rows"] <= 16 and p["rank"] >= 256,
         "decode, all ranks": lambda p: p["rows"] <= 16,
@@ -213,21 +237,21 @@ def summary(points: dict[str, dict[str, Any]]) -> dict[str, Any]:
         kinds[f"{short}, decode"] = lambda p, op=op: p["op"] == op and p["rows"] <= 16  # type: ignore[misc]
     report: dict[str, Any] = {}
     for name, belongs in kinds.items():
-        chosen = [p for p in points.values() if belongs(p)]
-        ups = [p["speedup"]["taco"] for p in chosen if "taco" in p["speedup"]]
-        pair = [up["two calls"] for up in ups if "two calls" in up]
+        keys = [key for key, point in points.items() if belongs(point)]
+        ups = {key: points[key]["speedup"][ours[key]] for key in keys if ours.get(key) in points[key]["speedup"]}
+        pair = [up["two calls"] for up in ups.values() if "two calls" in up]
         dense = [
-            p["speedup"]["taco"]["dense"]
-            for p in chosen
-            if p["rank"] < 0.8 * p["break_even_rank"] and "dense" in p["speedup"].get("taco", {})
+            up["dense"]
+            for key, up in ups.items()
+            if points[key]["rank"] < 0.8 * points[key]["break_even_rank"] and "dense" in up
         ]
-        shares = [p["share"]["taco"]["copy"] for p in chosen if "taco" in p["share"]]
+        shares = [points[key]["share"][ours[key]]["copy"] for key in ups if ours[key] in points[key]["share"]]
         report[name] = {
-            "points": len(chosen),
-            "red": sum("taco" in p["red"] for p in chosen),
+            "points": len(keys),
+            "red": sum(any(version.startswith("taco") for version in points[key]["red"]) for key in keys),
             "vs two calls, geomean": geomean(pair),
             "vs two calls, least": min(pair, default=None),
-            "vs compiled, geomean": geomean([up["compiled"] for up in ups if "compiled" in up]),
+            "vs compiled, geomean": geomean([up["compiled"] for up in ups.values() if "compiled" in up]),
             "vs dense below 0.8 break-even, least": min(dense, default=None),
             "share of copy bandwidth, median": sorted(shares)[len(shares) // 2] if shares else None,
         }
@@ -237,35 +261,28 @@ def summary(points: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def fastest_rank(points: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Per op, shape and rows: the largest measured rank at which we beat dense, beside the break-even rank by bytes."""
     found: dict[str, dict[str, Any]] = {}
-    for p in points.values():
-        if p["op"] == "low_rank_bridge" or "dense" not in p["speedup"].get("taco", {}):
+    ours = chosen(points)
+    for key_of_point, p in points.items():
+        up = p["speedup"].get(ours.get(key_of_point, ""), {})
+        if p["op"] == "low_rank_bridge" or "dense" not in up:
             continue  # a bridge replaces whole layers, not one dense matrix
         outs = p["out"] if isinstance(p["out"], (list, tuple)) else [p["out"]]
         key = f"{p['op']}/{p['in']}x{'+'.join(map(str, outs))}/m{p['rows']}"
         entry = found.setdefault(key, {"faster_up_to": 0, "measured": [], "break_even_rank": p["break_even_rank"]})
         entry["measured"] = sorted({*entry["measured"], p["rank"]})
-        if p["speedup"]["taco"]["dense"] > 1.0:
+        if up["dense"] > 1.0:
             entry["faster_up_to"] = max(entry["faster_up_to"], p["rank"])
     return found
 
 
 def choices(points: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """For the dispatcher: the fastest backend whose result is right, per op, shape and rows, for the tuned table.
-
-    ``launch`` decides for all calls at once, so the CUDA kernels count with the launch that is faster on the whole.
-    """
-    cuda = "taco cuda dependent" if launches(points)["faster"] == "dependent" else "taco cuda"
-    of = {"two calls": "library", cuda: "cuda", "taco triton": "triton"}
+    """For the dispatcher: the fastest backend whose result is right, per op, shape and rows, for the tuned table."""
+    backends = _backends(points)
     found = []
-    for p in points.values():
-        times = {
-            of[name]: t["p50"] for name, t in p["us"].items() if name in of and "p50" in t and name not in p["red"]
-        }
-        if not times:
-            continue
+    for key, version in chosen(points).items():
+        p = points[key]
         in_size, out_size, rank = p["table_shape"]
-        backend = min(times, key=times.__getitem__)
         for rows in shapes.CHOSEN_ROWS.get(p["rows"], (p["rows"],)):
             entry = {"op": p["op"], "dtype": p["dtype"], "in": in_size, "out": out_size, "rank": rank, "rows": rows}
-            found.append({**entry, "backend": backend})
+            found.append({**entry, "backend": backends[version]})
     return found

@@ -321,14 +321,13 @@ def check(case: Case, backend: str, device: str) -> dict[str, Any]:
     inputs = draw(
         *case[:6], device, bias=case.bias, residual=case.residual, pad=case.pad, scale=case.scale, act=case.act
     )
-    try:
-        with using(backend), poisoned_memory():
-            first, second = call(inputs), call(inputs)
-    except Exception as error:  # one broken case must not cost the others their run
-        return {"ok": False, "error": f"{type(error).__name__}: {error}"[:400]}
+    with using(backend), poisoned_memory():
+        first, second = call(inputs), call(inputs)
     computed = backend.partition(" ")[0]
-    if inputs.pivot is not None and computed == "triton" and case.rows > 16:
-        computed = "library"  # behind a pivot Triton's kernels are for few rows
+    if inputs.pivot is not None:
+        # Behind a pivot Triton's kernels are for few rows, and where the identity is all of v there is one product.
+        few = case.rows <= 16 or computed != "triton"
+        computed = computed if few and inputs.members[0].v.numel() else "library"
     worst = worst_error(first, inputs, computed)
     same = all(torch.equal(a, b) for a, b in zip(parts(first), parts(second), strict=True))
     return {"ok": worst <= 1.0 and same, "worst": round(worst, 4) if worst < 1e9 else "inf", "same_bits": same}
@@ -355,18 +354,14 @@ def on_streams(inputs: Inputs) -> tuple[Tensor, Tensor, torch.cuda.CUDAGraph]:
 def check_streams(backend: str, op: str) -> dict[str, Any]:
     """On a GPU: on a side stream, and replayed from a CUDA graph with new input values, results must be the same."""
     inputs = draw(op, 1024, (1024, 256, 256) if op == "low_rank_linear_group" else 1024, 128, 4, "bfloat16", "cuda")
-
-    try:
-        with using(backend):
-            expected = joined(inputs)
-            aside, replayed, graph = on_streams(inputs)
-            same = bool(torch.equal(aside, expected))
-            for _ in range(3):
-                inputs.x.normal_()
-                graph.replay()
-                same = same and bool(torch.equal(replayed, joined(inputs)))
-    except Exception as error:
-        return {"ok": False, "error": f"{type(error).__name__}: {error}"[:400]}
+    with using(backend):
+        expected = joined(inputs)
+        aside, replayed, graph = on_streams(inputs)
+        same = bool(torch.equal(aside, expected))
+        for _ in range(3):
+            inputs.x.normal_()
+            graph.replay()
+            same = same and bool(torch.equal(replayed, joined(inputs)))
     return {"ok": same}
 
 
@@ -405,20 +400,17 @@ def check_direct(op: str) -> dict[str, Any]:
         "low_rank_linear_group": (x, *map(list, zip(*inputs.members, strict=True))),
         "pivoted_low_rank_linear": (x, v, u, inputs.pivot, bias, inputs.residual),
     }[op]
-    try:
-        with using("cuda"):
-            expected = joined(inputs)
-        with torch.inference_mode():
-            direct.served(op, "cuda", *arguments)  # whatever a table of this GPU prefers
-            found = entry(*arguments)
-            if found is None or found is False:
-                return {"ok": False, "error": "the call was not direct"}
-            direct_results = torch.cat([part.flatten() for part in parts(found)])
-            aside, replayed, graph = on_streams(inputs)
-            graph.replay()
-            same = all(torch.equal(results, expected) for results in (direct_results, aside, replayed))
-            if same and not kept_for_stream(lambda: parts(entry(*arguments))[0]):
-                return {"ok": False, "error": "a result's memory was given away while a recorded stream read it"}
-    except Exception as error:
-        return {"ok": False, "error": f"{type(error).__name__}: {error}"[:400]}
+    with using("cuda"):
+        expected = joined(inputs)
+    with torch.inference_mode():
+        direct.served(op, "cuda", *arguments)  # whatever a table of this GPU prefers
+        found = entry(*arguments)
+        if found is None or found is False:
+            return {"ok": False, "error": "the call was not direct"}
+        direct_results = torch.cat([part.flatten() for part in parts(found)])
+        aside, replayed, graph = on_streams(inputs)
+        graph.replay()
+        same = all(torch.equal(results, expected) for results in (direct_results, aside, replayed))
+        if same and not kept_for_stream(lambda: parts(entry(*arguments))[0]):
+            return {"ok": False, "error": "a result's memory was given away while a recorded stream read it"}
     return {"ok": same}

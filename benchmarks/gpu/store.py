@@ -1,12 +1,18 @@
-"""Results on disk: small JSON files, written atomically after every point, so that a cut-off run can be resumed."""
+"""Results on disk: small JSON files, written atomically while a part runs, so that a cut-off run can be resumed."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+# Where a process says which point it is at: whoever started it knows then where it died.
+RUNNING = "TACO_SUITE_RUNNING"
+# A thousand small points need not be a thousand written files.
+SECONDS_BETWEEN_SAVES = 1.0
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -16,35 +22,69 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(partial, path)
 
 
-class Store:
-    """``points`` by key in ``<out>/<part>.json``; with ``resume`` what a former run left there counts as done.
+def failed(point: dict[str, Any]) -> bool:
+    """Whether a point found something wrong: not ok, a version with a wrong result, or no working configuration."""
+    return not point.get("ok", True) or bool(point.get("red")) or bool(point.get("wrong"))
 
-    ``same`` is what must agree for old points to count (the device, the versions): numbers of two machines in one
-    file would be worse than none.
+
+def error_of(error: BaseException) -> dict[str, Any]:
+    """The point that stands for one that raised."""
+    return {"ok": False, "error": f"{type(error).__name__}: {error}"[:400]}
+
+
+class Store:
+    """``points`` by key in ``<out>/<part>.json``; what a former process left there counts as done.
+
+    ``same`` is what must agree for old points to count (the device, the versions, the sources): numbers of two machines
+    in one file would be worse than none.
     """
 
-    def __init__(self, out: Path, part: str, same: dict[str, Any], resume: bool) -> None:
+    def __init__(self, out: Path, part: str, same: dict[str, Any]) -> None:
         self.path = out / f"{part}.json"
+        self.part = part
         self.content: dict[str, Any] = {"part": part, **same, "complete": False, "points": {}}
-        if resume and self.path.exists():
+        self._saved = 0.0
+        if self.path.exists():
             old = json.loads(self.path.read_text())
             if all(old.get(key) == value for key, value in same.items()):
-                self.content["points"] = old["points"]
+                self.content = {**old, "complete": False}
 
     def done(self, key: str) -> bool:
         return key in self.content["points"]
 
+    def run(self, key: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Keeps what ``work`` gives, or that it raised: one broken point must not cost the others their run."""
+        if os.environ.get(RUNNING):
+            if not self.path.exists():
+                self.save()  # what this point is noted in should the process die of it
+            Path(os.environ[RUNNING]).write_text(f"{self.part} {key}")
+        try:
+            point = work()
+        except Exception as error:
+            point = error_of(error)
+        self.add(key, point)
+        return point
+
     def add(self, key: str, point: dict[str, Any]) -> None:
         self.content["points"][key] = point
-        self.save()
+        if time.monotonic() - self._saved > SECONDS_BETWEEN_SAVES:
+            self.save()
 
     def save(self, **facts: Any) -> None:
         self.content.update(facts)
         write_json(self.path, self.content)
+        self._saved = time.monotonic()
 
     @property
     def points(self) -> dict[str, dict[str, Any]]:
         return self.content["points"]
+
+
+def forget_failed(path: Path) -> None:
+    """Takes the failed points out of a part's file: they will be tried again."""
+    content = json.loads(path.read_text())
+    content["points"] = {key: point for key, point in content["points"].items() if not failed(point)}
+    write_json(path, content)
 
 
 class Budget:

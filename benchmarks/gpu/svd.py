@@ -14,11 +14,12 @@ from taco_kernels import backends, randomized_svd
 from taco_kernels.svd.sketch import fill_reference
 
 if TYPE_CHECKING:
-    from gpu_suite import Suite
+    from .suite import Suite
 
 ITERATIONS = 2
 # (rows, columns, rank): attention and MLP weights of 7B models at keep 0.8, and a small one
 SHAPES = [(4096, 4096, 410), (4096, 11008, 410), (4096, 11008, 1024), (1024, 1024, 102)]
+QUICK = [(4096, 4096, 410), (4096, 11008, 410)]
 TINY = [(96, 130, 12)]
 SPECTRA: dict[str, Callable[[int], Tensor]] = {
     "power law": lambda size: (torch.arange(size) + 1.0) ** -0.5,
@@ -143,12 +144,12 @@ def run(suite: Suite) -> bool:
     left = 0
     work: dict[str, Callable[[], dict[str, Any]]] = {"sketch": lambda: check_sketch(suite.device)}
     checked = [(60, 90, 9)] if suite.dry else [(300, 500, 40), (1024, 700, 128), (2048, 2048, 205)]
-    for rows, columns, rank in checked:
+    for rows, columns, rank in checked[:2] if suite.quick else checked:
         for name in SPECTRA:
             for dtype in (torch.float32, torch.bfloat16):
                 key = f"check/{rows}x{columns}/r{rank}/{name}/{str(dtype)[6:]}"
                 work[key] = lambda r=rows, c=columns, k=rank, n=name, d=dtype: check_case(r, c, k, n, d, suite.device)
-    for rows, columns, rank in TINY if suite.dry else SHAPES:
+    for rows, columns, rank in TINY if suite.dry else QUICK if suite.quick else SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
             key = f"bench/{rows}x{columns}/r{rank}/{str(dtype)[6:]}"
             work[key] = lambda r=rows, c=columns, k=rank, d=dtype: bench_case(
@@ -160,19 +161,11 @@ def run(suite: Suite) -> bool:
         if suite.budget.spent:
             left += 1
             continue
-        try:
-            point = step()
-        except Exception as problem:
-            point = {"ok": False, "error": f"{type(problem).__name__}: {problem}"[:300]}
-        store.add(key, point)
-    bad = {key: point for key, point in store.points.items() if not point["ok"]}
-    store.save(complete=left == 0, left=left, red=len(bad))
+        suite.run(store, key, step)
+    store.save(complete=left == 0, left=left)
     if suite.dry:
         print("svd: dry run, so these times mean nothing")
-    print(f"svd: {len(store.points)} points, {len(bad)} wrong, {left} left")
     for key, point in store.points.items():
         if key.startswith("bench/") and point["ok"]:
             print(f"  {key[6:]:32} {point['ms']['taco']:>9.3f} ms   faster than {point['speedup']}")
-    for key, point in bad.items():
-        print(f"  WRONG {key}: {point}")
-    return not bad
+    return all(point["ok"] for point in store.points.values())

@@ -7,21 +7,30 @@ slow moment of the machine then falls on all of them.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from .checks import Inputs
 
-Call = Callable[[Inputs], Any]
+Call = Callable[[Any], Any]
+# What is called, and the input sets that it is called on in turn.
+Version = tuple[Call, Sequence[Any]]
+
+# A graph's start takes some ten microseconds; replays last long enough that it does not show.
+LEAST_REPLAY_US = 500.0
+# Clocks rise for tens of milliseconds when a GPU begins to work.
+WARM_MS = 30.0
+MOST_SETS = 800
 
 
 def sets_needed(bytes_per_set: int, cache_bytes: int, memory_bytes: int) -> int:
     """Input sets so that rotating through them leaves nothing of one in the cache until its turn comes again."""
-    return max(2, min(-(-3 * cache_bytes // bytes_per_set) + 1, memory_bytes // bytes_per_set, 400))
+    return max(2, min(-(-3 * cache_bytes // bytes_per_set) + 1, memory_bytes // bytes_per_set, MOST_SETS))
 
 
 def percentiles(samples: list[float]) -> dict[str, float]:
@@ -30,11 +39,34 @@ def percentiles(samples: list[float]) -> dict[str, float]:
     return {"p20": round(ordered[1], 3), "p50": round(ordered[4], 3), "p80": round(ordered[7], 3)}
 
 
-def time_on_gpu(versions: dict[str, Call], sets: list[Inputs], replays: int = 25) -> dict[str, dict[str, float]]:
+def milliseconds(work: Callable[[], object]) -> float:
+    """Device time of `work`, whose launches are all in the queue before the first one begins."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(200_000)  # cycles, some hundred microseconds: a graph's start falls into it
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def _captured(version: Call, sets: Sequence[Any], rounds: int) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(rounds):
+            for inputs in sets:
+                version(inputs)
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph
+
+
+def time_on_gpu(versions: dict[str, Version], replays: int = 25) -> dict[str, dict[str, float]]:
     """Microseconds per call of each version. A version that fails to run or to be captured has only ``error``."""
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    calls: dict[str, int] = {}
     results: dict[str, dict[str, Any]] = {}
-    for name, version in versions.items():
+    for name, (version, sets) in versions.items():
         try:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -42,32 +74,28 @@ def time_on_gpu(versions: dict[str, Call], sets: list[Inputs], replays: int = 25
                 for inputs in sets[:2]:
                     version(inputs)
             torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                for inputs in sets:
-                    version(inputs)
-            graph.replay()
-            torch.cuda.synchronize()
-            graphs[name] = graph
+            graph = _captured(version, sets, 1)
+            once = 1000 * min(milliseconds(graph.replay) for _ in range(3))
+            rounds = max(1, min(20, math.ceil(LEAST_REPLAY_US / max(once, 1.0))))
+            graphs[name] = graph if rounds == 1 else _captured(version, sets, rounds)
+            calls[name] = rounds * len(sets)
         except Exception as error:
             results[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
+    spent = 0.0
+    while graphs and spent < WARM_MS:
+        spent += sum(milliseconds(graph.replay) for graph in graphs.values())
     samples: dict[str, list[float]] = {name: [] for name in graphs}
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     for _ in range(replays):
         for name, graph in graphs.items():
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            samples[name].append(start.elapsed_time(end) * 1000 / len(sets))
+            samples[name].append(milliseconds(graph.replay) * 1000 / calls[name])
     results.update({name: percentiles(values) for name, values in samples.items()})
     return results
 
 
-def time_on_cpu(versions: dict[str, Call], sets: list[Inputs], replays: int = 3) -> dict[str, dict[str, float]]:
+def time_on_cpu(versions: dict[str, Version], replays: int = 3) -> dict[str, dict[str, float]]:
     """The dry run's stand-in for :func:`time_on_gpu`; its numbers mean nothing."""
     results: dict[str, dict[str, Any]] = {}
-    for name, version in versions.items():
+    for name, (version, sets) in versions.items():
         samples = []
         for _ in range(replays):
             start = time.perf_counter()
@@ -84,19 +112,12 @@ def ceilings() -> dict[str, float]:
     target = torch.empty_like(source)
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
 
-    def best_of(work: Callable[[], object], repeats: int) -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        times = []
-        for _ in range(repeats + 3):
-            start.record()
-            work()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1000)
-        return statistics.median(times[3:])
+    def median(work: Callable[[], object], repeats: int = 15) -> float:
+        return statistics.median(milliseconds(work) for _ in range(repeats)) / 1000
 
-    copy = best_of(lambda: target.copy_(source), 15)
-    product = best_of(lambda: torch.mm(a, b), 15)
+    for _ in range(100):  # an idle GPU's clock is a fifth of what it rises to
+        torch.mm(a, b)
+    copy, product = median(lambda: target.copy_(source)), median(lambda: torch.mm(a, b))
     return {
         "copy_gb_s": round(2 * source.numel() / copy / 1e9, 1),
         "matmul_tflop_s": round(2 * 8192**3 / product / 1e12, 1),

@@ -14,7 +14,7 @@ import torch
 from . import bench, shapes
 from .checks import Inputs, draw, worst_error
 from .store import write_json
-from .timing import Call, sets_needed, time_on_cpu, time_on_gpu
+from .timing import Version, sets_needed, time_on_cpu, time_on_gpu
 
 
 def candidates(point: shapes.Point, processors: int) -> Iterator[Any]:
@@ -85,8 +85,8 @@ def tune_point(point: shapes.Point, device: str, processors: int, cache: int, fe
     ]
     configs = list(candidates(point, processors))[: 2 if few else None]
     timer = time_on_gpu if device == "cuda" else time_on_cpu
-    versions: dict[str, Call] = {str(i): functools.partial(run, config) for i, config in enumerate(configs)}
-    times = timer(versions, sets, replays=3 if few else 10)
+    versions: dict[str, Version] = {str(i): (functools.partial(run, config), sets) for i, config in enumerate(configs)}
+    times = timer(versions, replays=3 if few else 10)
     failed = {str(configs[int(i)]): t["error"] for i, t in times.items() if "error" in t}
     ranked = sorted((t["p50"], int(i)) for i, t in times.items() if "p50" in t)
     wrong: list[dict[str, Any]] = []

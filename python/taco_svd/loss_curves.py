@@ -37,6 +37,8 @@ REFERENCE_BYTES = 1 << 28
 # Changed models climb through all layers above them, most of what the curves cost. On classics-16l at keep 0.8 (KL on
 # text that calibration never saw, +-0.0001): 0.0093 with 1024 tokens and with 512, 0.0099 with 256.
 MEASURED_TOKENS = 512
+# Every map is measured by itself: to measure what reads the same input together (q, k and v; gate and up) would spare
+# two in five climbs, and cost 3% to 5% of KL at keep 0.9 and 0.8 (nothing at 0.7; one draw, books).
 # Layers whose maps are measured; between them the factor is interpolated. A model twice as deep would else cost four
 # times as much to measure.
 MEASURED_LAYERS = 16

@@ -1,0 +1,337 @@
+"""The parts of the GPU suite, each a process of its own (`conductor`): every one returns whether nothing was wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import bench, checks, shapes, svd, timing, tuning
+from .store import failed
+from .suite import ROOT, Suite
+
+SUITE = ROOT / "benchmarks" / "gpu_suite.py"
+
+
+def build(suite: Suite) -> bool:
+    """Builds the extension in place and keeps the compiler's report and what the package says of itself."""
+    store = suite.store("build")
+    started = time.monotonic()
+    if suite.dry:
+        store.add("setup.py", {"ok": True, "skipped": "dry run: what is built here is used"})
+    else:
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        # This GPU's code alone: a third of the compiler's time.
+        major, minor = torch.cuda.get_device_capability()
+        arch = {(9, 0): "90a", (10, 0): "100a"}.get((major, minor), "80")
+        settings = {**os.environ, "TACO_CUDA": "1", "TACO_CUDA_ARCHS": os.environ.get("TACO_CUDA_ARCHS", arch)}
+        done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, check=False)
+        seconds = round(time.monotonic() - started, 1)
+        text = "".join(log.read_text() for log in ROOT.glob("build/**/build.log"))
+        spills = [line.strip() for line in text.splitlines() if "spill" in line and " 0 bytes spill stores" not in line]
+        registers = [int(word) for word in re.findall(r"Used (\d+) registers", text)]
+        tail = (done.stdout + done.stderr)[-2000:]
+        store.add(
+            "setup.py",
+            {
+                "ok": done.returncode == 0, "seconds": seconds, "tail": tail,
+                "kernels": len(registers), "most_registers": max(registers, default=None), "spills": spills[:5],
+            },
+        )  # fmt: skip
+        if done.returncode:
+            print(tail)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    report = subprocess.run(
+        [sys.executable, "-m", "taco_kernels.env", "--json"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    ok = report.returncode == 0
+    store.add("env", {"ok": ok, "report": json.loads(report.stdout) if ok else report.stderr[-2000:]})
+    store.save(complete=True)
+    return all(point["ok"] for point in store.points.values())
+
+
+def _with_cuda(suite: Suite) -> dict[str, Any]:
+    """Whether the CUDA kernels can be used; without them the other backends' results would look complete."""
+    from taco_kernels import backends
+
+    state = backends(suite.device)["cuda"]
+    return {"ok": state == "usable", **({} if state == "usable" else {"error": f"cuda: {state}"})}
+
+
+def _check_work(suite: Suite, backend: str) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """(key, what checks it) of one backend, those that every process of the step shares out alike."""
+    full = suite.dry or suite.small
+    if not full and backend == "cuda":
+        for op in shapes.OPS:
+            if op != "low_rank_mlp":
+                yield f"direct/{op}", functools.partial(checks.check_direct, op)
+    if not full and backend.partition(" ")[0] in ("cuda", "triton"):
+        for op in shapes.OPS:
+            yield f"{backend}/streams/{op}", functools.partial(checks.check_streams, backend, op)
+    for case in checks.cases(suite.small, suite.dry):
+        # Triton compiles for every dtype, path and alignment: a part of the grid reaches every kernel.
+        if backend == "triton" and not full:
+            odd = case.dtype == "bfloat16" or case.in_size == 264
+            if case.rows not in (0, 1, 7, 16, 64, 2048) or case.rank > 1024 or not odd:
+                continue
+        # Separate steps overflow float16 where the fused ones do not; that is not theirs to answer for.
+        if backend == "library" and (suite.small or case.scale != 1.0):
+            continue
+        yield f"{backend}/{case.key}", functools.partial(checks.check, case, backend, suite.device)
+
+
+def _kernels_of(key: str) -> str:
+    """What keys have in common whose kernels are compiled alike: one process should meet them."""
+    return "/".join(part for part in key.split("/") if not re.fullmatch(r"m\d+|p\d+|[br-]+", part))
+
+
+def check(suite: Suite) -> bool:
+    """Every op on every backend that is usable here, against float64."""
+    store = suite.store("check-small" if suite.small else "check")
+    usable = suite.usable()
+    order = ("cuda", "cuda dependent", "triton", "cpp", "library")
+    names = [name for name in order if name.partition(" ")[0] in usable]
+    if not (suite.dry or suite.small) and suite.shard == 0:
+        store.add("cuda is usable", _with_cuda(suite))
+    # of processes that share the points each says what it left itself
+    left: dict[str, int] = {} if suite.shards > 1 else store.content.get("left_of", {})
+    for backend in names:
+        if suite.only and backend not in suite.only:
+            continue
+        left[backend] = 0
+        groups: dict[str, int] = {}
+        for key, work in _check_work(suite, backend):
+            if not suite.mine(groups.setdefault(_kernels_of(key), len(groups))) or store.done(key):
+                continue
+            if suite.budget.spent:
+                left[backend] += 1
+                continue
+            suite.run(store, key, work)
+    complete = all(left.get(name, 1) == 0 for name in names)
+    store.save(complete=complete, left=sum(left.values()), left_of=left, backends=sorted(usable))
+    return not any(failed(point) for point in store.points.values())
+
+
+def _sanitized(tool: str, kind: str, seconds: float) -> dict[str, Any]:
+    """What one of compute-sanitizer's tools says of the CUDA kernels on small shapes, in so many seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        command = [
+            tool, "--tool", kind, "--error-exitcode", "9", "--print-limit", "5", "--show-backtrace", "device",
+            "--log-file", str(log), sys.executable, "-u", str(SUITE), "--inside", "--part", "check", "--small",
+            "--only", "cuda", "--only", "cuda dependent", "--out", folder, "--budget-seconds", str(int(seconds) - 30),
+        ]  # fmt: skip
+        # Blocks of their own from cudaMalloc: an access beyond a tensor is then beyond an allocation.
+        environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            printed, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return {"ok": True, "skipped": f"not done after {seconds:.0f} s"}
+        said = log.read_text() if log.exists() else ""
+        found = Path(folder) / "check-small.json"
+        content = json.loads(found.read_text()) if found.exists() else {}
+    facts = {"code": process.returncode, "points": len(content.get("points", {})), "left": content.get("left")}
+    if process.returncode == 9:
+        return {"ok": False, **facts, "log": said[:4000]}
+    if not content or "Device not supported" in said + printed:
+        return {"ok": True, "skipped": f"compute-sanitizer does not work here: {(said + printed)[-600:]}", **facts}
+    return {"ok": process.returncode == 0, **facts, "log": (said + printed)[-1500:]}
+
+
+def sanitize(suite: Suite) -> bool:
+    """compute-sanitizer over small shapes: bad accesses, races in shared memory, barriers that are not reached."""
+    store = suite.store("sanitize")
+    tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if suite.dry or tool is None:
+        reason = "dry run" if suite.dry else "compute-sanitizer was not found"
+        store.save(complete=False, skipped=reason)
+        print(f"sanitize: skipped ({reason})")
+        return True
+    for kind in ("memcheck", "racecheck", "synccheck"):
+        if store.done(kind) or suite.budget.left < 40:
+            continue
+        point = suite.run(store, kind, functools.partial(_sanitized, tool, kind, min(suite.budget.left, 120)))
+        print(f"sanitize: {kind}: {point.get('skipped') or ('nothing found' if point['ok'] else 'FINDINGS')}")
+    store.save(complete=len(store.points) == 3)
+    return not any(failed(point) for point in store.points.values())
+
+
+def _install(suite: Suite, tuned: dict[str, Any], measured: dict[str, Any] | None = None) -> tuple[str, int]:
+    """Writes the GPU's table under ``--out`` and into the package; what this process looked up before is forgotten."""
+    from taco_kernels import _cuda, dispatch
+    from taco_kernels.triton_kernels import config
+
+    name = f"{config.gpu_slug(suite.gpu)}.json"
+    target, installed = suite.out / name, config.TUNED_DIR / name
+    if not suite.dry and installed.exists() and not target.exists():
+        shutil.copyfile(installed, target)
+    entries = tuning.write_table(target, suite.gpu, tuned, measured)
+    if not suite.dry:
+        shutil.copyfile(target, installed)
+        config.forget_tables()
+        dispatch.tuned_choice.cache_clear()
+        _cuda.set_launch(None)
+    return name, entries
+
+
+def _tune_points(suite: Suite) -> list[shapes.Point]:
+    points = shapes.tiny_points() if suite.dry else (shapes.quick_tune_points if suite.quick else shapes.tune_points)()
+    # a pivoted map takes the entries of a plain one of as many bytes
+    return [point for point in points if point.op != "pivoted_low_rank_linear"]
+
+
+def tune(suite: Suite) -> bool:
+    """Triton configurations, into the repository's table and a copy under ``--out``."""
+    if "triton" not in suite.usable():
+        print("tune: skipped (the Triton backend is not usable here)")
+        return True
+    store = suite.store("tune")
+    left = 0
+    for point in _tune_points(suite):
+        if store.done(point.key):
+            continue
+        if suite.budget.spent:
+            left += 1
+            continue
+        suite.run(store, point.key, functools.partial(_tuned, suite, point))
+    tuned = {key: point for key, point in store.points.items() if point.get("config")}
+    name, entries = _install(suite, tuned)
+    store.save(complete=left == 0, left=left)
+    gains = [p["default_us"] / p["us"] for p in tuned.values() if p.get("default_us") and p.get("us")]
+    print(
+        f"tune: {entries} entries in {name}; x{bench.geomean(gains)} over the defaults (geomean); "
+        f"{len(store.points) - len(tuned)} without a working configuration"
+    )
+    return not any(failed(point) for point in store.points.values())
+
+
+def _tuned(suite: Suite, point: shapes.Point) -> dict[str, Any]:
+    facts = {"op": point.op, "dtype": point.dtype, "table_shape": point.table_shape, "rows": point.rows}
+    result = tuning.tune_point(point, suite.device, suite.processors, suite.cache, suite.dry)
+    return {**facts, "ok": result["config"] is not None, **result}
+
+
+def _bench_points(suite: Suite) -> list[shapes.Point]:
+    return list(shapes.tiny_points() if suite.dry else (shapes.quick_points if suite.quick else shapes.bench_points)())
+
+
+def _compiles(suite: Suite, point: shapes.Point) -> bool:
+    return not suite.dry and (not suite.quick or point.rank == 512) and point.rows in bench.COMPILED_ROWS
+
+
+def warm(suite: Suite) -> bool:
+    """Compiles what later parts time, into the caches on the disk: many processes do it at once, no GPU waits for it.
+
+    Nothing is kept of the results, and whatever fails here fails again, and is noted, where it is measured.
+    """
+    if suite.dry:
+        return True
+    usable = suite.usable()
+    work: list[Callable[[], Any]] = []
+
+    def inputs_of(point: shapes.Point) -> checks.Inputs:
+        return checks.draw(point.op, point.in_size, point.out_size, point.rank, point.rows, point.dtype, suite.device)
+
+    def call(version: Callable[[checks.Inputs], Any], point: shapes.Point) -> Any:
+        return version(inputs_of(point))
+
+    def configurations(point: shapes.Point) -> None:
+        inputs = inputs_of(point)
+        for config in tuning.candidates(point, suite.processors):
+            with contextlib.suppress(Exception):
+                tuning.run(config, inputs)
+
+    points = sorted(_bench_points(suite), key=lambda point: point.rows > 16)
+    for point in points:
+        versions = bench.versions_for(point, suite.device, usable, _compiles(suite, point))
+        compiled = [versions[name] for name in ("taco triton", "compiled") if name in versions]
+        work += [functools.partial(call, version, point) for version in compiled]
+    if "triton" in usable:
+        work += [functools.partial(configurations, point) for point in _tune_points(suite)]
+    for number, one in enumerate(work):
+        if suite.mine(number) and not suite.budget.spent:
+            with contextlib.suppress(Exception):
+                one()
+    return True
+
+
+def run_bench(suite: Suite) -> bool:
+    """Times and speed-ups; the ceilings are measured first, in the same process."""
+    store = suite.store("bench")
+    machine = {} if suite.dry or suite.budget.spent else timing.ceilings()
+    usable = suite.usable()
+    left = 0
+    for point in _bench_points(suite):
+        if store.done(point.key):
+            continue
+        if suite.budget.spent or suite.rows not in (None, "decode" if point.rows <= 16 else "prefill"):
+            left += 1
+            continue
+
+        def measured(point: shapes.Point = point) -> dict[str, Any]:
+            compile_too = _compiles(suite, point)
+            result = bench.bench_point(point, suite.device, usable, machine, suite.cache, suite.dry, compile_too)
+            return {**result, "machine": machine}
+
+        suite.run(store, point.key, measured)
+    if not suite.dry and not suite.budget.spent:
+        small = checks.draw("low_rank_linear", 1024, 1024, 64, 1, "bfloat16", "cuda")
+        overhead = {"auto": timing.eager_overhead(checks.call, small)}
+        for name in usable:
+            with checks.using(name):
+                overhead[name] = timing.eager_overhead(checks.call, small)
+        store.save(eager_us=overhead)
+    timed = {key: point for key, point in store.points.items() if "us" in point}
+    for key, version in bench.chosen(timed).items():
+        timed[key]["chosen"] = version
+    if timed:
+        _install(suite, {}, timed)
+    launches, report = bench.launches(timed), bench.summary(timed)
+    if machine:
+        store.save(machine=machine)
+    ranks = bench.fastest_rank(timed)
+    store.save(complete=left == 0, left=left, summary=report, launches=launches, faster_than_dense_up_to_rank=ranks)
+    if suite.dry:
+        print("bench: dry run, so these numbers mean nothing")
+    print(f"bench: ceilings {machine or 'not measured'}; backends {', '.join(usable)}")
+    print(f"  cooperative over dependent launch: {launches}")
+    heads = ("points", "red", "x pair", "least", "x comp", "x dense", "copy")
+    print(f"  {'':30} " + " ".join(f"{head:>7}" for head in heads))
+    for name, row in report.items():
+        shown = ["-" if cell is None else f"{cell:.2f}" if isinstance(cell, float) else cell for cell in row.values()]
+        print(f"  {name:30} " + " ".join(f"{cell:>7}" for cell in shown))
+    if "eager_us" in store.content:
+        print(f"  eager host time per call (us): {store.content['eager_us']}")
+    return not any(failed(point) for point in store.points.values())
+
+
+RUN: dict[str, Callable[[Suite], bool]] = {
+    "build": build,
+    "warm": warm,
+    "check": check,
+    "sanitize": sanitize,
+    "tune": tune,
+    "bench": run_bench,
+    "svd": svd.run,
+}
