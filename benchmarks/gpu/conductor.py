@@ -77,8 +77,11 @@ class Worker:
         seconds = max(0.0, self.end - time.monotonic())
         command = [sys.executable, "-u", str(SUITE), "--inside", "--part", self.step.part, "--out", str(self.out)]
         command += [*self.arguments, "--budget-seconds", f"{seconds:.1f}"]
+        environment = {**os.environ, RUNNING: str(self.mark)}
+        if self.quiet:  # one of many: no compilers beside it
+            environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
         silent = subprocess.DEVNULL if self.quiet else None
-        self.process = subprocess.Popen(command, env={**os.environ, RUNNING: str(self.mark)}, stdout=silent)
+        self.process = subprocess.Popen(command, env=environment, stdout=silent)
 
     def finished(self) -> bool:
         """Looks after the process; true once it came to an end, or died too often."""

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from . import bench, checks, shapes, svd, timing, tuning
-from .store import failed
+from .store import RUNNING, failed
 from .suite import ROOT, Suite
 
 SUITE = ROOT / "benchmarks" / "gpu_suite.py"
@@ -136,7 +136,7 @@ def _sanitized(tool: str, kind: str, seconds: float) -> dict[str, Any]:
             "--only", "cuda", "--only", "cuda dependent", "--out", folder, "--budget-seconds", str(int(seconds) - 30),
         ]  # fmt: skip
         # Blocks of their own from cudaMalloc: an access beyond a tensor is then beyond an allocation.
-        environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", RUNNING: ""}
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             start_new_session=True,

@@ -42,7 +42,7 @@ def percentiles(samples: list[float]) -> dict[str, float]:
 def milliseconds(work: Callable[[], object]) -> float:
     """Device time of `work`, whose launches are all in the queue before the first one begins."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(200_000)  # cycles, some hundred microseconds: a graph's start falls into it
+    torch.cuda._sleep(500_000)  # cycles, a quarter of a millisecond: a graph's start falls into it
     start.record()
     work()
     end.record()
