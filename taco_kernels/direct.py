@@ -123,6 +123,12 @@ def native_op(op: str, schema: str, ordinary: Any, fake: Callable[..., Any]) -> 
     return made
 
 
+def _exporting() -> bool:
+    """Whether a program is being exported; while torch 2.11 compiles, `is_exporting` says so whatever is going on."""
+    flag = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else bool(flag)
+
+
 def suits_native(op: str, *tensors: Tensor | None) -> bool:
     """Whether compiled code should call ``<op>_native`` with these tensors. For use while compiling."""
     first = tensors[0]
@@ -130,7 +136,7 @@ def suits_native(op: str, *tensors: Tensor | None) -> bool:
         _registered.get(op, False)
         and first is not None
         and first.device.type == "cpu"
-        and not torch.compiler.is_exporting()
+        and not _exporting()
         and not needs_grad(*tensors)
     )
 
