@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .bench_memory import cache_bytes
 from .errors import TacoError
 from .mapped import is_mapped
 from .untrusted import check_regular
@@ -61,7 +62,7 @@ class Calibration:
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(self.tokens.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
+        return hashlib.sha256(self.tokens.cpu().to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
         samples, seq_len = self.tokens.shape
@@ -117,6 +118,7 @@ def check_seed(seed: int) -> None:
 
 
 @torch.no_grad()
+@in_wide_products
 def check_activations(model: PreTrainedModel, calibration: Calibration) -> None:
     """Refuses a model that overflows on its calibration text, which would make every statistic NaN: one window forward.
 
@@ -218,6 +220,11 @@ def random_windows(tokens: torch.Tensor, samples: int, seq_len: int, seed: int, 
     return torch.stack([tokens[start : start + seq_len] for start in starts.tolist()])
 
 
+# Windows that a model writes side by side, and what their keys and values may take: those of 64 windows of 2048 tokens
+# are 69 GB for Llama-2-7B. Not a share of what is free, for what is drawn depends on how many are written at once.
+WRITTEN_AT_ONCE, WRITING_BYTES = 64, 4 << 30
+
+
 @torch.no_grad()
 @in_wide_products
 def sample_from_model(
@@ -225,12 +232,14 @@ def sample_from_model(
     samples: int,
     seq_len: int,
     seed: int,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> torch.Tensor:
     """Text that the model itself writes, at temperature 1 from its begin-of-text token: int64 [samples, seq_len].
 
-    Ends of text inside a window are kept and writing goes on, so every window is full.
+    Ends of text inside a window are kept and writing goes on, so every window is full. `batch_size` windows are written
+    at once: by default as many as have keys and values of `WRITING_BYTES`, at most `WRITTEN_AT_ONCE`. What is drawn
+    depends on it.
     """
     config = model.config
     start = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
@@ -238,6 +247,8 @@ def sample_from_model(
         start = start[0]
     if start is None:
         start = 0
+    if batch_size is None:
+        batch_size = max(1, min(WRITTEN_AT_ONCE, WRITING_BYTES // cache_bytes(config, 1, seq_len, model.dtype)))
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     windows = []

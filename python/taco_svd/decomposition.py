@@ -25,6 +25,8 @@ RELATIVE_FLOOR = 1e-6
 # the same at 1024 x 1024 (0.7 times the speed at 512 x 512).
 WEIGHTED_LEAST, WEIGHTED_SHARE = 512, 0.2
 PLAIN_LEAST, PLAIN_SHARE = 1024, 0.25
+# The smaller side from which on a full SVD on a GPU goes through a Gram matrix. Not measured: no GPU was there.
+GRAM_LEAST = 512
 # Attribution looks at single directions, not only at the space that they span: two iterations more than that needs.
 PLAIN_POWER_ITERS = 4
 # Columns of a matrix that are widened to float64 at a time.
@@ -63,8 +65,7 @@ def plain_svd(weight: torch.Tensor, rank: int | None = None) -> Decomposition:
         generator = torch.Generator(device="cpu").manual_seed(0)  # the same weight gives the same factors
         found = taco_kernels.randomized_svd(weight.float(), rank, power_iters=PLAIN_POWER_ITERS, generator=generator)
         return Decomposition(*found)
-    left, sigma, right = torch.linalg.svd(weight.float(), full_matrices=False)
-    return Decomposition(left, sigma, right)
+    return Decomposition(*full_svd(weight.float()))
 
 
 def weighted_svd(
@@ -150,12 +151,39 @@ def _full_by_symmetric_roots(
     if inputs is not None:
         root, right_back = _root_and_inverse(inputs)
         core = core @ root
-    left, sigma, right = torch.linalg.svd(core, full_matrices=False)
+    left, sigma, right = full_svd(core)
     if left_back is not None:
         left = left_back @ left
     if right_back is not None:
         right = right @ right_back
     return Decomposition(left.float(), sigma.float(), right.float())
+
+
+def full_svd(matrix: torch.Tensor, by_gram: bool | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(left [m, k], sigma [k] descending, right [k, n]) of a matrix, k = min(m, n): as ``torch.linalg.svd``'s, reduced.
+
+    Args:
+        matrix: float32 or float64 [m, n].
+        by_gram: through the eigenvectors of its smaller Gram matrix in float64; default: for large matrices on a GPU,
+            where torch's SVD is cuSOLVER's Jacobi method (some hundred times the time of a product of that size) and
+            float64 costs little. Singular values below 1e-8 of the largest are then rounding, and vectors of the longer
+            side that belong to them are short; the product is the matrix to the rounding of its dtype either way.
+    """
+    if by_gram is None:
+        by_gram = matrix.is_cuda and min(matrix.shape) >= GRAM_LEAST
+    if not by_gram:
+        left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
+        return left, sigma, right
+    left, sigma, right, _ = _svd_by_gram(matrix.double())
+    return left.to(matrix.dtype), sigma.to(matrix.dtype), right.to(matrix.dtype)
+
+
+def singular_values(matrix: torch.Tensor) -> torch.Tensor:
+    """All singular values, descending; of a large matrix on a GPU by `full_svd`'s way."""
+    if matrix.is_cuda and min(matrix.shape) >= GRAM_LEAST:
+        short = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+        return torch.linalg.eigvalsh(_wide_gram(short)).flip(0).clamp(min=0).sqrt().to(matrix.dtype)
+    return torch.linalg.svdvals(matrix)
 
 
 def _svd_by_gram(

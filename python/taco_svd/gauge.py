@@ -54,8 +54,7 @@ def pivoted_factors(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, tor
 def _lu(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """LU with row pivoting of a tall matrix; the pivots as a permutation of its rows, the chosen ones first."""
     factors, swaps = torch.linalg.lu_factor(q)
-    order = torch.arange(q.shape[0], device=q.device)
+    order = list(range(q.shape[0]))
     for i, j in enumerate((swaps - 1).tolist()):
-        if i != j:
-            order[[i, j]] = order[[j, i]]
-    return factors, order, swaps
+        order[i], order[j] = order[j], order[i]
+    return factors, torch.tensor(order, device=q.device), swaps

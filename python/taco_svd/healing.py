@@ -24,6 +24,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from .architectures import Architecture
+from .decomposition import full_svd
 from .divergence import kl_per_token
 from .drift import depth_map, recorded
 from .errors import TacoError
@@ -137,7 +138,7 @@ def balance(module: LowRankLinear | LowRankBridge) -> None:
     u, v = module.u.double(), module.v.double()
     q_left, r_left = torch.linalg.qr(u)
     q_right, r_right = torch.linalg.qr(v.T)
-    left, sigma, right = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    left, sigma, right = full_svd(r_left @ r_right.T)
     root = sigma.sqrt()
     rank = module.rank
     if len(sigma) < rank:  # rank above a side of the matrix: the rest of the directions stays zero

@@ -323,6 +323,7 @@ def _analysis(workspace: Workspace, model: PreTrainedModel, calibration: Calibra
     return workspace.keep("taco", lambda: Analysis(model, calibration, workspace.store, workspace.team))
 
 
+@in_wide_products  # a scattered model that was gathered is not the one that `compress` was called with
 def _carry_out(
     model: PreTrainedModel, plan: Plan, calibration: Calibration, progress: Progress, workspace: Workspace
 ) -> tuple[PreTrainedModel, dict[str, Any]]:

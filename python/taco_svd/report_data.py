@@ -12,6 +12,7 @@ from .allocation import removal_structure
 from .architectures import Architecture, LinearSite, dense_weight, linear_shape
 from .calibration import Calibration, context_length
 from .checkpoint import load_model, parameter_count, weight_bytes
+from .decomposition import singular_values
 from .divergence import divergence
 from .drift import measure_drift
 from .errors import TacoError
@@ -283,11 +284,11 @@ def product_spectrum(module: LowRankLinear | LowRankBridge) -> list[float]:
         assert isinstance(module, LowRankLinear)
         weight = multiply_out(module, False).weight
         assert isinstance(weight, torch.Tensor)
-        values = torch.linalg.svdvals(weight.double())[: module.rank]
+        values = singular_values(weight.double())[: module.rank]
     else:
         left = torch.linalg.qr(module.u.double()).R
         right = torch.linalg.qr(module.v.double().T).R
-        values = torch.linalg.svdvals(left @ right.T)
+        values = singular_values(left @ right.T)
     found: list[float] = values.tolist()
     return found
 
@@ -319,7 +320,7 @@ def _spectra(model: PreTrainedModel, dense: PreTrainedModel | None, structure: S
             values: list[float] = []
             if theirs is not None:
                 weight = dense_weight(theirs.module(LinearSite(layer, path, site.block)))
-                values = torch.linalg.svdvals(weight.float()).tolist()
+                values = singular_values(weight.float()).tolist()
             found = product_spectrum(module)
             lines.append({"label": f"layer {layer}", "dense": values, "found": found, "rank": len(found)})
         if lines:

@@ -50,17 +50,19 @@ class SecondMoments:
         """Lets go of the activations by which shared inputs were recognised."""
         self._last.clear()
 
-    def inputs(self, site: LinearSite) -> torch.Tensor:
-        """E[x x^T] of a site: a new tensor [in, in], float32; zero where no token came."""
-        return taco_kernels.second_moment_dense(self._inputs[self._owner[site]]).div_(max(1, self.tokens(site)))
+    def inputs(self, site: LinearSite, device: torch.device | None = None) -> torch.Tensor:
+        """E[x x^T] of a site: a new tensor [in, in], float32; zero where no token came. Made on `device`, by default
+        where the sums are."""
+        packed = self._inputs[self._owner[site]].to(device)
+        return taco_kernels.second_moment_dense(packed).div_(max(1, self.tokens(site)))
 
     def tokens(self, site: LinearSite) -> int:
         """How many inputs the site has seen: all tokens, or those that were sent to its expert."""
         return self._tokens[self._owner[site]]
 
-    def gradients(self, site: LinearSite) -> torch.Tensor:
+    def gradients(self, site: LinearSite, device: torch.device | None = None) -> torch.Tensor:
         """E[g g^T] of a site: a new tensor [out, out], float32 (g: gradient of the set's mean loss, per token)."""
-        return taco_kernels.second_moment_dense(self._gradients[site]).div_(max(1, self.tokens(site)))
+        return taco_kernels.second_moment_dense(self._gradients[site].to(device)).div_(max(1, self.tokens(site)))
 
     def sum_over(self, team: Team) -> None:
         """Adds up what the processes of a team have gathered, each from its own windows."""

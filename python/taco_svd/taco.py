@@ -127,13 +127,17 @@ class Analysis:
         moment = self._moment(site, SecondMoments.inputs)
         return damped(moment, float(options.get("input_damping", INPUT_DAMPING)), own=True)
 
-    def _moment(self, site: LinearSite, of: Callable[[SecondMoments, LinearSite], torch.Tensor]) -> torch.Tensor:
-        """A new tensor on the map's device; an expert that saw no token gets the others' average size."""
+    def _moment(self, site: LinearSite, of: Callable[..., torch.Tensor]) -> torch.Tensor:
+        """A new tensor on the map's device; an expert that saw no token gets the others' average size.
+
+        of: `SecondMoments.inputs` or `SecondMoments.gradients`.
+        """
         moments = self._moments_of(site)
-        moment = of(moments, site).to(dense_weight(self.architecture.module(site)).device)
+        device = dense_weight(self.architecture.module(site)).device
+        moment = of(moments, site, device)
         if not moments.tokens(site):
             others = [other for other in self._experts(site) if moments.tokens(other)]
-            mean = sum(float(of(moments, other).diagonal().mean()) for other in others) / max(1, len(others))
+            mean = sum(float(of(moments, other, device).diagonal().mean()) for other in others) / max(1, len(others))
             moment.diagonal().fill_(mean)
         return moment
 

@@ -10,7 +10,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import taco_svd.calibration
 from taco_svd import TacoError
+from taco_svd.bench_memory import cache_bytes
 from taco_svd.calibration import load_calibration, random_windows, sample_from_model
 
 from .tiny_models import VOCABULARY, tiny_model
@@ -32,6 +34,21 @@ def test_self_sampling_is_reproducible_and_full() -> None:
     assert bool((first[:, 0] == model.config.bos_token_id).all())
     assert int(first.min()) >= 0 and int(first.max()) < VOCABULARY
     assert len({tuple(row) for row in first.tolist()}) == 5
+
+
+def test_few_windows_are_written_at_once_where_their_keys_and_values_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    one = cache_bytes(model.config, 1, 20, model.dtype)
+    rows = []
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    for room, expected in ((2 * one + one // 2, {2, 1}), (one // 2, {1}), (100 * one, {5})):
+        monkeypatch.setattr(taco_svd.calibration, "WRITING_BYTES", room)
+        rows.clear()
+        assert sample_from_model(model, 5, 20, 3).shape == (5, 20)
+        assert set(rows) == expected
+    handle.remove()
 
 
 def test_windows_come_from_the_text_without_overlap(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from taco_svd.decomposition import Decomposition, WeightedMap, damped, plain_svd, weighted_svd
+from taco_svd.decomposition import Decomposition, WeightedMap, damped, full_svd, plain_svd, weighted_svd
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -77,6 +77,27 @@ def test_plain_svd_is_orthonormal() -> None:
     parts = plain_svd(torch.randn(23, 11))
     torch.testing.assert_close(parts.left.T @ parts.left, torch.eye(11), rtol=0, atol=50 * EPS)
     torch.testing.assert_close(parts.right @ parts.right.T, torch.eye(11), rtol=0, atol=50 * EPS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(40, 70), (70, 40), (33, 33)])
+def test_full_svd_by_the_gram_matrix(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """What large matrices on a GPU take: six decades of singular values, well above the floor of 1e-8."""
+    left, right = (torch.linalg.qr(torch.randn(size, min(shape), dtype=torch.float64)).Q for size in shape)
+    sigma = torch.logspace(0, -6, min(shape), dtype=torch.float64)
+    matrix = ((left * sigma) @ right.T).to(dtype)
+    exact = torch.linalg.svdvals(matrix.double())
+    u, s, v = full_svd(matrix, by_gram=True)
+    assert u.dtype == s.dtype == v.dtype == dtype
+    eps = torch.finfo(dtype).eps
+    assert torch.linalg.matrix_norm((u * s) @ v - matrix) <= 8 * eps * min(shape) ** 0.5
+    # an eigenvalue errs by float64's rounding of the largest, a singular value by that over twice itself
+    bound = 64 * torch.finfo(torch.float64).eps / (2 * exact) + eps * exact
+    assert bool(((s.double() - exact).abs() <= bound).all())
+    eye = torch.eye(min(shape), dtype=torch.float64)
+    largest = 64 * torch.finfo(torch.float64).eps / float(exact[-1]) ** 2 + 8 * eps * min(shape) ** 0.5
+    assert (u.double().T @ u.double() - eye).abs().max() <= largest
+    assert (v.double() @ v.double().T - eye).abs().max() <= largest
 
 
 def test_moments_of_few_tokens_are_handled() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from ..architectures import LinearSite
-from ..decomposition import Decomposition
+from ..decomposition import Decomposition, full_svd
 from ..progress import Progress
 from .base import Baseline, truncating, uniform
 from .workspace import Workspace
@@ -33,7 +33,7 @@ def activation_scaled_svd(weight: torch.Tensor, magnitude: torch.Tensor, alpha: 
     if not largest > 0:
         magnitude, largest = torch.ones_like(magnitude), 1.0
     scale = magnitude.clamp(min=largest * FLOOR) ** alpha
-    left, sigma, right = torch.linalg.svd(weight.double() * scale, full_matrices=False)
+    left, sigma, right = full_svd(weight.double() * scale)
     return Decomposition(left.float(), sigma.float(), (right / scale).float())
 
 

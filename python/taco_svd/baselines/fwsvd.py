@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from ..architectures import LinearSite
-from ..decomposition import Decomposition
+from ..decomposition import Decomposition, full_svd
 from ..progress import Progress
 from .base import Baseline, truncating, uniform
 from .workspace import Workspace
@@ -31,7 +31,7 @@ def fisher_weighted_svd(weight: torch.Tensor, rows: torch.Tensor) -> Decompositi
     if not largest > 0:  # nothing was learnt about any row: they weigh the same
         rows, largest = torch.ones_like(rows), torch.ones_like(largest)
     scale = rows.clamp(min=float(largest) * FLOOR).sqrt()
-    left, sigma, right = torch.linalg.svd(scale[:, None] * weight.double(), full_matrices=False)
+    left, sigma, right = full_svd(scale[:, None] * weight.double())
     return Decomposition((left / scale[:, None]).float(), sigma.float(), right.float())
 
 

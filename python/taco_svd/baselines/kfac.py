@@ -195,7 +195,8 @@ def _allocate(workspace: Workspace, budget: Budget, progress: Progress) -> Decis
     scale = scales(workspace, progress, budget.layers)
     sites = workspace.sites(budget.layers)
     depth = len(workspace.architecture.layers)
-    tails = {site: tail_energy(_decomposition(workspace, site, progress).sigma) for site in sites}
+    # what is reckoned from here on is small, and reckoned on the CPU
+    tails = {site: tail_energy(_decomposition(workspace, site, progress).sigma.cpu()) for site in sites}
     reference = workspace.keep("log-probabilities", lambda: _log_probabilities(workspace.runner(0, WINDOWS)))
     least = LEAST_SHARE if budget.share >= 0.5 else LEAST_SHARE_SMALL
     best: tuple[float, dict[int, dict[str, int]], float, float] | None = None

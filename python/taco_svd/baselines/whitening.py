@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..architectures import LinearSite, dense_weight
-from ..decomposition import Decomposition
+from ..decomposition import Decomposition, full_svd
 from ..errors import TacoError
 from ..progress import Progress
 from .workspace import Workspace
@@ -41,7 +41,7 @@ def whitened_svd(weight: torch.Tensor, moment: torch.Tensor) -> Decomposition:
         moment: E[x x^T], [in, in].
     """
     factor = cholesky(moment)
-    left, sigma, right = torch.linalg.svd(weight.double() @ factor, full_matrices=False)
+    left, sigma, right = full_svd(weight.double() @ factor)
     # right L^-1, from a triangular system with L^T
     right = torch.linalg.solve_triangular(factor.T, right.T, upper=True).T
     return Decomposition(left.float(), sigma.float(), right.float())
