@@ -144,15 +144,15 @@ def _compute(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, eps: f
     return y
 
 
-def _compute_on_cpu(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+def _compute_or_direct(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     y = _direct(h, v, u, bias, eps)  # for compiled code that calls this op and not its native twin
     if y is not None:
         return _library(h, v, u, bias, eps) if y is False else y
     return _compute(h, v, u, bias, eps)
 
 
-library.impl("low_rank_bridge", _compute_on_cpu, "CPU")
-library.impl("low_rank_bridge", _compute, "CUDA")
+library.impl("low_rank_bridge", _compute_or_direct, "CPU")
+library.impl("low_rank_bridge", _compute_or_direct, "CUDA")
 
 
 @torch.library.register_fake("taco_kernels::low_rank_bridge", lib=library)

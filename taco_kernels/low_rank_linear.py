@@ -152,7 +152,7 @@ def _compute(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, residu
     return y
 
 
-def _compute_on_cpu(
+def _compute_or_direct(
     x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
     y = _direct(x, v, u, bias, residual)  # for compiled code that calls this op and not its native twin
@@ -161,8 +161,8 @@ def _compute_on_cpu(
     return _compute(x, v, u, bias, residual)
 
 
-library.impl("low_rank_linear", _compute_on_cpu, "CPU")
-library.impl("low_rank_linear", _compute, "CUDA")
+library.impl("low_rank_linear", _compute_or_direct, "CPU")
+library.impl("low_rank_linear", _compute_or_direct, "CUDA")
 
 
 @torch.library.register_fake("taco_kernels::low_rank_linear", lib=library)

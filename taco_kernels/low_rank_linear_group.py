@@ -153,7 +153,7 @@ def _compute(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequ
     return ys
 
 
-def _compute_on_cpu(
+def _compute_or_direct(
     x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> list[Tensor]:
     ys = _direct(x, vs, us, biases)  # for compiled code that calls this op and not its native twin
@@ -162,8 +162,8 @@ def _compute_on_cpu(
     return _compute(x, vs, us, biases)
 
 
-library.impl("low_rank_linear_group", _compute_on_cpu, "CPU")
-library.impl("low_rank_linear_group", _compute, "CUDA")
+library.impl("low_rank_linear_group", _compute_or_direct, "CPU")
+library.impl("low_rank_linear_group", _compute_or_direct, "CUDA")
 
 
 @torch.library.register_fake("taco_kernels::low_rank_linear_group", lib=library)

@@ -189,7 +189,7 @@ def _compute(
     return y
 
 
-def _compute_on_cpu(
+def _compute_or_direct(
     x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
     # for compiled code that calls this op and not its native twin
@@ -199,8 +199,8 @@ def _compute_on_cpu(
     return _compute(x, v, u, pivot, bias, residual)
 
 
-library.impl("pivoted_low_rank_linear", _compute_on_cpu, "CPU")
-library.impl("pivoted_low_rank_linear", _compute, "CUDA")
+library.impl("pivoted_low_rank_linear", _compute_or_direct, "CPU")
+library.impl("pivoted_low_rank_linear", _compute_or_direct, "CUDA")
 
 
 @torch.library.register_fake("taco_kernels::pivoted_low_rank_linear", lib=library)
