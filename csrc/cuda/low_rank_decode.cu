@@ -127,9 +127,6 @@ bool is_aligned(const void* pointer, std::int64_t stride_bytes, std::int64_t row
          0;
 }
 
-// The header is all that a first kernel has; 1 KB is what the system takes of each block's shared memory.
-std::int64_t beside_first_kernel(int shared_limit) { return shared_limit - header_bytes(kMaxDecodeRows) - 2 * 1024; }
-
 cudaError_t prepare(Device& device, const Choice& choice) {
   if (device.prepared[choice.slot].load(std::memory_order_acquire)) return cudaSuccess;
   // Two threads may both do this; it is idempotent.
