@@ -153,8 +153,8 @@ def _cases() -> list[Case]:
         both.append(case)
         if i % 3 == 0 or case.act or case.pivot or isinstance(case.rank, tuple):
             both.append(dataclasses.replace(case, launch="dependent"))
-    # The launcher gives the second kernel of a dependent launch less shared memory, so there is room for another part of
-    # the intermediate; the sums must not be in another order for it.
+    # The launcher gives the second kernel of a dependent launch less shared memory, so there is room for less of the
+    # intermediate at a time; the sums must not be in another order for it.
     for case in [
         Case(9, 16, 48, 520, half, shared=74_400, cancels=True),
         Case(9, 16, 136, 520, brain, shared=74_400, cancels=True),
