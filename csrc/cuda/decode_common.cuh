@@ -176,8 +176,8 @@ inline constexpr float kLargest = 65504.0f;
 template <>
 inline constexpr float kLargest<Bfloat> = 3.3895313892515355e38f;
 
-// A float32 in two parts: the first is this, rounded to T, the second what is then left over. The first part stops at T's
-// largest number, so the two reach twice as far: float16 stays finite up to 131008, and is infinite beyond, not the
+// A float32 in two parts: the first is this, rounded to T, the second what is then left over. The first part stops at
+// T's largest number, so the two reach twice as far: float16 stays finite up to 131008, and is infinite beyond, not the
 // difference of two infinities. A NaN goes into the second part.
 template <class T>
 TACO_DEVICE float first_part(float x) {

@@ -73,9 +73,8 @@ struct Device {
   cudaError_t error = cudaSuccess;
   int processors = 0;
   int shared_limit = 0;
-  int major = 0;
   bool cooperative = false;
-  std::atomic<bool> prepared[kKernels] = {};  // kernels whose shared-memory limit has been raised
+  std::atomic<int> compiled_for[kKernels] = {};  // of kernels that are prepared: the __CUDA_ARCH__ of their code, / 10
 };
 
 constexpr int kMaxDevices = 64;
@@ -94,7 +93,6 @@ cudaError_t current_device(Device** found) {
       cudaDeviceAttr what;
     } questions[] = {{&device.processors, cudaDevAttrMultiProcessorCount},
                      {&device.shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin},
-                     {&device.major, cudaDevAttrComputeCapabilityMajor},
                      {&cooperative, cudaDevAttrCooperativeLaunch}};
     for (const auto& question : questions) {
       const cudaError_t failed = cudaDeviceGetAttribute(question.to, question.what, index);
@@ -128,18 +126,26 @@ bool is_aligned(const void* pointer, std::int64_t stride_bytes, std::int64_t row
 }
 
 cudaError_t prepare(Device& device, const Choice& choice) {
-  if (device.prepared[choice.slot].load(std::memory_order_acquire)) return cudaSuccess;
+  std::atomic<int>& compiled_for = device.compiled_for[choice.slot];
+  if (compiled_for.load(std::memory_order_acquire) != 0) return cudaSuccess;
   // Two threads may both do this; it is idempotent.
-  const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(choice.kernel),
-                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_limit);
-  if (error == cudaSuccess) device.prepared[choice.slot].store(true, std::memory_order_release);
+  const void* kernel = reinterpret_cast<const void*>(choice.kernel);
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_limit);
+  if (error != cudaSuccess) return error;
+  cudaFuncAttributes attributes = {};
+  error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error == cudaSuccess) compiled_for.store(attributes.ptxVersion, std::memory_order_release);
   return error;
 }
 
-cudaError_t start(Device& device, const Choice& choice, DecodeArgs& args, std::int64_t shared_bytes,
-                  cudaLaunchAttributeID attribute, cudaStream_t stream) {
-  const cudaError_t error = prepare(device, choice);
-  if (error != cudaSuccess) return error;
+// Whether a prepared kernel holds the instructions of a dependent launch. What counts is the code, not the device: one
+// that runs PTX of an earlier architecture would let the second kernel start early, and that would not wait.
+bool can_depend(const Device& device, const Choice& choice) {
+  return device.compiled_for[choice.slot].load(std::memory_order_acquire) >= 90;
+}
+
+cudaError_t start(const Choice& choice, DecodeArgs& args, std::int64_t shared_bytes, cudaLaunchAttributeID attribute,
+                  cudaStream_t stream) {
   cudaLaunchAttribute how[1] = {};
   how[0].id = attribute;
   if (attribute == cudaLaunchAttributeCooperative) how[0].val.cooperative = 1;
@@ -206,14 +212,21 @@ int low_rank_decode(const LowRankCall& call, Launch launch, void* workspace, std
     if (error != cudaSuccess) return error;
   }
   if (launch == kCooperative) {
-    return start(*device, choose<Part::kBoth>(args.plan, call.dtype), args, args.plan.shared_bytes,
-                 cudaLaunchAttributeCooperative, on);
+    const Choice both = choose<Part::kBoth>(args.plan, call.dtype);
+    error = prepare(*device, both);
+    if (error != cudaSuccess) return error;
+    return start(both, args, args.plan.shared_bytes, cudaLaunchAttributeCooperative, on);
   }
-  error = start(*device, choose<Part::kFirst>(args.plan, call.dtype), args, header_bytes(args.plan.rows_padded),
-                cudaLaunchAttributeIgnore, on);
+  const Choice first = choose<Part::kFirst>(args.plan, call.dtype);
+  const Choice second = choose<Part::kSecond>(args.plan, call.dtype);
+  for (const Choice& choice : {first, second}) {
+    error = prepare(*device, choice);
+    if (error != cudaSuccess) return error;
+  }
+  error = start(first, args, header_bytes(args.plan.rows_padded), cudaLaunchAttributeIgnore, on);
   if (error != cudaSuccess) return error;
-  const bool dependent = device->major >= 9;  // before Hopper the attribute is not supported
-  return start(*device, choose<Part::kSecond>(args.plan, call.dtype), args, args.plan.shared_bytes,
+  const bool dependent = can_depend(*device, first) && can_depend(*device, second);
+  return start(second, args, args.plan.shared_bytes,
                dependent ? cudaLaunchAttributeProgrammaticStreamSerialization : cudaLaunchAttributeIgnore, on);
 }
 

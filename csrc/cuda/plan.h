@@ -72,16 +72,16 @@ inline std::int64_t header_bytes(int rows_padded) {
   return std::int64_t(kWarps) * kTile * rows_padded * 4 + kScaleBytes + kSquaresBytes + kBarrierBytes;
 }
 
-// Of a device's limit, what the second kernel of a dependent launch may have, to fit on a multiprocessor beside a block of
-// the first, whose shared memory is its header; else it could not start early. 1 KB of each is the system's.
+// Of a device's limit, what the second kernel of a dependent launch may have: it must fit on a multiprocessor beside a
+// block of the first, whose shared memory is its header, or it could not start early. 1 KB of each is the system's.
 inline std::int64_t beside_first_kernel(std::int64_t shared_limit) {
   return shared_limit - header_bytes(kMaxDecodeRows) - 2 * 1024;
 }
 
 // Ranks of an intermediate that are in shared memory at a time, where there is room for `most`. Pieces are whole steps
 // of all warps, so that each rank meets the warp, the lane and the place in the sum that it meets in any other cut: the
-// bits depend neither on how much shared memory there is nor, with that, on the launch. Every GPU that the kernels run on
-// has room for a step.
+// bits depend neither on how much shared memory there is nor, with that, on the launch. Every GPU that the kernels run
+// on has room for a step.
 inline int ranks_at_a_time(std::int64_t padded_rank, std::int64_t most) {
   constexpr std::int64_t kStep = kWarps * kChunk;
   static_assert(kStep % (32 * 4) == 0, "a step of the plain kernel, at four elements per lane");
