@@ -125,6 +125,10 @@ bool is_aligned(const void* pointer, std::int64_t stride_bytes, std::int64_t row
          0;
 }
 
+// The first __CUDA_ARCH__ (/ 10) whose code holds the instructions of a dependent launch. What counts is the code, not
+// the device: one that runs PTX of an earlier architecture would let the second kernel start early without waiting.
+constexpr int kDependsFrom = 90;
+
 cudaError_t prepare(Device& device, const Choice& choice) {
   std::atomic<int>& compiled_for = device.compiled_for[choice.slot];
   if (compiled_for.load(std::memory_order_acquire) != 0) return cudaSuccess;
@@ -134,14 +138,20 @@ cudaError_t prepare(Device& device, const Choice& choice) {
   if (error != cudaSuccess) return error;
   cudaFuncAttributes attributes = {};
   error = cudaFuncGetAttributes(&attributes, kernel);
-  if (error == cudaSuccess) compiled_for.store(attributes.ptxVersion, std::memory_order_release);
-  return error;
+  if (error != cudaSuccess) return error;
+  if (choice.slot / kKinds == int(Part::kFirst) && attributes.ptxVersion >= kDependsFrom) {
+    // By default a multiprocessor is set up with the little shared memory that this kernel's blocks need, the rest being
+    // L1; a block of the second kernel, which needs much, would have to wait until all of them have left.
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxShared);
+    if (error != cudaSuccess) return error;
+  }
+  compiled_for.store(attributes.ptxVersion, std::memory_order_release);
+  return cudaSuccess;
 }
 
-// Whether a prepared kernel holds the instructions of a dependent launch. What counts is the code, not the device: one
-// that runs PTX of an earlier architecture would let the second kernel start early, and that would not wait.
 bool can_depend(const Device& device, const Choice& choice) {
-  return device.compiled_for[choice.slot].load(std::memory_order_acquire) >= 90;
+  return device.compiled_for[choice.slot].load(std::memory_order_acquire) >= kDependsFrom;
 }
 
 cudaError_t start(const Choice& choice, DecodeArgs& args, std::int64_t shared_bytes, cudaLaunchAttributeID attribute,

@@ -53,6 +53,11 @@ def test_the_second_kernel_starts_early_where_its_code_waits(launched, code, sec
     assert [line.split()[0] for line in launched("dependent", f"code={code}")] == ["gather", "plain", second]
 
 
+def test_the_first_kernel_leaves_shared_memory_for_the_second(launched):
+    assert launched("dependent") == ["gather", "plain carveout", "dependent"]
+    assert launched("dependent", "code=80") == ["gather", "plain", "plain"], "L1 given up for nothing"
+
+
 def test_one_kernel_with_a_barrier(launched):
     assert launched() == ["gather", "cooperative"]
     assert launched("code=80") == ["gather", "cooperative"]
