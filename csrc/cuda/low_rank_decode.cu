@@ -98,7 +98,7 @@ cudaError_t current_device(Device** found) {
       const cudaError_t failed = cudaDeviceGetAttribute(question.to, question.what, index);
       if (failed != cudaSuccess) device.error = failed;
     }
-    if (device.error == cudaSuccess && cooperative == 0) device.error = cudaErrorNotSupported;
+    device.cooperative = cooperative != 0;
   });
   *found = &device;
   return device.error;
@@ -140,7 +140,7 @@ cudaError_t prepare(Device& device, const Choice& choice) {
   error = cudaFuncGetAttributes(&attributes, kernel);
   if (error != cudaSuccess) return error;
   if (choice.slot / kKinds == int(Part::kFirst) && attributes.ptxVersion >= kDependsFrom) {
-    // By default a multiprocessor is set up with the little shared memory that this kernel's blocks need, the rest being
+    // By default a multiprocessor is set up with the little shared memory that this kernel's blocks need, the rest as
     // L1; a block of the second kernel, which needs much, would have to wait until all of them have left.
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                  cudaSharedmemCarveoutMaxShared);
@@ -209,8 +209,10 @@ int low_rank_decode(const LowRankCall& call, Launch launch, void* workspace, std
     aligned = aligned && is_aligned(member.v, member.v_stride * size, call.in * size) &&
               is_aligned(member.u, member.u_stride * size, member.rank * size);
   }
-  const std::int64_t shared = launch == kDependent ? beside_first_kernel(device->shared_limit) : device->shared_limit;
-  DecodeArgs args{call, plan_decode(call, aligned, device->processors, shared), nullptr, nullptr};
+  const bool cooperative = launch == kCooperative && device->cooperative;
+  const auto plan_with = [&](std::int64_t shared) { return plan_decode(call, aligned, device->processors, shared); };
+  const std::int64_t beside = beside_first_kernel(device->shared_limit);
+  DecodeArgs args{call, plan_with(cooperative ? device->shared_limit : beside), nullptr, nullptr};
   GatherArgs gathering = arrange(args, workspace);
   if (workspace_bytes < std::size_t(args.plan.workspace_bytes) ||
       reinterpret_cast<std::uintptr_t>(workspace) % 16 != 0) {
@@ -221,11 +223,16 @@ int low_rank_decode(const LowRankCall& call, Launch launch, void* workspace, std
     error = start_gather(gathering, call.dtype, on);
     if (error != cudaSuccess) return error;
   }
-  if (launch == kCooperative) {
+  if (cooperative) {
     const Choice both = choose<Part::kBoth>(args.plan, call.dtype);
     error = prepare(*device, both);
     if (error != cudaSuccess) return error;
-    return start(both, args, args.plan.shared_bytes, cudaLaunchAttributeCooperative, on);
+    error = start(both, args, args.plan.shared_bytes, cudaLaunchAttributeCooperative, on);
+    if (error != cudaErrorCooperativeLaunchTooLarge) return error;
+    // A process may have a part of the multiprocessors only (MPS, green contexts), which does not hold all blocks at
+    // once. Two kernels do without; their plan divides the work space in the same way.
+    cudaGetLastError();
+    args.plan = plan_with(beside);
   }
   const Choice first = choose<Part::kFirst>(args.plan, call.dtype);
   const Choice second = choose<Part::kSecond>(args.plan, call.dtype);

@@ -61,3 +61,10 @@ def test_the_first_kernel_leaves_shared_memory_for_the_second(launched):
 def test_one_kernel_with_a_barrier(launched):
     assert launched() == ["gather", "cooperative"]
     assert launched("code=80") == ["gather", "cooperative"]
+
+
+def test_two_kernels_where_one_is_refused(launched):
+    both = ["plain carveout", "dependent"]
+    assert launched("most_blocks=2") == ["gather", "cooperative refused", *both]
+    assert launched("most_blocks=2", "code=80") == ["gather", "cooperative refused", "plain", "plain"]
+    assert launched("cooperative=0") == ["gather", *both], "asked for what the device said it has not"
