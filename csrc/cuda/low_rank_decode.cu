@@ -247,6 +247,21 @@ int low_rank_decode(const LowRankCall& call, Launch launch, void* workspace, std
                dependent ? cudaLaunchAttributeProgrammaticStreamSerialization : cudaLaunchAttributeIgnore, on);
 }
 
+const char* why_unusable() {
+  Device* device = nullptr;
+  cudaError_t error = current_device(&device);
+  if (error == cudaSuccess) {
+    // Loads the code: fails where the build has none for this device, or the driver cannot compile the PTX. What is
+    // true of one kernel is of all.
+    cudaFuncAttributes attributes = {};
+    error = cudaFuncGetAttributes(&attributes,
+                                  reinterpret_cast<const void*>(decode_plain_kernel<float, 1, 1, Part::kBoth>));
+  }
+  if (error == cudaSuccess) return "";
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}
+
 int current_device_index() {
   int index = 0;
   const cudaError_t error = cudaGetDevice(&index);

@@ -69,6 +69,9 @@ std::int64_t low_rank_decode_workspace_bytes(const LowRankCall& call);
 // kCooperative does what kDependent does.
 int low_rank_decode(const LowRankCall& call, Launch launch, void* workspace, std::size_t workspace_bytes, void* stream);
 
+// Why the kernels cannot be launched on the current device, in words; empty where they can. Leaves no error behind.
+const char* why_unusable();
+
 // The index of the current device; a negative number is an error (the negated cudaError).
 int current_device_index();
 

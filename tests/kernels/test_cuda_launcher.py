@@ -32,7 +32,7 @@ def launched(tmp_path_factory):
         done = subprocess.run([str(target), *words], capture_output=True, text=True, check=False, timeout=120)
         assert done.returncode == 0, f"wrong result, or an error left behind: {done.stdout}{done.stderr[-2000:]}"
         lines = done.stdout.splitlines()
-        if not lines[-1].startswith("error: "):
+        if not lines[-1].startswith(("error: ", "unusable: ")):
             assert lines[: len(lines) // 2] == lines[len(lines) // 2 :], "the second call was launched in another way"
             lines = lines[len(lines) // 2 :]
         return lines
@@ -68,3 +68,19 @@ def test_two_kernels_where_one_is_refused(launched):
     assert launched("most_blocks=2") == ["gather", "cooperative refused", *both]
     assert launched("most_blocks=2", "code=80") == ["gather", "cooperative refused", "plain", "plain"]
     assert launched("cooperative=0") == ["gather", *both], "asked for what the device said it has not"
+
+
+@pytest.mark.parametrize(
+    ("word", "reason"),
+    [
+        ("code=80", ""),
+        ("cooperative=0", ""),
+        ("driver_error=35", "CUDA driver version is insufficient for CUDA runtime version"),
+        # A build for 9.0a only, on another GPU.
+        ("code_error=209", "no kernel image is available for execution on the device"),
+    ],
+)
+def test_why_a_device_is_unusable(launched, word, reason):
+    assert launched("unusable", word) == [f"unusable: {reason}"]
+    if reason:
+        assert launched(word)[-1] == f"error: {reason}"

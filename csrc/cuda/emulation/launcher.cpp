@@ -8,6 +8,7 @@
 int main(int argc, char** argv) {
   using namespace taco::cuda;
   Launch how = kCooperative;
+  bool ask = false;
   for (int i = 1; i < argc; ++i) {
     const auto number = [&](const char* name, int& to) {
       const std::size_t length = std::strlen(name);
@@ -19,8 +20,11 @@ int main(int argc, char** argv) {
                        number("most_blocks=", g_fake.most_blocks) || number("driver_error=", g_fake.driver_error) ||
                        number("code_error=", g_fake.code_error);
     if (std::strcmp(argv[i], "dependent") == 0) how = kDependent;
+    else if (std::strcmp(argv[i], "unusable") == 0) ask = true;
     else if (!known) return std::fprintf(stderr, "what is %s?\n", argv[i]), 2;
   }
+
+  if (ask) return std::printf("unusable: %s\n", why_unusable()), g_fake.last_error != 0;
 
   // A call behind a pivot, so that all kinds of kernels take part. Twice: what is asked once per device must last.
   constexpr int kRows = 3, kIn = 40, kRank = 20, kOut = 24, kWidth = kIn + kRank;
