@@ -2,7 +2,8 @@
 
 Metadata is in pyproject.toml. What the environment decides:
 
-TACO_CUDA   auto (default): CUDA kernels are built when nvcc is on PATH, or under CUDA_HOME, or named by CUDACXX
+TACO_CUDA   auto (default): CUDA kernels are built when nvcc is on PATH, or under CUDA_HOME, or named by CUDACXX, or
+            where the toolkit puts it (/usr/local/cuda/bin)
             0: never;  1: always, and it is an error if there is no nvcc
 TACO_CUDA_ARCHS  which of 80, 90a, 100a to build for, separated by commas (default: all that nvcc knows)
 TACO_CPP    auto (default): without a C++ compiler or Python.h the package is installed without its extension
@@ -50,6 +51,9 @@ CPU_LEVELS = {
 }
 # sm_80 serves all of Ampere and Ada, and its PTX whatever comes later; sm_90a and sm_100a have code of their own.
 CUDA_ARCHS = ("80", "90a", "100a")
+# Where the toolkit's installer puts nvcc; it adds nothing to PATH.
+INSTALLED_NVCC = "/usr/local/cuda/bin/nvcc"
+COMPILER_LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")
 
 
 class Refusal(Exception):
@@ -85,6 +89,11 @@ def find_cxx() -> list[str] | None:
     return None
 
 
+def host_compiler(cxx: list[str]) -> str:
+    """The compiler itself: nvcc's -ccbin takes a program, and the first word of CXX="ccache g++" compiles nothing."""
+    return next((word for word in cxx if Path(word).name not in COMPILER_LAUNCHERS), cxx[0])
+
+
 def find_nvcc() -> str | None:
     for variable in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"):
         value = os.environ.get(variable)
@@ -93,7 +102,7 @@ def find_nvcc() -> str | None:
             found = shutil.which(path)
             if found:
                 return found
-    return shutil.which("nvcc")
+    return shutil.which("nvcc") or shutil.which(INSTALLED_NVCC)
 
 
 def compiles(cxx: list[str], flags: list[str], code: str) -> bool:
@@ -135,7 +144,8 @@ def plan_cuda(cpp: bool) -> str | None:
     nvcc = find_nvcc()
     if wanted == "1" and nvcc is None:
         raise Refusal(
-            "TACO_CUDA=1 asks for the CUDA kernels, but nvcc was not found on PATH, under CUDA_HOME, or as CUDACXX."
+            "TACO_CUDA=1 asks for the CUDA kernels, but nvcc was not found on PATH, under CUDA_HOME, as CUDACXX, or as "
+            f"{INSTALLED_NVCC}."
         )
     if wanted == "1" and not cpp:
         raise Refusal("TACO_CUDA=1 asks for the CUDA kernels, but the C++ extension that holds them is not built.")
@@ -248,7 +258,7 @@ class Build(build_ext):
             codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
             codes += ["-gencode=arch=compute_80,code=compute_80"] if "80" in archs else []
             cuda_flags = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", "-lineinfo"]
-            cuda_flags += [*codes, f"-I{CSRC}", "-ccbin", cxx[0]]
+            cuda_flags += [*codes, f"-I{CSRC}", "-ccbin", host_compiler(cxx)]
             for cu in sorted((CSRC / "cuda").glob("*.cu")):
                 objects.append(("nvcc", cu, work / f"cuda_{cu.name}.o", cuda_flags))
 
@@ -275,7 +285,8 @@ class Build(build_ext):
             link = ["-shared", "-Wl,-z,now", "-Wl,--exclude-libs,ALL", "-Wl,--as-needed"]
             link += [f"-fsanitize={','.join(checked)}"] if checked else []
         if nvcc:
-            link = ["-shared", "-cudart=static", "-ccbin", cxx[0], "-Xlinker=-z,now", "-Xlinker=--exclude-libs,ALL"]
+            link = ["-shared", "-cudart=static", "-ccbin", host_compiler(cxx)]
+            link += ["-Xlinker=-z,now", "-Xlinker=--exclude-libs,ALL"]
         self._ninja(work, target, cxx, nvcc, common, objects, link)
         self._write_log(work)
 

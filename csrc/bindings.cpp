@@ -244,6 +244,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("HAS_CUDA") = true;
   m.attr("CUDA_MAX_ROWS") = taco::cuda::kMaxDecodeRows;
   m.attr("CUDA_MAX_MEMBERS") = taco::cuda::kMaxMembers;
+  m.def("cuda_unusable", &taco::cuda::why_unusable, "why the current device cannot run the kernels; empty if it can",
+        py::call_guard<py::gil_scoped_release>());
   m.def("cuda_low_rank_workspace_bytes", &cuda_low_rank_workspace_bytes,
         "bytes for (members, rows, in, gate, dtype, pivot)");
   m.def("cuda_low_rank", &cuda_low_rank,

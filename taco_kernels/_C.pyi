@@ -139,6 +139,7 @@ CUDA_MAX_MEMBERS: int
 # v, v_stride, u, u_stride, bias, y, rank, out
 _CudaMember = tuple[int, int, int, int, int, int, int, int]
 
+def cuda_unusable() -> str: ...
 def cuda_low_rank_workspace_bytes(
     members: Sequence[_CudaMember], rows: int, in_features: int, gate: int, dtype: int, pivot: bool, /
 ) -> int: ...

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import json
 import os
 from collections.abc import Iterator
 
@@ -100,6 +101,15 @@ _forced: str | None = _from_environment()
 _reasons: dict[tuple[str, str], str] = {}
 
 
+def _too_old_gpu() -> str:
+    """Why the current GPU is too old for our kernels (no bfloat16 in its matrix units); empty when it is not."""
+    try:
+        major, minor = torch.cuda.get_device_capability()
+    except RuntimeError as error:  # in a process forked after CUDA was initialised
+        return str(error).splitlines()[0]
+    return "" if major >= 8 else f"needs a GPU of capability 8.0 or more, and this one has {major}.{minor}"
+
+
 def _why_not(name: str, device_type: str) -> str:
     """Why backend ``name`` cannot work on tensors of ``device_type``; empty when it can."""
     if name in ("reference", "library"):
@@ -112,7 +122,7 @@ def _why_not(name: str, device_type: str) -> str:
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
         if device_type == "cuda":
-            return "" if torch.cuda.is_available() else "no GPU is visible to torch"
+            return _too_old_gpu() if torch.cuda.is_available() else "no GPU is visible to torch"
         if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
             return ""
         return f"no GPU is visible to torch (for {device_type} tensors set TRITON_INTERPRET=1: slow, for tests)"
@@ -123,12 +133,23 @@ def _why_not(name: str, device_type: str) -> str:
             return "extension was built without CUDA (no nvcc was found, or TACO_CUDA=0)"
         if not torch.cuda.is_available():
             return "no GPU is visible to torch"
-        return "" if device_type == "cuda" else f"computes CUDA tensors only, not {device_type} tensors"
+        if device_type != "cuda":
+            return f"computes CUDA tensors only, not {device_type} tensors"
+        if reason := _too_old_gpu():
+            return reason
+        if reason := native.module.cuda_unusable():
+            built = ", ".join(json.loads(native.module.BUILD_INFO)["cuda_archs"])
+            return f"the extension's kernels, built for {built}, cannot run on this GPU: {reason}"
+        return ""
     return f"there is no such backend; choose one of {', '.join(BACKENDS)}"
 
 
 def why_not(name: str, device_type: str) -> str:
-    """Why backend ``name`` cannot serve tensors of ``device_type``; empty when it can. The answer is remembered."""
+    """Why backend ``name`` cannot serve tensors of ``device_type``; empty when it can.
+
+    The answer is remembered: all GPUs of a process are taken to be of one kind, that of the first one asked about. For
+    ``cuda`` tensors it initialises CUDA, where there is a GPU.
+    """
     key = (name, device_type)
     known = _reasons.get(key)
     if known is None:
@@ -142,12 +163,14 @@ def backends(device_type: str | None = None) -> dict[str, str]:
     ``device_type`` ("cpu", "cuda") asks for tensors of that device; without it, a backend counts as usable when it
     serves any device of this machine.
     """
+    return {name: _state(name, device_type) for name in BACKENDS}
+
+
+def _state(name: str, device_type: str | None = None) -> str:
+    """What ``backends`` says of one; asks nothing about the others."""
     devices = [device_type] if device_type else ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    report = {}
-    for name in BACKENDS:
-        reasons = [why_not(name, device) for device in devices]
-        report[name] = "usable" if "" in reasons else reasons[0]
-    return report
+    reasons = [why_not(name, device) for device in devices]
+    return "usable" if "" in reasons else reasons[0]
 
 
 def allow_direct() -> None:
@@ -170,7 +193,7 @@ def set_backend(name: str | None) -> None:
     if name is not None:
         if name not in BACKENDS:
             raise RuntimeError(f"{name}: {_why_not(name, 'cpu')}")
-        state = backends()[name]
+        state = _state(name)
         if state != "usable":
             raise RuntimeError(f"{name}: {state}")
     _forced = name

@@ -247,8 +247,8 @@ def pivoted_low_rank_linear(
 
     Returns:
         [..., out] of ``x``'s dtype. Differentiable in every floating argument. The backends ``cpp``, ``triton`` and
-        ``cuda`` keep the rank-sized intermediate in float32, ``library`` rounds it to the dtype (``cpp`` too for many
-        rows, see :func:`low_rank_linear`).
+        ``cuda`` keep the rank-sized intermediate in float32 or, on matrix units, as two numbers of the dtype;
+        ``library`` rounds it to the dtype (``cpp`` too for many rows; see :func:`low_rank_linear` for both).
 
     Raises:
         TypeError, ValueError: dtypes or shapes that do not fit together.

@@ -170,12 +170,18 @@ TACO_DEVICE void store_output(const DecodeArgs& a, const Factors& member, int wh
   static_cast<T*>(y)[m * member.out + n] = from_float<T>(value);
 }
 
-// What rounding to T left over, as a T. An infinite `rounded` (float16 beyond 65504) leaves nothing: infinity stays
-// infinity, as in two separate products, and does not become NaN.
+// T's largest finite number.
 template <class T>
-TACO_DEVICE float remainder_of(float value, float rounded) {
-  const float rest = value - rounded;
-  return rest - rest == 0.0f ? rest : 0.0f;
+inline constexpr float kLargest = 65504.0f;
+template <>
+inline constexpr float kLargest<Bfloat> = 3.3895313892515355e38f;
+
+// A float32 in two parts: the first is this, rounded to T, the second what is then left over. The first part stops at
+// T's largest number, so the two reach twice as far: float16 stays finite up to 131008, and is infinite beyond, not the
+// difference of two infinities. A NaN goes into the second part.
+template <class T>
+TACO_DEVICE float first_part(float x) {
+  return fminf(fmaxf(x, -kLargest<T>), kLargest<T>);
 }
 
 }  // namespace taco::cuda

@@ -82,8 +82,8 @@ TACO_DEVICE void first_product_mma(const DecodeArgs& a, const Shared& shared) {
   }
 }
 
-// A member's t [rows_padded][t_pitch] for ranks r0 ..., as a T and what that left over (also a T): together as good as
-// float32.
+// A member's t [rows_padded][t_pitch] for ranks r0 ..., as a T and what that left over (also a T): together twice T's
+// precision, which next to the rounding of the result is as good as float32.
 template <class T>
 TACO_DEVICE void load_t_mma(const DecodeArgs& a, const Shared& shared, T* high, int index, int r0) {
   T* low = high + a.plan.rows_padded * a.plan.t_pitch;
@@ -93,9 +93,10 @@ TACO_DEVICE void load_t_mma(const DecodeArgs& a, const Shared& shared, T* high, 
     float4 t = {0.0f, 0.0f, 0.0f, 0.0f};
     if (m < int(a.call.rows) && r < rank) t = combine_splits(a, m, start + r, shared.scale[m]);
     uint2 h, l;
-    h.x = make_pair<T>(t.x, t.y), h.y = make_pair<T>(t.z, t.w);
-    l.x = make_pair<T>(remainder_of<T>(t.x, pair_low<T>(h.x)), remainder_of<T>(t.y, pair_high<T>(h.x)));
-    l.y = make_pair<T>(remainder_of<T>(t.z, pair_low<T>(h.y)), remainder_of<T>(t.w, pair_high<T>(h.y)));
+    h.x = make_pair<T>(first_part<T>(t.x), first_part<T>(t.y));
+    h.y = make_pair<T>(first_part<T>(t.z), first_part<T>(t.w));
+    l.x = make_pair<T>(t.x - pair_low<T>(h.x), t.y - pair_high<T>(h.x));
+    l.y = make_pair<T>(t.z - pair_low<T>(h.y), t.w - pair_high<T>(h.y));
     *reinterpret_cast<uint2*>(high + m * a.plan.t_pitch + r - r0) = h;
     *reinterpret_cast<uint2*>(low + m * a.plan.t_pitch + r - r0) = l;
   }

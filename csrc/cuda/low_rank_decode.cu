@@ -73,9 +73,8 @@ struct Device {
   cudaError_t error = cudaSuccess;
   int processors = 0;
   int shared_limit = 0;
-  int major = 0;
   bool cooperative = false;
-  std::atomic<bool> prepared[kKernels] = {};  // kernels whose shared-memory limit has been raised
+  std::atomic<int> compiled_for[kKernels] = {};  // of kernels that are prepared: the __CUDA_ARCH__ of their code, / 10
 };
 
 constexpr int kMaxDevices = 64;
@@ -94,13 +93,12 @@ cudaError_t current_device(Device** found) {
       cudaDeviceAttr what;
     } questions[] = {{&device.processors, cudaDevAttrMultiProcessorCount},
                      {&device.shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin},
-                     {&device.major, cudaDevAttrComputeCapabilityMajor},
                      {&cooperative, cudaDevAttrCooperativeLaunch}};
     for (const auto& question : questions) {
       const cudaError_t failed = cudaDeviceGetAttribute(question.to, question.what, index);
       if (failed != cudaSuccess) device.error = failed;
     }
-    if (device.error == cudaSuccess && cooperative == 0) device.error = cudaErrorNotSupported;
+    device.cooperative = cooperative != 0;
   });
   *found = &device;
   return device.error;
@@ -127,22 +125,37 @@ bool is_aligned(const void* pointer, std::int64_t stride_bytes, std::int64_t row
          0;
 }
 
-// The header is all that a first kernel has; 1 KB is what the system takes of each block's shared memory.
-std::int64_t beside_first_kernel(int shared_limit) { return shared_limit - header_bytes(kMaxDecodeRows) - 2 * 1024; }
+// The first __CUDA_ARCH__ (/ 10) whose code holds the instructions of a dependent launch. What counts is the code, not
+// the device: one that runs PTX of an earlier architecture would let the second kernel start early without waiting.
+constexpr int kDependsFrom = 90;
 
 cudaError_t prepare(Device& device, const Choice& choice) {
-  if (device.prepared[choice.slot].load(std::memory_order_acquire)) return cudaSuccess;
+  std::atomic<int>& compiled_for = device.compiled_for[choice.slot];
+  if (compiled_for.load(std::memory_order_acquire) != 0) return cudaSuccess;
   // Two threads may both do this; it is idempotent.
-  const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(choice.kernel),
-                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_limit);
-  if (error == cudaSuccess) device.prepared[choice.slot].store(true, std::memory_order_release);
-  return error;
+  const void* kernel = reinterpret_cast<const void*>(choice.kernel);
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_limit);
+  if (error != cudaSuccess) return error;
+  cudaFuncAttributes attributes = {};
+  error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error != cudaSuccess) return error;
+  if (choice.slot / kKinds == int(Part::kFirst) && attributes.ptxVersion >= kDependsFrom) {
+    // By default a multiprocessor is set up with the little shared memory that this kernel's blocks need, the rest as
+    // L1; a block of the second kernel, which needs much, would have to wait until all of them have left.
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxShared);
+    if (error != cudaSuccess) return error;
+  }
+  compiled_for.store(attributes.ptxVersion, std::memory_order_release);
+  return cudaSuccess;
 }
 
-cudaError_t start(Device& device, const Choice& choice, DecodeArgs& args, std::int64_t shared_bytes,
-                  cudaLaunchAttributeID attribute, cudaStream_t stream) {
-  const cudaError_t error = prepare(device, choice);
-  if (error != cudaSuccess) return error;
+bool can_depend(const Device& device, const Choice& choice) {
+  return device.compiled_for[choice.slot].load(std::memory_order_acquire) >= kDependsFrom;
+}
+
+cudaError_t start(const Choice& choice, DecodeArgs& args, std::int64_t shared_bytes, cudaLaunchAttributeID attribute,
+                  cudaStream_t stream) {
   cudaLaunchAttribute how[1] = {};
   how[0].id = attribute;
   if (attribute == cudaLaunchAttributeCooperative) how[0].val.cooperative = 1;
@@ -196,8 +209,10 @@ int low_rank_decode(const LowRankCall& call, Launch launch, void* workspace, std
     aligned = aligned && is_aligned(member.v, member.v_stride * size, call.in * size) &&
               is_aligned(member.u, member.u_stride * size, member.rank * size);
   }
-  const std::int64_t shared = launch == kDependent ? beside_first_kernel(device->shared_limit) : device->shared_limit;
-  DecodeArgs args{call, plan_decode(call, aligned, device->processors, shared), nullptr, nullptr};
+  const bool cooperative = launch == kCooperative && device->cooperative;
+  const auto plan_with = [&](std::int64_t shared) { return plan_decode(call, aligned, device->processors, shared); };
+  const std::int64_t beside = beside_first_kernel(device->shared_limit);
+  DecodeArgs args{call, plan_with(cooperative ? device->shared_limit : beside), nullptr, nullptr};
   GatherArgs gathering = arrange(args, workspace);
   if (workspace_bytes < std::size_t(args.plan.workspace_bytes) ||
       reinterpret_cast<std::uintptr_t>(workspace) % 16 != 0) {
@@ -208,16 +223,43 @@ int low_rank_decode(const LowRankCall& call, Launch launch, void* workspace, std
     error = start_gather(gathering, call.dtype, on);
     if (error != cudaSuccess) return error;
   }
-  if (launch == kCooperative) {
-    return start(*device, choose<Part::kBoth>(args.plan, call.dtype), args, args.plan.shared_bytes,
-                 cudaLaunchAttributeCooperative, on);
+  if (cooperative) {
+    const Choice both = choose<Part::kBoth>(args.plan, call.dtype);
+    error = prepare(*device, both);
+    if (error != cudaSuccess) return error;
+    error = start(both, args, args.plan.shared_bytes, cudaLaunchAttributeCooperative, on);
+    if (error != cudaErrorCooperativeLaunchTooLarge) return error;
+    // A process may have a part of the multiprocessors only (MPS, green contexts), which does not hold all blocks at
+    // once. Two kernels do without; their plan divides the work space in the same way.
+    cudaGetLastError();
+    args.plan = plan_with(beside);
   }
-  error = start(*device, choose<Part::kFirst>(args.plan, call.dtype), args, header_bytes(args.plan.rows_padded),
-                cudaLaunchAttributeIgnore, on);
+  const Choice first = choose<Part::kFirst>(args.plan, call.dtype);
+  const Choice second = choose<Part::kSecond>(args.plan, call.dtype);
+  for (const Choice& choice : {first, second}) {
+    error = prepare(*device, choice);
+    if (error != cudaSuccess) return error;
+  }
+  error = start(first, args, header_bytes(args.plan.rows_padded), cudaLaunchAttributeIgnore, on);
   if (error != cudaSuccess) return error;
-  const bool dependent = device->major >= 9;  // before Hopper the attribute is not supported
-  return start(*device, choose<Part::kSecond>(args.plan, call.dtype), args, args.plan.shared_bytes,
+  const bool dependent = can_depend(*device, first) && can_depend(*device, second);
+  return start(second, args, args.plan.shared_bytes,
                dependent ? cudaLaunchAttributeProgrammaticStreamSerialization : cudaLaunchAttributeIgnore, on);
+}
+
+const char* why_unusable() {
+  Device* device = nullptr;
+  cudaError_t error = current_device(&device);
+  if (error == cudaSuccess) {
+    // Loads the code: fails where the build has none for this device, or the driver cannot compile the PTX. What is
+    // true of one kernel is of all.
+    cudaFuncAttributes attributes = {};
+    error = cudaFuncGetAttributes(&attributes,
+                                  reinterpret_cast<const void*>(decode_plain_kernel<float, 1, 1, Part::kBoth>));
+  }
+  if (error == cudaSuccess) return "";
+  cudaGetLastError();
+  return cudaGetErrorString(error);
 }
 
 int current_device_index() {

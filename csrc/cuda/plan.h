@@ -72,8 +72,24 @@ inline std::int64_t header_bytes(int rows_padded) {
   return std::int64_t(kWarps) * kTile * rows_padded * 4 + kScaleBytes + kSquaresBytes + kBarrierBytes;
 }
 
-// `shared_limit` is what a block may have on the device. For a dependent launch it is less: the second kernel must fit
-// beside the first one's blocks, or it could not start early.
+// Of a device's limit, what the second kernel of a dependent launch may have: it must fit on a multiprocessor beside a
+// block of the first, whose shared memory is its header, or it could not start early. 1 KB of each is the system's.
+inline std::int64_t beside_first_kernel(std::int64_t shared_limit) {
+  return shared_limit - header_bytes(kMaxDecodeRows) - 2 * 1024;
+}
+
+// Ranks of an intermediate that are in shared memory at a time, where there is room for `most`. Pieces are whole steps
+// of all warps, so that each rank meets the warp, the lane and the place in the sum that it meets in any other cut: the
+// bits depend neither on how much shared memory there is nor, with that, on the launch. Every GPU that the kernels run
+// on has room for a step.
+inline int ranks_at_a_time(std::int64_t padded_rank, std::int64_t most) {
+  constexpr std::int64_t kStep = kWarps * kChunk;
+  static_assert(kStep % (32 * 4) == 0, "a step of the plain kernel, at four elements per lane");
+  if (most >= padded_rank) return int(padded_rank);
+  return int(std::max<std::int64_t>(kChunk, most >= kStep ? most / kStep * kStep : most));
+}
+
+// `shared_limit` is what a block may have: the device's limit, or what beside_first_kernel leaves of it.
 inline DecodePlan plan_decode(const LowRankCall& call, bool aligned, int processors, std::int64_t shared_limit) {
   DecodePlan p{};
   const std::int64_t element = call.dtype == 0 ? 4 : 2, rows = call.rows, in = call.in;
@@ -105,7 +121,7 @@ inline DecodePlan plan_decode(const LowRankCall& call, bool aligned, int process
     // The intermediates (two half-type numbers per element) get at most half of the shared memory.
     const std::int64_t free_bytes = shared_limit - header_bytes(p.rows_padded);
     const std::int64_t most = free_bytes / 2 / (2 * 2 * p.rows_padded * p.width) / kChunk * kChunk - kChunk;
-    p.t_capacity = int(std::max<std::int64_t>(kChunk, std::min(most_padded, most)));
+    p.t_capacity = ranks_at_a_time(most_padded, most);
     p.t_pitch = int(conflict_free_pitch(p.t_capacity * 2) / 2);
     p.u_pitch = int(conflict_free_pitch(most_padded * 2));
     const std::int64_t t_bytes = 2 * 2 * std::int64_t(p.rows_padded) * p.t_pitch * p.width;
@@ -123,7 +139,7 @@ inline DecodePlan plan_decode(const LowRankCall& call, bool aligned, int process
     p.tile_warps = kWarps;
     const std::int64_t free_bytes = shared_limit - header_bytes(p.rows_padded);
     const std::int64_t most = free_bytes / 2 / (4 * p.rows_padded * p.width) / kChunk * kChunk;
-    p.t_capacity = int(std::max<std::int64_t>(kChunk, std::min(most_padded, most)));
+    p.t_capacity = ranks_at_a_time(most_padded, most);
     p.t_pitch = p.t_capacity;
     p.shared_bytes = header_bytes(p.rows_padded) + 4 * std::int64_t(p.rows_padded) * p.t_pitch * p.width;
   }

@@ -63,9 +63,14 @@ std::int64_t low_rank_decode_workspace_bytes(const LowRankCall& call);
 
 // Launches one call on `stream` (a cudaStream_t) of the current device; returns a cudaError (0 is success). May be
 // captured into a CUDA graph, and sums in a fixed order: the same input gives the same bits, with either launch. Calls
-// that may run at the same time need work spaces of their own. Where the device has no dependent launch, kDependent
-// launches its two kernels one after the other.
+// that may run at the same time need work spaces of their own. Where the device, or the code that it runs (PTX of an
+// earlier architecture), has no dependent launch, kDependent launches its two kernels one after the other; where a
+// cooperative launch is not supported or is refused, as of more blocks than this process's share of the device holds,
+// kCooperative does what kDependent does.
 int low_rank_decode(const LowRankCall& call, Launch launch, void* workspace, std::size_t workspace_bytes, void* stream);
+
+// Why the kernels cannot be launched on the current device, in words; empty where they can. Leaves no error behind.
+const char* why_unusable();
 
 // The index of the current device; a negative number is an error (the negated cudaError).
 int current_device_index();

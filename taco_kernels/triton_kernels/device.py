@@ -31,6 +31,21 @@ def round(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def first_part(x, dtype: tl.constexpr):
+    """What of float32 numbers is rounded to ``dtype`` where the remainder goes through a product of its own.
+
+    Stops at the dtype's largest number: the remainder then reaches as far again, for float16 up to 131008 together.
+    With infinity as the first part the remainder would be minus infinity, and their sum NaN.
+    """
+    if dtype == tl.float16:
+        return tl.minimum(tl.maximum(x, -65504.0), 65504.0)
+    elif dtype == tl.bfloat16:
+        return tl.minimum(tl.maximum(x, -3.3895313892515355e38), 3.3895313892515355e38)
+    else:
+        return x
+
+
+@triton.jit
 def load_tile(base, rows, cols, n_rows, n_cols, stride, EVEN_COLS: tl.constexpr):
     """Tile [len(rows), len(cols)] of a row-strided matrix, zeros outside of it."""
     pointers = base + rows.to(tl.int64)[:, None] * stride + cols[None, :]

@@ -31,6 +31,7 @@ from .device import (
     add_bias,
     blocks,
     dot,
+    first_part,
     load_factor,
     load_tile,
     locate,
@@ -148,7 +149,7 @@ def _expand_product(
                 total += load_tile(plane, ms, rs, n_rows, rank, rank, EVEN_RANK)
             if SCALED:
                 total = total * scale
-            high = round(total, u.dtype.element_ty)
+            high = round(first_part(total, u.dtype.element_ty), u.dtype.element_ty)
             acc = dot(high, weights, acc)
             # Half types: what rounding took from the intermediate goes through a second dot. Few rows are bound by
             # the bytes of U, so this costs nothing there, and the result is that of a float32 intermediate.

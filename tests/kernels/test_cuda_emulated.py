@@ -20,6 +20,8 @@ from taco_kernels.low_rank_mlp import ACTIVATIONS
 ROOT = Path(__file__).resolve().parents[2]
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 HOPPER_SHARED = 232448  # bytes a block may have; less makes the kernels take their slower ways
+# What of it the second kernel of a dependent launch does not get (``beside_first_kernel`` in csrc/cuda/plan.h).
+FIRST_KERNEL = 8 * 16 * 16 * 4 + 64 + 512 + 16 + 2048
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,11 @@ class Case:
     processors: int = 3
     shared: int = HOPPER_SHARED
     scale: float = 1.0
+    gain: float = 1.0  # what v has more and u less, so that only the intermediate is large
     act: str | None = None
     launch: str = "cooperative"
     pivot: torch.dtype | None = None  # in_size is then what is left beside the identity
+    cancels: bool = False  # the residual is what the result rounds to, negated: what is left shows the sums' last bits
 
     @property
     def width(self) -> int:
@@ -76,6 +80,9 @@ def _cases() -> list[Case]:
         Case(1, 72, 200, 520, brain, shared=16_000),
         # massive activations: what is not scaled leaves float16's range
         Case(4, 512, 512, 32, half, norm=True, scale=3000.0),
+        # an intermediate beyond float16's range, of a result within it
+        Case(16, 328, 136, 40, half, scale=4000.0, gain=8.0),
+        Case(3, 77, 51, 13, half, scale=4000.0, gain=8.0),
         # plain kernel: float32 aligned and not, half types whose rows are not 16-byte multiples
         Case(1, 300, 44, 20, single, norm=True),
         Case(1, 301, 43, 19, single, pad=1),
@@ -146,6 +153,14 @@ def _cases() -> list[Case]:
         both.append(case)
         if i % 3 == 0 or case.act or case.pivot or isinstance(case.rank, tuple):
             both.append(dataclasses.replace(case, launch="dependent"))
+    # The launcher gives the second kernel of a dependent launch less shared memory, so there is room for less of the
+    # intermediate at a time; the sums must not be in another order for it.
+    for case in [
+        Case(9, 16, 48, 520, half, shared=74_400, cancels=True),
+        Case(9, 16, 136, 520, brain, shared=74_400, cancels=True),
+        Case(5, 16, 24, 520, single, shared=70_400, cancels=True),
+    ]:
+        both += [case, dataclasses.replace(case, launch="dependent", shared=case.shared - FIRST_KERNEL)]
     return both
 
 
@@ -181,10 +196,13 @@ def _draw(case: Case, seed: int):
     pivot = None if case.pivot is None else torch.randperm(case.width, generator=generator).to(case.pivot)
     members = []
     for rank, out_size in case.members:
-        v = _tensor(rank, case.in_size, case.pad, case.dtype, generator, case.in_size**-0.5)
-        u = _tensor(out_size, rank, case.pad, case.dtype, generator, rank**-0.5)
+        v = _tensor(rank, case.in_size, case.pad, case.dtype, generator, case.gain * case.in_size**-0.5)
+        u = _tensor(out_size, rank, case.pad, case.dtype, generator, rank**-0.5 / case.gain)
         members.append((v, u, _tensor(1, out_size, 0, case.dtype, generator) if case.bias else None))
     residual = _tensor(case.rows, case.members[0][1], case.pad, case.dtype, generator) if case.residual else None
+    if case.cancels:
+        v, u, bias = members[0]
+        residual = -_exact(x, v, u, bias, None, None, case.dtype)[0].to(case.dtype)
     return x, members, residual, pivot
 
 
@@ -197,7 +215,8 @@ def _aligned(case: Case, tensors) -> bool:
 
 def _exact(x, v, u, bias, residual, eps, dtype, pivot=None):
     """float64 result and what roundoff explains before the result is rounded: float32 sums, an intermediate good to
-    the square of the dtype's roundoff. The intermediate below float16's normal range loses its remainder."""
+    the square of the dtype's roundoff. The intermediate below float16's normal range loses its remainder; beyond its
+    largest number it is that number and a remainder, rounded once."""
     info = torch.finfo(dtype)
     single = torch.finfo(torch.float32).eps
     middle_error = 0.0 if dtype == torch.float32 else (info.eps / 2) ** 2
@@ -210,7 +229,9 @@ def _exact(x, v, u, bias, residual, eps, dtype, pivot=None):
     exact = middle @ u.T
     largest = (scale * (x.abs() @ v.abs().T)) @ u.abs().T
     terms = x.shape[1] * (1 if eps is None else 2) + 2 * u.shape[1] + 16
+    beyond = (middle.abs() - info.max).clamp_min(0)
     error = terms * single * largest + middle_error * (middle.abs() @ u.abs().T) + tiny * u.abs().sum(1)
+    error = error + info.eps / 2 * (beyond @ u.abs().T)
     for extra in (bias, residual):
         if extra is not None:
             exact = exact + extra

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -77,6 +78,69 @@ def test_forcing_what_is_not_there_says_why():
         with pytest.raises(RuntimeError, match=r"^cuda: "):
             taco_kernels.set_backend("cuda")
     assert taco_kernels.get_backend() is None
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """As if there were a GPU: its capability and what the extension says of it can be set; answers are forgotten."""
+    stand_in = types.SimpleNamespace(HAS_CUDA=True, BUILD_INFO='{"cuda_archs": ["sm_90a"]}', cuda_unusable=lambda: "")
+    monkeypatch.setattr(dispatch, "_reasons", {})
+    monkeypatch.setattr(native, "module", stand_in)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def set_to(capability=(8, 0), unusable=""):
+        dispatch._reasons.clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        stand_in.cuda_unusable = lambda: unusable
+
+    return set_to
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_a_gpu_that_cannot_run_our_kernels_gets_another_backend(a_gpu):
+    def choice():
+        return dispatch.choose("cuda", torch.float16, 1)
+
+    a_gpu((8, 0))
+    assert choice() == "cuda" and taco_kernels.backends("cuda")["triton"] == "usable"
+    a_gpu((7, 5))
+    assert choice() == "library"
+    for name in ("cuda", "triton"):
+        assert taco_kernels.backends("cuda")[name] == "needs a GPU of capability 8.0 or more, and this one has 7.5"
+    a_gpu((12, 0), "no kernel image is available for execution on the device")
+    assert choice() == "triton"
+    assert taco_kernels.backends("cuda")["cuda"] == (
+        "the extension's kernels, built for sm_90a, cannot run on this GPU: "
+        "no kernel image is available for execution on the device"
+    )
+    with pytest.raises(RuntimeError, match="cuda: .*cannot run on this GPU"):
+        dispatch.set_backend("cuda")
+
+
+def test_a_process_that_cannot_use_its_gpu_says_so(a_gpu, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess.\nTo use CUDA ...")
+
+    a_gpu()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", fail)
+    assert taco_kernels.backends("cuda")["cuda"] == "Cannot re-initialize CUDA in forked subprocess."
+
+
+def test_forcing_a_cpu_backend_asks_no_gpu(a_gpu, monkeypatch):
+    a_gpu()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: pytest.fail("CUDA was initialised"))
+    monkeypatch.setattr(dispatch, "allow_direct", lambda: None)
+    with taco_kernels.use_backend("library"):
+        pass
+    assert dispatch.why_not("cuda", "cpu") == "computes CUDA tensors only, not cpu tensors"
+
+
+@pytest.mark.skipif(
+    native.module is None or not native.module.HAS_CUDA or torch.cuda.is_available(),
+    reason="needs an extension with CUDA on a machine without",
+)
+def test_the_extension_says_why_it_cannot_run():
+    assert native.module.cuda_unusable() != ""
 
 
 def test_forced_backend_refuses_what_it_cannot_serve(monkeypatch):

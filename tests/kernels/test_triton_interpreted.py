@@ -279,3 +279,14 @@ elif not _why_not():
             low_rank_linear(x, v, u, config=CONFIGS["fused"])
         with pytest.raises(ValueError, match="rows"):
             low_rank_linear(x, v, u, config=CONFIGS["row"])
+
+    def test_intermediate_beyond_float16():
+        # A result within float16's range of an intermediate that is not: a number of the dtype and a remainder hold it.
+        x, v, u, bias, residual = _case(5, 328, 136, 40, torch.float16, 6)
+        x, v, u = x * 4000, v * 8, u / 8
+        largest = (x.double() @ v.double().T).abs().max()
+        assert 65504 < largest < 2 * 65504
+        _check(low_rank_linear(x, v, u, bias, residual, config=CONFIGS["split"]), x, v, u, bias, residual)
+        # Further out it is infinite, as in two products of float16, and not the difference of two infinities.
+        y = low_rank_linear(x.abs(), v.abs(), u.abs(), config=CONFIGS["split"])
+        assert bool((y == torch.inf).all())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import tarfile
@@ -24,13 +25,66 @@ def one_sentence(done):
     return lines[0]
 
 
+def load_setup(path):
+    """setup.py as a module, for what it decides without building."""
+    spec = importlib.util.spec_from_file_location("setup_of_taco", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def program(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/bin/sh\n")
+    path.chmod(0o755)
+    return str(path)
+
+
 def test_cuda_demanded_without_nvcc(tree, tmp_path):
+    setup = tree / "setup.py"
+    # this machine may have one there
+    setup.write_text(setup.read_text().replace("/usr/local/cuda/bin/nvcc", "/nowhere/nvcc"))
     path = tools(tmp_path / "bin", (*SHELL_TOOLS, *COMPILER_TOOLS))
     message = one_sentence(setup_py(tree, "build_ext", TACO_CUDA="1", PATH=path))
     assert message == (
         "taco-kernels: TACO_CUDA=1 asks for the CUDA kernels, "
-        "but nvcc was not found on PATH, under CUDA_HOME, or as CUDACXX."
+        "but nvcc was not found on PATH, under CUDA_HOME, as CUDACXX, or as /nowhere/nvcc."
     )
+
+
+def test_where_nvcc_is_looked_for(tmp_path, monkeypatch):
+    for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    setup = load_setup(ROOT / "setup.py")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(setup, "INSTALLED_NVCC", str(tmp_path / "local" / "nvcc"))
+    assert setup.find_nvcc() is None
+    # from the last resort to the first
+    installed = program(tmp_path / "local" / "nvcc")
+    assert setup.find_nvcc() == installed
+    on_path = program(tmp_path / "bin" / "nvcc")
+    assert setup.find_nvcc() == on_path
+    of_home = program(tmp_path / "home" / "bin" / "nvcc")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    assert setup.find_nvcc() == of_home
+    named = program(tmp_path / "named")
+    monkeypatch.setenv("CUDACXX", named)
+    assert setup.find_nvcc() == named
+
+
+@pytest.mark.parametrize(
+    ("cxx", "compiler"),
+    [
+        ("g++", "g++"),
+        ("clang++ -m64", "clang++"),
+        ("ccache g++", "g++"),
+        ("/usr/bin/ccache distcc /opt/gcc/bin/g++ -m64", "/opt/gcc/bin/g++"),
+        ("/usr/lib/ccache/g++", "/usr/lib/ccache/g++"),
+        ("ccache", "ccache"),
+    ],
+)
+def test_nvcc_is_given_the_compiler_and_not_what_launches_it(cxx, compiler):
+    assert load_setup(ROOT / "setup.py").host_compiler(cxx.split()) == compiler
 
 
 def test_cuda_demanded_without_the_extension(tree, tmp_path):

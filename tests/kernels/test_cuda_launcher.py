@@ -1,0 +1,86 @@
+"""What csrc/cuda/low_rank_decode.cu launches, and how, on devices that have not everything; on none of them, in fact.
+
+The launcher itself, compiled for the CPU with a stand-in for the CUDA runtime (``csrc/cuda/emulation``) that answers as
+the device would, runs the kernels in the emulation, and prints every launch. The program checks the results.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """Runs two equal calls on the device that the words describe; gives the launches of the second, or an error."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler (g++, clang++) was found to build the emulation with")
+    target = tmp_path_factory.mktemp("launcher") / "launcher"
+    flags = ["-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags += [f"-I{CSRC}", f"-I{CSRC / 'cuda' / 'emulation'}"]
+    command = [compiler, *flags, str(CSRC / "cuda" / "emulation" / "launcher.cpp"), "-o", str(target)]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr[-4000:]
+
+    def run(*words: str) -> list[str]:
+        done = subprocess.run([str(target), *words], capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 0, f"wrong result, or an error left behind: {done.stdout}{done.stderr[-2000:]}"
+        lines = done.stdout.splitlines()
+        if not lines[-1].startswith(("error: ", "unusable: ")):
+            assert lines[: len(lines) // 2] == lines[len(lines) // 2 :], "the second call was launched in another way"
+            lines = lines[len(lines) // 2 :]
+        return lines
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("code", "second"),
+    [
+        (100, "dependent"),
+        (90, "dependent"),
+        # Built for 80 only, or a later device that runs PTX for 80: no kernel there waits for the one before.
+        (80, "plain"),
+    ],
+)
+def test_the_second_kernel_starts_early_where_its_code_waits(launched, code, second):
+    assert [line.split()[0] for line in launched("dependent", f"code={code}")] == ["gather", "plain", second]
+
+
+def test_the_first_kernel_leaves_shared_memory_for_the_second(launched):
+    assert launched("dependent") == ["gather", "plain carveout", "dependent"]
+    assert launched("dependent", "code=80") == ["gather", "plain", "plain"], "L1 given up for nothing"
+
+
+def test_one_kernel_with_a_barrier(launched):
+    assert launched() == ["gather", "cooperative"]
+    assert launched("code=80") == ["gather", "cooperative"]
+
+
+def test_two_kernels_where_one_is_refused(launched):
+    both = ["plain carveout", "dependent"]
+    assert launched("most_blocks=2") == ["gather", "cooperative refused", *both]
+    assert launched("most_blocks=2", "code=80") == ["gather", "cooperative refused", "plain", "plain"]
+    assert launched("cooperative=0") == ["gather", *both], "asked for what the device said it has not"
+
+
+@pytest.mark.parametrize(
+    ("word", "reason"),
+    [
+        ("code=80", ""),
+        ("cooperative=0", ""),
+        ("driver_error=35", "CUDA driver version is insufficient for CUDA runtime version"),
+        # A build for 9.0a only, on another GPU.
+        ("code_error=209", "no kernel image is available for execution on the device"),
+    ],
+)
+def test_why_a_device_is_unusable(launched, word, reason):
+    assert launched("unusable", word) == [f"unusable: {reason}"]
+    if reason:
+        assert launched(word)[-1] == f"error: {reason}"
