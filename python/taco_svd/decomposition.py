@@ -54,6 +54,9 @@ class Decomposition:
         root = self.sigma[keep].sqrt()
         return self.left[:, keep] * root, root[:, None] * self.right[keep]
 
+    def to(self, device: torch.device | str) -> Decomposition:
+        return Decomposition(self.left.to(device), self.sigma.to(device), self.right.to(device))
+
 
 def plain_svd(weight: torch.Tensor, rank: int | None = None) -> Decomposition:
     """SVD of a weight [out, in]; the truncation minimises the Frobenius norm of the error in the weight.

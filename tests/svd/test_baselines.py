@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import taco_svd.baselines.workspace
 from taco_svd import compress
 from taco_svd.architectures import Architecture, LinearSite
 from taco_svd.baselines import Workspace
@@ -145,6 +146,25 @@ def test_shared_statistics_against_autograd(name: str, calibration_tokens: torch
         size = float(total.abs().max())
         torch.testing.assert_close(moments.weight_gradient[site].double() / size, total / size, **close)
         torch.testing.assert_close(moments.fisher_rows[site] / fisher.max(), fisher / fisher.max(), **close)
+
+
+def test_of_a_large_model_only_what_is_asked_for_is_gathered(
+    calibration_tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    calibration = Calibration(calibration_tokens, "tokens", 0)
+    whole = Workspace(model, calibration).moments(kinds=["mean"])
+    assert all(getattr(whole, kind) for kind in ("mean", "magnitude", "weight_gradient", "clipped_gradients"))
+    monkeypatch.setattr(taco_svd.baselines.workspace, "available_bytes", lambda device: 1000)
+    workspace = Workspace(model, calibration)
+    some = workspace.moments(kinds=["fisher_rows"])
+    assert some.fisher_rows and not (some.mean or some.magnitude or some.weight_gradient or some.clipped_gradients)
+    more = workspace.moments(kinds=["fisher_rows", "second", "weight_gradient"])
+    assert more is some and not (some.mean or some.clipped_gradients)
+    for site, rows in some.fisher_rows.items():  # not added to once more by the second pass
+        assert torch.equal(rows, whole.fisher_rows[site])
+        assert torch.equal(some.weight_gradient[site], whole.weight_gradient[site])
+        assert torch.equal(some.inputs(site), whole.inputs(site))
 
 
 def test_clipped_second_moment_against_a_loop() -> None:

@@ -38,12 +38,12 @@ def activation_scaled_svd(weight: torch.Tensor, magnitude: torch.Tensor, alpha: 
 
 
 def _decompose(workspace: Workspace, site: LinearSite, weight: torch.Tensor, progress: Progress) -> Decomposition:
-    return activation_scaled_svd(weight, workspace.moments(progress).magnitude[site])
+    return activation_scaled_svd(weight, workspace.moments(progress, ["magnitude"]).magnitude[site])
 
 
 ASVD = Baseline(
     "asvd",
     "ASVD: activation-aware singular value decomposition, arXiv 2312.05821",
     uniform,
-    truncating("activation-scaled singular value decomposition", _decompose),
+    truncating("activation-scaled singular value decomposition", _decompose, ["magnitude"]),
 )

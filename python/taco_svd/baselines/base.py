@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,11 +81,14 @@ def put_factors(architecture: Architecture, site: LinearSite, u: torch.Tensor, v
 
 
 def truncating(
-    title: str, decompose: Callable[[Workspace, LinearSite, torch.Tensor, Progress], Decomposition]
+    title: str,
+    decompose: Callable[[Workspace, LinearSite, torch.Tensor, Progress], Decomposition],
+    kinds: Iterable[str],
 ) -> CarryOut:
     """A `carry_out` that decomposes every planned map by itself and keeps the largest singular values.
 
-    `decompose(workspace, site, weight [out, in], progress)` is called on the weights of the dense model.
+    `decompose(workspace, site, weight [out, in], progress)` is called on the weights of the dense model; it needs
+    statistics of these kinds.
     """
 
     def carry_out(workspace: Workspace, architecture: Architecture, plan: Plan, progress: Progress) -> None:
@@ -94,7 +97,7 @@ def truncating(
             for layer, ranks in plan.structure.low_rank.items()
             for path, rank in ranks.items()
         ]
-        workspace.moments(progress)
+        workspace.moments(progress, kinds)
         with progress.step(title) as report:
             for done, (site, rank) in enumerate(planned):
                 weight = dense_weight(workspace.architecture.module(site)).detach()

@@ -36,12 +36,12 @@ def fisher_weighted_svd(weight: torch.Tensor, rows: torch.Tensor) -> Decompositi
 
 
 def _decompose(workspace: Workspace, site: LinearSite, weight: torch.Tensor, progress: Progress) -> Decomposition:
-    return fisher_weighted_svd(weight, workspace.moments(progress).fisher_rows[site])
+    return fisher_weighted_svd(weight, workspace.moments(progress, ["fisher_rows"]).fisher_rows[site])
 
 
 FWSVD = Baseline(
     "fwsvd",
     "Language model compression with weighted low-rank factorization, arXiv 2207.00112",
     uniform,
-    truncating("Fisher-weighted singular value decomposition", _decompose),
+    truncating("Fisher-weighted singular value decomposition", _decompose, ["fisher_rows"]),
 )

@@ -47,7 +47,7 @@ Key = TypeVar("Key")
 
 
 def _decomposition(workspace: Workspace, site: LinearSite, progress: Progress) -> Decomposition:
-    moments = workspace.moments(progress)
+    moments = workspace.moments(progress, ("second", "clipped_gradients"))
 
     def make() -> Decomposition:
         return weighted_svd(
@@ -56,7 +56,7 @@ def _decomposition(workspace: Workspace, site: LinearSite, progress: Progress) -
             damped(moments.clipped_gradients[site], GRADIENT_DAMPING),
         )
 
-    return workspace.keep(("kfac", site), make)
+    return workspace.keep_decomposition(("kfac", site), make)
 
 
 def tail_energy(sigma: torch.Tensor) -> torch.Tensor:
@@ -247,5 +247,5 @@ KFAC = Baseline(
     "kfac",
     "Advancing SVD-based LLM compression via layer-wise error model search (KFAC-SVD, LEMS), ICML 2026",
     _allocate,
-    truncating("factors", _decompose),
+    truncating("factors", _decompose, ("second", "clipped_gradients")),
 )

@@ -312,7 +312,7 @@ def value_output(output: torch.Tensor, moment: torch.Tensor, width: int) -> tupl
 
 def _carry_out(workspace: Workspace, architecture: Architecture, plan: Plan, progress: Progress) -> None:
     parts = find_parts(architecture)
-    moments = workspace.moments(progress)
+    moments = workspace.moments(progress, ("second", "mean"))
     tokens = workspace.calibration.tokens.numel()
     narrow = plan.structure.narrow
     with progress.step("decomposition of pairs") as report:

@@ -71,7 +71,7 @@ def input_moments(
 
 def _carry_out(workspace: Workspace, architecture: Architecture, plan: Plan, progress: Progress) -> None:
     planned = plan.structure.low_rank
-    workspace.moments(progress)
+    workspace.moments(progress, ["second"])
     walk = Walk(workspace.architecture, workspace.runner().batches)
     hidden = walk.entering
     depth = max(planned) + 1

@@ -49,10 +49,10 @@ def whitened_svd(weight: torch.Tensor, moment: torch.Tensor) -> Decomposition:
 
 def whitened(workspace: Workspace, site: LinearSite, progress: Progress) -> Decomposition:
     """The whitened SVD of a dense map, made once per workspace."""
-    moments = workspace.moments(progress)
+    moments = workspace.moments(progress, ["second"])
 
     def make() -> Decomposition:
         weight = dense_weight(workspace.architecture.module(site)).detach()
         return whitened_svd(weight, moments.inputs(site))
 
-    return workspace.keep(("whitened", site), make)
+    return workspace.keep_decomposition(("whitened", site), make)

@@ -88,7 +88,7 @@ def zero_sum_ranks(
 
 def _allocate(workspace: Workspace, budget: Budget, progress: Progress) -> Decision:
     sites = workspace.sites(budget.layers)
-    moments = workspace.moments(progress)
+    moments = workspace.moments(progress, ("second", "weight_gradient"))
     effects: dict[LinearSite, list[float]] = {}
     with progress.step("whitened singular value decomposition") as report:
         for done, site in enumerate(sites):
@@ -110,5 +110,5 @@ ZS_SVD = Baseline(
     "zs-svd",
     "Zero sum SVD: balancing loss sensitivity for low rank LLM compression, arXiv 2602.02848",
     _allocate,
-    truncating("factors", _decompose),
+    truncating("factors", _decompose, ("second", "weight_gradient")),
 )
