@@ -26,6 +26,7 @@ WORK = ROOT / "build" / "matrix"
 # (Python, torch, transformers). The lower ends are pyproject.toml's; the upper ends were the newest in November 2026.
 ROWS = [
     ("3.10", "2.6.0", "5.16.0"),
+    ("3.12", "2.11.0", "5.17.0"),  # what the GPU machine has
     ("3.11", "2.13.0", "5.16.0"),
     ("3.12", "2.6.0", "5.23.0"),
     ("3.12", "2.15.0", "5.16.0"),
