@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
+from .devices import on_device, waits_for
 from .errors import TacoError
 
 MODES = ("eager", "compiled", "graph")
@@ -56,13 +57,13 @@ class Runner:
         self.device = model.device
         if mode == "graph" and self.device.type != "cuda":
             raise TacoError("--mode graph needs a GPU (--device cuda).")
-        self.wait: Callable[[], None] = torch.cuda.synchronize if self.device.type == "cuda" else (lambda: None)
+        self.wait = waits_for(self.device)
         vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
         generator = torch.Generator().manual_seed(0)
         self.ids = torch.randint(int(vocabulary), (batch, prompt), generator=generator).to(self.device)
         self.token = self.ids[:, :1].clone()
         self.used = 0
-        with torch.inference_mode():
+        with torch.inference_mode(), on_device(self.device):
             if "decode" in phases:
                 self._prepare_decode()
             if "prefill" in phases:
@@ -73,26 +74,28 @@ class Runner:
     @torch.inference_mode()
     def prefill(self) -> float:
         """Seconds of one forward pass over the prompts, cache included, logits of the last token only."""
-        cache = self._new_prefill_cache()
-        self.wait()
-        start = time.perf_counter()
-        self._prefill(cache)
-        self.wait()
-        return time.perf_counter() - start
+        with on_device(self.device):
+            cache = self._new_prefill_cache()
+            self.wait()
+            start = time.perf_counter()
+            self._prefill(cache)
+            self.wait()
+            return time.perf_counter() - start
 
     @torch.inference_mode()
     def decode(self, steps: int = 1) -> float:
         """Seconds per step of one token for each sequence, over `steps` steps after another."""
-        if self.used + steps > self.window:
-            self._rewind()
-        self.used += steps
-        self.wait()
-        start = time.perf_counter()
-        for _ in range(steps):
-            # always the same token instead of the most likely one: the sampler is no part of what is compared
-            self._step()
-        self.wait()
-        return (time.perf_counter() - start) / steps
+        with on_device(self.device):
+            if self.used + steps > self.window:
+                self._rewind()
+            self.used += steps
+            self.wait()
+            start = time.perf_counter()
+            for _ in range(steps):
+                # always the same token instead of the most likely one: the sampler is no part of what is compared
+                self._step()
+            self.wait()
+            return (time.perf_counter() - start) / steps
 
     # -- prefill -----------------------------------------------------------------------------------------------
 
@@ -188,7 +191,7 @@ def _set_length(cache: Any, length: int) -> None:
 
 
 def _capture(run: Callable[[], object], reset: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """`run` as a CUDA graph; `reset` undoes what it did to its inputs."""
+    """`run` as a CUDA graph of the current device; `reset` undoes what it did to its inputs."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -197,7 +200,8 @@ def _capture(run: Callable[[], object], reset: Callable[[], None]) -> torch.cuda
             reset()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # on a stream of this device: torch's own for captures belongs to the device of the process's first one
+    with torch.cuda.graph(graph, stream=side):
         run()
     reset()
     return graph

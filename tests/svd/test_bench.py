@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from taco_svd import TacoError, bench_memory, save_compressed
+from taco_svd import TacoError, bench_memory, bench_runner, checkpoint, latency, save_compressed
 from taco_svd.allocation import Sizes, structure_parameters
 from taco_svd.architectures import Architecture
 from taco_svd.bench import BenchSettings, compare_pair, run_bench, work
 from taco_svd.bench_memory import cache_bytes, check_memory
 from taco_svd.bench_models import from_checkpoint, from_shape, redundant_layers, shape_structure
 from taco_svd.bench_runner import Runner
+from taco_svd.devices import make_current, on_device, waits_for
 from taco_svd.energy import energy_counter
 from taco_svd.shapes import SHAPES, random_model, shape_config, skeleton
 from taco_svd.structure import Structure
@@ -239,6 +242,79 @@ def test_graphs_need_a_gpu(compressed_tiny: Callable) -> None:
         Runner(compressed_tiny("llama", "bridge")[1], "graph")
 
 
+# -- the second of several GPUs, as far as it can be told without one ----------------------------------------------
+
+
+def test_a_gpu_is_waited_for_and_made_current_by_its_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, object]] = []
+    for name in ("synchronize", "set_device", "device"):
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: told.append((name, device)) or nullcontext())
+    second = torch.device("cuda:1")
+    waits_for(second)()
+    make_current(second)
+    with on_device(second):
+        pass
+    assert told == [("synchronize", second), ("set_device", second), ("device", second)]
+    told.clear()
+    waits_for(torch.device("cpu"))()
+    make_current(torch.device("cpu"))
+    with on_device(torch.device("cpu")):
+        assert told == []
+
+
+def test_what_is_timed_runs_with_the_models_device_as_the_current_one(
+    compressed_tiny: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = compressed_tiny("llama", "bridge")[1]
+    current: list[torch.device] = []
+    seen: list[list[torch.device]] = []
+
+    @contextmanager
+    def here(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    for module in (bench_runner, latency):
+        monkeypatch.setattr(module, "on_device", here)
+        monkeypatch.setattr(module, "waits_for", lambda device: lambda: seen.append(list(current)))
+    hook = model.register_forward_pre_hook(lambda *_: seen.append(list(current)))
+    try:
+        runner = Runner(model, batch=1, prompt=4, window=2)
+        runner.prefill()
+        runner.decode(2)
+        runner.decode(1)
+        latency.compare_latency({"one": model}, (), prompt=4, decode_steps=2, rounds=1)
+    finally:
+        hook.remove()
+    assert len(seen) > 20 and all(devices == [model.device] for devices in seen)
+
+
+def test_loading_makes_a_models_gpu_the_current_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[torch.device] = []
+    monkeypatch.setattr(checkpoint, "make_current", told.append)
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    model, _ = checkpoint.load_model(tmp_path / "model")
+    assert told == [model.device]
+
+
+def test_a_graph_is_captured_on_a_stream_of_the_current_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own stream for captures stays on the device of the first one."""
+    made: list[object] = []
+    main = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(
+        torch.cuda, "Stream", lambda: made.append(SimpleNamespace(wait_stream=lambda o: None)) or made[-1]
+    )
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
+    captured: list[object] = []
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: captured.append(stream) or nullcontext())
+    done: list[str] = []
+    bench_runner._capture(lambda: done.append("run"), lambda: done.append("reset"))
+    assert captured == made and len(made) == 1 and done == ["run", "reset"] * 4
+
+
 # -- whole runs --------------------------------------------------------------------------------------------------
 
 
@@ -272,8 +348,6 @@ def test_a_run_from_a_checkpoint(compressed_tiny: Callable, tmp_path: Path) -> N
 
 
 def test_many_models_and_batches_can_be_compiled_in_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    from taco_svd import bench_runner
-
     compiled = []
 
     def quick(forward: Callable, device: torch.device) -> Callable:
