@@ -22,8 +22,6 @@ from .errors import TacoError
 MODES = ("eager", "compiled", "graph")
 PHASES = ("prefill", "decode")
 
-Step = Callable[[torch.Tensor], object]
-
 
 class Runner:
     """A model at one batch size and prompt length, ready to be timed.
@@ -101,25 +99,24 @@ class Runner:
 
     def _prepare_prefill(self) -> None:
         self._prefill_cache: StaticCache | None = None
-        forward = self.model.forward
+        self._prefill_graph: torch.cuda.CUDAGraph | None = None
+        self._prefill_forward: Any = self.model.forward
         if self.mode == "compiled":
-            forward = _compiled(forward, self.device)
+            self._prefill_forward = _compiled(self.model.forward, self.device)
         # The last token by an index, whose result is contiguous. Of the view that logits_to_keep=1 gives, torch 2.13's
         # product in bfloat16 takes 50 times as long on a CPU (0.35 s for a vocabulary of 32,000), in every model alike.
-        last = torch.tensor([self.prompt - 1], device=self.device)
-        graph: torch.cuda.CUDAGraph | None = None
-
-        def run(cache: Any) -> None:
-            if graph is not None:
-                graph.replay()
-            else:
-                forward(input_ids=self.ids, past_key_values=cache, use_cache=True, logits_to_keep=last)
-
-        self._prefill = run
+        self._last = torch.tensor([self.prompt - 1], device=self.device)
         if self.mode == "graph":
             cache = self._new_prefill_cache()
-            captured = _capture(lambda: run(cache), lambda: _set_length(cache, 0))
-            graph = captured
+            self._prefill_graph = _capture(lambda: self._prefill(cache), lambda: _set_length(cache, 0))
+
+    # A method like `_step`, not a function kept in an attribute: that would refer back to the runner, whose caches and
+    # graphs would then stay until the collector comes, which is off while the clock runs.
+    def _prefill(self, cache: Any) -> None:
+        if self._prefill_graph is not None:
+            self._prefill_graph.replay()
+        else:
+            self._prefill_forward(input_ids=self.ids, past_key_values=cache, use_cache=True, logits_to_keep=self._last)
 
     def _new_prefill_cache(self) -> Any:
         if self.mode == "eager":
@@ -138,18 +135,19 @@ class Runner:
         self._prompt_states = [(layer.keys, layer.values) for layer in layers]
         self._cache: Any = None
         self._rewind()
-        forward: Any = self.model
+        self._decode_graph: torch.cuda.CUDAGraph | None = None
+        self._decode_forward: Any = self.model
         if self.mode == "compiled":
-            forward = _compiled(self.model.forward, self.device)
-
-        def step() -> None:
-            forward(input_ids=self.token, past_key_values=self._cache, use_cache=True)
-
-        self._step: Callable[[], object] = step
+            self._decode_forward = _compiled(self.model.forward, self.device)
         if self.mode == "graph":
-            graph = _capture(step, lambda: _set_length(self._cache, self.prompt))
-            self._step = graph.replay
+            self._decode_graph = _capture(self._step, lambda: _set_length(self._cache, self.prompt))
             self._rewind()
+
+    def _step(self) -> None:
+        if self._decode_graph is not None:
+            self._decode_graph.replay()
+        else:
+            self._decode_forward(input_ids=self.token, past_key_values=self._cache, use_cache=True)
 
     def _rewind(self) -> None:
         """The cache as it was at the prompt's end."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,7 +18,7 @@ from transformers import DynamicCache, StaticCache
 from taco_svd import TacoError, bench_memory, bench_runner, checkpoint, latency, save_compressed
 from taco_svd.allocation import Sizes, structure_parameters
 from taco_svd.architectures import Architecture
-from taco_svd.bench import BenchSettings, compare_pair, run_bench, work
+from taco_svd.bench import BenchSettings, compare_pair, run_bench, weight_bytes_of, with_peak, work
 from taco_svd.bench_memory import cache_bytes, check_memory
 from taco_svd.bench_models import from_checkpoint, from_shape, redundant_layers, shape_structure
 from taco_svd.bench_runner import Runner
@@ -240,6 +242,73 @@ def test_graphs_need_a_gpu(compressed_tiny: Callable) -> None:
         pytest.skip("this machine has a GPU")
     with pytest.raises(TacoError, match="needs a GPU"):
         Runner(compressed_tiny("llama", "bridge")[1], "graph")
+
+
+# -- memory ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_a_runner_goes_with_its_caches_when_it_is_let_go(
+    mode: str, compressed_tiny: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the collector, which is off while two are timed: caches of pairs gone by would stay beside theirs."""
+    # without generated code, which takes long to build and has nothing to do with this
+    monkeypatch.setattr(bench_runner, "_compiled", lambda forward, device: forward)
+    model = compressed_tiny("llama", "bridge")[1]
+    gc.collect()
+    gc.disable()
+    try:
+        runner = Runner(model, mode, batch=2, prompt=6, window=3)
+        runner.prefill()
+        runner.decode(2)
+        runner.decode(2)
+        left = [weakref.ref(runner), weakref.ref(runner._cache), weakref.ref(runner._cache.layers[0].keys)]
+        sample = runner.decode
+        del runner
+        assert all(reference() is not None for reference in left)
+        del sample
+        assert all(reference() is None for reference in left)
+    finally:
+        gc.enable()
+
+
+def test_only_one_pair_of_runners_is_alive(compressed_tiny: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as `check_caches` counts on."""
+    alive: list[weakref.ref] = []
+    most: list[int] = []
+
+    class Counted(Runner):
+        def __init__(self, *args: object) -> None:
+            alive.append(weakref.ref(self))
+            most.append(sum(reference() is not None for reference in alive))
+            super().__init__(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("taco_svd.bench.Runner", Counted)
+    _, model, _ = compressed_tiny("llama", "bridge")
+    made = from_shape(CONFIGS["llama"](), model.structure, [2, 3], torch.float32)
+    gc.collect()
+    gc.disable()
+    try:
+        run_bench(made, BenchSettings(batches=(1, 2), prompt=4, window=2, rounds=1, control=True, energy=False))
+    finally:
+        gc.enable()
+    assert len(most) == 2 * 2 * 3 * 2 and max(most) == 2
+
+
+def test_peak_memory_is_what_a_model_and_its_runner_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, model = torch.device("cuda:1"), tiny_model("llama")
+    held = {"now": 5000, "most": 90000}  # other models, and what something needed before
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda where: held["now"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda where: held.update(most=held["now"]))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda where: held["most"])
+
+    def prepare() -> Callable[[], float]:
+        held.update(now=5300, most=5700)
+        return lambda: 0.5
+
+    sample, peak = with_peak(prepare, model, device)
+    assert sample() == 0.5 and peak == 700 + weight_bytes_of(model)
+    assert with_peak(prepare, model, torch.device("cpu"))[1] is None
 
 
 # -- the second of several GPUs, as far as it can be told without one ----------------------------------------------
