@@ -24,7 +24,7 @@ import taco_kernels
 
 from .bench_memory import cache_bytes, check_memory, working_bytes
 from .bench_models import BenchModels
-from .bench_runner import MODES, PHASES, Runner
+from .bench_runner import MODES, PHASES, Runner, check_mode
 from .calibration import context_length
 from .energy import energy_counter
 from .errors import TacoError
@@ -168,7 +168,7 @@ def run_bench(
         on_row: called with what there is so far (its "complete" still false) after each mode, batch and phase.
 
     Raises:
-        TacoError: settings that do not fit the model's context or the memory.
+        TacoError: settings that do not fit the model, its context or the memory.
     """
     settings.check()
     progress = progress or Silent()
@@ -189,6 +189,9 @@ def run_bench(
 
         models["control"] = structural_copy(models["removal"])
         pairs.append(("control", "removal"))
+    for entry in models.values():
+        for mode in settings.modes:
+            check_mode(entry, mode)
     check_caches(models, settings)
     record: dict[str, Any] = {
         "format": FORMAT,

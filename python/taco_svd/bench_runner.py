@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from .devices import on_device, waits_for
 from .errors import TacoError
+from .experts import open_modules
 
 MODES = ("eager", "compiled", "graph")
 PHASES = ("prefill", "decode")
@@ -37,7 +38,7 @@ class Runner:
     minutes on a CPU, is not needed to time a decode step.
 
     Raises:
-        TacoError: ``graph`` without a GPU.
+        TacoError: see `check_mode`.
     """
 
     def __init__(
@@ -49,12 +50,9 @@ class Runner:
         window: int = 32,
         phases: tuple[str, ...] = PHASES,
     ) -> None:
-        if mode not in MODES:
-            raise TacoError(f"--mode must be one of {', '.join(MODES)}, got {mode!r}.")
+        check_mode(model, mode)
         self.model, self.mode, self.batch, self.prompt, self.window = model, mode, batch, prompt, window
         self.device = model.device
-        if mode == "graph" and self.device.type != "cuda":
-            raise TacoError("--mode graph needs a GPU (--device cuda).")
         self.wait = waits_for(self.device)
         vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
         generator = torch.Generator().manual_seed(0)
@@ -163,6 +161,23 @@ class Runner:
         for index, states in enumerate(self._prompt_states):
             keys, values = (state.expand(self.batch, *state.shape[1:]) for state in states)
             self._cache.update(keys, values, index)
+
+
+def check_mode(model: PreTrainedModel, mode: str) -> None:
+    """Refuses a mode in which a model cannot run.
+
+    Raises:
+        TacoError: unknown, ``graph`` without a GPU, or ``graph`` or ``compiled`` of a model with open experts.
+    """
+    if mode not in MODES:
+        raise TacoError(f"--mode must be one of {', '.join(MODES)}, got {mode!r}.")
+    if mode == "graph" and model.device.type != "cuda":
+        raise TacoError("--mode graph needs a GPU (--device cuda).")
+    if mode != "eager" and next(open_modules(model), None) is not None:
+        raise TacoError(
+            f"--mode {mode} cannot run a model whose experts are factorised one by one: which of them run is decided "
+            "on the host, token by token. Take --mode eager, or compress with --experts whole."
+        )
 
 
 def _compiled(forward: Any, device: torch.device) -> Any:
