@@ -106,7 +106,7 @@ class Runner:
         self._last = torch.tensor([self.prompt - 1], device=self.device)
         if self.mode == "graph":
             cache = self._new_prefill_cache()
-            self._prefill_graph = _capture(lambda: self._prefill(cache), lambda: _set_length(cache, 0))
+            self._prefill_graph = capture(lambda: self._prefill(cache), lambda: _set_length(cache, 0))
 
     # A method like `_step`, not a function kept in an attribute: that would refer back to the runner, whose caches and
     # graphs would then stay until the collector comes, which is off while the clock runs.
@@ -138,7 +138,7 @@ class Runner:
         if self.mode == "compiled":
             self._decode_forward = _compiled(self.model.forward, self.device)
         if self.mode == "graph":
-            self._decode_graph = _capture(self._step, lambda: _set_length(self._cache, self.prompt))
+            self._decode_graph = capture(self._step, lambda: _set_length(self._cache, self.prompt))
             self._rewind()
 
     def _step(self) -> None:
@@ -203,8 +203,12 @@ def _set_length(cache: Any, length: int) -> None:
             layer.cumulative_length_int = length
 
 
-def _capture(run: Callable[[], object], reset: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """`run` as a CUDA graph of the current device; `reset` undoes what it did to its inputs."""
+def capture(run: Callable[[], object], reset: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """`run` as a CUDA graph of the current device; `reset` undoes what it did to its inputs.
+
+    Raises:
+        TacoError: it cannot be captured.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -214,7 +218,15 @@ def _capture(run: Callable[[], object], reset: Callable[[], None]) -> torch.cuda
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     # on a stream of this device: torch's own for captures belongs to the device of the process's first one
-    with torch.cuda.graph(graph, stream=side):
-        run()
+    try:
+        with torch.cuda.graph(graph, stream=side):
+            run()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        # the first of them is why: ending a capture that has failed is an error too
+        cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+        first = (str(cause).splitlines() or [type(cause).__name__])[0]
+        raise TacoError(f"What is to be timed cannot be captured in a CUDA graph: {first}") from error
     reset()
     return graph

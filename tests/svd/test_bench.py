@@ -380,8 +380,33 @@ def test_a_graph_is_captured_on_a_stream_of_the_current_device(monkeypatch: pyte
     captured: list[object] = []
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: captured.append(stream) or nullcontext())
     done: list[str] = []
-    bench_runner._capture(lambda: done.append("run"), lambda: done.append("reset"))
+    bench_runner.capture(lambda: done.append("run"), lambda: done.append("reset"))
     assert captured == made and len(made) == 1 and done == ["run", "reset"] * 4
+
+
+def test_what_cannot_be_captured_is_said_with_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def capturing(graph: object, stream: object) -> Iterator[None]:
+        try:
+            yield
+        finally:  # as torch ends a capture that has failed
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+    calls: list[int] = []
+
+    def run() -> None:
+        calls.append(1)
+        if len(calls) > 3:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    with pytest.raises(TacoError, match="CUDA graph: operation not permitted when stream is capturing$"):
+        bench_runner.capture(run, lambda: None)
 
 
 # -- whole runs --------------------------------------------------------------------------------------------------
