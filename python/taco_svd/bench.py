@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ import taco_kernels
 
 from .bench_memory import cache_bytes, check_memory, working_bytes
 from .bench_models import BenchModels
-from .bench_runner import MODES, PHASES, Runner
+from .bench_runner import MODES, PHASES, Runner, check_mode
 from .calibration import context_length
 from .energy import energy_counter
 from .errors import TacoError
@@ -167,7 +168,7 @@ def run_bench(
         on_row: called with what there is so far (its "complete" still false) after each mode, batch and phase.
 
     Raises:
-        TacoError: settings that do not fit the model's context or the memory.
+        TacoError: settings that do not fit the model, its context or the memory.
     """
     settings.check()
     progress = progress or Silent()
@@ -188,6 +189,9 @@ def run_bench(
 
         models["control"] = structural_copy(models["removal"])
         pairs.append(("control", "removal"))
+    for entry in models.values():
+        for mode in settings.modes:
+            check_mode(entry, mode)
     check_caches(models, settings)
     record: dict[str, Any] = {
         "format": FORMAT,
@@ -254,14 +258,12 @@ def _measure(
         if mode == "compiled":
             # all models run the same code, and torch gives up on code that it has compiled eight times
             torch._dynamo.reset()
+        gc.collect()  # runners go by themselves, but what compiling leaves behind of them is in cycles
         for name in (one, other):
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            runner = Runner(models[name], mode, batch, settings.prompt, settings.window, (phase,))
-            samples[name] = runner.prefill if phase == "prefill" else _decoding(runner)
-            samples[name]()  # the first call compiles, packs weights, fills pools
-            if device.type == "cuda":
-                memory[name] = torch.cuda.max_memory_allocated(device)
+            prepare = partial(_ready_sample, models[name], settings, mode, batch, phase)
+            samples[name], peak = with_peak(prepare, models[name], device)
+            if peak is not None:
+                memory[name] = peak
         precision = settings.precision * (10 if other == "dense" else 1)
         with no_collections():
             ratio, stopped, *both = compare_pair(
@@ -303,6 +305,31 @@ def _measure(
         "comparisons": compared,
         "energy": energy_source,
     }
+
+
+def _ready_sample(
+    model: PreTrainedModel, settings: BenchSettings, mode: str, batch: int, phase: str
+) -> Callable[[], float]:
+    runner = Runner(model, mode, batch, settings.prompt, settings.window, (phase,))
+    sample = runner.prefill if phase == "prefill" else _decoding(runner)
+    sample()  # the first call compiles, packs weights, fills pools
+    return sample
+
+
+def with_peak(
+    prepare: Callable[[], Callable[[], float]], model: PreTrainedModel, device: torch.device
+) -> tuple[Callable[[], float], int | None]:
+    """What `prepare` makes, and on a GPU the bytes that this and its model needed at most.
+
+    What lies on the device beside them, other models and the caches of the one that it is compared with, is not
+    counted; what the model's weights share with other models is.
+    """
+    if device.type != "cuda":
+        return prepare(), None
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    made = prepare()
+    return made, torch.cuda.max_memory_allocated(device) - before + weight_bytes_of(model)
 
 
 def _decoding(runner: Runner) -> Callable[[], float]:

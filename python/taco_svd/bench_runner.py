@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
+from .devices import on_device, waits_for
 from .errors import TacoError
+from .experts import open_modules
 
 MODES = ("eager", "compiled", "graph")
 PHASES = ("prefill", "decode")
-
-Step = Callable[[torch.Tensor], object]
 
 
 class Runner:
@@ -38,7 +38,7 @@ class Runner:
     minutes on a CPU, is not needed to time a decode step.
 
     Raises:
-        TacoError: ``graph`` without a GPU.
+        TacoError: see `check_mode`.
     """
 
     def __init__(
@@ -50,19 +50,16 @@ class Runner:
         window: int = 32,
         phases: tuple[str, ...] = PHASES,
     ) -> None:
-        if mode not in MODES:
-            raise TacoError(f"--mode must be one of {', '.join(MODES)}, got {mode!r}.")
+        check_mode(model, mode)
         self.model, self.mode, self.batch, self.prompt, self.window = model, mode, batch, prompt, window
         self.device = model.device
-        if mode == "graph" and self.device.type != "cuda":
-            raise TacoError("--mode graph needs a GPU (--device cuda).")
-        self.wait: Callable[[], None] = torch.cuda.synchronize if self.device.type == "cuda" else (lambda: None)
+        self.wait = waits_for(self.device)
         vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
         generator = torch.Generator().manual_seed(0)
         self.ids = torch.randint(int(vocabulary), (batch, prompt), generator=generator).to(self.device)
         self.token = self.ids[:, :1].clone()
         self.used = 0
-        with torch.inference_mode():
+        with torch.inference_mode(), on_device(self.device):
             if "decode" in phases:
                 self._prepare_decode()
             if "prefill" in phases:
@@ -73,50 +70,51 @@ class Runner:
     @torch.inference_mode()
     def prefill(self) -> float:
         """Seconds of one forward pass over the prompts, cache included, logits of the last token only."""
-        cache = self._new_prefill_cache()
-        self.wait()
-        start = time.perf_counter()
-        self._prefill(cache)
-        self.wait()
-        return time.perf_counter() - start
+        with on_device(self.device):
+            cache = self._new_prefill_cache()
+            self.wait()
+            start = time.perf_counter()
+            self._prefill(cache)
+            self.wait()
+            return time.perf_counter() - start
 
     @torch.inference_mode()
     def decode(self, steps: int = 1) -> float:
         """Seconds per step of one token for each sequence, over `steps` steps after another."""
-        if self.used + steps > self.window:
-            self._rewind()
-        self.used += steps
-        self.wait()
-        start = time.perf_counter()
-        for _ in range(steps):
-            # always the same token instead of the most likely one: the sampler is no part of what is compared
-            self._step()
-        self.wait()
-        return (time.perf_counter() - start) / steps
+        with on_device(self.device):
+            if self.used + steps > self.window:
+                self._rewind()
+            self.used += steps
+            self.wait()
+            start = time.perf_counter()
+            for _ in range(steps):
+                # always the same token instead of the most likely one: the sampler is no part of what is compared
+                self._step()
+            self.wait()
+            return (time.perf_counter() - start) / steps
 
     # -- prefill -----------------------------------------------------------------------------------------------
 
     def _prepare_prefill(self) -> None:
         self._prefill_cache: StaticCache | None = None
-        forward = self.model.forward
+        self._prefill_graph: torch.cuda.CUDAGraph | None = None
+        self._prefill_forward: Any = self.model.forward
         if self.mode == "compiled":
-            forward = _compiled(forward, self.device)
+            self._prefill_forward = _compiled(self.model.forward, self.device)
         # The last token by an index, whose result is contiguous. Of the view that logits_to_keep=1 gives, torch 2.13's
         # product in bfloat16 takes 50 times as long on a CPU (0.35 s for a vocabulary of 32,000), in every model alike.
-        last = torch.tensor([self.prompt - 1], device=self.device)
-        graph: torch.cuda.CUDAGraph | None = None
-
-        def run(cache: Any) -> None:
-            if graph is not None:
-                graph.replay()
-            else:
-                forward(input_ids=self.ids, past_key_values=cache, use_cache=True, logits_to_keep=last)
-
-        self._prefill = run
+        self._last = torch.tensor([self.prompt - 1], device=self.device)
         if self.mode == "graph":
             cache = self._new_prefill_cache()
-            captured = _capture(lambda: run(cache), lambda: _set_length(cache, 0))
-            graph = captured
+            self._prefill_graph = capture(lambda: self._prefill(cache), lambda: _set_length(cache, 0))
+
+    # A method like `_step`, not a function kept in an attribute: that would refer back to the runner, whose caches and
+    # graphs would then stay until the collector comes, which is off while the clock runs.
+    def _prefill(self, cache: Any) -> None:
+        if self._prefill_graph is not None:
+            self._prefill_graph.replay()
+        else:
+            self._prefill_forward(input_ids=self.ids, past_key_values=cache, use_cache=True, logits_to_keep=self._last)
 
     def _new_prefill_cache(self) -> Any:
         if self.mode == "eager":
@@ -135,18 +133,19 @@ class Runner:
         self._prompt_states = [(layer.keys, layer.values) for layer in layers]
         self._cache: Any = None
         self._rewind()
-        forward: Any = self.model
+        self._decode_graph: torch.cuda.CUDAGraph | None = None
+        self._decode_forward: Any = self.model
         if self.mode == "compiled":
-            forward = _compiled(self.model.forward, self.device)
-
-        def step() -> None:
-            forward(input_ids=self.token, past_key_values=self._cache, use_cache=True)
-
-        self._step: Callable[[], object] = step
+            self._decode_forward = _compiled(self.model.forward, self.device)
         if self.mode == "graph":
-            graph = _capture(step, lambda: _set_length(self._cache, self.prompt))
-            self._step = graph.replay
+            self._decode_graph = capture(self._step, lambda: _set_length(self._cache, self.prompt))
             self._rewind()
+
+    def _step(self) -> None:
+        if self._decode_graph is not None:
+            self._decode_graph.replay()
+        else:
+            self._decode_forward(input_ids=self.token, past_key_values=self._cache, use_cache=True)
 
     def _rewind(self) -> None:
         """The cache as it was at the prompt's end."""
@@ -162,6 +161,23 @@ class Runner:
         for index, states in enumerate(self._prompt_states):
             keys, values = (state.expand(self.batch, *state.shape[1:]) for state in states)
             self._cache.update(keys, values, index)
+
+
+def check_mode(model: PreTrainedModel, mode: str) -> None:
+    """Refuses a mode in which a model cannot run.
+
+    Raises:
+        TacoError: unknown, ``graph`` without a GPU, or ``graph`` or ``compiled`` of a model with open experts.
+    """
+    if mode not in MODES:
+        raise TacoError(f"--mode must be one of {', '.join(MODES)}, got {mode!r}.")
+    if mode == "graph" and model.device.type != "cuda":
+        raise TacoError("--mode graph needs a GPU (--device cuda).")
+    if mode != "eager" and next(open_modules(model), None) is not None:
+        raise TacoError(
+            f"--mode {mode} cannot run a model whose experts are factorised one by one: which of them run is decided "
+            "on the host, token by token. Take --mode eager, or compress with --experts whole."
+        )
 
 
 def _compiled(forward: Any, device: torch.device) -> Any:
@@ -187,8 +203,12 @@ def _set_length(cache: Any, length: int) -> None:
             layer.cumulative_length_int = length
 
 
-def _capture(run: Callable[[], object], reset: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """`run` as a CUDA graph; `reset` undoes what it did to its inputs."""
+def capture(run: Callable[[], object], reset: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """`run` as a CUDA graph of the current device; `reset` undoes what it did to its inputs.
+
+    Raises:
+        TacoError: it cannot be captured.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -197,7 +217,16 @@ def _capture(run: Callable[[], object], reset: Callable[[], None]) -> torch.cuda
             reset()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    # on a stream of this device: torch's own for captures belongs to the device of the process's first one
+    try:
+        with torch.cuda.graph(graph, stream=side):
+            run()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        # the first of them is why: ending a capture that has failed is an error too
+        cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+        first = (str(cause).splitlines() or [type(cause).__name__])[0]
+        raise TacoError(f"What is to be timed cannot be captured in a CUDA graph: {first}") from error
     reset()
     return graph

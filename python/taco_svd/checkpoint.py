@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .checksums import write_checksums
+from .devices import make_current
 from .errors import DiskFullError, TacoError
 from .mapped import is_mapped, load_mapped, save_mapped
 from .memory import free_memory
@@ -128,7 +129,7 @@ def load_model(
     """A dense or compressed model and its tokenizer (None where the directory has none), ready for inference.
 
     With `mapped` a dense model's weights stay in their files (see `mapped`); None: where they would take more than
-    `MAPPED_SHARE` of the free memory.
+    `MAPPED_SHARE` of the free memory. A GPU becomes the process's current one: direct calls of kernels work on that.
 
     Raises:
         TacoError: no such model, unreadable files, or weights that are missing or do not fit; or it was to be mapped
@@ -173,6 +174,7 @@ def load_model(
         model = model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise TacoError(f"Device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    make_current(model.device)
     model.eval()
     if path.is_dir():
         _try_out(model, str(name))

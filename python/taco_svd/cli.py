@@ -123,7 +123,7 @@ def compress(
     from .errors import TacoError
     from .plan import Plan
     from .report import info_table
-    from .team import Team
+    from .team import Team, local_device
     from .work_directory import check_work_directory, finished_steps_kept
 
     check_output(out, force)
@@ -139,7 +139,7 @@ def compress(
             "Say how much to compress: --keep 0.8 (share of parameters) or 4.2GB, --layers N, --max-latency 0.8 or "
             "12.5ms, or --plan FILE."
         )
-    dense, tokenizer = _load(model, dtype, device, stream)
+    dense, tokenizer = _load(model, dtype, local_device(device), stream)
     check_output(out, force, needed_bytes=int(1.05 * weight_bytes(dense)))
     try:
         with finished_steps_kept(work_dir):

@@ -196,13 +196,15 @@ def _from_shape(
 
 
 def _device(name: str) -> Any:
+    """A device that can be used; a GPU becomes the current one."""
     import torch
 
+    from .devices import make_current
     from .errors import TacoError
 
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
+        device = torch.empty(0, device=name).device  # with its index
+        make_current(device)
     except (RuntimeError, AssertionError) as error:
         raise TacoError(f"Device {name!r} is not usable: {str(error).splitlines()[0]}") from None
     return device

@@ -1,4 +1,7 @@
-"""Budgets of measured time: a latency that a model must not exceed, an overhead that its bridges must not."""
+"""Budgets of measured time: a latency that a model must not exceed, an overhead that its bridges must not.
+
+On a GPU both are of CUDA graphs (not yet run on one): eager decoding takes what its launches take, whatever the ranks.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from .budget import Costs
 from .calibration import context_length
 from .device_costs import DeviceCosts
 from .errors import TacoError
+from .experts import open_modules
 from .progress import Progress, Silent
 from .replacement import drop_layers, structural_copy
 from .structure import Structure
@@ -69,8 +73,20 @@ def parse_latency(text: str | float) -> tuple[float | None, float | None]:
 
 @in_natural_products
 def model_seconds(model: PreTrainedModel, phase: str, prompt: int, samples: int = 7) -> float:
-    """Median seconds of a decode step (batch 1, after `prompt` tokens) or of a prefill of `prompt` tokens."""
-    runner = Runner(model, "eager", 1, prompt, samples + 2, (phase,))
+    """Median seconds of a decode step (batch 1, after `prompt` tokens) or of a prefill of `prompt` tokens.
+
+    On a GPU in a CUDA graph, as `DeviceCosts` times single calls.
+
+    Raises:
+        TacoError: it cannot be captured in one.
+    """
+    on_gpu = model.device.type == "cuda"
+    if on_gpu and next(open_modules(model), None) is not None:
+        raise TacoError(
+            "On a GPU a budget of time is one of CUDA graphs, in which experts that are factorised one by one cannot "
+            "run; give --experts whole, or --keep."
+        )
+    runner = Runner(model, "graph" if on_gpu else "eager", 1, prompt, samples + 2, (phase,))
     sample: Callable[[], float] = runner.prefill if phase == "prefill" else runner.decode
     first = [sample() for _ in range(2)][-1]
     # a sample of seconds is steady enough to need few of them

@@ -4,6 +4,9 @@ between measured ranks.
 Every time is that of a call whose weights come from where a model of that size has them: from memory, or from a cache
 that holds the whole model. A bridge is timed after a product that has swept the caches as the model's layers would, and
 after the few operations that a layer ends with: those have the interpreter and torch's dispatcher at hand again.
+
+On a GPU calls are timed in a CUDA graph, as the model is to whose time theirs is added (`cost_budget.model_seconds`):
+launched one by one, a model's step takes what its launches take and a queue of calls what the GPU takes.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ from torch.nn import functional
 import taco_kernels
 
 from .bench import device_name
+from .bench_runner import capture
 from .budget import LEAST_SAVING, factor_parameters
+from .devices import on_device, waits_for
 from .replacement import LowRankBridge
 from .wide_products import in_natural_products
 
@@ -35,8 +40,8 @@ _BLOCK_BYTES = 256 << 20
 # what is swept between two calls of a bridge
 _SWEEP_BYTES = 96 << 20
 _SAMPLES, _SECONDS = 25, 0.4
-# on a GPU calls are queued: so many between two synchronisations
-_QUEUED = 20
+# calls in one graph at least, so that starting it does not show, and at most
+_LEAST_CALLS, _MOST_CALLS = 100, 1000
 
 
 def cache_directory() -> Path:
@@ -83,6 +88,8 @@ class DeviceCosts:
             "native": taco_kernels.dispatch.isa,  # CPUs of one name may differ in it
             "direct": taco_kernels.direct.usable,
         }
+        if self.device.type == "cuda":
+            self.key["timed"] = "graph"
         digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
         self.path = (directory or cache_directory()) / f"costs-{digest}.json"
         self.seconds: dict[str, float] = self._load()
@@ -136,7 +143,8 @@ class DeviceCosts:
     def _point(self, op: str, out_features: int, in_features: int, rank: int, rows: int) -> float:
         name = f"{op}/{out_features}x{in_features}/{rank}/{rows}"
         if name not in self.seconds:
-            self.seconds[name] = self._measure(op, out_features, in_features, rank, rows)
+            with on_device(self.device):
+                self.seconds[name] = self._measure(op, out_features, in_features, rank, rows)
             self._new = True
         return self.seconds[name]
 
@@ -176,8 +184,11 @@ class DeviceCosts:
     def _time(self, op: str, out_features: int, in_features: int, rank: int, rows: int) -> float:
         x = torch.randn(rows, in_features, device=self.device).to(self.dtype)
         if op == "linear":
-            weights = self._pieces(out_features * in_features)
-            return self._median(lambda: functional.linear(x, next(weights).view(out_features, in_features)))
+            total = out_features * in_features
+            weights = self._pieces(total)
+            return self._median(
+                lambda: functional.linear(x, next(weights).view(out_features, in_features)), None, self._count(total)
+            )
         if op == "bridge":
             return self._time_bridge(in_features, rank, rows)
         columns = in_features - rank if op == "pivoted" else in_features
@@ -192,7 +203,7 @@ class DeviceCosts:
                 return taco_kernels.pivoted_low_rank_linear(x, v, u, pivot)
             return taco_kernels.low_rank_linear(x, v, u)
 
-        return self._median(call)
+        return self._median(call, None, self._count(total))
 
     @in_natural_products
     def _time_bridge(self, hidden: int, rank: int, rows: int) -> float:
@@ -214,18 +225,28 @@ class DeviceCosts:
 
     def _pieces(self, numbers: int) -> Iterator[torch.Tensor]:
         """Pieces of `numbers` weights, another one each time, no end."""
+        block, count, index = self._filled_block(numbers), self._count(numbers), 0
+        while True:
+            yield block[index * numbers : (index + 1) * numbers]
+            index = (index + 1) % count
+
+    def _count(self, numbers: int) -> int:
+        """How many pieces of `numbers` weights there are."""
+        return self._filled_block(numbers).numel() // numbers
+
+    def _filled_block(self, numbers: int) -> torch.Tensor:
+        """The block that weights are cut from, large enough for two pieces of `numbers`."""
         least = max(self.block_bytes // self.dtype.itemsize, 2 * numbers)
         if self._block is None or self._block.numel() < least:
             self._block = None
             part = torch.randn(1 << 20, device=self.device).mul_(0.02).to(self.dtype)
             self._block = part.repeat(-(-least // part.numel()))
-        count, index = self._block.numel() // numbers, 0
-        while True:
-            yield self._block[index * numbers : (index + 1) * numbers]
-            index = (index + 1) % count
+        return self._block
 
-    def _median(self, call: Callable[[], Any], before: Callable[[], Any] | None = None) -> float:
-        on_gpu = self.device.type == "cuda"
+    def _median(self, call: Callable[[], Any], before: Callable[[], Any] | None = None, pieces: int = 1) -> float:
+        """Median seconds of a call, which works on so many pieces of weights in turn; `before` runs before each one."""
+        if self.device.type == "cuda":
+            return self._median_in_graph(call, pieces)
         for _ in range(2):
             call()
         times: list[float] = []
@@ -233,12 +254,27 @@ class DeviceCosts:
         while len(times) < 5 or (len(times) < _SAMPLES and time.perf_counter() - began < _SECONDS):
             if before is not None:
                 before()
-            if on_gpu:
-                torch.cuda.synchronize(self.device)
             start = time.perf_counter()
-            for _ in range(_QUEUED if on_gpu else 1):
+            call()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    def _median_in_graph(self, call: Callable[[], Any], pieces: int) -> float:
+        # through all pieces: a replay must not find its weights in the cache because the one before has read them
+        calls, wait = max(_LEAST_CALLS, min(pieces, _MOST_CALLS)), waits_for(self.device)
+
+        def run() -> None:
+            for _ in range(calls):
                 call()
-            if on_gpu:
-                torch.cuda.synchronize(self.device)
-            times.append((time.perf_counter() - start) / (_QUEUED if on_gpu else 1))
+
+        graph = capture(run, lambda: None)
+        graph.replay()
+        times: list[float] = []
+        began = time.perf_counter()
+        while len(times) < 5 or (len(times) < _SAMPLES and time.perf_counter() - began < _SECONDS):
+            wait()
+            start = time.perf_counter()
+            graph.replay()
+            wait()
+            times.append((time.perf_counter() - start) / calls)
         return statistics.median(times)

@@ -95,7 +95,7 @@ def gathered(
         made.get_buffer(name).copy_(buffer.full_tensor() if isinstance(buffer, DTensor) else buffer)
     if model.generation_config is not None:
         made.generation_config = copy.deepcopy(model.generation_config)
-    return _where_it_was(made, next(iter(parameters.values())).device)
+    return _where_it_was(made, next(iter(parameters.values())).device, team)
 
 
 def _whole(model: nn.Module, name: str) -> torch.Tensor:
@@ -127,8 +127,10 @@ def _shared_folder(directory: str | Path | None, team: Team) -> Iterator[tuple[P
         yield Path(folders[first]), first == team.rank
 
 
-def _where_it_was(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    if device.type == "cuda" and weight_bytes(model) <= GPU_SHARE * torch.cuda.mem_get_info()[0]:
+def _where_it_was(model: PreTrainedModel, device: torch.device, team: Team) -> PreTrainedModel:
+    fits = device.type == "cuda" and weight_bytes(model) <= GPU_SHARE * torch.cuda.mem_get_info(device)[0]
+    # the same everywhere: what processes sum and hand to each other must be on the same kind of device
+    if team.all(fits):
         model.taco_mapped = False  # type: ignore[assignment]
-        return model.to("cuda")  # type: ignore[arg-type]
+        return model.to(device)  # type: ignore[arg-type]
     return model

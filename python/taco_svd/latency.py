@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from .devices import on_device, waits_for
 from .errors import TacoError
 from .wide_products import in_natural_products
 
@@ -112,7 +113,7 @@ def compare_latency(
     if prompt + decode_steps > limit:
         raise TacoError(f"{prompt} prompt tokens and {decode_steps} decoded ones exceed the context of {limit}.")
     device = first.device
-    wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    wait = waits_for(device)
     vocabulary = first.get_input_embeddings().weight.shape[0]  # type: ignore[index]
     generator = torch.Generator().manual_seed(0)
     names = list(models)
@@ -121,7 +122,8 @@ def compare_latency(
         ids = torch.randint(int(vocabulary), (batch, prompt), generator=generator).to(device)
         # the order turns around each round: no model is always the one that runs first
         for name in names if round_ % 2 == 0 else reversed(names):
-            prefill, decode = _one(models[name], ids, decode_steps, wait)
+            with on_device(device):
+                prefill, decode = _one(models[name], ids, decode_steps, wait)
             if round_ >= 0:
                 times[name]["prefill"].append(prefill)
                 times[name]["decode"].append(decode)

@@ -74,7 +74,10 @@ def _check_structure(model: PreTrainedModel) -> Architecture:
     """What can be told without reading the weights."""
     _refuse_compressed(model)
     if is_scattered(model):
-        raise TacoError("The model's weights are not all here; compress() brings them together, this does not.")
+        raise TacoError(
+            "The model's weights are not all here, or on several devices; compress() brings them together (plan=... "
+            "carries out a plan), this does not."
+        )
     architecture = Architecture(model)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
@@ -313,8 +316,10 @@ def apply_plan(
     """Carries a plan out: a compressed model that shares every untouched weight with `model`, which stays as it is.
 
     Raises:
-        TacoError: when the plan is for another kind of model.
+        UnsupportedModelError: its structure.
+        TacoError: the plan is for another kind of model, or the model is compressed already or not all here.
     """
+    _check_structure(model)  # of weights elsewhere hooks would bring, and run, the layers that are to be replaced
     return _carry_out(model, plan, calibration, progress or Silent(), workspace or Workspace(model, calibration))[0]
 
 

@@ -71,7 +71,7 @@ def fit_run_bridges(
             tensors = {}
             if team.deals(number):
                 u, v, bias = fit_bridge(moments, bridge_rank(hidden_size), sketched=True)
-                tensors = {"u": u, "v": v, "bias": bias}
+                tensors = {"u": u.cpu(), "v": v.cpu(), "bias": bias.cpu()}  # to others, and into the store
             tensors = team.broadcast(tensors, number % team.size)
             store.put(_entry((first, last)), tensors)
         streams = {start: stream for start, stream in streams.items() if start > layer + 1 - max(LENGTHS)}

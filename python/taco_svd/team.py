@@ -26,7 +26,9 @@ T = TypeVar("T")
 class Team:
     """A rank among so many processes; collectives do nothing where there is one.
 
-    All processes must call the same methods in the same order.
+    All processes must call the same methods in the same order. Tensors may be on a GPU where the process group has a
+    backend for it, numbers and objects are exchanged on the CPU: a group needs a backend for that in any case
+    (``"cpu:gloo,cuda:nccl"``, or none named).
     """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
@@ -36,14 +38,24 @@ class Team:
     def from_environment(cls, device: str = "cpu") -> Team:
         """The team that torchrun describes by WORLD_SIZE, RANK and so on; of one without it.
 
+        On a GPU (see `local_device`) that becomes the process's current one.
+
         Raises:
-            TacoError: the process group cannot be made.
+            TacoError: the process group cannot be made, or the GPU not used.
         """
-        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        if _processes() < 2:
             return cls()
+        own = local_device(device)
+        on_gpu = own.startswith("cuda")
+        if on_gpu:
+            try:
+                torch.cuda.set_device(own)  # NCCL works on the current device
+            except (RuntimeError, AssertionError, ValueError) as error:
+                raise TacoError(f"Device {own!r} cannot be used: {str(error).splitlines()[0]}") from error
         if not distributed.is_initialized():
             seconds = float(os.environ.get("TACO_TIMEOUT", TIMEOUT_SECONDS))
-            backend = "nccl" if device.startswith("cuda") else "gloo"
+            # NCCL has no collectives for what is on the CPU: sums of numbers, objects, weights that were left there
+            backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
             try:
                 distributed.init_process_group(backend, timeout=timedelta(seconds=seconds))
             except (RuntimeError, ValueError) as error:
@@ -75,7 +87,7 @@ class Team:
         return self.sum(float(value)) == self.size
 
     def gather(self, value: T) -> list[T]:
-        """What every process has, by rank; for small things."""
+        """What every process has, by rank; for small things, their tensors on the CPU."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
@@ -83,7 +95,7 @@ class Team:
         return found
 
     def broadcast(self, value: T, source: int = 0) -> T:
-        """What `source` has; for small things."""
+        """What `source` has; for small things, their tensors on the CPU: others would come back on `source`'s GPU."""
         if self.size == 1:
             return value
         held: list[Any] = [value]
@@ -101,7 +113,38 @@ class Team:
             collective()
         except RuntimeError as error:
             first = str(error).splitlines()[0]
+            if "No backend type associated with device type" in first:
+                raise TacoError(
+                    f"The process group has no backend for a device ({first}); make it with "
+                    'init_process_group("cpu:gloo,cuda:nccl").'
+                ) from error
             raise LostProcessError(
                 f"Process {self.rank} of {self.size} lost another one ({first}). Finished steps are kept: run the same "
                 "command with --resume."
             ) from error
+
+
+def local_device(device: str) -> str:
+    """`device` as this process is to use it: of those that torchrun starts, each has the GPU of its LOCAL_RANK.
+
+    Raises:
+        TacoError: there are fewer GPUs than processes, or all would use the same one.
+    """
+    if not device.startswith("cuda") or _processes() < 2:
+        return device
+    if device != "cuda":
+        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+            raise TacoError(f"Several processes cannot share {device}; with --device cuda each takes a GPU of its own.")
+        return device
+    rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", rank + 1))
+    if here > count:  # every process says so, not only the one that has none: the others would wait for it
+        raise TacoError(
+            f"Each process needs a GPU of its own: {here} run on this machine and torch can use {count} there; start "
+            "no more than that (torchrun --nproc-per-node)."
+        )
+    return f"cuda:{rank}"
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from taco_svd import TacoError, bench_memory, save_compressed
+from taco_svd import TacoError, bench_memory, bench_runner, checkpoint, latency, save_compressed
 from taco_svd.allocation import Sizes, structure_parameters
 from taco_svd.architectures import Architecture
-from taco_svd.bench import BenchSettings, compare_pair, run_bench, work
+from taco_svd.bench import BenchSettings, compare_pair, run_bench, weight_bytes_of, with_peak, work
 from taco_svd.bench_memory import cache_bytes, check_memory
 from taco_svd.bench_models import from_checkpoint, from_shape, redundant_layers, shape_structure
 from taco_svd.bench_runner import Runner
+from taco_svd.devices import make_current, on_device, waits_for
 from taco_svd.energy import energy_counter
 from taco_svd.shapes import SHAPES, random_model, shape_config, skeleton
 from taco_svd.structure import Structure
@@ -239,6 +244,171 @@ def test_graphs_need_a_gpu(compressed_tiny: Callable) -> None:
         Runner(compressed_tiny("llama", "bridge")[1], "graph")
 
 
+# -- memory ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_a_runner_goes_with_its_caches_when_it_is_let_go(
+    mode: str, compressed_tiny: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the collector, which is off while two are timed: caches of pairs gone by would stay beside theirs."""
+    # without generated code, which takes long to build and has nothing to do with this
+    monkeypatch.setattr(bench_runner, "_compiled", lambda forward, device: forward)
+    model = compressed_tiny("llama", "bridge")[1]
+    gc.collect()
+    gc.disable()
+    try:
+        runner = Runner(model, mode, batch=2, prompt=6, window=3)
+        runner.prefill()
+        runner.decode(2)
+        runner.decode(2)
+        left = [weakref.ref(runner), weakref.ref(runner._cache), weakref.ref(runner._cache.layers[0].keys)]
+        sample = runner.decode
+        del runner
+        assert all(reference() is not None for reference in left)
+        del sample
+        assert all(reference() is None for reference in left)
+    finally:
+        gc.enable()
+
+
+def test_only_one_pair_of_runners_is_alive(compressed_tiny: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as `check_caches` counts on."""
+    alive: list[weakref.ref] = []
+    most: list[int] = []
+
+    class Counted(Runner):
+        def __init__(self, *args: object) -> None:
+            alive.append(weakref.ref(self))
+            most.append(sum(reference() is not None for reference in alive))
+            super().__init__(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("taco_svd.bench.Runner", Counted)
+    _, model, _ = compressed_tiny("llama", "bridge")
+    made = from_shape(CONFIGS["llama"](), model.structure, [2, 3], torch.float32)
+    gc.collect()
+    gc.disable()
+    try:
+        run_bench(made, BenchSettings(batches=(1, 2), prompt=4, window=2, rounds=1, control=True, energy=False))
+    finally:
+        gc.enable()
+    assert len(most) == 2 * 2 * 3 * 2 and max(most) == 2
+
+
+def test_peak_memory_is_what_a_model_and_its_runner_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, model = torch.device("cuda:1"), tiny_model("llama")
+    held = {"now": 5000, "most": 90000}  # other models, and what something needed before
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda where: held["now"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda where: held.update(most=held["now"]))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda where: held["most"])
+
+    def prepare() -> Callable[[], float]:
+        held.update(now=5300, most=5700)
+        return lambda: 0.5
+
+    sample, peak = with_peak(prepare, model, device)
+    assert sample() == 0.5 and peak == 700 + weight_bytes_of(model)
+    assert with_peak(prepare, model, torch.device("cpu"))[1] is None
+
+
+# -- the second of several GPUs, as far as it can be told without one ----------------------------------------------
+
+
+def test_a_gpu_is_waited_for_and_made_current_by_its_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, object]] = []
+    for name in ("synchronize", "set_device", "device"):
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: told.append((name, device)) or nullcontext())
+    second = torch.device("cuda:1")
+    waits_for(second)()
+    make_current(second)
+    with on_device(second):
+        pass
+    assert told == [("synchronize", second), ("set_device", second), ("device", second)]
+    told.clear()
+    waits_for(torch.device("cpu"))()
+    make_current(torch.device("cpu"))
+    with on_device(torch.device("cpu")):
+        assert told == []
+
+
+def test_what_is_timed_runs_with_the_models_device_as_the_current_one(
+    compressed_tiny: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = compressed_tiny("llama", "bridge")[1]
+    current: list[torch.device] = []
+    seen: list[list[torch.device]] = []
+
+    @contextmanager
+    def here(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    for module in (bench_runner, latency):
+        monkeypatch.setattr(module, "on_device", here)
+        monkeypatch.setattr(module, "waits_for", lambda device: lambda: seen.append(list(current)))
+    hook = model.register_forward_pre_hook(lambda *_: seen.append(list(current)))
+    try:
+        runner = Runner(model, batch=1, prompt=4, window=2)
+        runner.prefill()
+        runner.decode(2)
+        runner.decode(1)
+        latency.compare_latency({"one": model}, (), prompt=4, decode_steps=2, rounds=1)
+    finally:
+        hook.remove()
+    assert len(seen) > 20 and all(devices == [model.device] for devices in seen)
+
+
+def test_loading_makes_a_models_gpu_the_current_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[torch.device] = []
+    monkeypatch.setattr(checkpoint, "make_current", told.append)
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    model, _ = checkpoint.load_model(tmp_path / "model")
+    assert told == [model.device]
+
+
+def test_a_graph_is_captured_on_a_stream_of_the_current_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own stream for captures stays on the device of the first one."""
+    made: list[object] = []
+    main = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(
+        torch.cuda, "Stream", lambda: made.append(SimpleNamespace(wait_stream=lambda o: None)) or made[-1]
+    )
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
+    captured: list[object] = []
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: captured.append(stream) or nullcontext())
+    done: list[str] = []
+    bench_runner.capture(lambda: done.append("run"), lambda: done.append("reset"))
+    assert captured == made and len(made) == 1 and done == ["run", "reset"] * 4
+
+
+def test_what_cannot_be_captured_is_said_with_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def capturing(graph: object, stream: object) -> Iterator[None]:
+        try:
+            yield
+        finally:  # as torch ends a capture that has failed
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+    calls: list[int] = []
+
+    def run() -> None:
+        calls.append(1)
+        if len(calls) > 3:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    with pytest.raises(TacoError, match="CUDA graph: operation not permitted when stream is capturing$"):
+        bench_runner.capture(run, lambda: None)
+
+
 # -- whole runs --------------------------------------------------------------------------------------------------
 
 
@@ -272,8 +442,6 @@ def test_a_run_from_a_checkpoint(compressed_tiny: Callable, tmp_path: Path) -> N
 
 
 def test_many_models_and_batches_can_be_compiled_in_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    from taco_svd import bench_runner
-
     compiled = []
 
     def quick(forward: Callable, device: torch.device) -> Callable:

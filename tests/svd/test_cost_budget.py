@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from taco_svd import Plan, TacoError, compress
+from taco_svd import Plan, TacoError, compress, device_costs
 from taco_svd import cost_budget as module
 from taco_svd.allocation import Sizes
 from taco_svd.architectures import Architecture, linear_shape
 from taco_svd.budget import ByteCosts, ParameterCosts, allocate, map_options
 from taco_svd.cost_budget import LatencyCosts, bridges_within, parse_keep, parse_latency, without_layers
 from taco_svd.device_costs import DeviceCosts
+from taco_svd.experts import Expert, OpenExperts
 from taco_svd.loss_curves import LossCurves, tail_energies
 
 from .tiny_models import CONFIGS, tiny_model
@@ -117,8 +120,6 @@ def test_a_cache_that_cannot_be_written_does_no_harm(tmp_path: Path) -> None:
 
 def test_real_measurements_grow_with_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thousand times the bytes take longer on any machine, however busy."""
-    import taco_svd.device_costs as device_costs
-
     monkeypatch.setattr(device_costs, "_BLOCK_BYTES", 1 << 20)
     monkeypatch.setattr(device_costs, "_SWEEP_BYTES", 1 << 20)
     costs = DeviceCosts("cpu", torch.float32, tmp_path)
@@ -127,6 +128,77 @@ def test_real_measurements_grow_with_the_work(tmp_path: Path, monkeypatch: pytes
     for pivoted in (False, True):
         assert costs.low_rank(64, 64, 20, pivoted) > 0
     assert 0 < costs.bridge(64, 8, rows=1) < costs.bridge(512, 512, rows=256)
+
+
+# -- on a GPU, as far as it can be told without one ----------------------------------------------------------------
+
+
+class Gpu:
+    """A GPU whose graphs take 3 us per call that they hold, its clock, and what it was asked to do."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.calls, self.graphs, self.current = 0.0, 0, [], []
+        monkeypatch.setattr(device_costs, "device_name", lambda device: "a GPU")
+        monkeypatch.setattr(device_costs, "capture", self.capture)
+        monkeypatch.setattr(device_costs, "waits_for", lambda device: lambda: None)
+        monkeypatch.setattr(device_costs, "on_device", lambda device: self.current.append(device) or nullcontext())
+        monkeypatch.setattr(device_costs, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
+    def call(self) -> None:
+        self.calls += 1
+        self.now += 50e-6  # to launch it, which is not what is asked for
+
+    def capture(self, run: Callable[[], object], reset: Callable[[], None]) -> SimpleNamespace:
+        before = self.calls
+        run()
+        self.graphs.append(self.calls - before)
+        return SimpleNamespace(replay=lambda held=self.graphs[-1]: self.replay(held))
+
+    def replay(self, held: int) -> None:
+        self.now += 3e-6 * held
+
+
+def test_calls_on_a_gpu_are_timed_in_a_graph_that_reads_all_the_weights(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gpu = Gpu(monkeypatch)
+    costs = DeviceCosts("cuda:1", torch.bfloat16, tmp_path)
+    for pieces, held in ((8, 100), (300, 300), (20000, 1000)):
+        assert costs._median(gpu.call, None, pieces) == pytest.approx(3e-6)
+        assert gpu.graphs.pop() == held and not gpu.graphs
+    # launched one by one they were timed by another version: those times are not taken for these
+    assert costs.key["timed"] == "graph" and "timed" not in costs_by_bytes(directory=tmp_path).key
+    asked = DeviceCosts("cuda:1", torch.bfloat16, tmp_path, measure=by_bytes)
+    asked.linear(8, 8)
+    assert gpu.current == [torch.device("cuda:1")]
+
+
+def test_weights_are_cut_into_as_many_pieces_as_are_counted(tmp_path: Path) -> None:
+    costs = DeviceCosts("cpu", torch.float32, tmp_path, working_set=1 << 20)
+    for numbers in (1000, 1 << 20):
+        count, pieces = costs._count(numbers), costs._pieces(numbers)
+        places = [next(pieces).data_ptr() for _ in range(count + 1)]
+        assert len(set(places)) == count >= 2 and places[count] == places[0]
+
+
+@pytest.mark.parametrize("device, mode", [("cpu", "eager"), ("cuda:1", "graph")])
+def test_models_are_timed_as_their_parts_are(device: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def runner(model: object, mode: str, *more: object) -> SimpleNamespace:
+        made.append(mode)
+        return SimpleNamespace(prefill=lambda: 0.5, decode=lambda: 0.25)
+
+    monkeypatch.setattr(module, "Runner", runner)
+    model = SimpleNamespace(device=torch.device(device), modules=lambda: iter(()))
+    assert module.model_seconds(model, "prefill", 8) == 0.5 and module.model_seconds(model, "decode", 8) == 0.25  # type: ignore[arg-type]
+    assert made == [mode] * 2
+    model.modules = lambda: iter([OpenExperts([Expert(torch.nn.Identity(), torch.nn.Identity(), None)])])
+    if mode == "graph":
+        with pytest.raises(TacoError, match="--experts whole"):
+            module.model_seconds(model, "decode", 8)  # type: ignore[arg-type]
+    else:
+        assert module.model_seconds(model, "decode", 8) == 0.25  # type: ignore[arg-type]
 
 
 # -- what is asked for -------------------------------------------------------------------------------------------

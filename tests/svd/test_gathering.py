@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from taco_svd import TacoError, compress, make_plan
+from taco_svd import TacoError, apply_plan, compress, make_plan
 from taco_svd.baselines import Workspace
 from taco_svd.calibration import Calibration
 from taco_svd.errors import DiskFullError
@@ -148,12 +148,14 @@ def test_an_offloaded_model_gives_what_the_whole_one_gives(name: str, tmp_path: 
 @pytest.mark.parametrize("method", ["taco", "paper", "bridge"])
 def test_a_model_that_is_placed_by_hooks_is_compressed_where_it_is(method: str, tmp_path: Path) -> None:
     tokens = torch.randint(3, 96, (16, 12), generator=torch.Generator().manual_seed(11))
-    expected, _ = compress(tiny_model("llama"), method=method, layers=[2, 3], calibration=tokens)
+    expected, plan = compress(tiny_model("llama"), method=method, layers=[2, 3], calibration=tokens)
     model = dispatched(tiny_model("llama"), tmp_path, {})
     assert not is_scattered(model)
     compressed, _ = compress(model, method=method, layers=[2, 3], calibration=tokens)
     ids = torch.arange(3, 15)[None]
     assert torch.equal(compressed(ids).logits, expected(ids).logits)
+    applied = apply_plan(model, plan, Calibration(tokens, "tokens", 0))
+    assert torch.equal(applied(ids).logits, expected(ids).logits)
     assert torch.equal(compressed.generate(ids, max_new_tokens=4), expected.generate(ids, max_new_tokens=4))
 
 
@@ -186,6 +188,9 @@ def test_what_only_a_whole_model_can_do_is_said(tmp_path: Path, calibration_toke
     calibration = Calibration(calibration_tokens, "tokens", 0)
     with pytest.raises(TacoError, match="compress"):
         make_plan(model, calibration, layers=1)
+    _, plan = compress(tiny_model("llama"), method="bridge", layers=1, calibration=calibration)
+    with pytest.raises(TacoError, match="compress"):
+        apply_plan(model, plan, calibration)
     with pytest.raises(TacoError, match="workspace"):
         compress(model, layers=1, calibration=calibration, workspace=Workspace(model, calibration))
     with pytest.raises(TacoError, match="between 1 and 4"):  # before anything is gathered
@@ -194,6 +199,8 @@ def test_what_only_a_whole_model_can_do_is_said(tmp_path: Path, calibration_toke
         empty = AutoModelForCausalLM.from_config(tiny_model("llama").config)
     with pytest.raises(TacoError, match="no data"):
         compress(empty, layers=1, calibration=calibration)
+    with pytest.raises(TacoError, match="no data"):
+        apply_plan(empty, plan, calibration)
 
 
 def test_a_compressed_model_is_refused_when_it_is_put_aside(

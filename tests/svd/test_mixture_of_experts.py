@@ -13,10 +13,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from taco_svd import TacoError, compress, save_compressed
 from taco_svd.architectures import Architecture
-from taco_svd.bench import work
+from taco_svd.bench import BenchSettings, run_bench, work
 from taco_svd.bench_memory import cache_bytes
+from taco_svd.bench_models import BenchModels
+from taco_svd.bench_runner import Runner
 from taco_svd.checkpoint import load_model, parameter_count, weight_bytes
-from taco_svd.experts import OpenExperts, expert_number, kind_of, names_experts, opened, stacked
+from taco_svd.experts import Expert, OpenExperts, expert_number, kind_of, names_experts, opened, stacked
 from taco_svd.export import to_dense, with_layers_removed
 from taco_svd.pipeline import OPENING
 
@@ -141,6 +143,83 @@ def test_open_experts_compute_what_closed_ones_do(name: str) -> None:
     assert model.model.layers[0].mlp.experts[1].down_proj.weight.data_ptr() == stack[1].data_ptr()
     again = stacked(model.model.layers[0].mlp.experts, dense.model.layers[0].mlp.experts)
     assert torch.equal(again.gate_up_proj, dense.model.layers[0].mlp.experts.gate_up_proj)
+
+
+def one_by_one(
+    experts: OpenExperts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    """Every expert asked for its tokens in turn; and (expert, tokens) of those that ran."""
+    total, ran = torch.zeros_like(hidden), []
+    for number, expert in enumerate(experts):
+        token, place = torch.where(index == number)
+        if len(token) or experts.run_idle:
+            ran.append((number, len(token)))
+            total.index_add_(0, token, (expert(hidden[token]) * weights[token, place, None]).to(total.dtype))
+    return total, ran
+
+
+@pytest.mark.parametrize("run_idle", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_open_experts_are_the_plain_loop_bit_by_bit(dtype: torch.dtype, run_idle: bool) -> None:
+    """Experts without tokens, numbers beyond the last one, no tokens at all; gradients too."""
+    generator = torch.Generator().manual_seed(3)
+    count, hidden, wide = 7, 16, 12
+    made = [
+        Expert(torch.nn.Linear(hidden, 2 * wide), torch.nn.Linear(wide, hidden), torch.nn.SiLU()) for _ in range(count)
+    ]
+    experts = OpenExperts(made, run_idle).to(dtype)
+    busy = torch.tensor([0, 2, 3, 6, count, count + 2])  # 1, 4 and 5 idle, two numbers that are no expert's
+    for tokens, k in ((40, 3), (1, 2), (5, 1), (0, 2)):
+        x = torch.randn(tokens, hidden, generator=generator).to(dtype).requires_grad_()
+        index = busy[torch.rand(tokens, len(busy), generator=generator).argsort(-1)[:, :k]]
+        weights = torch.rand(tokens, k, generator=generator).to(dtype).requires_grad_()
+        ran: list[tuple[int, int]] = []
+        hooks = [
+            expert.register_forward_hook(
+                lambda _, given, __, number=number, ran=ran: ran.append((number, len(given[0])))
+            )
+            for number, expert in enumerate(experts)
+        ]
+        found = experts(x, index, weights)
+        for hook in hooks:
+            hook.remove()
+        expected, should = one_by_one(experts, x, index, weights)
+        assert ran == should and torch.equal(found, expected)
+        if tokens and ran:
+            seed = torch.randn(found.shape, generator=generator).to(dtype)
+            parts = [x, weights, made[0].down_proj.weight]
+            ours, theirs = (torch.autograd.grad(y, parts, seed, allow_unused=True) for y in (found, expected))
+            assert all(a is b is None or torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("run_idle", [False, True])
+def test_open_experts_ask_the_device_once(run_idle: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each thing that only the device knows makes the host wait for all that is queued on a GPU."""
+    model = opened(build("qwen3_moe"), run_idle)
+    asked: list[str] = []
+    for name in ("item", "tolist", "unique", "nonzero", "__bool__", "__int__", "__float__"):
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda self, *a, n=name, f=real, **k: asked.append(n) or f(self, *a, **k)
+        )
+    real_where = torch.where
+    monkeypatch.setattr(torch, "where", lambda *a: (len(a) == 1 and asked.append("where")) or real_where(*a))
+    experts = model.model.layers[0].mlp.experts
+    experts(torch.randn(9, 32), torch.randint(5, (9, 2)), torch.rand(9, 2))
+    assert asked == ["tolist"]
+
+
+def test_open_experts_are_measured_eagerly_only() -> None:
+    dense = build("mixtral")
+    model = opened(dense, run_idle=False)
+    with pytest.raises(TacoError, match="--mode compiled cannot run .* --experts whole"):
+        Runner(model, "compiled", prompt=4)
+    settings = BenchSettings(prompt=4, window=2, modes=("eager", "compiled"), pairs=(("compressed", "dense"),))
+    told: list[object] = []
+    with pytest.raises(TacoError, match="Take --mode eager"):  # before anything is measured
+        run_bench(BenchModels({"dense": dense, "compressed": model}), settings, on_row=told.append)
+    assert told == []
+    assert Runner(model, "eager", prompt=4, window=2).decode() > 0
 
 
 def test_work_counts_the_experts_that_are_used() -> None:

@@ -15,9 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from taco_svd import TacoError, compress
-from taco_svd.store import INDEX
-from taco_svd.team import Team
+from taco_svd import TacoError, compress, run_bridges
+from taco_svd.architectures import Architecture
+from taco_svd.gathering import _where_it_was
+from taco_svd.store import INDEX, Store
+from taco_svd.team import Team, local_device
 
 from .tiny_models import tiny_model
 
@@ -109,3 +111,90 @@ def test_a_team_of_one_does_nothing() -> None:
     assert torch.equal(team.sum_(tensor), torch.arange(3.0)) and team.sum(2.5) == 2.5
     assert team.gather("x") == ["x"] and team.broadcast("x") == "x" and team.all(True) and not team.all(False)
     assert torch.equal(team.windows(tensor), tensor) and team.deals(7)
+
+
+# -- on GPUs, as far as it can be told without one -----------------------------------------------------------------
+
+
+@pytest.fixture
+def second_of_two(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The environment of the second of two processes on a machine of two GPUs; what torch was asked to do, in order."""
+    asked: list[object] = []
+    for name, value in {"WORLD_SIZE": 2, "RANK": 1, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: asked.append(backend))
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    return asked
+
+
+def test_each_process_takes_its_own_gpu_and_a_backend_for_the_cpu_as_well(second_of_two: list[object]) -> None:
+    team = Team.from_environment("cuda")
+    assert (team.rank, team.size) == (1, 2)
+    assert second_of_two == ["cuda:1", "cpu:gloo,cuda:nccl"]  # the device first: NCCL works on the current one
+    assert local_device("cuda") == "cuda:1" and local_device("cpu") == "cpu"
+
+
+def test_processes_on_the_cpu_ask_for_no_gpu(second_of_two: list[object]) -> None:
+    Team.from_environment("cpu")
+    assert second_of_two == ["gloo"]
+
+
+def test_processes_that_would_share_a_gpu_are_refused(
+    second_of_two: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(TacoError, match="cannot share cuda:0"):
+        Team.from_environment("cuda:0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(TacoError, match="2 run on this machine and torch can use 1"):
+            Team.from_environment("cuda")
+    assert second_of_two == []
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert local_device("cuda") == "cuda" and local_device("cuda:1") == "cuda:1"
+
+
+def test_a_process_group_without_a_backend_for_the_cpu_is_no_lost_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(tensor: torch.Tensor) -> None:
+        raise RuntimeError(f"No backend type associated with device type {tensor.device.type}")
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", refuse)
+    with pytest.raises(TacoError, match="device type cpu.*cpu:gloo,cuda:nccl") as raised:
+        Team(0, 2).sum(1.0)
+    assert "--resume" not in str(raised.value)
+
+
+def test_bridges_of_runs_are_handed_over_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, calibration_tokens: torch.Tensor
+) -> None:
+    class Elsewhere:
+        """A tensor of which only the copy on the CPU may be used."""
+
+        def cpu(self) -> torch.Tensor:
+            return torch.ones(1)
+
+    monkeypatch.setattr(run_bridges, "fit_bridge", lambda *args, **more: (Elsewhere(), Elsewhere(), Elsewhere()))
+    store = Store(memory=1 << 20)
+    runs = run_bridges.fit_run_bridges(Architecture(tiny_model("llama")), calibration_tokens, store, lambda *_: None)
+    first, last = runs[0]
+    assert {name: tensor.item() for name, tensor in store.get(f"run-bridge/{first}-{last}").items()} == {
+        "u": 1.0, "v": 1.0, "bias": 1.0,
+    }  # fmt: skip
+
+
+def test_a_gathered_model_goes_to_a_gpu_in_all_processes_or_in_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    votes: list[bool] = []
+
+    class Outvoted(Team):
+        def all(self, value: bool) -> bool:
+            votes.append(value)
+            return False
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 40 if device.index == 1 else 0, 1 << 40))
+    model = tiny_model("llama")
+    assert _where_it_was(model, torch.device("cuda:1"), Outvoted(1, 2)) is model and votes == [True]
+    assert _where_it_was(model, torch.device("cuda:0"), Team()) is model  # no space on that one
