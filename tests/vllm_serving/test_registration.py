@@ -16,8 +16,10 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed here; `make test-vllm` sets it up and runs this", allow_module_level=True)
 
 import transformers
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoConfig
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.transformers_utils.config import get_config, get_config_parser
 
@@ -25,7 +27,7 @@ from taco_svd import BridgeSpec, TacoError
 from taco_svd.checkpoint import DEFAULT_MODEL
 from taco_svd.structure import NarrowSpec, Structure
 from taco_svd.vllm import register
-from taco_svd.vllm.bridges import attach
+from taco_svd.vllm.bridges import Bridge, attach
 from taco_svd.vllm.models import ServedModel, decoder_layers, expected_weights
 from taco_svd.vllm.registration import as_vllm_expects
 
@@ -188,6 +190,24 @@ def test_bridges_do_the_same_to_a_pair_and_to_a_sum(bias: bool) -> None:
     torch.testing.assert_close(stream, 2 * x + residual, rtol=0, atol=1e-6)
     torch.testing.assert_close(single.double(), exact(2 * x), rtol=0, atol=tolerance)
     assert nothing is None and torch.equal(alone, single)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_of_a_bridge_has_a_weight_that_changes_nothing(dtype: torch.dtype) -> None:
+    """vLLM fuses an all-reduce and the norm after it into a kernel that cannot do without the norm's weight."""
+    x, residual = torch.randn(7, 24).to(dtype), torch.randn(7, 24).to(dtype)
+    with set_current_vllm_config(VllmConfig()):
+        bridge = Bridge(24, BridgeSpec(0, 5, bias=False), dtype)
+        weightless: Any = RMSNorm(24, eps=bridge.eps, has_weight=False, dtype=dtype)
+        found = bridge.norm(x.clone(), residual.clone())
+        expected = weightless(x.clone(), residual.clone())
+        traced = make_fx(bridge.norm)(x.clone(), residual.clone())
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    norms = [node for node in traced.graph.nodes if "fused_add_rms_norm" in str(node.target)]
+    assert [node.args[2] is None for node in norms] == [False]
+    # nothing that a checkpoint must fill, nothing that it holds
+    assert [name for name, _ in bridge.named_parameters()] == ["v", "u"] == list(bridge.state_dict())
+    assert dict(bridge.named_buffers()).keys() == {"norm.weight"}
 
 
 def test_a_pair_of_unknown_meaning_is_refused() -> None:

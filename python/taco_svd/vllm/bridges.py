@@ -43,7 +43,14 @@ class Bridge(nn.Module):
         self.v = nn.Parameter(torch.empty(spec.rank, hidden, dtype=dtype), requires_grad=False)
         self.u = nn.Parameter(torch.empty(hidden, spec.rank, dtype=dtype), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(hidden, dtype=dtype), requires_grad=False) if spec.bias else None
-        self.norm = RMSNorm(hidden, eps=spec.eps, has_weight=False, dtype=dtype)
+        self.norm = RMSNorm(hidden, eps=spec.eps, dtype=dtype)
+        # Ones, not has_weight=False: vLLM fuses a norm with the all-reduce before it into a kernel that needs a weight,
+        # also where there is none. A buffer, since no checkpoint holds it: vLLM's dummy weights leave it alone, and
+        # sleep mode keeps it.
+        ones = self.norm.weight.data
+        ones.weight_loader_numel = 0  # what vLLM waits for when weights are loaded a second time
+        del self.norm.weight
+        self.norm.register_buffer("weight", ones, persistent=False)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return taco_kernels.low_rank_bridge(hidden, self.v, self.u, self.bias, self.eps)
