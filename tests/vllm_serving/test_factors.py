@@ -216,6 +216,8 @@ def test_layers_without_factors_stay_vllms_own() -> None:
 
 def test_the_given_quantisation_gets_the_dense_layers() -> None:
     class Inner(FactorsConfig):
+        online_quantization_config = None
+
         def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
             asked.append(prefix)
             return linear.UnquantizedLinearMethod()
@@ -226,6 +228,10 @@ def test_the_given_quantisation_gets_the_dense_layers() -> None:
     for name in ("mlp.down_proj", "self_attn.o_proj"):
         linear.RowParallelLinear(WIDE, HIDDEN, quant_config=config, prefix=f"model.layers.0.{name}")
     assert asked == ["model.layers.0.self_attn.o_proj"]
+    assert config.online_quantization_config is None
+    online: Any = object()
+    config.inner.online_quantization_config = online  # type: ignore[misc]
+    assert config.online_quantization_config is online
 
 
 def down_proj(pivoted: bool = False) -> tuple[Any, Map]:

@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoConfig
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.transformers_utils.config import get_config, get_config_parser
 
@@ -100,20 +101,24 @@ def test_expected_weights_are_those_of_the_checkpoint(name: str) -> None:
     assert any(key.endswith(".pivot") for key in expected) and any(key.endswith("bridge.v") for key in expected)
 
 
-class _Loader:
+class _Loader(nn.Module):
     """A model of vLLM's with three parameters, whose loader passes over the names in `unknown`."""
 
     unknown: tuple[str, ...] = ()
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Module(), nn.Module()
+        self.a.weight, self.b.v = nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(4))
+        self.other = nn.Parameter(torch.zeros(1))
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         return {name for name, _ in weights if name not in self.unknown}
-
-    def named_parameters(self) -> list[tuple[str, None]]:
-        return [("a.weight", None), ("b.v", None), ("other", None)]
 
 
 class _Served(ServedModel, _Loader):
     def __init__(self) -> None:
+        _Loader.__init__(self)
         self._taco_expected = {"a.weight": (2, 3), "b.v": (4,)}
 
 
@@ -133,6 +138,24 @@ def test_weights_that_a_loader_passes_over_stop_the_loading() -> None:
     served.unknown = ("other",)
     with pytest.raises(TacoError, match="filled 1 of its weights from nothing.*other.*serve it with transformers"):
         served.load_weights(whole.items())
+
+
+@pytest.mark.parametrize("kind", ["online", "cache", "stored"])
+def test_what_vllm_computes_itself_is_not_missed(kind: str) -> None:
+    """Scales of layers that vLLM quantises while loading, and those of its key/value cache, are in no checkpoint."""
+
+    class Method:
+        uses_meta_device = kind == "online"
+
+    whole = {"a.weight": torch.zeros(2, 3), "b.v": torch.zeros(4), "other": torch.zeros(1)}
+    served = _Served()
+    served.a.weight_scale = nn.Parameter(torch.ones(1))
+    served.a.quant_method = BaseKVCacheMethod(None) if kind == "cache" else Method()
+    if kind == "stored":
+        with pytest.raises(TacoError, match=r"filled 1 of its weights from nothing.*a\.weight_scale"):
+            served.load_weights(whole.items())
+    else:
+        assert served.load_weights(whole.items()) == set(whole)
 
 
 def test_the_layers_are_found() -> None:

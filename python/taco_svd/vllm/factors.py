@@ -53,6 +53,11 @@ class FactorsConfig(QuantizationConfig):
             return self.inner.get_quant_method(layer, prefix)
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
+    @property
+    def online_quantization_config(self) -> Any:
+        """What vLLM was told to quantise while loading, besides what the checkpoint's own quantisation says."""
+        return None if self.inner is None else self.inner.online_quantization_config
+
     def get_name(self) -> Any:
         return "taco_svd"
 

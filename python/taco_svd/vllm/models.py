@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.model_executor.models.utils import PPMissingLayer
 
@@ -88,13 +89,27 @@ class ServedModel:
                 "Copy it again, or compress again."
             )
         # some of vLLM's loaders pass over names that they do not know
-        empty = [] if loaded is None else [name for name, _ in self.named_parameters() if name not in loaded]  # type: ignore[attr-defined]
+        empty = set() if loaded is None else unfilled(self, loaded)  # type: ignore[arg-type]
         if empty:
             raise TacoError(
                 f"vLLM's {type(self).__name__} filled {len(empty)} of its weights from nothing in the checkpoint "
                 f"(first: {min(empty)}); serve it with transformers."
             )
         return loaded
+
+
+def unfilled(model: nn.Module, loaded: Iterable[str]) -> set[str]:
+    """Names of the model's parameters that are not among those loaded, but should be.
+
+    A checkpoint does not hold what vLLM computes itself: the weights and scales of layers that it quantises while it
+    loads them, and the scales of a quantised key/value cache.
+    """
+    names = {name for name, _ in model.named_parameters()} - set(loaded)
+    for prefix, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        if getattr(method, "uses_meta_device", False) or isinstance(method, BaseKVCacheMethod):
+            names -= {f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters()}
+    return names
 
 
 def expected_weights(hf_config: Any) -> dict[str, tuple[int, ...]]:
