@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,14 @@ TOKENS = 24
 LOGPROB_TOLERANCE = 10 * 300 * 6e-8 / 10
 # vLLM's attention on a CPU approximates tanh where logits are capped; its dense Gemma 2 is off by as much.
 CAPPED_TOLERANCE = 5e-3
+
+
+def bind_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives each of two ranks a core."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip(f"tensor parallelism binds each rank to a core of its own; there is {len(cores)}")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[1]}")
 
 
 @pytest.mark.parametrize(
@@ -57,14 +66,32 @@ def test_an_architecture_that_vllm_has_not_runs_by_its_transformers_backend(name
 
 @pytest.mark.parametrize("name", ["llama", "phi3"])
 def test_two_ranks_decode_as_one(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < 2:
-        pytest.skip(f"tensor parallelism binds each rank to a core of its own; there is {len(cores)}")
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[1]}")
+    bind_ranks(monkeypatch)
     directory = write_checkpoint(name, tmp_path / name)
     asked = prompts(16, VOCABULARY)
     answers = vllm_answers(directory, asked, TOKENS, tensor_parallel_size=2)
     share, worst = agreement(directory, asked, answers)
+    assert share == 1.0 and worst < LOGPROB_TOLERANCE
+
+
+@pytest.mark.parametrize("name, ranks", [("llama_biased", 2), ("phi3", 1)])
+def test_weights_that_are_loaded_again_decode_as_transformers_does(
+    name: str, ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What vLLM does after sleep at level 2, and where a model is trained while it is served.
+
+    With heads of their own: on a CPU vLLM packs a head while it loads it, and a tied one is not loaded again.
+    """
+    if ranks > 1:
+        bind_ranks(monkeypatch)
+    one, other = (write_checkpoint(name, tmp_path / str(seed), seed=seed) for seed in (7, 8))
+    asked = prompts(16, VOCABULARY)
+
+    def reload(engine: Any) -> None:
+        engine.collective_rpc("reload_weights", kwargs={"weights_path": str(other)})
+
+    answers = vllm_answers(one, asked, TOKENS, first=reload, tensor_parallel_size=ranks)
+    share, worst = agreement(other, asked, answers)
     assert share == 1.0 and worst < LOGPROB_TOLERANCE
 
 

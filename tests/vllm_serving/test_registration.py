@@ -140,6 +140,15 @@ def test_weights_that_a_loader_passes_over_stop_the_loading() -> None:
         served.load_weights(whole.items())
 
 
+def test_weights_that_come_later_may_come_in_parts() -> None:
+    """Reinforcement learning sends them one after the other, each by a call of its own."""
+    served = _Served()
+    served.process_weights_after_loading()  # vLLM's call after the first ones, also after dummies
+    assert served.load_weights([("b.v", torch.zeros(4))]) == {"b.v"}
+    with pytest.raises(TacoError, match=r"b\.v is \(5,\)"):
+        served.load_weights([("b.v", torch.zeros(5))])
+
+
 @pytest.mark.parametrize("kind", ["online", "cache", "stored"])
 def test_what_vllm_computes_itself_is_not_missed(kind: str) -> None:
     """Scales of layers that vLLM quantises while loading, and those of its key/value cache, are in no checkpoint."""

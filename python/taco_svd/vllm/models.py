@@ -37,6 +37,8 @@ RENAMED = {
 class ServedModel:
     """Mixin over a model class of vLLM."""
 
+    _taco_loaded = False  # whether the first weights are complete
+
     def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:
         hf_config = vllm_config.model_config.hf_config
         structure = Structure.from_dict(getattr(hf_config, "taco_svd", None))
@@ -67,6 +69,8 @@ class ServedModel:
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
         """Loads a checkpoint, and raises where vLLM would leave weights that it lacks at random values.
 
+        Weights that come later, to replace the first ones, may come in parts.
+
         Raises:
             TacoError: the checkpoint lacks weights, or has some of the wrong shape.
         """
@@ -83,6 +87,8 @@ class ServedModel:
                 yield name, weight
 
         loaded = super().load_weights(watched())  # type: ignore[misc]
+        if self._taco_loaded:
+            return loaded
         if missing:
             raise TacoError(
                 f"{len(missing)} weights are missing from the checkpoint (first: {min(missing)}); it is incomplete. "
@@ -96,6 +102,13 @@ class ServedModel:
                 f"(first: {min(empty)}); serve it with transformers."
             )
         return loaded
+
+    def process_weights_after_loading(self) -> None:
+        """vLLM calls this once the first weights are there, also where they are dummies."""
+        self._taco_loaded = True
+        after = getattr(super(), "process_weights_after_loading", None)
+        if after is not None:
+            after()
 
 
 def unfilled(model: nn.Module, loaded: Iterable[str]) -> set[str]:
