@@ -15,6 +15,7 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed here; `make test-vllm` sets it up and runs this", allow_module_level=True)
 
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.lora.layers.utils import _get_lora_device
 from vllm.model_executor.layers import linear
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
@@ -338,6 +339,13 @@ def test_parameters_that_move_are_read_where_they_are(pivoted: bool) -> None:
     gc.collect()
     assert not any(copy() is not None for copy in held)
     assert torch.equal(layer(x)[0], torch.zeros_like(expected))
+
+
+def test_lora_finds_where_a_layer_lies() -> None:
+    layer, one = down_proj()
+    load(layer, one.stored)
+    assert _get_lora_device(finished(layer)) == layer.u.device
+    assert [name for name, _ in layer.named_parameters()] == ["v", "u"]
 
 
 def test_what_vllm_remembers_of_a_layer_does_not_keep_it_alive() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ import pytest
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed here; `make test-vllm` sets it up and runs this", allow_module_level=True)
 
+import torch
+from safetensors.torch import save_file
+
 from .engine import agreement, prompts, vllm_answers
-from .random_checkpoints import VOCABULARY, write_checkpoint
+from .random_checkpoints import VOCABULARY, random_model, write_checkpoint
 
 TOKENS = 24
 # Logits of these models are below 10. Their float32 rounding errors: a few hundred operations deep, unit roundoff 6e-8.
@@ -93,6 +97,39 @@ def test_weights_that_are_loaded_again_decode_as_transformers_does(
     answers = vllm_answers(one, asked, TOKENS, first=reload, tensor_parallel_size=ranks)
     share, worst = agreement(other, asked, answers)
     assert share == 1.0 and worst < LOGPROB_TOLERANCE
+
+
+def test_a_lora_adapter_decodes_as_its_definition_says(tmp_path: Path) -> None:
+    """On every map, factorised or dense: what transformers computes, and B A x beside it."""
+    from vllm.lora.request import LoRARequest
+
+    directory, adapter = write_checkpoint("llama", tmp_path / "llama"), tmp_path / "adapter"
+    rank, scale = 4, 2.0
+    stored: dict[str, torch.Tensor] = {}
+    for path, module in random_model("llama").named_modules():
+        if path.endswith("_proj"):
+            stored[f"{path}.lora_A.weight"] = torch.randn(rank, module.in_features) * 0.1  # type: ignore[operator]
+            stored[f"{path}.lora_B.weight"] = torch.randn(module.out_features, rank) * 0.1  # type: ignore[operator]
+    adapter.mkdir()
+    save_file(
+        {f"base_model.model.{name}": tensor for name, tensor in stored.items()}, adapter / "adapter_model.safetensors"
+    )
+    names = sorted({name.split(".")[-3] for name in stored})
+    options = {"peft_type": "LORA", "r": rank, "lora_alpha": rank * scale, "target_modules": names, "bias": "none"}
+    (adapter / "adapter_config.json").write_text(json.dumps(options))
+
+    def adapted(model: Any) -> None:
+        for path, module in model.named_modules():
+            if f"{path}.lora_A.weight" in stored:
+                product = stored[f"{path}.lora_B.weight"] @ stored[f"{path}.lora_A.weight"] * scale
+                module.register_forward_hook(lambda _, inputs, output, w=product: output + inputs[0] @ w.T)
+
+    asked = prompts(16, VOCABULARY)
+    request = LoRARequest("adapter", 1, str(adapter))
+    answers = vllm_answers(directory, asked, TOKENS, first=lambda engine: request, enable_lora=True, max_lora_rank=8)
+    share, worst = agreement(directory, asked, answers, change=adapted)
+    assert share == 1.0 and worst < LOGPROB_TOLERANCE
+    assert agreement(directory, asked, answers)[0] < 0.9, "the adapter changes nothing"
 
 
 def test_compiled_graphs_decode_as_transformers_does(tmp_path: Path) -> None:

@@ -154,6 +154,8 @@ class FactorsMethod(LinearMethodBase):
         self.gathers = any(self.pivot.sizes) and not self.split_inputs
         self._register(layer, "v", torch.empty(sum(self.stored_v.sizes), dtype=params_dtype), loader)
         self._register(layer, "u", torch.empty(sum(self.u.sizes), dtype=params_dtype), loader)
+        # LoRA asks where a layer's weight lies, by the names of vLLM's own methods. No second name of a parameter.
+        layer.__dict__["weight_packed"] = layer.u
         if any(self.pivot.sizes):  # an index that nothing fills (--load-format dummy) must still be one
             data = torch.cat([torch.arange(size, dtype=torch.int32) for size in self.pivot.sizes])
             self._register(layer, "pivot", data, loader)
