@@ -6,6 +6,7 @@ import importlib.util
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -165,6 +166,36 @@ def test_what_vllm_computes_itself_is_not_missed(kind: str) -> None:
             served.load_weights(whole.items())
     else:
         assert served.load_weights(whole.items()) == set(whole)
+
+
+@pytest.mark.parametrize("bridges, low_rank", [(True, False), (False, True), (False, False)])
+def test_batch_invariance_is_refused_where_it_would_not_hold(
+    bridges: bool, low_rank: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Built(Exception):
+        pass
+
+    class Base:
+        def __init__(self, **kwargs: Any) -> None:
+            raise Built
+
+    class Served(ServedModel, Base):  # type: ignore[misc]
+        pass
+
+    structure = Structure(
+        source_layers=2,
+        kept=(0,),
+        low_rank={0: {"mlp.up_proj": 3}} if low_rank else {},
+        bridges=(BridgeSpec(0, 2),) if bridges else (),
+    )
+    hf_config = SimpleNamespace(taco_svd=structure.to_dict())
+    config = SimpleNamespace(model_config=SimpleNamespace(hf_config=hf_config), quant_config=None)
+    with pytest.raises(Built):
+        Served(vllm_config=config)
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    refusal = pytest.raises(TacoError, match="BATCH_INVARIANT") if bridges or low_rank else pytest.raises(Built)
+    with refusal:
+        Served(vllm_config=config)
 
 
 def test_the_layers_are_found() -> None:

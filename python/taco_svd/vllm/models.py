@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
+from vllm import envs
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.model_executor.models.utils import PPMissingLayer
@@ -42,6 +43,12 @@ class ServedModel:
     def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:
         hf_config = vllm_config.model_config.hf_config
         structure = Structure.from_dict(getattr(hf_config, "taco_svd", None))
+        if envs.VLLM_BATCH_INVARIANT and (structure.low_rank or structure.bridges):
+            export = "" if structure.bridges else ", or export the checkpoint (taco-svd export DIR --dense OUT)"
+            raise TacoError(
+                "VLLM_BATCH_INVARIANT asks for results that do not depend on the batch, and those of low-rank maps do: "
+                f"different kernels compute few rows and many, and round at different places. Unset it{export}."
+            )
         factors = FactorsConfig(structure, vllm_config.quant_config)
         factors.packed_modules_mapping = dict(getattr(self, "packed_modules_mapping", None) or {})
         # for the time of building only: a draft model that is built from the same config is none of ours
