@@ -278,6 +278,14 @@ def test_a_pair_of_unknown_meaning_is_refused() -> None:
         attach(StrangeLayer(), BridgeSpec(0, 2), 8, torch.float32)
 
 
+def test_a_layer_whose_forward_vllm_has_replaced_is_refused() -> None:
+    """As its prefetching of offloaded weights does: the bridge would be passed over in silence."""
+    layer = SingleLayer()
+    layer.forward = layer.forward  # type: ignore[method-assign]
+    with pytest.raises(TacoError, match="offload"):
+        attach(layer, BridgeSpec(0, 2), 8, torch.float32)
+
+
 def test_every_tested_architecture_has_a_class() -> None:
     for name in CONFIGS:
         config = as_vllm_expects(random_model(name).config)

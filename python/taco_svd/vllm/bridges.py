@@ -85,9 +85,14 @@ def attach(layer: nn.Module, spec: BridgeSpec, hidden: int, dtype: torch.dtype) 
     """Makes a decoder layer of vLLM pass its output through a bridge (with empty weights), in place.
 
     Raises:
-        TacoError: the layer's class returns a pair whose meaning is not known.
+        TacoError: the layer's class returns a pair whose meaning is not known, or vLLM has replaced its forward.
     """
     base: Any = type(layer)
+    if "forward" in vars(layer):  # it would go on calling the one without a bridge
+        raise TacoError(
+            "vLLM moves this model's weights in and out around each layer's call, which is not supported for models "
+            "with bridges; leave out --offload-group-size, or use --cpu-offload-gb where memory can be shared (UVA)."
+        )
     definer = next(cls for cls in base.__mro__ if "forward" in vars(cls))
     # layers that hand on a pair take one
     if "residual" in inspect.signature(definer.forward).parameters and definer.__name__ not in PAIRS:
