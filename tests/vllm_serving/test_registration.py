@@ -17,6 +17,7 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed here; `make test-vllm` sets it up and runs this", allow_module_level=True)
 
 import transformers
+import vllm
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoConfig
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -52,6 +53,18 @@ def test_registering_twice_changes_nothing() -> None:
     assert ModelRegistry.models == before
     assert type(get_config_parser("hf")) is parser
     assert not any(name.startswith("TacoTaco") for name in before)
+
+
+def test_what_vllm_remembers_of_a_model_class_is_of_this_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    entry: Any = ModelRegistry.models["TacoLlamaForCausalLM"]
+    found = entry.inspect_model_cls()
+    (file,) = (tmp_path / "modelinfos").iterdir()
+    assert vllm.__version__ in file.name and "TacoLlamaForCausalLM" in file.name
+    assert found.architecture == entry.inspect_model_cls().architecture == "TacoLlamaForCausalLM"
+    assert len(list((tmp_path / "modelinfos").iterdir())) == 1
 
 
 def test_vllm_sees_an_ordinary_config(llama: Path) -> None:
