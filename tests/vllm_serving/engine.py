@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,17 @@ def prompts(count: int, vocabulary: int, seed: int = 0) -> list[list[int]]:
 
 
 def vllm_answers(
-    directory: Path, asked: list[list[int]], tokens: int, dtype: str = "float32", **options: Any
+    directory: Path,
+    asked: list[list[int]],
+    tokens: int,
+    dtype: str = "float32",
+    first: Callable[[Any], Any] = lambda engine: None,
+    **options: Any,
 ) -> list[Answer]:
-    """Greedy answers of vLLM's engine; `options` are arguments of `vllm.LLM`."""
+    """Greedy answers of vLLM's engine, after `first` has done something to it; `options` are arguments of `vllm.LLM`.
+
+    What `first` returns is the LoRA request of every prompt.
+    """
     from vllm import LLM, SamplingParams
 
     options.setdefault("enforce_eager", True)
@@ -51,8 +60,10 @@ def vllm_answers(
         max_num_seqs=16,
         **options,
     )
+    adapter = first(engine)
     parameters = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, logprobs=0)
-    results = engine.generate([{"prompt_token_ids": prompt} for prompt in asked], parameters, use_tqdm=False)
+    inputs = [{"prompt_token_ids": prompt} for prompt in asked]
+    results = engine.generate(inputs, parameters, use_tqdm=False, lora_request=adapter)
     answers = []
     for result in results:
         output = result.outputs[0]
@@ -65,15 +76,22 @@ def vllm_answers(
 
 @torch.no_grad()
 def agreement(
-    directory: Path, asked: list[list[int]], answers: list[Answer], dtype: torch.dtype = torch.float32
+    directory: Path,
+    asked: list[list[int]],
+    answers: list[Answer],
+    dtype: torch.dtype = torch.float32,
+    change: Callable[[Any], None] = lambda model: None,
 ) -> tuple[float, float]:
     """How well answers agree with transformers, which reads the same text, each token after the same ones before.
+
+    `change` may change transformers' model first.
 
     Returns the share of tokens that are transformers' most likely one, and the largest difference of
     log-probabilities. A share of 1 says that greedy decoding in transformers (each step computed afresh, without a
     cache) gives the same tokens, by induction over the positions.
     """
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    change(model)
     right, total, worst = 0, 0, 0.0
     for prompt, answer in zip(asked, answers, strict=True):
         logits = model(torch.tensor([prompt + answer.tokens])).logits[0, len(prompt) - 1 : -1]

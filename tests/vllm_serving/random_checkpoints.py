@@ -91,9 +91,9 @@ def structure_for(config: PreTrainedConfig, bridges: bool = True) -> Structure:
     )
 
 
-def random_model(name: str, dtype: torch.dtype = torch.float32, bridges: bool = True) -> PreTrainedModel:
+def random_model(name: str, dtype: torch.dtype = torch.float32, bridges: bool = True, seed: int = 7) -> PreTrainedModel:
     """A compressed model of `structure_for`, weights large enough for every part to show in the logits."""
-    torch.manual_seed(7)
+    torch.manual_seed(seed)
     base = CONFIGS[name]()
     config_class = compressed_config_class(type(base))
     config = config_class.from_dict({**base.to_dict(), "taco_svd": structure_for(base, bridges).to_dict()})
@@ -108,7 +108,9 @@ def random_model(name: str, dtype: torch.dtype = torch.float32, bridges: bool = 
     return model.eval()
 
 
-def write_checkpoint(name: str, directory: Path, dtype: torch.dtype = torch.float32, bridges: bool = True) -> Path:
+def write_checkpoint(
+    name: str, directory: Path, dtype: torch.dtype = torch.float32, bridges: bool = True, seed: int = 7
+) -> Path:
     """Saves `random_model` as a checkpoint directory (without a tokenizer) and returns the directory."""
-    random_model(name, dtype, bridges).save_pretrained(directory)
+    random_model(name, dtype, bridges, seed).save_pretrained(directory)
     return directory

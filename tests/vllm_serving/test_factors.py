@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +15,14 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed here; `make test-vllm` sets it up and runs this", allow_module_level=True)
 
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.lora.layers.utils import _get_lora_device
 from vllm.model_executor.layers import linear
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+    record_metadata_for_reloading,
+)
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from taco_svd import Structure, TacoError
 from taco_svd.vllm.factors import FactorsConfig, FactorsMethod
@@ -27,6 +36,7 @@ SIZES = {
     "gate_proj": WIDE,
     "up_proj": WIDE,
 }
+QKV_ROWS = [SIZES["q_proj"], SIZES["k_proj"], SIZES["v_proj"]]
 
 
 @pytest.fixture(autouse=True)
@@ -207,6 +217,146 @@ def test_row_parallel(pivoted: bool, bias: bool, ranks: int, monkeypatch: pytest
     close(torch.stack(parts).sum(0), maps["mlp.down_proj"](x), WIDE, 17)
 
 
+RELOADED = {
+    "plain": ((5, False), (3, False), (7, False)),
+    "pivoted, dense, plain": ((5, True), (None, False), (7, False)),
+    "fused in the checkpoint": ((13, True),),
+    "row-parallel": ((17, False),),
+    "row-parallel, pivoted": ((17, True),),
+    "row-parallel, split at its rank": ((WIDE // 2, True),),  # as many columns are stored as a rank of two holds
+}
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kind", list(RELOADED))
+def test_weights_that_come_later_take_the_place_of_the_first(
+    kind: str, ranks: int, backwards: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As vLLM loads them again: what graphs have captured stays where it is, and is complete with the last tensor."""
+    row, fused = kind.startswith("row"), kind.startswith("fused")
+    layer_name = "mlp.down_proj" if row else "self_attn.qkv_proj"
+    names = [layer_name] if row or fused else [f"self_attn.{name}" for name in PACKED["qkv_proj"]]
+    outputs = [HIDDEN] if row else [sum(QKV_ROWS)] if fused else QKV_ROWS
+    inputs = WIDE if row else HIDDEN
+
+    def maps() -> dict[str, Map]:
+        return {
+            name: Map(rows, inputs, rank, pivoted, bias=True)
+            for name, rows, (rank, pivoted) in zip(names, outputs, RELOADED[kind], strict=True)
+        }
+
+    def pieces(maps: dict[str, Map]) -> list[tuple[Any, str, torch.Tensor]]:
+        shards = (None,) if len(names) == 1 else ("q", "k", "v")
+        found = [
+            (shard, *item) for shard, one in zip(shards, maps.values(), strict=True) for item in one.stored.items()
+        ]
+        return found[::-1] if backwards else found
+
+    first, second = maps(), maps()
+    totals: dict[int, torch.Tensor] = {}
+    x = torch.randn(4, inputs)
+    for rank in range(ranks):
+        on_rank(monkeypatch, rank, ranks)
+        config = config_for(first)
+        if fused:
+            config.packed_modules_mapping = {"qkv_proj": ["qkv_proj"]}
+        prefix = f"model.layers.0.{layer_name}"
+        layer: Any
+        if row:
+            layer = linear.RowParallelLinear(WIDE, HIDDEN, quant_config=config, prefix=prefix)
+        else:
+            layer = linear.QKVParallelLinear(HIDDEN, HEAD, HEADS, KV_HEADS, quant_config=config, prefix=prefix)
+        model = torch.nn.Sequential(layer)
+        record_metadata_for_reloading(model)
+        for shard, name, tensor in pieces(first):
+            load(layer, {name: tensor}, shard)
+        finished(layer)
+        places = {name: (parameter, parameter.data_ptr()) for name, parameter in layer.named_parameters()}
+
+        initialize_layerwise_reload(model)
+        coming = pieces(second)
+        for shard, name, tensor in coming[:-1]:
+            load(layer, {name: tensor}, shard)
+        assert get_layerwise_info(layer).can_load(), "finished before the last tensor came"
+        load(layer, {coming[-1][1]: coming[-1][2]}, coming[-1][0])
+        assert not get_layerwise_info(layer).can_load(), "not finished with the last tensor"
+        finalize_layerwise_reload(model, None)
+        for name, (parameter, place) in places.items():
+            assert layer.get_parameter(name) is parameter and parameter.data_ptr() == place
+
+        totals[rank] = layer(x.chunk(ranks, dim=1)[rank].contiguous() if row else x)[0].double()
+    if row:
+        found = torch.stack(list(totals.values())).sum(0)
+    else:
+        parts = [total.split([rows // ranks for rows in QKV_ROWS], dim=1) for total in totals.values()]
+        found = torch.cat([part[index] for index in range(3) for part in parts], 1)
+    close(found, torch.cat([one(x) for one in second.values()], 1), inputs, WIDE // 2)
+
+
+def test_a_pivot_that_a_later_update_leaves_out_is_missed() -> None:
+    layer, one = down_proj(pivoted=True)
+    model = torch.nn.Sequential(layer)
+    record_metadata_for_reloading(model)
+    load(layer, one.stored)
+    finished(layer)
+    initialize_layerwise_reload(model)
+    load(layer, {name: one.stored[name] for name in ("u", "v")})
+    # vLLM leaves there what lay in memory
+    layer.pivot = torch.nn.Parameter(torch.full((WIDE,), 2**30, dtype=torch.int32), requires_grad=False)
+    with pytest.raises(TacoError, match="without the pivot"):
+        finalize_layerwise_reload(model, None)
+
+
+def test_a_factor_that_is_written_out_takes_no_other_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by vLLM's reloading, which gives the loader memory of the checkpoint's shape, but past it."""
+    on_rank(monkeypatch, 1, 2)
+    layer, one = down_proj(pivoted=True)
+    load(layer, one.stored)
+    finished(layer)
+    with pytest.raises(TacoError, match="reload_weights"):
+        load(layer, {"v": one.stored["v"]})
+    before = layer.v.data.clone()
+    assert torch.equal(finished(layer).v, before)  # nothing is written out twice
+
+
+@pytest.mark.parametrize("pivoted", [False, True])
+def test_parameters_that_move_are_read_where_they_are(pivoted: bool) -> None:
+    """Offloading points parameters to other memory, or has copies stand in for them."""
+    layer, one = down_proj(pivoted)
+    load(layer, one.stored)
+    x = torch.randn(2, WIDE)
+    expected, _ = finished(layer)(x)
+    for parameter in layer.parameters():
+        first, parameter.data = parameter.data, parameter.data.clone()
+        first.zero_()
+    assert torch.equal(layer(x)[0], expected)
+    copies = {name: parameter.data.clone() for name, parameter in layer.named_parameters()}
+    held = [weakref.ref(copy) for copy in copies.values()]
+    layer.u.data.zero_()
+    assert torch.equal(torch.func.functional_call(layer, copies, (x,))[0], expected)
+    del copies
+    gc.collect()
+    assert not any(copy() is not None for copy in held)
+    assert torch.equal(layer(x)[0], torch.zeros_like(expected))
+
+
+def test_lora_finds_where_a_layer_lies() -> None:
+    layer, one = down_proj()
+    load(layer, one.stored)
+    assert _get_lora_device(finished(layer)) == layer.u.device
+    assert [name for name, _ in layer.named_parameters()] == ["v", "u"]
+
+
+def test_what_vllm_remembers_of_a_layer_does_not_keep_it_alive() -> None:
+    layer, _ = down_proj(pivoted=True)
+    record_metadata_for_reloading(layer)
+    gone = weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert gone() is None
+
+
 def test_layers_without_factors_stay_vllms_own() -> None:
     config = config_for({"mlp.down_proj": Map(HIDDEN, WIDE, 3)})
     layer: Any = linear.RowParallelLinear(WIDE, HIDDEN, quant_config=config, prefix="model.layers.0.self_attn.o_proj")
@@ -216,6 +366,8 @@ def test_layers_without_factors_stay_vllms_own() -> None:
 
 def test_the_given_quantisation_gets_the_dense_layers() -> None:
     class Inner(FactorsConfig):
+        online_quantization_config = None
+
         def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
             asked.append(prefix)
             return linear.UnquantizedLinearMethod()
@@ -226,6 +378,10 @@ def test_the_given_quantisation_gets_the_dense_layers() -> None:
     for name in ("mlp.down_proj", "self_attn.o_proj"):
         linear.RowParallelLinear(WIDE, HIDDEN, quant_config=config, prefix=f"model.layers.0.{name}")
     assert asked == ["model.layers.0.self_attn.o_proj"]
+    assert config.online_quantization_config is None
+    online: Any = object()
+    config.inner.online_quantization_config = online  # type: ignore[misc]
+    assert config.online_quantization_config is online
 
 
 def down_proj(pivoted: bool = False) -> tuple[Any, Map]:

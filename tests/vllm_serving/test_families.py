@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed here; `make test-vllm` sets it up and runs this", allow_module_level=True)
 
+import torch
+from safetensors.torch import save_file
+
 from .engine import agreement, prompts, vllm_answers
-from .random_checkpoints import VOCABULARY, write_checkpoint
+from .random_checkpoints import VOCABULARY, random_model, write_checkpoint
 
 TOKENS = 24
 # Logits of these models are below 10. Their float32 rounding errors: a few hundred operations deep, unit roundoff 6e-8.
 LOGPROB_TOLERANCE = 10 * 300 * 6e-8 / 10
 # vLLM's attention on a CPU approximates tanh where logits are capped; its dense Gemma 2 is off by as much.
 CAPPED_TOLERANCE = 5e-3
+
+
+def bind_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives each of two ranks a core."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip(f"tensor parallelism binds each rank to a core of its own; there is {len(cores)}")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[1]}")
 
 
 @pytest.mark.parametrize(
@@ -57,15 +70,66 @@ def test_an_architecture_that_vllm_has_not_runs_by_its_transformers_backend(name
 
 @pytest.mark.parametrize("name", ["llama", "phi3"])
 def test_two_ranks_decode_as_one(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < 2:
-        pytest.skip(f"tensor parallelism binds each rank to a core of its own; there is {len(cores)}")
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[1]}")
+    bind_ranks(monkeypatch)
     directory = write_checkpoint(name, tmp_path / name)
     asked = prompts(16, VOCABULARY)
     answers = vllm_answers(directory, asked, TOKENS, tensor_parallel_size=2)
     share, worst = agreement(directory, asked, answers)
     assert share == 1.0 and worst < LOGPROB_TOLERANCE
+
+
+@pytest.mark.parametrize("name, ranks", [("llama_biased", 2), ("phi3", 1)])
+def test_weights_that_are_loaded_again_decode_as_transformers_does(
+    name: str, ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What vLLM does after sleep at level 2, and where a model is trained while it is served.
+
+    With heads of their own: on a CPU vLLM packs a head while it loads it, and a tied one is not loaded again.
+    """
+    if ranks > 1:
+        bind_ranks(monkeypatch)
+    one, other = (write_checkpoint(name, tmp_path / str(seed), seed=seed) for seed in (7, 8))
+    asked = prompts(16, VOCABULARY)
+
+    def reload(engine: Any) -> None:
+        engine.collective_rpc("reload_weights", kwargs={"weights_path": str(other)})
+
+    answers = vllm_answers(one, asked, TOKENS, first=reload, tensor_parallel_size=ranks)
+    share, worst = agreement(other, asked, answers)
+    assert share == 1.0 and worst < LOGPROB_TOLERANCE
+
+
+def test_a_lora_adapter_decodes_as_its_definition_says(tmp_path: Path) -> None:
+    """On every map, factorised or dense: what transformers computes, and B A x beside it."""
+    from vllm.lora.request import LoRARequest
+
+    directory, adapter = write_checkpoint("llama", tmp_path / "llama"), tmp_path / "adapter"
+    rank, scale = 4, 2.0
+    stored: dict[str, torch.Tensor] = {}
+    for path, module in random_model("llama").named_modules():
+        if path.endswith("_proj"):
+            stored[f"{path}.lora_A.weight"] = torch.randn(rank, module.in_features) * 0.1  # type: ignore[operator]
+            stored[f"{path}.lora_B.weight"] = torch.randn(module.out_features, rank) * 0.1  # type: ignore[operator]
+    adapter.mkdir()
+    save_file(
+        {f"base_model.model.{name}": tensor for name, tensor in stored.items()}, adapter / "adapter_model.safetensors"
+    )
+    names = sorted({name.split(".")[-3] for name in stored})
+    options = {"peft_type": "LORA", "r": rank, "lora_alpha": rank * scale, "target_modules": names, "bias": "none"}
+    (adapter / "adapter_config.json").write_text(json.dumps(options))
+
+    def adapted(model: Any) -> None:
+        for path, module in model.named_modules():
+            if f"{path}.lora_A.weight" in stored:
+                product = stored[f"{path}.lora_B.weight"] @ stored[f"{path}.lora_A.weight"] * scale
+                module.register_forward_hook(lambda _, inputs, output, w=product: output + inputs[0] @ w.T)
+
+    asked = prompts(16, VOCABULARY)
+    request = LoRARequest("adapter", 1, str(adapter))
+    answers = vllm_answers(directory, asked, TOKENS, first=lambda engine: request, enable_lora=True, max_lora_rank=8)
+    share, worst = agreement(directory, asked, answers, change=adapted)
+    assert share == 1.0 and worst < LOGPROB_TOLERANCE
+    assert agreement(directory, asked, answers)[0] < 0.9, "the adapter changes nothing"
 
 
 def test_compiled_graphs_decode_as_transformers_does(tmp_path: Path) -> None:

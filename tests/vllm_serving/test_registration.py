@@ -6,6 +6,7 @@ import importlib.util
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +17,12 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed here; `make test-vllm` sets it up and runs this", allow_module_level=True)
 
 import transformers
+import vllm
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoConfig
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.transformers_utils.config import get_config, get_config_parser
 
@@ -25,7 +30,7 @@ from taco_svd import BridgeSpec, TacoError
 from taco_svd.checkpoint import DEFAULT_MODEL
 from taco_svd.structure import NarrowSpec, Structure
 from taco_svd.vllm import register
-from taco_svd.vllm.bridges import attach
+from taco_svd.vllm.bridges import Bridge, attach
 from taco_svd.vllm.models import ServedModel, decoder_layers, expected_weights
 from taco_svd.vllm.registration import as_vllm_expects
 
@@ -48,6 +53,18 @@ def test_registering_twice_changes_nothing() -> None:
     assert ModelRegistry.models == before
     assert type(get_config_parser("hf")) is parser
     assert not any(name.startswith("TacoTaco") for name in before)
+
+
+def test_what_vllm_remembers_of_a_model_class_is_of_this_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    entry: Any = ModelRegistry.models["TacoLlamaForCausalLM"]
+    found = entry.inspect_model_cls()
+    (file,) = (tmp_path / "modelinfos").iterdir()
+    assert vllm.__version__ in file.name and "TacoLlamaForCausalLM" in file.name
+    assert found.architecture == entry.inspect_model_cls().architecture == "TacoLlamaForCausalLM"
+    assert len(list((tmp_path / "modelinfos").iterdir())) == 1
 
 
 def test_vllm_sees_an_ordinary_config(llama: Path) -> None:
@@ -98,20 +115,24 @@ def test_expected_weights_are_those_of_the_checkpoint(name: str) -> None:
     assert any(key.endswith(".pivot") for key in expected) and any(key.endswith("bridge.v") for key in expected)
 
 
-class _Loader:
+class _Loader(nn.Module):
     """A model of vLLM's with three parameters, whose loader passes over the names in `unknown`."""
 
     unknown: tuple[str, ...] = ()
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Module(), nn.Module()
+        self.a.weight, self.b.v = nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(4))
+        self.other = nn.Parameter(torch.zeros(1))
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         return {name for name, _ in weights if name not in self.unknown}
-
-    def named_parameters(self) -> list[tuple[str, None]]:
-        return [("a.weight", None), ("b.v", None), ("other", None)]
 
 
 class _Served(ServedModel, _Loader):
     def __init__(self) -> None:
+        _Loader.__init__(self)
         self._taco_expected = {"a.weight": (2, 3), "b.v": (4,)}
 
 
@@ -131,6 +152,63 @@ def test_weights_that_a_loader_passes_over_stop_the_loading() -> None:
     served.unknown = ("other",)
     with pytest.raises(TacoError, match="filled 1 of its weights from nothing.*other.*serve it with transformers"):
         served.load_weights(whole.items())
+
+
+def test_weights_that_come_later_may_come_in_parts() -> None:
+    """Reinforcement learning sends them one after the other, each by a call of its own."""
+    served = _Served()
+    served.process_weights_after_loading()  # vLLM's call after the first ones, also after dummies
+    assert served.load_weights([("b.v", torch.zeros(4))]) == {"b.v"}
+    with pytest.raises(TacoError, match=r"b\.v is \(5,\)"):
+        served.load_weights([("b.v", torch.zeros(5))])
+
+
+@pytest.mark.parametrize("kind", ["online", "cache", "stored"])
+def test_what_vllm_computes_itself_is_not_missed(kind: str) -> None:
+    """Scales of layers that vLLM quantises while loading, and those of its key/value cache, are in no checkpoint."""
+
+    class Method:
+        uses_meta_device = kind == "online"
+
+    whole = {"a.weight": torch.zeros(2, 3), "b.v": torch.zeros(4), "other": torch.zeros(1)}
+    served = _Served()
+    served.a.weight_scale = nn.Parameter(torch.ones(1))
+    served.a.quant_method = BaseKVCacheMethod(None) if kind == "cache" else Method()
+    if kind == "stored":
+        with pytest.raises(TacoError, match=r"filled 1 of its weights from nothing.*a\.weight_scale"):
+            served.load_weights(whole.items())
+    else:
+        assert served.load_weights(whole.items()) == set(whole)
+
+
+@pytest.mark.parametrize("bridges, low_rank", [(True, False), (False, True), (False, False)])
+def test_batch_invariance_is_refused_where_it_would_not_hold(
+    bridges: bool, low_rank: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Built(Exception):
+        pass
+
+    class Base:
+        def __init__(self, **kwargs: Any) -> None:
+            raise Built
+
+    class Served(ServedModel, Base):  # type: ignore[misc]
+        pass
+
+    structure = Structure(
+        source_layers=2,
+        kept=(0,),
+        low_rank={0: {"mlp.up_proj": 3}} if low_rank else {},
+        bridges=(BridgeSpec(0, 2),) if bridges else (),
+    )
+    hf_config = SimpleNamespace(taco_svd=structure.to_dict())
+    config = SimpleNamespace(model_config=SimpleNamespace(hf_config=hf_config), quant_config=None)
+    with pytest.raises(Built):
+        Served(vllm_config=config)
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    refusal = pytest.raises(TacoError, match="BATCH_INVARIANT") if bridges or low_rank else pytest.raises(Built)
+    with refusal:
+        Served(vllm_config=config)
 
 
 def test_the_layers_are_found() -> None:
@@ -190,9 +268,35 @@ def test_bridges_do_the_same_to_a_pair_and_to_a_sum(bias: bool) -> None:
     assert nothing is None and torch.equal(alone, single)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_of_a_bridge_has_a_weight_that_changes_nothing(dtype: torch.dtype) -> None:
+    """vLLM fuses an all-reduce and the norm after it into a kernel that cannot do without the norm's weight."""
+    x, residual = torch.randn(7, 24).to(dtype), torch.randn(7, 24).to(dtype)
+    with set_current_vllm_config(VllmConfig()):
+        bridge = Bridge(24, BridgeSpec(0, 5, bias=False), dtype)
+        weightless: Any = RMSNorm(24, eps=bridge.eps, has_weight=False, dtype=dtype)
+        found = bridge.norm(x.clone(), residual.clone())
+        expected = weightless(x.clone(), residual.clone())
+        traced = make_fx(bridge.norm)(x.clone(), residual.clone())
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    norms = [node for node in traced.graph.nodes if "fused_add_rms_norm" in str(node.target)]
+    assert [node.args[2] is None for node in norms] == [False]
+    # nothing that a checkpoint must fill, nothing that it holds
+    assert [name for name, _ in bridge.named_parameters()] == ["v", "u"] == list(bridge.state_dict())
+    assert dict(bridge.named_buffers()).keys() == {"norm.weight"}
+
+
 def test_a_pair_of_unknown_meaning_is_refused() -> None:
     with pytest.raises(TacoError, match="StrangeLayer"):
         attach(StrangeLayer(), BridgeSpec(0, 2), 8, torch.float32)
+
+
+def test_a_layer_whose_forward_vllm_has_replaced_is_refused() -> None:
+    """As its prefetching of offloaded weights does: the bridge would be passed over in silence."""
+    layer = SingleLayer()
+    layer.forward = layer.forward  # type: ignore[method-assign]
+    with pytest.raises(TacoError, match="offload"):
+        attach(layer, BridgeSpec(0, 2), 8, torch.float32)
 
 
 def test_every_tested_architecture_has_a_class() -> None:

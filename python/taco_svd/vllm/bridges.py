@@ -43,7 +43,14 @@ class Bridge(nn.Module):
         self.v = nn.Parameter(torch.empty(spec.rank, hidden, dtype=dtype), requires_grad=False)
         self.u = nn.Parameter(torch.empty(hidden, spec.rank, dtype=dtype), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(hidden, dtype=dtype), requires_grad=False) if spec.bias else None
-        self.norm = RMSNorm(hidden, eps=spec.eps, has_weight=False, dtype=dtype)
+        self.norm = RMSNorm(hidden, eps=spec.eps, dtype=dtype)
+        # Ones, not has_weight=False: vLLM fuses a norm with the all-reduce before it into a kernel that needs a weight,
+        # also where there is none. A buffer, since no checkpoint holds it: vLLM's dummy weights leave it alone, and
+        # sleep mode keeps it.
+        ones = self.norm.weight.data
+        ones.weight_loader_numel = 0  # what vLLM waits for when weights are loaded a second time
+        del self.norm.weight
+        self.norm.register_buffer("weight", ones, persistent=False)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return taco_kernels.low_rank_bridge(hidden, self.v, self.u, self.bias, self.eps)
@@ -78,9 +85,14 @@ def attach(layer: nn.Module, spec: BridgeSpec, hidden: int, dtype: torch.dtype) 
     """Makes a decoder layer of vLLM pass its output through a bridge (with empty weights), in place.
 
     Raises:
-        TacoError: the layer's class returns a pair whose meaning is not known.
+        TacoError: the layer's class returns a pair whose meaning is not known, or vLLM has replaced its forward.
     """
     base: Any = type(layer)
+    if "forward" in vars(layer):  # it would go on calling the one without a bridge
+        raise TacoError(
+            "vLLM moves this model's weights in and out around each layer's call, which is not supported for models "
+            "with bridges; leave out --offload-group-size, or use --cpu-offload-gb where memory can be shared (UVA)."
+        )
     definer = next(cls for cls in base.__mro__ if "forward" in vars(cls))
     # layers that hand on a pair take one
     if "residual" in inspect.signature(definer.forward).parameters and definer.__name__ not in PAIRS:

@@ -6,7 +6,9 @@ that hold none are passed on to the quantisation that vLLM was started with, or 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -53,6 +55,11 @@ class FactorsConfig(QuantizationConfig):
             return self.inner.get_quant_method(layer, prefix)
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
+    @property
+    def online_quantization_config(self) -> Any:
+        """What vLLM was told to quantise while loading, besides what the checkpoint's own quantisation says."""
+        return None if self.inner is None else self.inner.online_quantization_config
+
     def get_name(self) -> Any:
         return "taco_svd"
 
@@ -81,22 +88,25 @@ class FactorsConfig(QuantizationConfig):
         return WeightsMapper()
 
 
-class Factors(nn.Module):
-    """One factorised map of a layer: parameters `v`, `u`, and `pivot` (int32) or None."""
+class Pieces:
+    """Matrices and vectors of given shapes that lie one after the other in one flat tensor."""
 
-    def __init__(self, v: torch.Tensor, u: torch.Tensor, pivot: torch.Tensor | None) -> None:
-        super().__init__()
-        self.v = nn.Parameter(v, requires_grad=False)
-        self.u = nn.Parameter(u, requires_grad=False)
-        self.pivot = None if pivot is None else nn.Parameter(pivot, requires_grad=False)
+    def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
+        self.shapes = list(shapes)
+        self.sizes = [math.prod(shape) for shape in shapes]
+
+    def of(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """Views of `flat`, one per shape."""
+        return [piece.view(shape) for piece, shape in zip(flat.split(self.sizes), self.shapes, strict=True)]
 
 
 class FactorsMethod(LinearMethodBase):
     """What a linear layer of vLLM holds and computes when some or all of its maps are factorised.
 
-    While weights are loaded the layer has parameters with the checkpoint's names: `v`, `u`, `pivot` hold the factors of
-    all its maps one after the other, `weight` the dense maps' rows. Afterwards `layer.factors` has one `Factors` per
-    factorised map, views of the same memory, and `layer.dense` the dense rows as vLLM's own method keeps them.
+    The layer has parameters with the checkpoint's names: `v`, `u`, `pivot` hold the factors of all its maps one after
+    the other, `weight` the dense maps' rows. They stay its parameters after loading, and `apply` reads views of them.
+    vLLM counts on that: it copies weights that come later (sleep mode, reinforcement learning) to where captured graphs
+    read the first ones, and points parameters elsewhere to offload them.
 
     A column-parallel layer holds its rows of u and all of v, a row-parallel one its columns of v and all of u. vLLM's
     own weight loader of the layer does the slicing, so that every kind of layer is split as its dense maps would be.
@@ -135,72 +145,80 @@ class FactorsMethod(LinearMethodBase):
             sizes = getattr(layer, "output_sizes", None) or [output_size]
             if member.rank > min(input_size, sum(sizes[member.first : member.last])):
                 raise TacoError(f"{self.name}: rank {member.rank} of a {sum(sizes)} x {input_size} map.")
-        columns = [self._stored_columns(member) for member in self.factorised]
-        self.v_shapes = [(member.rank or 0, wide) for member, wide in zip(self.factorised, columns, strict=True)]
-        self.u_shapes = [(member.rows(self.partitions), member.rank or 0) for member in self.factorised]
-        self.pivot_shapes = [(input_size,) if member.pivoted else (0,) for member in self.factorised]
-        shapes: dict[str, tuple[list[Any], torch.dtype]] = {
-            "v": (self.v_shapes, params_dtype),
-            "u": (self.u_shapes, params_dtype),
-            "pivot": (self.pivot_shapes, torch.int32),
-        }
-        for kind, (stored, dtype) in shapes.items():
-            size = sum(torch.Size(shape).numel() for shape in stored)
-            if not size and kind == "pivot":
-                continue
-            flat = nn.Parameter(torch.empty(size, dtype=dtype), requires_grad=False)
-            layer.register_parameter(kind, flat)
-            set_weight_attrs(flat, {"weight_loader": self._loader_of(kind, layer, loader)})
-            if kind == "pivot":  # an index that nothing fills (--load-format dummy) must still be one
-                for part in self._parts(flat, stored):
-                    part.copy_(torch.arange(part.numel()))
+        # as they are loaded; the columns of a pivoted v are split only once the pivot has come as well
+        self.stored_v = Pieces([(m.rank or 0, self._stored_columns(m)) for m in self.factorised])
+        # as they are computed with
+        self.held_v = Pieces([(m.rank or 0, self._held_columns(m)) for m in self.factorised])
+        self.u = Pieces([(m.rows(self.partitions), m.rank or 0) for m in self.factorised])
+        self.pivot = Pieces([(input_size,) if m.pivoted else (0,) for m in self.factorised])
+        self.gathers = any(self.pivot.sizes) and not self.split_inputs
+        self._register(layer, "v", torch.empty(sum(self.stored_v.sizes), dtype=params_dtype), loader)
+        self._register(layer, "u", torch.empty(sum(self.u.sizes), dtype=params_dtype), loader)
+        # LoRA asks where a layer's weight lies, by the names of vLLM's own methods. No second name of a parameter.
+        layer.__dict__["weight_packed"] = layer.u
+        if any(self.pivot.sizes):  # an index that nothing fills (--load-format dummy) must still be one
+            data = torch.cat([torch.arange(size, dtype=torch.int32) for size in self.pivot.sizes])
+            self._register(layer, "pivot", data, loader)
         if self.dense:
             rows = sum(member.rows(self.partitions) for member in self.dense)
-            weight = nn.Parameter(torch.empty(rows, input_size_per_partition, dtype=params_dtype), requires_grad=False)
-            layer.register_parameter("weight", weight)
-            set_weight_attrs(weight, {"weight_loader": self._loader_of("weight", layer, loader)})
+            self._register(layer, "weight", torch.empty(rows, input_size_per_partition, dtype=params_dtype), loader)
 
     def _stored_columns(self, member: Member) -> int:
-        """Columns of `v` as it is loaded."""
-        assert member.rank is not None
-        if member.pivoted:  # split only once the pivot has come as well
-            return self.inputs - member.rank
-        return self.local_inputs
+        return self.inputs - (member.rank or 0) if member.pivoted else self.local_inputs
 
-    @staticmethod
-    def _parts(flat: torch.Tensor, shapes: list[Any]) -> list[torch.Tensor]:
-        """Views of consecutive pieces of `flat`, of the given shapes."""
-        sizes = [torch.Size(shape).numel() for shape in shapes]
-        return [piece.view(shape) for piece, shape in zip(flat.split(sizes), shapes, strict=True)]
+    def _held_columns(self, member: Member) -> int:
+        return self.local_inputs if self.split_inputs else self._stored_columns(member)
 
-    def _loader_of(self, kind: str, layer: nn.Module, loader: Callable[..., None]) -> Callable[..., None]:
-        def load(param: nn.Parameter, loaded: torch.Tensor, shard: Any = None) -> None:
-            span = shard_span(shard, len(self.partitions))
-            if kind == "weight":
-                at = 0
-                for member in self.dense:
-                    rows = member.rows(self.partitions)
-                    if (member.first, member.last) == span:
-                        self._local_rows(loader, loaded, shard, member, param.data[at : at + rows])
-                        return
-                    at += rows
-            else:
-                for index, member in enumerate(self.factorised):
-                    if (member.first, member.last) == span:
-                        self._load_factor(kind, index, loader, param, loaded, shard)
-                        return
-            raise TacoError(f"{self.name}: the checkpoint's {kind} for {shard!r} does not fit its structure.")
+    def _register(self, layer: nn.Module, kind: str, data: torch.Tensor, loader: Any) -> None:
+        """Makes `data` the layer's parameter `kind`, to be loaded by `_load`."""
+        name = loader.__name__
 
-        return load
+        # A method of the layer, as vLLM's own loaders are: what vLLM remembers of it does not keep the layer alive.
+        def load(layer: nn.Module, param: nn.Parameter, loaded: torch.Tensor, shard: Any = None) -> None:
+            self._load(kind, getattr(layer, name), param, loaded, shard)
+
+        # vLLM finishes a layer that is loaded a second time once as many elements have been copied as are expected.
+        # What goes through the layer's own loader is copied twice: there, and to its place.
+        twice = kind in ("u", "weight") or (kind == "v" and self.split_inputs and not self.factorised[0].pivoted)
+        param = nn.Parameter(data, requires_grad=False)
+        layer.register_parameter(kind, param)
+        set_weight_attrs(
+            param, {"weight_loader": MethodType(load, layer), "weight_loader_numel": data.numel() * (2 if twice else 1)}
+        )
+
+    def _load(
+        self, kind: str, loader: Callable[..., None], param: nn.Parameter, loaded: torch.Tensor, shard: Any
+    ) -> None:
+        """Copies a tensor of the checkpoint, or this rank's part of it, to its place in a parameter of the layer."""
+        span = shard_span(shard, len(self.partitions))
+        if kind == "weight":
+            at = 0
+            for member in self.dense:
+                rows = member.rows(self.partitions)
+                if (member.first, member.last) == span:
+                    self._local_rows(loader, loaded, shard, member, param.data[at : at + rows])
+                    return
+                at += rows
+        else:
+            for index, member in enumerate(self.factorised):
+                if (member.first, member.last) == span:
+                    self._load_factor(kind, index, loader, param, loaded, shard)
+                    return
+        raise TacoError(f"{self.name}: the checkpoint's {kind} for {shard!r} does not fit its structure.")
 
     def _load_factor(
         self, kind: str, index: int, loader: Callable[..., None], param: nn.Parameter, loaded: torch.Tensor, shard: Any
     ) -> None:
         member = self.factorised[index]
         if kind == "u":
-            self._local_rows(loader, loaded, shard, member, self._parts(param.data, self.u_shapes)[index])
+            self._local_rows(loader, loaded, shard, member, self.u.of(param.data)[index])
             return
-        target = self._parts(param.data, self.v_shapes if kind == "v" else self.pivot_shapes)[index]
+        if kind == "v" and getattr(param, "written_out", False):
+            raise TacoError(
+                f"{self.name}: this rank holds its part of the pivoted map, written out; weights that come later must "
+                "come through vLLM's reload_weights or update_weights, not load_weights."
+            )
+        target = (self.stored_v if kind == "v" else self.pivot).of(param.data)[index]
         if kind == "v" and self.split_inputs and not member.pivoted:
             # never fused: such a layer has one output
             taken = nn.Parameter(torch.empty_like(target), requires_grad=False)
@@ -236,56 +254,57 @@ class FactorsMethod(LinearMethodBase):
         target.copy_(room.data[start : start + member.rows(self.partitions)])
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Turns the loaded parameters into what `apply` reads."""
-        vs = self._parts(layer.v.data, self.v_shapes)
-        us = self._parts(layer.u.data, self.u_shapes)
-        pivots: list[torch.Tensor | None] = [None] * len(vs)
-        if any(member.pivoted for member in self.factorised):
-            for index, pivot in enumerate(self._parts(layer.pivot.data, self.pivot_shapes)):
-                if not self.factorised[index].pivoted:
-                    continue
-                if self.split_inputs:
-                    start = layer.tp_rank * self.local_inputs
-                    vs[index] = right_factor(vs[index], pivot, start, start + self.local_inputs)
-                else:
-                    pivots[index] = pivot
-            del layer.pivot
-        layer.factors = nn.ModuleList(Factors(*factors) for factors in zip(vs, us, pivots, strict=True))
-        del layer.v, layer.u
+        """Turns the loaded parameters into what `apply` reads.
+
+        Raises:
+            TacoError: a pivot is no permutation: it was left out where weights were loaded a second time.
+        """
+        for member, pivot in self._pivots(layer):
+            if not is_permutation(pivot):
+                raise TacoError(f"{self.name}: weights were loaded without the pivot of {member.path}.")
+            if self.split_inputs and not getattr(layer.v, "written_out", False):
+                start = layer.tp_rank * self.local_inputs
+                (stored,) = self.stored_v.of(layer.v.data)  # never fused: such a layer has one output
+                # the same parameter, of another size: offloading remembers which ones it has moved
+                layer.v.data = right_factor(stored, pivot, start, start + self.local_inputs).flatten()
+                layer.v.written_out = True
         if self.dense_method is not None:
-            # In a module of its own, without a bias: vLLM's method may pack the weight and convert the bias in place.
-            layer.dense = nn.Module()
-            layer.dense.weight = layer.weight
-            del layer.weight
-            self.dense_method.process_weights_after_loading(layer.dense)
+            # Without the bias, which vLLM's method may convert in place: the factorised maps take their part of it.
+            bias, layer.bias = layer.bias, None
+            self.dense_method.process_weights_after_loading(layer)
+            layer.bias = bias
+
+    def _pivots(self, layer: Any) -> list[tuple[Member, torch.Tensor]]:
+        if not any(self.pivot.sizes):
+            return []
+        pieces = zip(self.factorised, self.pivot.of(layer.pivot.data), strict=True)
+        return [(member, pivot) for member, pivot in pieces if member.pivoted]
 
     # -- computing -------------------------------------------------------------------------------------------
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``x`` [..., in on this rank] through all maps of the layer: [..., sum of its partitions on this rank]."""
         outputs: dict[int, torch.Tensor] = {}
-        plain: list[tuple[Member, Any]] = []
-        for member, factors in zip(self.factorised, layer.factors, strict=True):
-            if factors.pivot is None:
-                plain.append((member, factors))
+        plain: list[tuple[Member, torch.Tensor, torch.Tensor]] = []
+        for member, (v, u, pivot) in zip(self.factorised, self._factors(layer), strict=True):
+            if pivot is None:
+                plain.append((member, v, u))
             else:
-                outputs[member.first] = taco_kernels.pivoted_low_rank_linear(
-                    x, factors.v, factors.u, factors.pivot, self._bias(bias, member)
-                )
+                outputs[member.first] = taco_kernels.pivoted_low_rank_linear(x, v, u, pivot, self._bias(bias, member))
         if len(plain) == 1:
-            member, factors = plain[0]
-            outputs[member.first] = taco_kernels.low_rank_linear(x, factors.v, factors.u, self._bias(bias, member))
+            member, v, u = plain[0]
+            outputs[member.first] = taco_kernels.low_rank_linear(x, v, u, self._bias(bias, member))
         elif plain:
             group = taco_kernels.low_rank_linear_group(
                 x,
-                [factors.v for _, factors in plain],
-                [factors.u for _, factors in plain],
-                [self._bias(bias, member) for member, _ in plain],
+                [v for _, v, _ in plain],
+                [u for _, _, u in plain],
+                [self._bias(bias, member) for member, _, _ in plain],
             )
-            for (member, _), output in zip(plain, group, strict=True):
+            for (member, _, _), output in zip(plain, group, strict=True):
                 outputs[member.first] = output
         if self.dense_method is not None:
-            together = self.dense_method.apply(layer.dense, x, None)
+            together = self.dense_method.apply(layer, x, None)
             parts = together.split([member.rows(self.partitions) for member in self.dense], dim=-1)
             for member, output in zip(self.dense, parts, strict=True):
                 share = self._bias(bias, member)
@@ -294,6 +313,24 @@ class FactorsMethod(LinearMethodBase):
             return next(iter(outputs.values()))
         return torch.cat([outputs[first] for first in sorted(outputs)], dim=-1)
 
+    def _factors(self, layer: Any) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+        """(v, u, pivot where inputs are gathered) of each factorised map: views of the layer's parameters."""
+        flat = [layer.v, layer.u, layer.pivot] if self.gathers else [layer.v, layer.u]
+        # Cutting takes as long as a small map does. It is done once where kernels are called one by one, and again when
+        # the parameters have moved. Copies that stand in for offloaded parameters are not held on to.
+        once = not torch.compiler.is_compiling() and all(isinstance(tensor, nn.Parameter) for tensor in flat)
+        if once:
+            places = [tensor.data_ptr() for tensor in flat]
+            before, factors = layer.__dict__.get("_taco_factors", (None, []))
+            if before == places:
+                return factors
+        pivots = [p if p.numel() else None for p in self.pivot.of(layer.pivot)] if self.gathers else []
+        cut = zip(self.held_v.of(layer.v), self.u.of(layer.u), pivots or [None] * len(self.factorised), strict=True)
+        factors = list(cut)
+        if once:
+            layer.__dict__["_taco_factors"] = (places, factors)
+        return factors
+
     def _bias(self, bias: torch.Tensor | None, member: Member) -> torch.Tensor | None:
         if bias is None or len(self.members) == 1:
             return bias
@@ -301,4 +338,4 @@ class FactorsMethod(LinearMethodBase):
         return bias[start : start + member.rows(self.partitions)]
 
 
-__all__ = ["Factors", "FactorsConfig", "FactorsMethod"]
+__all__ = ["FactorsConfig", "FactorsMethod"]

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
+from vllm import envs
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.model_executor.models.utils import PPMissingLayer
 
@@ -36,9 +38,17 @@ RENAMED = {
 class ServedModel:
     """Mixin over a model class of vLLM."""
 
+    _taco_loaded = False  # whether the first weights are complete
+
     def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:
         hf_config = vllm_config.model_config.hf_config
         structure = Structure.from_dict(getattr(hf_config, "taco_svd", None))
+        if envs.VLLM_BATCH_INVARIANT and (structure.low_rank or structure.bridges):
+            export = "" if structure.bridges else ", or export the checkpoint (taco-svd export DIR --dense OUT)"
+            raise TacoError(
+                "VLLM_BATCH_INVARIANT asks for results that do not depend on the batch, and those of low-rank maps do: "
+                f"different kernels compute few rows and many, and round at different places. Unset it{export}."
+            )
         factors = FactorsConfig(structure, vllm_config.quant_config)
         factors.packed_modules_mapping = dict(getattr(self, "packed_modules_mapping", None) or {})
         # for the time of building only: a draft model that is built from the same config is none of ours
@@ -66,6 +76,8 @@ class ServedModel:
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
         """Loads a checkpoint, and raises where vLLM would leave weights that it lacks at random values.
 
+        Weights that come later, to replace the first ones, may come in parts.
+
         Raises:
             TacoError: the checkpoint lacks weights, or has some of the wrong shape.
         """
@@ -82,19 +94,42 @@ class ServedModel:
                 yield name, weight
 
         loaded = super().load_weights(watched())  # type: ignore[misc]
+        if self._taco_loaded:
+            return loaded
         if missing:
             raise TacoError(
                 f"{len(missing)} weights are missing from the checkpoint (first: {min(missing)}); it is incomplete. "
                 "Copy it again, or compress again."
             )
         # some of vLLM's loaders pass over names that they do not know
-        empty = [] if loaded is None else [name for name, _ in self.named_parameters() if name not in loaded]  # type: ignore[attr-defined]
+        empty = set() if loaded is None else unfilled(self, loaded)  # type: ignore[arg-type]
         if empty:
             raise TacoError(
                 f"vLLM's {type(self).__name__} filled {len(empty)} of its weights from nothing in the checkpoint "
                 f"(first: {min(empty)}); serve it with transformers."
             )
         return loaded
+
+    def process_weights_after_loading(self) -> None:
+        """vLLM calls this once the first weights are there, also where they are dummies."""
+        self._taco_loaded = True
+        after = getattr(super(), "process_weights_after_loading", None)
+        if after is not None:
+            after()
+
+
+def unfilled(model: nn.Module, loaded: Iterable[str]) -> set[str]:
+    """Names of the model's parameters that are not among those loaded, but should be.
+
+    A checkpoint does not hold what vLLM computes itself: the weights and scales of layers that it quantises while it
+    loads them, and the scales of a quantised key/value cache.
+    """
+    names = {name for name, _ in model.named_parameters()} - set(loaded)
+    for prefix, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        if getattr(method, "uses_meta_device", False) or isinstance(method, BaseKVCacheMethod):
+            names -= {f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters()}
+    return names
 
 
 def expected_weights(hf_config: Any) -> dict[str, tuple[int, ...]]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import vllm
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.transformers_utils import config as vllm_config_module
@@ -34,8 +36,19 @@ def register_models() -> None:
             continue
         if served not in ModelRegistry.models:
             ModelRegistry.register_model(served, f"{__package__}.models:{served}")
+            _remember_per_version(ModelRegistry.models[served])
         if architecture in MODELS_CONFIG_MAP:  # what vLLM sets for this architecture, it must set for ours
             MODELS_CONFIG_MAP[served] = MODELS_CONFIG_MAP[architecture]
+
+
+def _remember_per_version(entry: Any) -> None:
+    """Has vLLM keep what it finds out about a model class in a file of this vLLM version's.
+
+    It reads the file as long as our models.py is the same, but all that it says is about vLLM's class.
+    """
+    if hasattr(entry, "_get_cache_filename"):  # no more than a cache: another vLLM may do without
+        name = f"{vllm.__version__}-{entry._get_cache_filename()}"
+        object.__setattr__(entry, "_get_cache_filename", partial(str, name))  # it is frozen
 
 
 def register_parser() -> None:
