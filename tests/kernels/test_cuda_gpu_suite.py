@@ -1,10 +1,13 @@
 """benchmarks/gpu_suite.py without a GPU: its whole path on tiny shapes, and that it can tell right from wrong."""
 
+import contextlib
+import importlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -302,3 +305,128 @@ def test_shapes_cover_what_is_promised(gpu):
         assert set(layers) <= {(p.in_size, p.out_size) for p in points if p.op == "low_rank_linear"}, name
     assert all(p.in_size == p.out_size for p in points if p.op == "low_rank_bridge")
     assert torch.finfo(getattr(torch, points[0].dtype)).bits == 16
+
+
+class FakeGraph:
+    """Notes how many calls a capture held; a replay takes a microsecond of the fake clock for each."""
+
+    capturing: "FakeGraph | None" = None
+    clock = 0.0
+
+    def __init__(self):
+        self.calls = 0
+
+    def replay(self):
+        FakeGraph.clock += self.calls / 1000
+
+
+class FakeEvent:
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = FakeGraph.clock
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, other):
+        return other.at - self.at
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """As much of torch.cuda as timing needs, without a GPU: a graph's time is the number of calls that it holds."""
+
+    @contextlib.contextmanager
+    def graph(graph):
+        FakeGraph.capturing = graph
+        yield
+        FakeGraph.capturing = None
+
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    stand_ins = {
+        "CUDAGraph": FakeGraph, "graph": graph, "Event": FakeEvent, "Stream": lambda: stream,
+        "stream": contextlib.nullcontext, "current_stream": lambda: stream, "synchronize": lambda: None,
+        "_sleep": lambda cycles: None,
+    }  # fmt: skip
+    for name, value in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+
+def call_of(microseconds):
+    def version(inputs):
+        if FakeGraph.capturing is not None:
+            FakeGraph.capturing.calls += microseconds
+
+    return version
+
+
+def test_times_are_per_call_whatever_the_number_of_sets(gpu, fake_cuda):
+    def broken(inputs):
+        if FakeGraph.capturing is not None:
+            raise RuntimeError("not permitted when stream is capturing")
+
+    timing = importlib.import_module("gpu.timing")
+    versions = {
+        "one": (call_of(3), ["a", "b"]),
+        "long": (call_of(5000), ["a", "b", "c"]),
+        "broken": (broken, ["a", "b"]),
+    }
+    found = timing.time_on_gpu(versions, replays=5)
+    assert found["one"] == {"p20": 3.0, "p50": 3.0, "p80": 3.0}
+    assert found["long"]["p50"] == 5000.0
+    assert "not permitted" in found["broken"]["error"] and "p50" not in found["broken"]
+
+
+def test_host_time_of_eager_calls_is_measured_without_a_graph(gpu, fake_cuda):
+    timing = importlib.import_module("gpu.timing")
+    assert 0 < timing.eager_overhead(call_of(1), None, calls=3) < 1e5
+
+
+def test_what_is_timed_later_is_compiled_ahead(gpu, monkeypatch):
+    """Every process takes its share of the points, and what fails does not stop the rest."""
+    parts = importlib.import_module("gpu.parts")
+    seen = []
+
+    def compiled(inputs):
+        seen.append((inputs.op, inputs.x.shape[0]))
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(gpu.bench, "compiled", compiled)
+    points = [gpu.shapes.Point("low_rank_linear", 24, 40, 512, rows) for rows in (512, 1, 16, 3)]
+    monkeypatch.setattr(gpu.shapes, "quick_points", lambda: points)
+    for shard in ("0/2", "1/2"):
+        number, of = map(int, shard.split("/"))
+        suite = types.SimpleNamespace(
+            dry=False, quick=True, device="cpu", processors=4, usable=lambda: ["library"],
+            budget=types.SimpleNamespace(spent=False), mine=lambda at, number=number, of=of: at % of == number,
+        )  # fmt: skip
+        assert parts.warm(suite)
+    assert sorted(seen) == [("low_rank_linear", 1), ("low_rank_linear", 16), ("low_rank_linear", 512)]
+
+
+@pytest.mark.parametrize(
+    ("tool", "verdict"),
+    [
+        ('echo "Device not supported"; exit 1', "does not work here"),
+        ('echo "Invalid write" > "$log"; exit 9', "FOUND"),
+        ('echo \'{"points": {"a": {}}}\' > $out/check-small.json', "nothing"),
+        ("sleep 60", "not done after"),
+    ],
+)
+def test_what_compute_sanitizer_says(gpu, tmp_path, tool, verdict):
+    parts = importlib.import_module("gpu.parts")
+    script = tmp_path / "compute-sanitizer"
+    # --log-file LOG is the tool's, --out FOLDER the suite's
+    arguments = 'while [ $# -gt 0 ]; do case "$1" in --log-file) log=$2;; --out) out=$2;; esac; shift; done\n'
+    script.write_text(f"#!/bin/bash\n{arguments}{tool}\n")
+    script.chmod(0o755)
+    point = parts._sanitized(str(script), "memcheck", 5.0 if tool.startswith("sleep") else 60.0)
+    assert point["ok"] == (verdict != "FOUND")
+    if verdict == "FOUND":
+        assert "Invalid write" in point["log"]
+    elif verdict == "nothing":
+        assert "skipped" not in point
+    else:
+        assert verdict in point["skipped"]
