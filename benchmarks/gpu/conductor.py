@@ -20,8 +20,9 @@ from .store import RUNNING, failed, forget_failed, write_json
 
 SUITE = Path(__file__).resolve().parents[1] / "gpu_suite.py"
 FOREVER = float("inf")
-# A process that has not come to another point for so long hangs: compiling a point's kernels takes far less.
-STALL_SECONDS = 75.0
+# A process that has not come to another point for so long hangs. Where a point is many kernels to compile, or a full SVD
+# to compare with, it may take the longer of them.
+STALL_SECONDS, LONG_STALL_SECONDS = 75.0, 180.0
 # What a process may take beyond its budget for the point that it is at.
 GRACE_SECONDS = 60.0
 MOST_DEATHS = 3
@@ -52,12 +53,12 @@ def plan(workers: int) -> list[Step]:
     return [
         Step("build", 0.5, stall=FOREVER),
         Step("check", 0.2, ("--only", "cuda", "--only", "cuda dependent")),
-        Step("bench", 0.3, ("--rows", "decode")),
+        Step("bench", 0.3, ("--rows", "decode"), stall=LONG_STALL_SECONDS),
         Step("check", 0.25, ("--only", "triton", "--only", "cpp", "--only", "library"), workers),
         Step("sanitize", 0.2, stall=FOREVER),
-        Step("tune", 0.2),
-        Step("bench", 0.3, ("--rows", "prefill")),
-        Step("svd", 0.15),
+        Step("tune", 0.2, stall=LONG_STALL_SECONDS),
+        Step("bench", 0.3, ("--rows", "prefill"), stall=LONG_STALL_SECONDS),
+        Step("svd", 0.15, stall=LONG_STALL_SECONDS),
     ]
 
 
