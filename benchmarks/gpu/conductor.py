@@ -20,8 +20,8 @@ from .store import RUNNING, failed, forget_failed, write_json
 
 SUITE = Path(__file__).resolve().parents[1] / "gpu_suite.py"
 FOREVER = float("inf")
-# A process that has not come to another point for so long hangs. Where a point is many kernels to compile, or a full SVD
-# to compare with, it may take the longer of them.
+# A process that has not come to another point for so long hangs. Where a point is many kernels to compile, or a full
+# SVD to compare with, it may take the longer of them.
 STALL_SECONDS, LONG_STALL_SECONDS = 75.0, 180.0
 # What a process may take beyond its budget for the point that it is at.
 GRACE_SECONDS = 60.0
