@@ -36,15 +36,15 @@ class Store:
     """``points`` by key in ``<out>/<part>.json``; what a former process left there counts as done.
 
     ``same`` is what must agree for old points to count (the device, the versions, the sources): numbers of two machines
-    in one file would be worse than none.
+    in one file would be worse than none. Without ``resume`` no old point counts.
     """
 
-    def __init__(self, out: Path, part: str, same: dict[str, Any]) -> None:
+    def __init__(self, out: Path, part: str, same: dict[str, Any], resume: bool = True) -> None:
         self.path = out / f"{part}.json"
         self.part = part
         self.content: dict[str, Any] = {"part": part, **same, "complete": False, "points": {}}
         self._saved = 0.0
-        if self.path.exists():
+        if resume and self.path.exists():
             old = json.loads(self.path.read_text())
             if all(old.get(key) == value for key, value in same.items()):
                 self.content = {**old, "complete": False}

@@ -102,7 +102,7 @@ def test_all_names_every_method_once(dense: Path, invoke) -> None:
 def test_statistics_are_gathered_once_for_all_methods_and_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
     collect = Moments.collect
-    monkeypatch.setattr(Moments, "collect", lambda self, tokens: passes.append(1) or collect(self, tokens))
+    monkeypatch.setattr(Moments, "collect", lambda self, *given: passes.append(1) or collect(self, *given))
     tokens = torch.randint(3, VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(2))
     methods = ["fwsvd", "asvd", "svd-llm", "zs-svd", "modegpt"]
     result = run_comparison(
