@@ -53,6 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", choices=("decode", "prefill"), help=argparse.SUPPRESS)  # bench these
     parser.add_argument("--shard", help=argparse.SUPPRESS)  # i/n: the i-th of n processes that share the points
     options = parser.parse_args(arguments)
+    if "warm" in (options.part or ()) and not options.inside:
+        parser.error("--part warm belongs to the parts that time what it compiles; name those")
     if not options.dry_run and not torch.cuda.is_available():
         print("No GPU is visible to torch: nothing was run (--dry-run tries the suite's code on the CPU).")
         return 2

@@ -39,13 +39,15 @@ class Step(NamedTuple):
     options: tuple[str, ...] = ()
     workers: int = 1
     stall: float = STALL_SECONDS
+    grace: float = GRACE_SECONDS
 
     @property
     def name(self) -> str:
         return " ".join([self.part, *(option for option in self.options if not option.startswith("--"))])
 
 
-WARM = Step("warm", 0.25)
+# It has no points, and nothing of it is missed that is cut short.
+WARM = Step("warm", 0.25, stall=FOREVER, grace=0.0)
 
 
 def plan(workers: int) -> list[Step]:
@@ -88,10 +90,8 @@ class Worker:
         """Looks after the process; true once it came to an end, or died too often."""
         code = self.process.poll()
         if code is None:
-            now = time.monotonic()
-            if now > self.end + GRACE_SECONDS:
-                self._died("killed: far beyond its time")
-                return True
+            if time.monotonic() > self.end + self.step.grace:
+                return self._died("killed: far beyond its time")
             if time.time() - self.mark.stat().st_mtime > self.step.stall:
                 return self._died(f"killed: no new point in {self.step.stall:.0f} s")
             return False
@@ -120,6 +120,16 @@ class Worker:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
+
+
+def wait_for(workers: list[Worker]) -> None:
+    """Looks after processes until all have come to an end, or died too often; none is left, whatever happens."""
+    try:
+        while not all([worker.finished() for worker in workers]):  # noqa: C419 - every one is looked after
+            time.sleep(0.05)
+    finally:
+        for worker in workers:
+            worker.stop()
 
 
 def merged(target: Path, parts: list[Path]) -> None:
@@ -159,7 +169,7 @@ class Conductor:
         self.workers = workers
         self.steps = [step for step in plan(workers) if step.part in parts]
         self.record: list[dict[str, Any]] = []
-        self.warming: list[Worker] = []
+        self.warming: list[Worker] | None = None  # before it has begun; nobody once it is over
 
     @property
     def left(self) -> float:
@@ -172,25 +182,17 @@ class Conductor:
             try:
                 for number, step in enumerate(self.steps):
                     later = self.steps[number:]
-                    if step.part != "build" and not self.warming and any(s.part in ("tune", "bench") for s in later):
+                    timed_later = any(s.part in ("tune", "bench") for s in later)
+                    if step.part != "build" and self.warming is None and timed_later:
                         self.warming = self._started(WARM._replace(workers=self.workers), scratch)
                     if step.part in ("tune", "bench", "svd") or step.workers > 1:
-                        self._warmed()
+                        wait_for(self.warming or [])  # nothing is timed beside them
+                        self.warming = []
                     self._step(step, scratch)
             finally:
-                for worker in self.warming:
+                for worker in self.warming or []:
                     worker.stop()
         return all(entry["ok"] for entry in self.record)
-
-    def _warmed(self) -> None:
-        """Waits for the processes that compile ahead: nothing is timed beside them."""
-        while not all([worker.finished() for worker in self.warming]):  # noqa: C419 - every one is looked after
-            if time.monotonic() > max(worker.end for worker in self.warming):
-                break
-            time.sleep(0.05)
-        for worker in self.warming:
-            worker.stop()
-            worker.end = 0.0
 
     def _started(self, step: Step, scratch: Path) -> list[Worker]:
         seconds = max(0.0, min(step.share * self.seconds, self.left))
@@ -217,12 +219,7 @@ class Conductor:
             entry["skipped"] = "it needs a GPU"
         else:
             workers = self._started(step, scratch)
-            try:
-                while not all([worker.finished() for worker in workers]):  # noqa: C419 - every one is looked after
-                    time.sleep(0.05)
-            finally:
-                for worker in workers:
-                    worker.stop()
+            wait_for(workers)
             if len(workers) > 1:
                 merged(self.out / f"{step.part}.json", [worker.out / f"{step.part}.json" for worker in workers])
             deaths = [death for worker in workers for death in worker.deaths]

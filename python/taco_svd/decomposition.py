@@ -138,8 +138,7 @@ class WeightedMap:
         if self._roots is None:
             return self.svd().sigma
         core = _core(self.weight, *self._roots)
-        gram = core @ core.T if core.shape[0] <= core.shape[1] else core.T @ core
-        return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).sqrt().float()
+        return _spectrum_of(core @ core.T if core.shape[0] <= core.shape[1] else core.T @ core).float()
 
 
 def _full_by_symmetric_roots(
@@ -173,7 +172,7 @@ def full_svd(matrix: torch.Tensor, by_gram: bool | None = None) -> tuple[torch.T
             side that belong to them are short; the product is the matrix to the rounding of its dtype either way.
     """
     if by_gram is None:
-        by_gram = matrix.is_cuda and min(matrix.shape) >= GRAM_LEAST
+        by_gram = _by_gram_here(matrix)
     if not by_gram:
         left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
         return left, sigma, right
@@ -183,10 +182,18 @@ def full_svd(matrix: torch.Tensor, by_gram: bool | None = None) -> tuple[torch.T
 
 def singular_values(matrix: torch.Tensor) -> torch.Tensor:
     """All singular values, descending; of a large matrix on a GPU by `full_svd`'s way."""
-    if matrix.is_cuda and min(matrix.shape) >= GRAM_LEAST:
-        short = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-        return torch.linalg.eigvalsh(_wide_gram(short)).flip(0).clamp(min=0).sqrt().to(matrix.dtype)
-    return torch.linalg.svdvals(matrix)
+    if not _by_gram_here(matrix):
+        return torch.linalg.svdvals(matrix)
+    return _spectrum_of(_wide_gram(matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T)).to(matrix.dtype)
+
+
+def _by_gram_here(matrix: torch.Tensor) -> bool:
+    return matrix.is_cuda and min(matrix.shape) >= GRAM_LEAST
+
+
+def _spectrum_of(gram: torch.Tensor) -> torch.Tensor:
+    """Singular values of a matrix from its Gram matrix, descending."""
+    return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).sqrt()
 
 
 def _svd_by_gram(

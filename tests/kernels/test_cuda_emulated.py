@@ -5,19 +5,17 @@ work space and output start as NaN, tensors are allocated without slack, and cop
 """
 
 import dataclasses
-import shutil
 import struct
 import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
+from emulation_programs import built
 
 from taco_kernels import _cuda
 from taco_kernels.low_rank_mlp import ACTIVATIONS
 
-ROOT = Path(__file__).resolve().parents[2]
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 HOPPER_SHARED = 232448  # bytes a block may have; less makes the kernels take their slower ways
 # What of it the second kernel of a dependent launch does not get (``beside_first_kernel`` in csrc/cuda/plan.h).
@@ -166,16 +164,7 @@ def _cases() -> list[Case]:
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler (g++, clang++) was found to build the emulation with")
-    target = tmp_path_factory.mktemp("emulation") / "decode"
-    source = ROOT / "csrc" / "cuda" / "emulation" / "low_rank_decode.cpp"
-    flags = ["-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    command = [compiler, *flags, f"-I{ROOT / 'csrc'}", str(source), "-o", str(target)]
-    built = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stderr[-4000:]
-    return target
+    return built("low_rank_decode", tmp_path_factory.mktemp("emulation") / "decode")
 
 
 def _tensor(rows, columns, pad, dtype, generator, factor=1.0):

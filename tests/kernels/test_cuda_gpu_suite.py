@@ -169,6 +169,46 @@ def test_what_crashes_or_hangs_costs_its_point_only(conductor, tmp_path, monkeyp
     assert content["points"]["b"]["ok"] and content["points"]["a"]["process"] == before
 
 
+FAKE_WARMING = """
+import argparse, sys, time
+from pathlib import Path
+sys.path.insert(0, {benchmarks!r})
+from gpu.store import Store
+parser = argparse.ArgumentParser()
+parser.add_argument("--out", type=Path)
+parser.add_argument("--part")
+options, _ = parser.parse_known_args()
+if options.part == "warm":
+    time.sleep({seconds})
+    (options.out / "warm").touch()
+else:
+    store = Store(options.out, options.part, {{"gpu": "none"}})
+    store.run("a", lambda: {{"warm": (options.out / "warm").exists()}})
+    store.save(complete=True)
+"""
+
+
+@pytest.mark.parametrize(("seconds", "in_time"), [(3, True), (60, False)])
+def test_what_compiles_ahead_is_waited_for_as_long_as_its_share_lasts(
+    conductor, tmp_path, monkeypatch, seconds, in_time
+):
+    """It has no points, so it does not hang however long it takes; nothing is timed beside it."""
+    script = tmp_path / "suite.py"
+    script.write_text(FAKE_WARMING.format(benchmarks=str(ROOT / "benchmarks"), seconds=seconds))
+    monkeypatch.setattr(conductor, "SUITE", script)
+    monkeypatch.setattr(conductor, "plan", lambda workers: [conductor.Step("check", 1.0), conductor.Step("bench", 1.0)])
+    conductor.prepare(tmp_path, ["check", "bench"], resume=False)
+    run = conductor.Conductor(tmp_path, ["check", "bench"], [], 120.0 if in_time else 16.0, {"gpu": "none"}, 1)
+    assert run.run() and run.warming == []
+    assert not json.loads((tmp_path / "check.json").read_text())["points"]["a"]["warm"]
+    assert json.loads((tmp_path / "bench.json").read_text())["points"]["a"]["warm"] == in_time
+
+
+def test_compiling_ahead_is_no_part_of_its_own(tmp_path):
+    done = _run("--dry-run", "--out", tmp_path / "out", "--part", "warm", interpret=False)
+    assert done.returncode == 2 and "--part warm belongs to the parts" in done.stderr
+
+
 @pytest.fixture
 def conductor(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))

@@ -6,27 +6,18 @@ the device would, runs the kernels in the emulation, and prints every launch. Th
 
 from __future__ import annotations
 
-import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
-
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
+from emulation_programs import CSRC, built
 
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
     """Runs two equal calls on the device that the words describe; gives the launches of the second, or an error."""
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler (g++, clang++) was found to build the emulation with")
-    target = tmp_path_factory.mktemp("launcher") / "launcher"
-    flags = ["-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    flags += [f"-I{CSRC}", f"-I{CSRC / 'cuda' / 'emulation'}"]
-    command = [compiler, *flags, str(CSRC / "cuda" / "emulation" / "launcher.cpp"), "-o", str(target)]
-    built = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stderr[-4000:]
+    # where <cuda_runtime.h> is the stand-in
+    runtime = f"-I{CSRC / 'cuda' / 'emulation'}"
+    target = built("launcher", tmp_path_factory.mktemp("launcher") / "launcher", runtime)
 
     def run(*words: str) -> list[str]:
         done = subprocess.run([str(target), *words], capture_output=True, text=True, check=False, timeout=120)

@@ -68,26 +68,26 @@ class Moments:
         """The callback for `SuffixRunner.backward`; `tokens` is the whole set, [samples, seq_len]."""
         count, length = tokens.numel(), tokens.shape[1]
         wanted = frozenset(kinds)
+        of_weights = bool(wanted & {"weight_gradient", "fisher_rows"})
 
         def add(kind: dict[LinearSite, torch.Tensor], site: LinearSite, value: torch.Tensor) -> None:
             kind[site] = kind[site].add_(value) if site in kind else value
 
         def callback(site: LinearSite, x: torch.Tensor, gradient: torch.Tensor) -> None:
-            if "second" in wanted and x.dtype == torch.float64:  # the sums are in float32
-                self.second(site, x.float(), gradient.float())
-            elif "second" in wanted:
-                self.second(site, x, gradient)
+            if "second" in wanted:
+                wide = x.dtype == torch.float64  # the sums are in float32
+                self.second(site, *((x.float(), gradient.float()) if wide else (x, gradient)))
             rows = x.flatten(0, -2)
             if "mean" in wanted:
                 add(self.mean, site, rows.sum(0, dtype=torch.float64) / count)
             if "magnitude" in wanted:
                 add(self.magnitude, site, rows.abs().sum(0, dtype=torch.float64) / count)
-            if not wanted & {"weight_gradient", "fisher_rows", "clipped_gradients"}:
+            if not of_weights and "clipped_gradients" not in wanted:
                 return
             # one product per window: squares of windows do not cancel, their sum is the weight's gradient
             # (OPT hands its MLP the tokens of all windows in one row)
             windows = [value.reshape(-1, length, value.shape[-1]).float() for value in (x, gradient)]
-            for x_window, g_window in zip(*windows, strict=True) if wanted & {"weight_gradient", "fisher_rows"} else ():
+            for x_window, g_window in zip(*windows, strict=True) if of_weights else ():
                 weight_gradient = g_window.T @ x_window
                 if "fisher_rows" in wanted:
                     add(self.fisher_rows, site, weight_gradient.square().sum(1, dtype=torch.float64))
