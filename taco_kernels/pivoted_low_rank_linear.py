@@ -88,16 +88,16 @@ def _check(x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None, 
 def _gathered(x: Tensor, pivot: Tensor, rank: int, together: bool = False) -> tuple[Tensor, Tensor]:
     """(x[..., pivot[:rank]], x[..., pivot[rank:]]) with the leading dimensions flattened.
 
-    Several rows of 16 bits on a CPU by the extension, where it is there and no gradient flows to x: torch's gather of
-    those takes ten times as long, a quarter of the whole op. ``together``: one after the other in each row.
+    Several rows of 16 bits on a CPU by the extension, where it is there: torch's gather of those takes ten times as
+    long, a quarter of the whole op. It reads memory past torch's dispatcher, so this is for tensors that have some.
+    ``together``: one after the other in each row.
 
     Raises IndexError or RuntimeError, as torch does, for an index out of range (on a GPU it asserts).
     """
     width = x.shape[-1]
     ours = x.dtype.itemsize == 2 and x.numel() > width and x.device.type == "cpu" and native.module is not None
-    if not ours or needs_grad(x):
-        both = rows_2d(x.index_select(-1, pivot))
-        return both[:, :rank], both[:, rank:]
+    if not ours:
+        return _selected(x, pivot, rank)
     x, rows, stride = rows_of(x)
     pivot = pivot.contiguous()
     if together:
@@ -112,9 +112,23 @@ def _gathered(x: Tensor, pivot: Tensor, rank: int, together: bool = False) -> tu
     return first, rest
 
 
-def _library(x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+def _selected(x: Tensor, pivot: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """:func:`_gathered` by torch's own operation, which it differentiates and traces."""
+    both = rows_2d(x.index_select(-1, pivot))
+    return both[:, :rank], both[:, rank:]
+
+
+def _library(
+    x: Tensor,
+    v: Tensor,
+    u: Tensor,
+    pivot: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gathered: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] = _gathered,
+) -> Tensor:
     # Two library products: the first one adds the identity's share while its sums are still at hand.
-    first, rest = _gathered(x, pivot, v.shape[0])
+    first, rest = gathered(x, pivot, v.shape[0])
     t = torch.addmm(first, rest, v.T)
     y = F.linear(t, u, bias).view(*x.shape[:-1], u.shape[0])
     return y if residual is None else y + residual
@@ -217,7 +231,7 @@ def _autograd(
     if needs_grad(x, v, u, bias, residual):
         _check(x, v, u, pivot, bias, residual)
         # torch differentiates its own operations; training is bound by large products, not by launches
-        return _library(x, v, u, pivot, bias, residual)
+        return _library(x, v, u, pivot, bias, residual, _selected)
     with below_autograd():
         return _op(x, v, u, pivot, bias, residual)
 

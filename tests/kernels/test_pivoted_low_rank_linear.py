@@ -65,6 +65,21 @@ def test_gradients():
     assert torch.autograd.gradcheck(lambda x, v, u, bias: pivoted_low_rank_linear(x, v, u, pivot, bias), tensors)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_trains_compiled_behind_a_frozen_input(dtype):
+    """What is traced for factors that are trained holds the gather of an input that is not."""
+    x, v, u, pivot, _ = arguments(dtype)
+    factors = v.requires_grad_(True), u.requires_grad_(True)
+    torch.compiler.reset()
+    compiled = torch.compile(pivoted_low_rank_linear, fullgraph=True, backend="aot_eager")
+    y, expected = compiled(x, *factors, pivot), pivoted_low_rank_linear(x, *factors, pivot)
+    torch.testing.assert_close(y, expected)
+    for a, e in zip(*(torch.autograd.grad(t.square().sum(), factors) for t in (y, expected)), strict=True):
+        torch.testing.assert_close(a, e)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert pivoted_low_rank_linear(mode.from_tensor(x), *factors, pivot).shape == expected.shape
+
+
 @pytest.mark.parametrize("rows", [1, 5, 16, 17, 70])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_rows(rows, dtype):
