@@ -197,6 +197,7 @@ def direct_setup(
     parameter: type,
     guards: tuple[Callable[[], object], ...],
     get_num_threads: Callable[[], int],
+    forward_ad: dict[str, object],
     /,
 ) -> bool: ...
 def direct_register(op: str, /) -> bool: ...

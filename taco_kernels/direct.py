@@ -3,8 +3,9 @@
 The dispatcher, pybind11 and the checks in Python take 9 us of a call, and 100 us when the caches hold the last layer's
 weights instead of that code, which is how a model runs: as much as a bridge's kernel itself, or three library calls.
 The extension therefore reads the tensors through DLPack's C interface (csrc/direct). Whatever needs the dispatcher
-takes the ordinary way: gradients, autocast, transforms, modes, tracing, profiling, subclasses, a forced backend,
-another device, anything that does not fit together (the ordinary way has the message). The results are the same bits.
+takes the ordinary way: gradients, forward-mode derivatives, autocast, transforms, modes, tracing, profiling,
+subclasses, a forced backend, another device, anything that does not fit together (the ordinary way has the message).
+The results are the same bits.
 
 On a GPU the ordinary way decides, by what was measured there, which backend serves a call. Calls of sizes that the CUDA
 kernels have served once, or the library, are direct from then on, all ops' but the MLP's (csrc/direct/gpu.h).
@@ -31,9 +32,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from taco_kernels import _cuda, dispatch, native
-from taco_kernels._library import library, needs_grad, register_autocast
+from taco_kernels._library import library, needs_grad, register_autocast, transformed
 
 __all__ = ["entry", "native_op", "reason", "served", "suits_native", "usable"]
 
@@ -66,10 +68,12 @@ def _setup() -> str:
     capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     guards = _guards()
     missing = f"torch {torch.__version__} does not offer what they need (DLPack's C interface, since 2.10)"
-    if capsule is None or None in guards:
+    if capsule is None or None in guards or not hasattr(forward_ad, "_current_level"):
         return missing
     try:
-        made = native.module.direct_setup(capsule, torch.Tensor, torch.nn.Parameter, guards, torch.get_num_threads)
+        made = native.module.direct_setup(
+            capsule, torch.Tensor, torch.nn.Parameter, guards, torch.get_num_threads, forward_ad.__dict__
+        )
     except (TypeError, ValueError) as error:  # the interface's early forms: an integer, a capsule of another name
         return f"torch {torch.__version__} offers DLPack's C interface in another form ({error})"
     dispatch.allow_direct()
@@ -138,6 +142,7 @@ def suits_native(op: str, *tensors: Tensor | None) -> bool:
         and first.device.type == "cpu"
         and not _exporting()
         and not needs_grad(*tensors)
+        and not transformed()
     )
 
 

@@ -23,7 +23,9 @@ from taco_kernels._library import (
     library,
     needs_grad,
     register_autocast,
+    register_batched,
     rows_of,
+    transformed,
 )
 
 __all__ = ["low_rank_bridge", "low_rank_bridge_reference"]
@@ -42,9 +44,9 @@ def low_rank_bridge_reference(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | No
     rows = rows_2d(h).to(wide)
     normed = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps)
     y = normed @ v.to(wide).T @ u.to(wide).T
-    y += rows
+    y = y + rows
     if bias is not None:
-        y += bias
+        y = y + bias
     return y.to(h.dtype).view(h.shape)
 
 
@@ -193,7 +195,14 @@ class _LowRankBridge(torch.autograd.Function):
         return grad_h, *others, None
 
 
+def _by_torch(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    _check(h, v, u, bias)
+    return low_rank_bridge_reference(h, v, u, bias, eps)
+
+
 def _autograd(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    if transformed():
+        return _by_torch(h, v, u, bias, eps)
     if needs_grad(h, v, u, bias):
         return apply_function(_LowRankBridge, h, v, u, bias, eps)
     with below_autograd():
@@ -202,6 +211,7 @@ def _autograd(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, eps: 
 
 library.impl("low_rank_bridge", _autograd, "Autograd")
 register_autocast("low_rank_bridge", _op)
+register_batched("low_rank_bridge", _by_torch)
 _native = direct.native_op("low_rank_bridge", _SCHEMA, _op, _fake)
 
 
@@ -234,6 +244,8 @@ def low_rank_bridge(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None,
     y = _direct(h, v, u, bias, eps)
     if y is not None:
         return _library(h, v, u, bias, eps) if y is False else y
+    if transformed():  # transforms are met in the op's dispatch
+        return _op(h, v, u, bias, eps)
     if needs_grad(h, v, u, bias):
         # Autocast must cast before autograd records, and it sits in the op's dispatch.
         return _op(h, v, u, bias, eps) if any_autocast() else apply_function(_LowRankBridge, h, v, u, bias, eps)

@@ -23,7 +23,9 @@ from taco_kernels._library import (
     library,
     needs_grad,
     register_autocast,
+    register_batched,
     rows_of,
+    transformed,
 )
 
 __all__ = ["low_rank_linear", "low_rank_linear_reference"]
@@ -43,9 +45,9 @@ def low_rank_linear_reference(
     y = rows_2d(x).to(wide) @ v.to(wide).T @ u.to(wide).T
     y = y.view(*x.shape[:-1], u.shape[0])
     if bias is not None:
-        y += bias
+        y = y + bias
     if residual is not None:
-        y += residual
+        y = y + residual
     return y.to(x.dtype)
 
 
@@ -191,7 +193,14 @@ class _LowRankLinear(torch.autograd.Function):
         return None if grad_x is None else grad_x.view(x.shape), *others, grad if need_residual else None
 
 
+def _by_torch(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    _check(x, v, u, bias, residual)
+    return low_rank_linear_reference(x, v, u, bias, residual)
+
+
 def _autograd(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    if transformed():
+        return _by_torch(x, v, u, bias, residual)
     if needs_grad(x, v, u, bias, residual):
         return apply_function(_LowRankLinear, x, v, u, bias, residual)
     with below_autograd():
@@ -200,6 +209,7 @@ def _autograd(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, resid
 
 library.impl("low_rank_linear", _autograd, "Autograd")
 register_autocast("low_rank_linear", _op)
+register_batched("low_rank_linear", _by_torch)
 _native = direct.native_op("low_rank_linear", _SCHEMA, _op, _fake)
 
 
@@ -228,7 +238,8 @@ def low_rank_linear(
     from rank 256 on). Where a GPU's matrix units multiply few rows (``triton``; ``cuda`` if 16-bit rows are multiples
     of 16 bytes), the intermediate is the sum of two numbers of the dtype: twice its precision, but float16 is infinite
     beyond 131008, where float32 is not. The same input gives the same bits on every call with the same backend and
-    thread count. Differentiable in every tensor argument.
+    thread count. Differentiable in every tensor argument, any number of times; forward-mode derivatives and
+    ``torch.func``'s transforms are computed by plain torch operations, whatever backend is forced.
 
     Raises:
         TypeError: a dtype that is not supported, or tensors of different dtypes.
@@ -243,6 +254,8 @@ def low_rank_linear(
     y = _direct(x, v, u, bias, residual)
     if y is not None:
         return _library(x, v, u, bias, residual) if y is False else y
+    if transformed():  # transforms are met in the op's dispatch
+        return _op(x, v, u, bias, residual)
     if needs_grad(x, v, u, bias, residual):
         # Autocast must cast before autograd records, and it sits in the op's dispatch.
         return (

@@ -23,7 +23,9 @@ from taco_kernels._library import (
     library,
     needs_grad,
     register_autocast,
+    register_batched,
     rows_of,
+    transformed,
 )
 from taco_kernels.low_rank_linear import low_rank_linear_reference
 
@@ -205,7 +207,14 @@ class _LowRankLinearGroup(torch.autograd.Function):
         return None if grad_x is None else grad_x.view(x.shape), *found
 
 
+def _by_torch(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    _check(x, vs, us, biases)
+    return low_rank_linear_group_reference(x, vs, us, biases)
+
+
 def _autograd(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    if transformed():
+        return _by_torch(x, vs, us, biases)
     if needs_grad(x, *vs, *us, *biases):
         return list(apply_function(_LowRankLinearGroup, x, *vs, *us, *biases))
     with below_autograd():
@@ -214,6 +223,7 @@ def _autograd(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Seq
 
 library.impl("low_rank_linear_group", _autograd, "Autograd")
 register_autocast("low_rank_linear_group", _op)
+register_batched("low_rank_linear_group", _by_torch)
 _native = direct.native_op("low_rank_linear_group", _SCHEMA, _op, _fake)
 
 
@@ -253,6 +263,8 @@ def low_rank_linear_group(
     ys = _direct(x, vs, us, biases)
     if ys is not None:
         return _library(x, vs, us, biases) if ys is False else ys
+    if transformed():  # transforms are met in the op's dispatch
+        return _op(x, vs, us, biases)
     if needs_grad(x, *vs, *us, *biases):
         # Autocast must cast before autograd records, and it sits in the op's dispatch.
         if any_autocast():

@@ -25,7 +25,9 @@ from taco_kernels._library import (
     library,
     needs_grad,
     register_autocast,
+    register_batched,
     rows_of,
+    transformed,
 )
 from taco_kernels.low_rank_linear import BACKENDS as LINEAR
 from taco_kernels.low_rank_linear_group import BACKENDS as GROUP
@@ -266,7 +268,15 @@ class _LowRankMlp(torch.autograd.Function):
         return None if grad_x is None else grad_x.view(x.shape), *found[0], *found[1], *down_grads, None
 
 
+def _by_torch(x: Tensor, *arguments: Any) -> Tensor:
+    gate, up, down, act = _unpack(arguments)
+    _check(x, gate, up, down, act)
+    return low_rank_mlp_reference(x, gate, up, down, act)
+
+
 def _autograd(x: Tensor, *arguments: Any) -> Tensor:
+    if transformed():
+        return _by_torch(x, *arguments)
     gate, up, down, act = _unpack(arguments)
     if needs_grad(x, *gate, *up, *down):
         return apply_function(_LowRankMlp, x, *gate, *up, *down, act)
@@ -276,6 +286,7 @@ def _autograd(x: Tensor, *arguments: Any) -> Tensor:
 
 library.impl("low_rank_mlp", _autograd, "Autograd")
 register_autocast("low_rank_mlp", _op)
+register_batched("low_rank_mlp", _by_torch)
 
 
 # --- public function -------------------------------------------------------------------------------------------------
@@ -311,6 +322,8 @@ def low_rank_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection, 
     y = _direct(x, *arguments)
     if y is not None:
         return y
+    if transformed():  # transforms are met in the op's dispatch
+        return _op(x, *arguments)
     if needs_grad(x, *gate, *up, *down):
         # Autocast must cast before autograd records, and it sits in the op's dispatch.
         return _op(x, *arguments) if any_autocast() else apply_function(_LowRankMlp, x, *arguments)

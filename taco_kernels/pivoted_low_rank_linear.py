@@ -25,7 +25,9 @@ from taco_kernels._library import (
     library,
     needs_grad,
     register_autocast,
+    register_batched,
     rows_of,
+    transformed,
 )
 
 __all__ = ["pivoted_low_rank_linear", "pivoted_low_rank_linear_reference"]
@@ -225,19 +227,26 @@ def _fake(
     return x.new_empty((*x.shape[:-1], u.shape[0]))
 
 
+def _by_torch(
+    x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    # torch differentiates its own operations; training is bound by large products, not by launches
+    _check(x, v, u, pivot, bias, residual)
+    return _library(x, v, u, pivot, bias, residual, _selected)
+
+
 def _autograd(
     x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
-    if needs_grad(x, v, u, bias, residual):
-        _check(x, v, u, pivot, bias, residual)
-        # torch differentiates its own operations; training is bound by large products, not by launches
-        return _library(x, v, u, pivot, bias, residual, _selected)
+    if needs_grad(x, v, u, bias, residual) or transformed():
+        return _by_torch(x, v, u, pivot, bias, residual)
     with below_autograd():
         return _op(x, v, u, pivot, bias, residual)
 
 
 library.impl("pivoted_low_rank_linear", _autograd, "Autograd")
 register_autocast("pivoted_low_rank_linear", _op)
+register_batched("pivoted_low_rank_linear", _by_torch)
 _native = direct.native_op("pivoted_low_rank_linear", _SCHEMA, _op, _fake)
 
 
@@ -276,7 +285,7 @@ def pivoted_low_rank_linear(
     y = _direct(x, v, u, pivot, bias, residual)
     if y is not None:
         return _library(x, v, u, pivot, bias, residual) if y is False else y
-    if any_autocast() or needs_grad(x, v, u, bias, residual):
+    if any_autocast() or needs_grad(x, v, u, bias, residual) or transformed():
         return _op(x, v, u, pivot, bias, residual)
     with below_autograd():
         return _op(x, v, u, pivot, bias, residual)

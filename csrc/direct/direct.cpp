@@ -176,10 +176,12 @@ PyObject* forget_calls(PyObject*, PyObject*) {
   Py_RETURN_NONE;
 }
 
-// capsule, torch.Tensor, torch.nn.Parameter, guards (tuple), torch.get_num_threads; whether direct calls are possible
+// capsule, torch.Tensor, torch.nn.Parameter, guards (tuple), torch.get_num_threads, the names of
+// torch.autograd.forward_ad (dict); whether direct calls are possible
 PyObject* setup(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 5 || !PyType_Check(args[1]) || !PyType_Check(args[2]) || !PyTuple_Check(args[3])) {
-    PyErr_SetString(PyExc_TypeError, "direct_setup(capsule, Tensor, Parameter, guards, get_num_threads)");
+  if (count != 6 || !PyType_Check(args[1]) || !PyType_Check(args[2]) || !PyTuple_Check(args[3]) ||
+      !PyDict_Check(args[5])) {
+    PyErr_SetString(PyExc_TypeError, "direct_setup(capsule, Tensor, Parameter, guards, get_num_threads, forward_ad)");
     return nullptr;
   }
   void* const pointer = PyCapsule_GetPointer(args[0], "dlpack_exchange_api");
@@ -190,12 +192,13 @@ PyObject* setup(PyObject*, PyObject* const* args, Py_ssize_t count) {
     Py_RETURN_FALSE;
   state.api = api;
   // held for the life of the process, as the module is
-  for (int i = 1; i < 5; ++i) Py_INCREF(args[i]);
+  for (int i = 1; i < 6; ++i) Py_INCREF(args[i]);
   state.tensor = reinterpret_cast<PyTypeObject*>(args[1]);
   state.parameter = reinterpret_cast<PyTypeObject*>(args[2]);
   state.guards.clear();
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args[3]); ++i) state.guards.push_back(PyTuple_GET_ITEM(args[3], i));
   state.threads = args[4];
+  state.forward_ad = args[5];
   Py_RETURN_TRUE;
 }
 
@@ -241,7 +244,7 @@ PyMethodDef kMethods[] = {
     {"direct_pivoted_low_rank_linear", as_method(one<Pivoted>), METH_FASTCALL, "(x, v, u, pivot, bias, residual)"},
     {"direct_low_rank_mlp", as_method(mlp), METH_FASTCALL, "(x, three times v, u and bias, act)"},
     {"direct_low_rank_linear_group", as_method(group), METH_FASTCALL, "(x, vs, us, biases)"},
-    {"direct_setup", as_method(setup), METH_FASTCALL, "(capsule, Tensor, Parameter, guards, get_num_threads)"},
+    {"direct_setup", as_method(setup), METH_FASTCALL, "(capsule, Tensor, Parameter, guards, get_num_threads, forward_ad)"},
     {"direct_enable", as_method(enable), METH_O, "whether direct calls are made; returns whether they are"},
     {"direct_limit", as_method(limit), METH_VARARGS, "(op, dtype, pairs): from which rank on up to how many rows"},
     {"direct_remember", as_method(remember_call), METH_FASTCALL,

@@ -101,8 +101,17 @@ bool rows_of(Rows& out) {
   return true;
 }
 
+// Whether tensors may have tangents, which forward-mode differentiation gives them without asking for a gradient.
+bool differentiates_forward() {
+  static PyObject* const name = PyUnicode_InternFromString("_current_level");
+  PyObject* const level = PyDict_GetItemWithError(state.forward_ad, name);
+  const long number = level == nullptr ? 0 : PyLong_AsLong(level);  // from 0 on where there is one
+  if (PyErr_Occurred()) PyErr_Clear();
+  return number >= 0;
+}
+
 bool nothing_in_the_way() {
-  if (!state.enabled) return false;
+  if (!state.enabled || differentiates_forward()) return false;
   for (PyObject* guard : state.guards) {
     PyObject* const answer = PyObject_CallNoArgs(guard);
     const int busy = answer == nullptr ? -1 : PyObject_IsTrue(answer);

@@ -31,6 +31,7 @@ struct State {
   PyTypeObject* parameter = nullptr;  // torch.nn.Parameter
   std::vector<PyObject*> guards;      // functions without arguments; what is true in one of them asks for the dispatcher
   PyObject* threads = nullptr;        // torch.get_num_threads
+  PyObject* forward_ad = nullptr;     // the names of torch.autograd.forward_ad: no function tells its level
   std::atomic<bool> enabled{false};    // read without the interpreter's lock
   std::vector<Limit> limits[kOps][3];  // by op and dtype
 };

@@ -206,6 +206,7 @@ CONTEXTS = {
     "function mode": FunctionMode,
     "default device": lambda: torch.device("cpu"),
     "profiler": profiling,
+    "forward mode": torch.autograd.forward_ad.dual_level,
     "forced backend": lambda: taco_kernels.use_backend("reference"),
     "fake tensors": lambda: torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True),
 }

@@ -20,6 +20,7 @@ import pytest
 import torch
 from kernel_cases import assert_within, bound, bridge_exact, linear_exact, random
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 from taco_kernels import _cuda, direct, dispatch, native
 
@@ -48,7 +49,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     capsule = module.fake_api(torch.Tensor.__dlpack_c_exchange_api__)
-    assert module.direct_setup(capsule, torch.Tensor, torch.nn.Parameter, direct._guards(), torch.get_num_threads)
+    assert module.direct_setup(
+        capsule, torch.Tensor, torch.nn.Parameter, direct._guards(), torch.get_num_threads, forward_ad.__dict__
+    )
     return module
 
 

@@ -9,9 +9,17 @@ from typing import Any
 import pytest
 import torch
 from kernel_cases import DTYPES, random
+from torch.autograd import forward_ad
 
 import taco_kernels
-from taco_kernels import low_rank_bridge, low_rank_linear, low_rank_linear_group, low_rank_mlp, native
+from taco_kernels import (
+    low_rank_bridge,
+    low_rank_linear,
+    low_rank_linear_group,
+    low_rank_mlp,
+    native,
+    pivoted_low_rank_linear,
+)
 from taco_kernels.low_rank_bridge import low_rank_bridge_reference
 from taco_kernels.low_rank_linear import low_rank_linear_reference
 from taco_kernels.low_rank_linear_group import low_rank_linear_group_reference
@@ -226,19 +234,111 @@ def test_grad_modes(name):
     torch.testing.assert_close(grad, torch.full_like(grad, 6.0))
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_func_transforms(name):
-    op = OPS[name]
-    tensors = op.required(op.make(torch.float64))
-    places = tuple(i for i, t in enumerate(tensors) if t is not None)
+_PIVOT = torch.tensor([5, 0, 7, 3, 1, 8, 2, 6, 4])
 
-    def loss(*tensors):
-        return op.function(*tensors).square().sum()
 
-    actual = torch.func.grad(loss, argnums=places)(*tensors)
-    leaves = tuple(None if t is None else t.clone().requires_grad_() for t in tensors)
-    for a, e in zip(actual, torch.autograd.grad(loss(*leaves), [leaves[i] for i in places]), strict=True):
-        torch.testing.assert_close(a, e)
+def _pivoted(x, v, u, bias, residual):
+    return pivoted_low_rank_linear(x, v, u, _PIVOT, bias, residual)
+
+
+def _pivoted_plainly(x, v, u, bias, residual):
+    return (x[..., _PIVOT[:4]] + x[..., _PIVOT[4:]] @ v.T) @ u.T + bias + residual
+
+
+# What differs between activations is torch's own here.
+TRANSFORMED = OPS | {
+    "pivoted": Op(
+        torch.ops.taco_kernels.pivoted_low_rank_linear.default, _pivoted, _pivoted_plainly,
+        lambda lead: [(*lead, 9), (4, 5), (7, 4), (7,), (*lead, 7)], optional=(3, 4), bias=3,
+        pack=lambda x, v, u, *others: (x, v, u, _PIVOT, *others),
+    )
+}  # fmt: skip
+
+
+def _with_tangents(function, tensors):
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(t, t.flip(0)) for t in tensors]
+        return forward_ad.unpack_dual(function(*duals)).tangent
+
+
+def _gradient(function, tensors):
+    return torch.func.grad(lambda *ts: function(*ts).square().sum(), tuple(range(len(tensors))))
+
+
+# name -> (function of tensors, the tensors) -> what the transform gives
+TRANSFORMS = {
+    "forward mode": _with_tangents,
+    "jvp": lambda f, ts: torch.func.jvp(f, ts, tuple(t.flip(0) for t in ts))[1],
+    "grad": lambda f, ts: _gradient(f, ts)(*ts),
+    "vmap over rows": lambda f, ts: torch.vmap(f, tuple(0 if t.dim() == 3 else None for t in ts))(*ts),
+    "vmap over all": lambda f, ts: torch.vmap(f)(*(torch.stack([t, t.flip(0)]) for t in ts)),
+    "gradients of each row": lambda f, ts: torch.vmap(_gradient(f, ts), tuple(0 if t.dim() == 3 else None for t in ts))(
+        *ts
+    ),
+    "forward over reverse": lambda f, ts: torch.func.jvp(_gradient(f, ts), ts, ts)[1],
+    "reverse over reverse": lambda f, ts: torch.func.vjp(lambda *t: _gradient(f, ts)(*t), *ts)[1](ts),
+}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_transforms(name, transform, mode):
+    """Forward-mode derivatives and torch.func's transforms, one in another, against the reference's."""
+    op, apply = TRANSFORMED[name], TRANSFORMS[transform]
+    # float32: plain tensors of it are what direct calls and compiled code's kernels are for
+    tensors = op.make(torch.float32)
+    exact = apply(op.reference, tuple(t.double() for t in tensors))
+
+    def by_the_op(*tensors):
+        found = op.overload(*op.arguments(*tensors))
+        return found if isinstance(found, torch.Tensor) else torch.cat(found, dim=-1)
+
+    torch.compiler.reset()
+    functions = [op.function, by_the_op]
+    if transform in ("grad", "jvp", "vmap over rows"):  # the others add nothing that is traced differently
+        functions.append(None)
+    for function in functions:
+        with mode():
+            if function is None:
+                compiled = torch.compile(lambda *ts: apply(op.function, ts), fullgraph=True, backend="aot_eager")
+                found = compiled(*tensors)
+            else:
+                found = apply(function, tensors)
+        for a, e in zip(*((t,) if torch.is_tensor(t) else t for t in (found, exact)), strict=True):
+            assert a.dtype == torch.float32
+            torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-5 * float(e.abs().max()))
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_compiled_code_and_forward_mode(name):
+    """What was compiled without tangents is not used for tensors that have some."""
+    op = TRANSFORMED[name]
+    tensors = op.make(torch.float32)
+    torch.compiler.reset()
+    compiled = torch.compile(op.function, backend="aot_eager")
+    with torch.no_grad():
+        compiled(*tensors)
+        exact = _with_tangents(op.reference, tuple(t.double() for t in tensors))
+        found = _with_tangents(compiled, tensors)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("transform", ["jvp", "vmap over rows", "vmap over all"])
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_transforms_under_autocast(name, transform):
+    """Autocast's casts come first; it may then round what torch's operations have in between, as of F.linear."""
+    op, apply = TRANSFORMED[name], TRANSFORMS[transform]
+    tensors = op.make(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = apply(op.function, tensors)
+        mixed = apply(op.function, (tensors[0].bfloat16(), *tensors[1:]))
+    assert found.dtype == torch.bfloat16
+    exact = apply(op.reference, tuple(t.bfloat16().double() for t in tensors))
+    for actual in (found, mixed):
+        assert (actual.double() - exact).abs().max() <= op.roundings * torch.finfo(
+            torch.bfloat16
+        ).eps * exact.abs().max()
 
 
 @pytest.mark.parametrize("name", OPS)
