@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ __all__ = [
     "register_batched",
     "rows_of",
     "transformed",
+    "without_autocast",
 ]
 
 library = Library("taco_kernels", "DEF")
@@ -96,6 +98,11 @@ def register_autocast(name: str, overload: Any) -> None:
                 return overload(*map(cast, args), **{key: cast(value) for key, value in kwargs.items()})
 
         library.impl(name, cast_and_call, key)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """For statistics, whose products are to be in the precision that is promised wherever they are called."""
+    return torch.autocast(device.type, enabled=False) if any_autocast() else contextlib.nullcontext()
 
 
 def register_batched(name: str, by_torch: Callable[..., Any]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from taco_kernels import dispatch
-from taco_kernels._library import FLOATS, below_autograd
+from taco_kernels._library import FLOATS, below_autograd, without_autocast
 
 __all__ = ["second_moment_", "second_moment_dense", "second_moment_zeros"]
 
@@ -153,7 +153,7 @@ def second_moment_(moment: Tensor, x: Tensor) -> Tensor:
         raise ValueError(f"second_moment: x is on {x.device}, but the moments are on {moment.device}")
     rows = x.detach().reshape(-1, x.shape[-1])
     if rows.shape[0]:
-        with below_autograd():
+        with below_autograd(), without_autocast(rows.device):
             (_triton if _choose(rows, moment) == "triton" else _library)(moment, rows)
     return moment
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from taco_kernels import dispatch, native
 from taco_kernels._factored import require_tensors
-from taco_kernels._library import FLOATS, below_autograd, computing_dtype, library
+from taco_kernels._library import FLOATS, below_autograd, computing_dtype, library, without_autocast
 
 __all__ = ["SingularAttribution", "singular_attribution", "singular_attribution_reference"]
 
@@ -202,7 +202,9 @@ _op = torch.ops.taco_kernels.singular_attribution.default
 
 def _compute(x: Tensor, grad: Tensor, u: Tensor, v: Tensor) -> _Sums:
     _check(x, grad, u, v)
-    return tuple(_BACKENDS[_choose(x.device.type, _wide(x, grad, u, v))](x, grad, u, v))  # type: ignore[return-value]
+    backend = _BACKENDS[_choose(x.device.type, _wide(x, grad, u, v))]
+    with without_autocast(x.device):
+        return tuple(backend(x, grad, u, v))  # type: ignore[return-value]
 
 
 library.impl("singular_attribution", _compute, "CPU")

@@ -58,6 +58,15 @@ if not INTERPRETED:
             second_moment_(moment, torch.full((1, 3), 0.5, dtype=dtype))
         assert torch.equal(second_moment_dense(moment), torch.full((3, 3), 4096.0**2 + 250, dtype=torch.float64))
 
+    @pytest.mark.parametrize("storage", [torch.float64, torch.float32], ids=str)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_autocast_rounds_nothing(storage: torch.dtype, dtype: torch.dtype) -> None:
+        x = torch.randn(30, 40).to(dtype)
+        expected = second_moment_(second_moment_zeros(40, storage), x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = second_moment_(second_moment_zeros(40, storage), x)
+        assert torch.equal(found, expected)
+
     def test_strided_and_tracked_rows() -> None:
         x = torch.randn(9, 40, 2, requires_grad=True)[..., 0]
         moment = second_moment_(second_moment_zeros(40), x)

@@ -110,6 +110,12 @@ if not INTERPRETED:
                 result = singular_attribution(*inputs)
             check(result, inputs, rounds(backend, dtypes))
 
+    @pytest.mark.parametrize("backend", cpu_backends())
+    def test_autocast_rounds_nothing(backend: str) -> None:
+        inputs = draw((3, 7, 9, 5, 33), DTYPES[0])
+        with using(backend), torch.autocast("cpu", dtype=torch.bfloat16):
+            check(singular_attribution(*inputs), inputs, rounds(backend, DTYPES[0]))
+
     @pytest.mark.parametrize("rows", [1, 2, 5, 64, 100])
     @pytest.mark.parametrize("backend", [name for name in cpu_backends() if name.startswith("cpp")])
     def test_sequences_across_chunks(backend: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
