@@ -10,9 +10,10 @@ inline float fused(float a, float b, float c) {
 #endif
 }
 
-// e^x. Relative error below 2^-22 between the clamps, which stay clear of infinities and subnormal numbers.
-inline float exponential(float x) {
-  x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+// e^x. Relative error below 2^-22 between the clamps, which stay clear of subnormal numbers; infinite above, or an
+// activation's argument of 1e38 would not be damped to nothing.
+inline float exponential(float exponent) {
+  const float x = exponent < -87.0f ? -87.0f : exponent > 88.0f ? 88.0f : exponent;
   // x = n ln 2 + f, |f| <= ln 2 / 2. Adding 1.5 * 2^23 rounds to an integer in the low bits without a conversion.
   const float shifted = fused(x, 1.44269504f, 12582912.0f);
   const float n = shifted - 12582912.0f;
@@ -33,7 +34,7 @@ inline float exponential(float x) {
   bits = static_cast<std::int32_t>((static_cast<std::uint32_t>(bits) + 127u) << 23);
   float power;
   __builtin_memcpy(&power, &bits, 4);
-  return p * power;
+  return exponent > 88.0f ? __builtin_inff() : p * power;
 }
 
 template <int kActivation>

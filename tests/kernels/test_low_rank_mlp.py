@@ -50,6 +50,30 @@ def test_matches_float64(backend, dtype, act):
             check(backend, x, *draw(*sizes, dtype, bias=False), act)
 
 
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", cpu_backends())
+def test_gates_at_the_ends_of_the_range(backend, dtype, act):
+    """The activation of a gate alone, against torch's: an error bound that grows with the gate would hide anything."""
+    gates = [-3e38, -1e38, -1e30, -1e4, 1e4, 1e30, 3e38, float("inf"), float("-inf"), float("nan")]
+    bias = torch.tensor(2 * gates, dtype=dtype)  # 20: whole vectors and a rest
+    nothing, size = torch.zeros((1, 1), dtype=dtype), len(bias)
+    projections = (nothing, torch.zeros((size, 1), dtype=dtype))
+    for i, gate in enumerate(bias.tolist()):
+        alone = torch.zeros_like(bias)
+        alone[i] = gate
+        one = torch.ones((1, 1), dtype=dtype)
+        with using(backend):
+            y = low_rank_mlp(
+                nothing,
+                (*projections, alone),
+                (*projections, torch.ones_like(bias)),
+                (torch.ones((1, size), dtype=dtype), one, None),
+                act,
+            )
+        torch.testing.assert_close(y[0, 0], ACTIVATIONS[act](alone[i]), rtol=0, atol=1e-30, equal_nan=True)
+
+
 @pytest.mark.parametrize("backend", cpu_backends())
 @settings(max_examples=25, deadline=None)
 @given(
