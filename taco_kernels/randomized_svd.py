@@ -18,7 +18,7 @@ from taco_kernels._factored import require_tensors
 from taco_kernels._library import FLOATS
 from taco_kernels.svd.adaptive import IDENTITY_LIMIT, adaptive_svd
 from taco_kernels.svd.factorise import Projection, project, small_svd, vectors
-from taco_kernels.svd.operand import Operand, low_precision
+from taco_kernels.svd.operand import Operand, low_precision, scaled
 from taco_kernels.svd.sketch import draw_seed
 
 __all__ = ["RandomizedSVD", "randomized_svd", "randomized_svd_reference"]
@@ -262,7 +262,7 @@ def randomized_svd(
                 u, vh = vectors(projection, p[index], w[index])
                 dense.append((u, sigma[index].to(u.dtype), vh))
         us, sigmas, vhs = zip(*dense, strict=True)
-        sigmas = tuple(s * 2.0**e for s, e in zip(sigmas, exponents, strict=True))
+        sigmas = tuple(scaled(s, e).to(s.dtype) for s, e in zip(sigmas, exponents, strict=True))
         if not batch:
             return RandomizedSVD(us[0], sigmas[0], vhs[0])
         return RandomizedSVD(*(torch.stack(ts).view(*batch, *ts[0].shape) for ts in (us, sigmas, vhs)))
@@ -287,6 +287,6 @@ def _with_tolerance(
     if tolerance < IDENTITY_LIMIT[dtype]:
         m.dtype = torch.float64
     u, s, vh, error = adaptive_svd(m, rank, tolerance, oversample, power_iters, seed, dtype)
-    found = RandomizedSVD(*(t.view(*batch, *t.shape) for t in (u, s * 2.0**m.exponent, vh)))
-    found.error_bound = error * 2.0**m.exponent
+    found = RandomizedSVD(*(t.view(*batch, *t.shape) for t in (u, s, vh)))
+    found.error_bound = error
     return found

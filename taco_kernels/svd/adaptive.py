@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from taco_kernels.svd.factorise import small_svd
-from taco_kernels.svd.operand import Operand, product
+from taco_kernels.svd.operand import Operand, product, scaled
 from taco_kernels.svd.orthonormal import condition, orthonormalise
 
 __all__ = ["IDENTITY_LIMIT", "adaptive_svd", "certified_error"]
@@ -78,8 +78,8 @@ def adaptive_svd(
 ) -> tuple[Tensor, Tensor, Tensor, float]:
     """``(U, S, Vh, certified error)`` of as few triplets, at most ``limit``, as reach ``tolerance * ||M||_F``.
 
-    The results are rounded to ``dtype`` before they are certified. If ``limit`` triplets are not enough, the error
-    returned is above the tolerance.
+    S and the error are those of ``2^m.exponent M``. The results are rounded to ``dtype`` before they are certified.
+    If ``limit`` triplets are not enough, the error returned is above the tolerance.
     """
     total = _squared_norm(m)
     target = tolerance**2 * total
@@ -102,8 +102,9 @@ def adaptive_svd(
     while True:
         u = product(q.T, p[:, :rank].T.to(m.dtype)).to(dtype)
         vh = product((w[:rank] @ fix).to(m.dtype), right.T).to(dtype)
-        sigma = s[:rank].to(dtype)
-        error = certified_error(m, u, sigma, vh)
+        # as they are returned: at the ends of dtype's range the last scaling rounds, too
+        sigma = scaled(s[:rank], m.exponent).to(dtype)
+        error = certified_error(m, u, scaled(sigma, -m.exponent), vh)
         if error <= tolerance * math.sqrt(total) or rank >= min(limit, len(s)):
-            return u, sigma, vh, error
+            return u, sigma, vh, float(scaled(torch.tensor(error, dtype=torch.float64), m.exponent))
         rank = min(rank + max(1, rank // 50), limit, len(s))

@@ -16,7 +16,7 @@ from torch import Tensor
 from taco_kernels import dispatch, native
 from taco_kernels.svd import sketch
 
-__all__ = ["Operand", "low_precision", "product"]
+__all__ = ["Operand", "low_precision", "product", "scaled"]
 
 # Half-precision matrices are widened this many bytes at a time, so that no float32 copy of them exists.
 _PANEL_BYTES = 32 * 2**20
@@ -42,6 +42,14 @@ def product(x: Tensor, w: Tensor) -> Tensor:
     if large and _has_onednn():
         return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
     return x @ w.T
+
+
+def scaled(x: Tensor, exponent: int) -> Tensor:
+    """``2^exponent x`` in float64; exponents of three matrices add up to powers of two that no dtype holds."""
+    if not exponent:
+        return x.double()
+    half = max(-1000, min(1000, exponent // 2))
+    return x.double() * 2.0**half * 2.0 ** max(-1000, min(1000, exponent - half))
 
 
 def low_precision(dtype: torch.dtype, device: torch.device) -> torch.dtype | None:

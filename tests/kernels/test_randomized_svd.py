@@ -339,6 +339,37 @@ def test_tolerance_of_degenerate_matrices():
     assert scaled.S.shape == (2,) and scaled.error_bound <= 1e-5 * float(rank_two.norm()) * 2.0**90
 
 
+@pytest.mark.parametrize("size", [1e-45, 1e-43, 1e-40, 1e36])
+def test_tolerance_at_the_ends_of_the_range(size):
+    """The bound is that of the numbers returned: subnormal singular values have lost digits."""
+    a = torch.randn(60, 5) @ torch.randn(5, 40) * size
+    found = randomized_svd(a, None, tolerance=1e-4)
+    # near one, so that squares stay in float64's range; exactly
+    exact, s, bound = a.double() * 2.0**100, found.S.double() * 2.0**100, found.error_bound * 2.0**100
+    assert float(torch.linalg.matrix_norm(exact - (found.U.double() * s) @ found.Vh.double())) <= bound * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("tolerance", [None, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_products_beyond_the_range(dtype, tolerance):
+    """Exponents of three factors add up to what no power of two of the dtype can be; the singular values still may."""
+    tiny, huge = 2.0 ** (-700 if dtype == torch.float64 else -100), 2.0 ** (700 if dtype == torch.float64 else 100)
+    a, lw, rw = (torch.randn(40, 40, dtype=dtype) for _ in range(3))
+    exact = randomized_svd(a, 3, left=lw, right=rw, tolerance=tolerance)
+    for sizes, expected in (((huge, huge, huge), float("inf")), ((tiny, tiny, tiny), 0.0), ((tiny, huge, 1.0), None)):
+        factors = (t * size for t, size in zip((a, lw, rw), sizes, strict=True))
+        found = randomized_svd(next(factors), 3, left=next(factors), right=next(factors), tolerance=tolerance)
+        if expected is None:
+            torch.testing.assert_close(found.S, exact.S)
+        else:
+            assert found.S.tolist() == [expected] * len(found.S)
+    # the largest of these is outside the range, the other is not
+    root = 2.0 ** (516 if dtype == torch.float64 else 67)
+    steep = torch.diag(torch.tensor([1.0, 2.0**-10], dtype=dtype)) * root
+    found = randomized_svd(steep, 2, left=steep)
+    assert found.S[0] == float("inf") and abs(float(found.S[1]) / root / root * 2.0**20 - 1) < 0.1
+
+
 # --- trained weights -------------------------------------------------------------------------------------------------
 
 
