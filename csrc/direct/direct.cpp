@@ -108,10 +108,29 @@ PyObject* one(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return result_of(way, call);
 }
 
+// A sequence as it is now: while a kernel runs without the interpreter's lock, another thread may change a list, and
+// with that free the tensors that were in it. Null with a Python error.
+class Held {
+ public:
+  explicit Held(PyObject* sequence)
+      : now_(PyList_Check(sequence) ? PyList_AsTuple(sequence) : (Py_INCREF(sequence), sequence)) {}
+  Held(const Held&) = delete;
+  Held& operator=(const Held&) = delete;
+  ~Held() { Py_XDECREF(now_); }
+  PyObject* get() const { return now_; }
+
+ private:
+  PyObject* now_;
+};
+
 PyObject* group(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (!nothing_in_the_way()) Py_RETURN_NONE;
+  if (count != 4 || !nothing_in_the_way()) Py_RETURN_NONE;
+  const Held vs(args[1]), us(args[2]), biases(args[3]);
+  PyObject* const held[] = {args[0], vs.get(), us.get(), biases.get()};
+  for (PyObject* const argument : held)
+    if (argument == nullptr) return nullptr;
   Group call;
-  const Way way = read_call(args, count, call);
+  const Way way = read_call(held, count, call);
   if (way == Way::kOrdinary) Py_RETURN_NONE;
   if (on_gpu(call.x)) return on_gpu_result(gpu_call(call), true);
   if (way == Way::kLibrary) Py_RETURN_FALSE;

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -376,6 +377,35 @@ def test_many_threads_at_once() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_lists_that_change_while_a_group_is_computed() -> None:
+    """Without the interpreter's lock another thread may empty them; what was in them must outlive the kernel."""
+    x, ready = torch.randn(64, 2048), threading.Event()
+    for _ in range(20):
+        factors = [[torch.randn(256, 2048) for _ in range(4)], [torch.randn(2048, 256) for _ in range(4)]]
+        tensors = [weakref.ref(t) for part in factors for t in part]
+        results: list[Any] = []
+
+        def work(factors: list[list[torch.Tensor]] = factors, results: list[Any] = results) -> None:
+            with torch.no_grad():
+                ready.set()
+                results.append(entry("low_rank_linear_group")(x, *factors, [None] * 4))
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        ready.wait()
+        time.sleep(0.005)  # the kernel takes a multiple of it
+        for part in factors:
+            part.clear()
+        alive = [t() is not None for t in tensors]
+        begun_and_not_over = not results
+        thread.join()
+        ready.clear()
+        if begun_and_not_over and results[0] is not None:
+            assert all(alive)
+            return
+    pytest.fail("no call was met while its kernel ran")
 
 
 def test_setup_refuses_nonsense() -> None:
