@@ -162,7 +162,7 @@ def make_plan(
         keep = cost.keep_bytes / weight_bytes(model)
     count, ratio = 0, None
     if cost.max_latency is None:
-        count, ratio = _count_and_ratio(architecture, method, keep, _how_many(layers), compression_ratio)
+        count, ratio = _count_and_ratio(architecture, method, keep, _how_many(layers), compression_ratio, bridge_rank)
     baseline = BASELINES.get(method)
     workspace = workspace or Workspace(model, calibration)
     depth = len(architecture.layers)
@@ -265,7 +265,12 @@ def _calibration_name(calibration: str | Path | torch.Tensor | Calibration) -> s
 
 
 def _count_and_ratio(
-    architecture: Architecture, method: str, keep: float | None, layers: int | None, compression_ratio: float | None
+    architecture: Architecture,
+    method: str,
+    keep: float | None,
+    layers: int | None,
+    compression_ratio: float | None,
+    bridge_rank: int | None,
 ) -> tuple[int, float | None]:
     """As `layers_and_ratio`; a baseline that compresses all layers alike has no ratio.
 
@@ -276,7 +281,7 @@ def _count_and_ratio(
         assert keep is not None
         uniform_budget(architecture, keep, method)
         return len(architecture.layers), None
-    return layers_and_ratio(Sizes.of(architecture), method, keep, layers, compression_ratio)
+    return layers_and_ratio(Sizes.of(architecture), method, keep, layers, compression_ratio, bridge_rank)
 
 
 def _how_many(layers: int | list[int] | None) -> int | None:
@@ -466,7 +471,7 @@ def compress(
         if max_latency is None:
             part = share if keep_bytes is None else keep_bytes / weight_bytes(model)
             seen = _factorisable(architecture, method, experts)
-            _count_and_ratio(seen, method, part, _how_many(layers), compression_ratio)
+            _count_and_ratio(seen, method, part, _how_many(layers), compression_ratio, bridge_rank)
     if scattered:
         with progress.step("bringing the weights together") as report:
             model = gathered(model, None if work_dir is None else Path(work_dir).absolute().parent, team, report)
