@@ -293,7 +293,9 @@ def value_output(output: torch.Tensor, moment: torch.Tensor, width: int) -> tupl
         moment: E[v v^T], [head_dim, head_dim].
     """
     values, vectors = torch.linalg.eigh(moment.double())
-    values = values.clamp(min=max(float(values[-1]), torch.finfo(torch.float64).tiny) * FLOOR).sqrt()
+    largest = float(values[-1])
+    # values that are always zero: any directions will do, and their scale must not be that of rounding
+    values = values.clamp(min=largest * FLOOR).sqrt() if largest > 0 else torch.ones_like(values)
     root, inverse = (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
     _, _, right = torch.linalg.svd(output.double() @ root, full_matrices=False)
     basis = right[:width]
