@@ -94,7 +94,7 @@ class HealingFiles:
     """The work directory of a run.
 
     Raises:
-        TacoError: it belongs to a run with other options, another model or another text, or is damaged.
+        TacoError: it belongs to a run with other options, another model, text or dtype, or is damaged.
     """
 
     def __init__(self, path: Path, options: HealingOptions, student: PreTrainedModel, text: str) -> None:
@@ -104,6 +104,8 @@ class HealingFiles:
         self.identity: dict[str, Any] = {
             "options": options.to_dict(),
             "text": name,
+            # of the arithmetic: a 16-bit checkpoint starts from the same parameters in any
+            "dtype": str(student.dtype).removeprefix("torch."),
             "start": start_digest(student, trainable_names(student, options.norms)),
         }
         self._last, self._cost = time.monotonic(), 0.0

@@ -296,6 +296,14 @@ def test_a_run_goes_on_only_as_it_began(saved, monkeypatch):
         heal_checkpoint(saved / "small", saved / "out", "self", SMALL, saved / "dense", work=saved / "dense")
 
 
+def test_a_run_goes_on_only_in_the_dtype_it_began_in(compressed_tiny, tmp_path):
+    _, student, _ = compressed_tiny("llama", "bridge", torch.bfloat16)
+    HealingFiles(tmp_path / "work", SMALL, student, "self").begin(*windows_for(SMALL))
+    HealingFiles(tmp_path / "work", SMALL, student, "self")
+    with pytest.raises(TacoError, match="another dtype"):
+        HealingFiles(tmp_path / "work", SMALL, own_copy(student).float(), "self")
+
+
 def test_a_state_is_whole_or_not_there(compressed_tiny, tmp_path, monkeypatch):
     """A crash between writing the tensors and naming them leaves the state before."""
     dense, cached, _ = compressed_tiny("llama", "bridge")
