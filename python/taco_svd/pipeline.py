@@ -26,7 +26,7 @@ from .architectures import Architecture, slice_config
 from .attributed import Attributed
 from .baselines import BASELINES, Workspace, choose_run, everywhere, make_budget, uniform_budget
 from .budget import ByteCosts, Costs, allocate
-from .calibration import Calibration, check_activations, load_calibration
+from .calibration import HELD_OUT_SHARE, Calibration, check_activations, load_calibration
 from .checkpoint import parameter_count, weight_bytes
 from .cost_budget import CostBudget, LatencyCosts, bridges_within, parse_keep
 from .decomposition import numerical_errors_named
@@ -42,7 +42,7 @@ from .one_shot import importance_and_attribution
 from .plan import METHODS, Plan
 from .progress import Progress, Silent
 from .replacement import drop_layers, structural_copy
-from .sequential import HELD_OUT_SHARE, held_out_windows
+from .sequential import held_out_windows
 from .shapes import skeleton
 from .suffix import SuffixRunner
 from .taco import BRIDGE_GRADIENT_DAMPING, GRADIENT_DAMPING, INPUT_DAMPING, Analysis, build_upwards
