@@ -33,6 +33,7 @@ class Sizes:
     layer: int
     linear_shapes: tuple[tuple[int, int], ...]
     depth: int
+    hidden: int
 
     @classmethod
     def of(cls, architecture: Architecture) -> Sizes:
@@ -42,15 +43,28 @@ class Sizes:
             layer=sum(parameter.numel() for parameter in layer.parameters()),
             linear_shapes=tuple(linear_shape(layer.get_submodule(path)) for path in architecture.paths),
             depth=len(architecture.layers),
+            hidden=architecture.model.config.hidden_size,
         )
 
     def factorised_saving(self, compression_ratio: float) -> int:
         """Parameters saved by factorising one layer's linear maps at ratio c."""
         return sum(m * n - paper_rank(m, n, compression_ratio) * (m + n) for m, n in self.linear_shapes)
 
+    def bridged_saving(self, count: int, rank: int | None) -> float:
+        """Parameters saved by taking out `count` layers with bridges in their place, however the layers lie."""
+        kept = self.depth - count
+        least = min(count, kept) * self.hidden * (2 * (rank or 1) + 1)  # each run of layers has a bridge
+        default = BRIDGE_SHARE * kept * self.layer if rank is None else 0.0
+        return count * self.layer - max(default, least)
+
 
 def layers_and_ratio(
-    sizes: Sizes, method: str, keep: float | None, layers: int | None, compression_ratio: float | None
+    sizes: Sizes,
+    method: str,
+    keep: float | None,
+    layers: int | None,
+    compression_ratio: float | None,
+    bridge_rank: int | None = None,
 ) -> tuple[int, float | None]:
     """How many layers are redundant and at which ratio their matrices are factorised.
 
@@ -58,6 +72,7 @@ def layers_and_ratio(
         keep: share of all parameters that may remain, or None.
         layers: number of redundant layers, or None.
         compression_ratio: the paper's c, or None.
+        bridge_rank: of method "bridge", where it was given.
 
     Returns:
         (number of redundant layers, c); c is None for methods that remove layers whole.
@@ -88,15 +103,11 @@ def layers_and_ratio(
         raise TacoError(f"--keep must be above 0 and below 1, got {keep}.")
     must_save = (1 - keep) * sizes.total
     if removes:
-        count = math.ceil(must_save / sizes.layer - 1e-9)
-        if method == "bridge":  # the bridges' own parameters must fit as well
-            while (
-                count <= most
-                and count * sizes.layer * 1.0 - BRIDGE_SHARE * (sizes.depth - count) * sizes.layer < must_save
-            ):
-                count += 1
-        if count > most:
-            raise TacoError(_unreachable(keep, 1 - most * sizes.layer / sizes.total, method))
+        bridged = method == "bridge"  # the bridges' own parameters must fit as well
+        saved = [sizes.bridged_saving(n, bridge_rank) if bridged else n * sizes.layer for n in range(most + 1)]
+        count = next((n for n in range(1, most + 1) if saved[n] >= must_save - 1e-9 * sizes.layer), None)
+        if count is None:
+            raise TacoError(_unreachable(keep, 1 - max(saved) / sizes.total, method))
         return count, None
     strongest = sizes.factorised_saving(0.999999)
     if most * strongest < must_save:

@@ -87,13 +87,16 @@ class ParameterCosts:
 
 
 class ByteCosts:
-    """A budget of bytes of weights; a pivot's indices are int32."""
+    """A budget of bytes of weights; a pivot's indices are int32.
+
+    `total`: the dense model's, where not all of it has the item size (norms or routers in float32).
+    """
 
     unit = "bytes"
 
-    def __init__(self, sizes: Sizes, itemsize: int) -> None:
+    def __init__(self, sizes: Sizes, itemsize: int, total: int | None = None) -> None:
         self.itemsize = itemsize
-        self.total: float = sizes.total * itemsize
+        self.total: float = sizes.total * itemsize if total is None else total
         self.layer: float = sizes.layer * itemsize
 
     def of_map(self, out_features: int, in_features: int, rank: int | None, pivoted: bool) -> float:

@@ -35,6 +35,8 @@ C4_DOCUMENTS = 4096
 # Beyond these something else was meant: tokens of one run, and bytes of one text file.
 MAX_TOKENS = 1 << 31
 MAX_TEXT_BYTES = 16 << 30
+# One window in eight, and at least one, is kept from the fits to judge them: the last ones.
+HELD_OUT_SHARE = 8
 
 
 @dataclass(frozen=True)
@@ -198,8 +200,16 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
+def held_out_count(samples: int) -> int:
+    """How many of so many windows are kept from the fits; a single window cannot be split."""
+    return max(1, samples // HELD_OUT_SHARE) if samples > 1 else 0
+
+
 def random_windows(tokens: torch.Tensor, samples: int, seq_len: int, seed: int, source: str) -> torch.Tensor:
     """`samples` windows at random places, without overlap as long as the text has room: int64 [samples, seq_len].
+
+    Of a shorter text the windows that are held out from the fits have the end to themselves: windows that share tokens
+    with those that were fitted on could not judge anything.
 
     Raises:
         TacoError: when the text is shorter than one window.
@@ -216,7 +226,12 @@ def random_windows(tokens: torch.Tensor, samples: int, seq_len: int, seed: int, 
         offset = int(torch.randint(len(tokens) - slots * seq_len + 1, (1,), generator=generator))
         starts = torch.randperm(slots, generator=generator)[:samples] * seq_len + offset
     else:
-        starts = torch.randint(len(tokens) - seq_len + 1, (samples,), generator=generator)
+        held = held_out_count(samples) if slots > 1 else 0
+        ours = len(tokens) - (max(1, slots // HELD_OUT_SHARE) * seq_len if held else 0)
+        starts = torch.randint(ours - seq_len + 1, (samples - held,), generator=generator)
+        if held:
+            last = torch.randint(ours, len(tokens) - seq_len + 1, (held,), generator=generator)
+            starts = torch.cat([starts, last])
     return torch.stack([tokens[start : start + seq_len] for start in starts.tolist()])
 
 

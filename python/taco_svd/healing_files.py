@@ -49,6 +49,9 @@ def healing_windows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(training, held-out) windows, int64 [count, seq_len], drawn with the run's seed; no token is in both.
 
+    Held out is what was drawn last. Calibration on the same text with the same seed draws the same windows first, and a
+    model that was fitted on those would look better before healing than it is.
+
     Args:
         text: a file, "wikitext2", "c4", or "self" for text that the dense model writes.
 
@@ -74,7 +77,7 @@ def healing_windows(
             # no more windows than fit side by side: an overlap would show held-out tokens to the training
             windows = random_windows(tokens, min(wanted, slots), length, seed, Path(text).name)
     held_out = max(1, min(options.held_out, len(windows) // 10))
-    return windows[held_out:].contiguous(), windows[:held_out].contiguous()
+    return windows[:-held_out].contiguous(), windows[-held_out:].contiguous()
 
 
 def start_digest(model: PreTrainedModel, names: list[str]) -> str:
@@ -91,7 +94,7 @@ class HealingFiles:
     """The work directory of a run.
 
     Raises:
-        TacoError: it belongs to a run with other options, another model or another text, or is damaged.
+        TacoError: it belongs to a run with other options, another model, text or dtype, or is damaged.
     """
 
     def __init__(self, path: Path, options: HealingOptions, student: PreTrainedModel, text: str) -> None:
@@ -101,6 +104,8 @@ class HealingFiles:
         self.identity: dict[str, Any] = {
             "options": options.to_dict(),
             "text": name,
+            # of the arithmetic: a 16-bit checkpoint starts from the same parameters in any
+            "dtype": str(student.dtype).removeprefix("torch."),
             "start": start_digest(student, trainable_names(student, options.norms)),
         }
         self._last, self._cost = time.monotonic(), 0.0

@@ -14,7 +14,7 @@ from .architectures import Architecture
 from .forwards import forward_replaced
 from .suffix import SuffixRunner
 from .team import Team
-from .walk import Walk
+from .walk import Walk, layers_return_tuples
 
 MEASURES = ("bi", "angular", "greedy")
 
@@ -95,8 +95,11 @@ def _streams(
 
 
 @contextmanager
-def bypassed(architecture: Architecture, layers: set[int], returns_tuple: bool = False) -> Iterator[None]:
-    """While open, the given layers hand their input through, as if they had been removed."""
+def bypassed(architecture: Architecture, layers: set[int], returns_tuple: bool) -> Iterator[None]:
+    """While open, the given layers hand their input through, as if they had been removed.
+
+    `returns_tuple`: the model takes the hidden states out of what its layers return (`layers_return_tuples`).
+    """
 
     def identity(*args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -112,6 +115,7 @@ def greedy_removal(runner: SuffixRunner, count: int, progress: Progress | None =
     Returns the layers in the order of removal, and for every layer the loss that it costs (see `LayerImportance`).
     """
     depth = len(runner.architecture.layers)
+    returns_tuple = layers_return_tuples(runner.architecture, runner.batches[0][:1, :2])
     removed: list[int] = []
     scores = [0.0] * depth
     base = runner.mean_loss()
@@ -122,7 +126,7 @@ def greedy_removal(runner: SuffixRunner, count: int, progress: Progress | None =
         for layer in range(depth):
             if layer in removed:
                 continue
-            with bypassed(runner.architecture, {*removed, layer}):
+            with bypassed(runner.architecture, {*removed, layer}, returns_tuple):
                 trials[layer] = runner.mean_loss()
             done += 1
             if progress is not None:

@@ -26,7 +26,7 @@ from .architectures import Architecture, slice_config
 from .attributed import Attributed
 from .baselines import BASELINES, Workspace, choose_run, everywhere, make_budget, uniform_budget
 from .budget import ByteCosts, Costs, allocate
-from .calibration import Calibration, check_activations, load_calibration
+from .calibration import HELD_OUT_SHARE, Calibration, check_activations, load_calibration
 from .checkpoint import parameter_count, weight_bytes
 from .cost_budget import CostBudget, LatencyCosts, bridges_within, parse_keep
 from .decomposition import numerical_errors_named
@@ -42,7 +42,7 @@ from .one_shot import importance_and_attribution
 from .plan import METHODS, Plan
 from .progress import Progress, Silent
 from .replacement import drop_layers, structural_copy
-from .sequential import HELD_OUT_SHARE, held_out_windows
+from .sequential import held_out_windows
 from .shapes import skeleton
 from .suffix import SuffixRunner
 from .taco import BRIDGE_GRADIENT_DAMPING, GRADIENT_DAMPING, INPUT_DAMPING, Analysis, build_upwards
@@ -159,10 +159,10 @@ def make_plan(
     cost = cost or CostBudget()
     cost.check(method, keep, layers, bridge_rank)
     if cost.keep_bytes is not None:
-        keep = cost.keep_bytes / weight_bytes(model)
+        keep = _share_of_parameters(model, cost.keep_bytes)
     count, ratio = 0, None
     if cost.max_latency is None:
-        count, ratio = _count_and_ratio(architecture, method, keep, _how_many(layers), compression_ratio)
+        count, ratio = _count_and_ratio(architecture, method, keep, _how_many(layers), compression_ratio, bridge_rank)
     baseline = BASELINES.get(method)
     workspace = workspace or Workspace(model, calibration)
     depth = len(architecture.layers)
@@ -198,7 +198,9 @@ def make_plan(
     elif method == "bridge":
         structure = bridge_structure(architecture, redundant, bridge_rank)
     elif baseline is not None and baseline.allocate is not None:
-        budget = make_budget(architecture, method, keep, redundant, ratio)
+        # entries of an index are int64, whatever the weights are
+        index_size = 1.0 if cost.keep_bytes is None else torch.int64.itemsize / model.dtype.itemsize
+        budget = make_budget(architecture, method, keep, redundant, ratio, index_size)
         decision = baseline.allocate(workspace, budget, progress)
         structure, options = decision.structure, decision.options
     elif cost.max_latency is not None:
@@ -222,7 +224,8 @@ def make_plan(
         most: float = parameters if keep is None else int(keep * parameter_count(model))
         costs: Costs | None = None
         if cost.keep_bytes is not None:
-            most, costs = cost.keep_bytes, ByteCosts(Sizes.of(architecture), model.dtype.itemsize)
+            most = cost.keep_bytes
+            costs = ByteCosts(Sizes.of(architecture), model.dtype.itemsize, weight_bytes(model))
         elif cost.max_latency is not None:  # measured before the long work: the budget may be met already
             costs = LatencyCosts(model, progress=progress)
             most = costs.budget(cost.max_latency)
@@ -265,7 +268,12 @@ def _calibration_name(calibration: str | Path | torch.Tensor | Calibration) -> s
 
 
 def _count_and_ratio(
-    architecture: Architecture, method: str, keep: float | None, layers: int | None, compression_ratio: float | None
+    architecture: Architecture,
+    method: str,
+    keep: float | None,
+    layers: int | None,
+    compression_ratio: float | None,
+    bridge_rank: int | None,
 ) -> tuple[int, float | None]:
     """As `layers_and_ratio`; a baseline that compresses all layers alike has no ratio.
 
@@ -276,7 +284,12 @@ def _count_and_ratio(
         assert keep is not None
         uniform_budget(architecture, keep, method)
         return len(architecture.layers), None
-    return layers_and_ratio(Sizes.of(architecture), method, keep, layers, compression_ratio)
+    return layers_and_ratio(Sizes.of(architecture), method, keep, layers, compression_ratio, bridge_rank)
+
+
+def _share_of_parameters(model: PreTrainedModel, keep_bytes: int) -> float:
+    """The share of the parameters that leaves so many bytes: what goes has the model's dtype, the rest need not."""
+    return 1 - (weight_bytes(model) - keep_bytes) / (model.dtype.itemsize * parameter_count(model))
 
 
 def _how_many(layers: int | list[int] | None) -> int | None:
@@ -464,9 +477,9 @@ def compress(
             raise TacoError(f"--method must be one of {', '.join(METHODS)}, got {method!r}.")
         budget.check(method, share, layers, bridge_rank)
         if max_latency is None:
-            part = share if keep_bytes is None else keep_bytes / weight_bytes(model)
+            part = share if keep_bytes is None else _share_of_parameters(model, keep_bytes)
             seen = _factorisable(architecture, method, experts)
-            _count_and_ratio(seen, method, part, _how_many(layers), compression_ratio)
+            _count_and_ratio(seen, method, part, _how_many(layers), compression_ratio, bridge_rank)
     if scattered:
         with progress.step("bringing the weights together") as report:
             model = gathered(model, None if work_dir is None else Path(work_dir).absolute().parent, team, report)

@@ -18,6 +18,7 @@ from torch import nn
 from .architectures import Architecture, LinearSite, dense_weight
 from .bridging import BridgeMoments, fit_bridge
 from .built import own_tensors, restore_layer, save_layer, with_own_parameters
+from .calibration import held_out_count
 from .consistency import FitMoments, HeldOutMoments, refit
 from .decomposition import Decomposition, WeightedMap, damped
 from .divergence import kl_per_token
@@ -33,9 +34,6 @@ from .store import Store
 from .structure import BridgeSpec, Structure
 from .team import Team
 from .walk import Walk, residual_writers, watching
-
-# One window in eight, and at least one, is kept from the fits to judge them.
-HELD_OUT_SHARE = 8
 
 
 def split_held_out(
@@ -55,9 +53,7 @@ def split_held_out(
 
 def held_out_windows(tokens: torch.Tensor) -> torch.Tensor:
     """The calibration windows that no re-fit sees: the last ones, [held, seq_len]."""
-    samples = tokens.shape[0]
-    held = max(1, samples // HELD_OUT_SHARE) if samples > 1 else 0
-    return tokens[samples - held :]
+    return tokens[len(tokens) - held_out_count(len(tokens)) :]
 
 
 class UpwardPass:

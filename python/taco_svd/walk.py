@@ -46,7 +46,7 @@ class Walk:
         self._explicit_attention = explicit_attention
         self._mapped = is_mapped(architecture.model)
         self._device = embedding_weight(architecture.model).device
-        self._returns_tuple = _layers_return_tuples(architecture, self.batches[0][:1, :2]) if self.batches else False
+        self._returns_tuple = layers_return_tuples(architecture, self.batches[0][:1, :2]) if self.batches else False
         self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
         for number, batch in enumerate(self.batches):
             calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -139,7 +139,7 @@ class Walk:
             return self.architecture.model(input_ids=self.batches[batch][rows].to(self._device), use_cache=False)
 
 
-def _layers_return_tuples(architecture: Architecture, tokens: torch.Tensor) -> bool:
+def layers_return_tuples(architecture: Architecture, tokens: torch.Tensor) -> bool:
     """Whether this model's layers return a tuple (older transformers) rather than the hidden states."""
     seen: list[bool] = []
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
 
 from taco_svd import TacoError, compress
-from taco_svd.allocation import Sizes, layers_and_ratio, runs
+from taco_svd.allocation import Sizes, bridge_structure, layers_and_ratio, runs, structure_parameters
 from taco_svd.architectures import Architecture
 
 from .tiny_models import LAYERS, tiny_model
@@ -71,6 +72,18 @@ def test_sizes_count_tied_parameters_once() -> None:
     assert (sizes.depth, len(sizes.linear_shapes)) == (LAYERS, 7)
     assert layers_and_ratio(sizes, "taco", None, 2, None) == (2, 0.7)
     assert layers_and_ratio(sizes, "removal", None, 2, None) == (2, None)
+
+
+@pytest.mark.parametrize("rank", [None, 1, 16, 32])
+@pytest.mark.parametrize("keep", [0.3, 0.5, 0.7, 0.85])
+def test_bridges_of_any_rank_fit_into_the_budget(keep: float, rank: int | None) -> None:
+    architecture = Architecture(tiny_model("llama"))
+    sizes = Sizes.of(architecture)
+    count, _ = layers_and_ratio(sizes, "bridge", keep, None, None, rank)
+    for gone in itertools.combinations(range(LAYERS), count):
+        assert (
+            structure_parameters(architecture, bridge_structure(architecture, list(gone), rank)) <= keep * sizes.total
+        )
 
 
 def test_runs() -> None:

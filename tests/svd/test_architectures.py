@@ -180,6 +180,28 @@ def test_greedy_importance_takes_what_costs_least(calibration_tokens: torch.Tens
     assert plan.redundant == tuple(sorted((first, second)))
 
 
+def _layers_that_return_tuples(name: str) -> PreTrainedModel:
+    settings = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+    config = {
+        "falcon": transformers.FalconConfig(**settings),
+        "bloom": transformers.BloomConfig(**settings),
+        "gptj": transformers.GPTJConfig(**settings, rotary_dim=4, n_positions=64),
+    }[name]
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("name", ["falcon", "bloom", "gptj"])
+@torch.no_grad()
+def test_greedy_importance_of_layers_that_return_tuples(name: str, calibration_tokens: torch.Tensor) -> None:
+    model = _layers_that_return_tuples(name)
+    base = float(model(calibration_tokens, labels=calibration_tokens).loss)
+    small, plan = compress(model, method="removal", layers=1, importance="greedy", calibration=calibration_tokens)
+    left = float(small(calibration_tokens, labels=calibration_tokens).loss)
+    slack = 16 * torch.finfo(torch.float32).eps * base  # losses are float32 means
+    assert abs(plan.importance["scores"][plan.redundant[0]] - (left - base)) < slack
+
+
 def test_full_rank_changes_nothing_but_rounding(calibration_tokens: torch.Tensor) -> None:
     model = tiny_model("qwen2")
     ids = prompt()

@@ -474,6 +474,15 @@ def test_value_output_is_the_best_narrow_pair() -> None:
     assert found == pytest.approx(best_by_alternation(output, identity, moment, 3, generator), rel=1e-6)
 
 
+def test_values_that_are_always_zero_have_a_finite_narrow_pair() -> None:
+    output = torch.randn(10, 6, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    encode, decode = value_output(output, torch.zeros(6, 6), 3)
+    # in the model's dtype they must be numbers; nothing is better than the plain truncation
+    left, sigma, right = torch.linalg.svd(output, full_matrices=False)
+    torch.testing.assert_close(decode @ encode, (left[:, :3] * sigma[:3]) @ right[:3])
+    assert torch.isfinite(encode.to(torch.float16)).all() and torch.isfinite(decode.to(torch.float16)).all()
+
+
 def test_layers_of_little_influence_lose_more() -> None:
     scores = [0.9, 0.05, 0.1, 0.02, 0.3]
     lost = lost_shares(scores, 0.2, temperature=0.1)

@@ -14,6 +14,7 @@ import taco_svd.calibration
 from taco_svd import TacoError
 from taco_svd.bench_memory import cache_bytes
 from taco_svd.calibration import load_calibration, random_windows, sample_from_model
+from taco_svd.sequential import held_out_windows
 
 from .tiny_models import VOCABULARY, tiny_model
 
@@ -63,6 +64,19 @@ def test_windows_come_from_the_text_without_overlap(tmp_path: Path) -> None:
         assert any(numbers[start : start + 16] == row for start in range(185))
     places = random_windows(torch.arange(200), 12, 16, 5, "counting")
     assert len(places.unique()) == 12 * 16
+
+
+@pytest.mark.parametrize("length", [32, 47, 200, 1023])
+@pytest.mark.parametrize("seed", range(5))
+def test_held_out_windows_of_a_short_text_share_no_token_with_the_others(length: int, seed: int) -> None:
+    windows = random_windows(torch.arange(length), 64, 16, seed, "counting")
+    assert windows.shape == (64, 16) and torch.equal(windows, windows[:, :1] + torch.arange(16))
+    held = held_out_windows(windows)
+    assert len(held) == 8 and not set(held.flatten().tolist()) & set(windows[:-8].flatten().tolist())
+
+
+def test_a_text_of_one_window_is_used_as_it_is() -> None:
+    assert torch.equal(random_windows(torch.arange(16), 8, 16, 0, "counting"), torch.arange(16).repeat(8, 1))
 
 
 @pytest.mark.parametrize(

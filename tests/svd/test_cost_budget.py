@@ -16,6 +16,7 @@ from taco_svd import cost_budget as module
 from taco_svd.allocation import Sizes
 from taco_svd.architectures import Architecture, linear_shape
 from taco_svd.budget import ByteCosts, ParameterCosts, allocate, map_options
+from taco_svd.checkpoint import weight_bytes
 from taco_svd.cost_budget import LatencyCosts, bridges_within, parse_keep, parse_latency, without_layers
 from taco_svd.device_costs import DeviceCosts
 from taco_svd.experts import Expert, OpenExperts
@@ -315,6 +316,25 @@ def test_a_budget_of_bytes_counts_what_is_stored(calibration_tokens: torch.Tenso
     costs = ByteCosts(sizes, 2)
     assert costs.of_map(40, 30, 10, True) == 2 * 10 * (40 + 30 - 10) + 4 * 30
     assert costs.of_map(40, 30, 10, False) == 2 * 10 * 70 and costs.of_map(40, 30, None, False) == 2400
+
+
+@pytest.mark.parametrize("keep", [0.6, 0.8, 0.9])
+def test_indices_of_narrow_maps_count_in_a_budget_of_bytes(keep: float, calibration_tokens: torch.Tensor) -> None:
+    model = tiny_model("llama", torch.bfloat16)
+    most = int(keep * weight_bytes(model))
+    _, plan = compress(model, method="modegpt", keep=f"{most}B", calibration=calibration_tokens)
+    # a hidden unit of one layer may be left over, and the head dimensions of the last layer
+    assert most - 2 * 32 * 16 < plan.result["bytes"] <= most
+
+
+@pytest.mark.parametrize("method", ["taco", "svd"])
+def test_a_budget_of_bytes_counts_what_stays_in_float32(method: str, calibration_tokens: torch.Tensor) -> None:
+    model = tiny_model("llama", torch.bfloat16)
+    # as models keep what routing depends on
+    model.get_submodule("model.norm").register_parameter("correction", torch.nn.Parameter(torch.zeros(500)))
+    most = int(0.8 * weight_bytes(model))
+    _, plan = compress(model, method=method, keep=f"{most}B", calibration=calibration_tokens)
+    assert 0.99 * most < plan.result["bytes"] <= most
 
 
 def test_factors_that_are_not_faster_are_never_chosen() -> None:

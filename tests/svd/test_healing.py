@@ -296,6 +296,14 @@ def test_a_run_goes_on_only_as_it_began(saved, monkeypatch):
         heal_checkpoint(saved / "small", saved / "out", "self", SMALL, saved / "dense", work=saved / "dense")
 
 
+def test_a_run_goes_on_only_in_the_dtype_it_began_in(compressed_tiny, tmp_path):
+    _, student, _ = compressed_tiny("llama", "bridge", torch.bfloat16)
+    HealingFiles(tmp_path / "work", SMALL, student, "self").begin(*windows_for(SMALL))
+    HealingFiles(tmp_path / "work", SMALL, student, "self")
+    with pytest.raises(TacoError, match="another dtype"):
+        HealingFiles(tmp_path / "work", SMALL, own_copy(student).float(), "self")
+
+
 def test_a_state_is_whole_or_not_there(compressed_tiny, tmp_path, monkeypatch):
     """A crash between writing the tensors and naming them leaves the state before."""
     dense, cached, _ = compressed_tiny("llama", "bridge")
@@ -379,3 +387,19 @@ def test_a_short_text_shares_no_token_between_training_and_held_out(tmp_path):
         healing_windows(str(tmp_path / "tiny.txt"), model, tokenizer, options)
     with pytest.raises(TacoError, match="tokenizer"):
         healing_windows(str(tmp_path / "text.txt"), tiny_model("llama"), None, options)
+
+
+@pytest.mark.parametrize("count", [400, 40_000])  # a text that is tokenised whole, and one of which excerpts are
+def test_held_out_windows_are_not_those_that_the_model_was_calibrated_on(tmp_path, count):
+    from taco_svd.calibration import load_calibration
+    from taco_svd.checkpoint import DEFAULT_MODEL, load_model
+    from taco_svd.healing_files import healing_windows
+
+    model, tokenizer = load_model(DEFAULT_MODEL)
+    (tmp_path / "text.txt").write_text(" ".join(f"word{index} and {index * 7} more" for index in range(count)))
+    calibration = load_calibration(tmp_path / "text.txt", model, tokenizer, samples=32, seq_len=32)
+    options = HealingOptions(tokens=4000, seq_len=32)
+    train, held_out = healing_windows(str(tmp_path / "text.txt"), model, tokenizer, options)
+    calibrated = {tuple(row) for row in calibration.tokens.tolist()}
+    assert not calibrated & {tuple(row) for row in held_out.tolist()}
+    assert calibrated & {tuple(row) for row in train.tolist()}  # the same draw, or the test shows nothing

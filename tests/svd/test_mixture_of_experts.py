@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from taco_svd import TacoError, compress, save_compressed
+from taco_svd import TacoError, UnsupportedModelError, compress, save_compressed
 from taco_svd.architectures import Architecture
 from taco_svd.bench import BenchSettings, run_bench, work
 from taco_svd.bench_memory import cache_bytes
@@ -346,3 +346,8 @@ def test_layers_are_chosen_as_for_dense_models(calibration_tokens: torch.Tensor)
             build("mixtral"), method="removal", layers=2, importance=importance, calibration=calibration_tokens
         )
         assert len(plan.redundant) == 2
+
+
+def test_replaceme_refuses_experts_with_a_reason(calibration_tokens: torch.Tensor) -> None:
+    with pytest.raises(UnsupportedModelError, match="router"):
+        compress(build("mixtral"), method="replaceme", layers=2, calibration=calibration_tokens)

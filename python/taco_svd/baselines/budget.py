@@ -7,7 +7,7 @@ With ``--layers`` and ``--compression-ratio`` only the redundant layers are, at 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..allocation import DEFAULT_COMPRESSION_RATIO, Sizes, paper_rank
 from ..architectures import Architecture, LinearSite, linear_shape
@@ -23,12 +23,14 @@ class Budget:
         parameters: what all their linear maps together may keep (weights; biases and norms are not touched).
         shapes: path -> (out, in) of the linear maps of one layer.
         ratio: the paper's c where the ranks follow from it, else None.
+        index_size: how many parameters an entry of an index counts as; more than one where the budget is of bytes.
     """
 
     layers: tuple[int, ...]
     parameters: int
     shapes: dict[str, tuple[int, int]]
     ratio: float | None = None
+    index_size: float = 1.0
 
     @property
     def dense(self) -> int:
@@ -93,11 +95,16 @@ def redundant_budget(architecture: Architecture, redundant: list[int], ratio: fl
 
 
 def make_budget(
-    architecture: Architecture, method: str, keep: float | None, redundant: list[int], ratio: float | None
+    architecture: Architecture,
+    method: str,
+    keep: float | None,
+    redundant: list[int],
+    ratio: float | None,
+    index_size: float = 1.0,
 ) -> Budget:
     """The budget of a method that compresses all layers for `keep`, or else the redundant ones at ratio c."""
     if keep is not None:
-        return uniform_budget(architecture, keep, method)
+        return replace(uniform_budget(architecture, keep, method), index_size=index_size)
     return redundant_budget(architecture, redundant, ratio)
 
 

@@ -147,35 +147,28 @@ class Widths:
     units: int
 
 
-def layer_parameters(parts: Parts, widths: Widths, hidden: int) -> int:
-    """Weights of one layer's linear maps, and the indices that are stored beside them."""
+def layer_parameters(parts: Parts, widths: Widths, hidden: int, index_size: float = 1.0) -> float:
+    """Weights of one layer's linear maps, and the indices that are stored beside them (`Budget.index_size`)."""
     both = parts.heads + parts.groups
     weights = hidden * (both * widths.query_key + both * widths.value + (len(parts.hidden_in) + 1) * widths.units)
-    return (
-        weights
-        + both * widths.query_key * _is(widths.query_key < parts.head_dim)
-        + (both * widths.value * _is(widths.value < parts.head_dim))
-    )
+    indices = sum(both * width for width in (widths.query_key, widths.value) if width < parts.head_dim)
+    return weights + index_size * indices
 
 
-def _is(condition: bool) -> int:
-    return int(condition)
-
-
-def widths_for(parts: Parts, hidden: int, intermediate: int, parameters: int) -> Widths:
+def widths_for(parts: Parts, hidden: int, intermediate: int, parameters: float, index_size: float = 1.0) -> Widths:
     """The widths of a layer that may keep `parameters`: the same share everywhere, what is left to the MLP.
 
     Raises:
         TacoError: not even one dimension of each fits.
     """
-    full = layer_parameters(parts, Widths(parts.head_dim, parts.head_dim, intermediate), hidden)
+    full = layer_parameters(parts, Widths(parts.head_dim, parts.head_dim, intermediate), hidden, index_size)
     if parameters >= full:
         return Widths(parts.head_dim, parts.head_dim, intermediate)
     share = parameters / full
     step = 2 if parts.rotary else 1
     query_key = max(step, int(share * parts.head_dim) // step * step)
     value = max(1, int(share * parts.head_dim))
-    attention = layer_parameters(parts, Widths(query_key, value, 0), hidden)
+    attention = layer_parameters(parts, Widths(query_key, value, 0), hidden, index_size)
     units = min(intermediate, (parameters - attention) // (hidden * (len(parts.hidden_in) + 1)))
     if units < 1:
         raise TacoError("--method modegpt: the budget leaves no hidden unit in the MLP; keep more.")
@@ -207,11 +200,11 @@ def _allocate(workspace: Workspace, budget: Budget, progress: Progress) -> Decis
     lost = lost_shares([scores[layer] for layer in budget.layers], 1 - budget.share)
     full = sum(m * n for m, n in budget.shapes.values())
     narrow: dict[int, dict[str, NarrowSpec]] = {}
-    spare = 0  # what the steps of head dimensions and hidden units left of the layers before
+    spare = 0.0  # what the steps of head dimensions and hidden units left of the layers before
     for layer, share in zip(budget.layers, lost, strict=True):
         may_keep = int((1 - share) * full) + spare
-        widths = widths_for(parts, hidden, intermediate, may_keep)
-        spare = may_keep - layer_parameters(parts, widths, hidden)
+        widths = widths_for(parts, hidden, intermediate, may_keep, budget.index_size)
+        spare = may_keep - layer_parameters(parts, widths, hidden, budget.index_size)
         if specs := layer_specs(parts, widths, hidden, intermediate):
             narrow[layer] = specs
     depth = len(workspace.architecture.layers)
@@ -300,7 +293,9 @@ def value_output(output: torch.Tensor, moment: torch.Tensor, width: int) -> tupl
         moment: E[v v^T], [head_dim, head_dim].
     """
     values, vectors = torch.linalg.eigh(moment.double())
-    values = values.clamp(min=max(float(values[-1]), torch.finfo(torch.float64).tiny) * FLOOR).sqrt()
+    largest = float(values[-1])
+    # values that are always zero: any directions will do, and their scale must not be that of rounding
+    values = values.clamp(min=largest * FLOOR).sqrt() if largest > 0 else torch.ones_like(values)
     root, inverse = (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
     _, _, right = torch.linalg.svd(output.double() @ root, full_matrices=False)
     basis = right[:width]

@@ -91,12 +91,13 @@ def _carry_out(workspace: Workspace, architecture: Architecture, plan: Plan, pro
     if list(plan.structure.removed) != list(range(first, last + 1)) or first == 0:
         raise TacoError("--method replaceme replaces one run of layers, which may not begin at layer 0.")
     runner = workspace.runner(first - 1)
-    writer = architecture.sites([first - 1], "mlp")[-1]
-    if not writes_to_stream(runner, writer):
+    maps = architecture.sites([first - 1], "mlp")  # of a mixture there may be none: experts stay whole
+    if not maps or not writes_to_stream(runner, maps[-1]):
         raise UnsupportedModelError(
-            f"{type(architecture.model).__name__}: the MLP's output is not added to the residual stream as it is "
-            "(a norm or a scale comes in between), so ReplaceMe's map cannot be multiplied into it."
+            f"{type(architecture.model).__name__}: the MLP's output is not added to the residual stream as it is (a "
+            "norm, a scale or a router comes in between), so ReplaceMe's map cannot be multiplied into it."
         )
+    writer = maps[-1]
     dense = workspace.architecture.module(writer)
     handle = dense.register_forward_hook(lambda _, __, output: written.append(output.detach()))
     written: list[torch.Tensor] = []
