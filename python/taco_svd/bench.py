@@ -2,7 +2,8 @@
 
 A round is A B B A: drift of the machine, and whatever a model finds in the caches after the other one or after itself,
 hits both alike. A comparison is the median over rounds of the ratio within a round, minus one, with a bootstrap 95%
-interval over rounds. Only two models take turns at a time.
+interval over rounds that allows for rounds like the one before (`latency.bootstrap`). Only two models take turns at a
+time.
 """
 
 from __future__ import annotations

@@ -79,6 +79,34 @@ def test_it_stops_at_the_time_limit_after_enough_rounds() -> None:
     assert stopped == "time" and len(ones) == 24
 
 
+def series(likeness: float, count: int, seed: int) -> list[float]:
+    """Ratios around zero, each like the one before it: `likeness` is their correlation, 0 for independent ones."""
+    noise, value, found = random.Random(seed), 0.0, []
+    for _ in range(20 + count):
+        value = likeness * value + (1 - likeness**2) ** 0.5 * noise.gauss(0, 0.01)
+        found.append(value)
+    return found[20:]
+
+
+@pytest.mark.parametrize("likeness, least", [(0.0, 0.9), (0.8, 0.85)])
+def test_intervals_hold_the_median_where_rounds_resemble_the_last(likeness: float, least: float) -> None:
+    found = [latency.bootstrap(series(likeness, 160, seed), draws=500) for seed in range(100)]
+    # resampling alone gives 0.58 at a likeness of 0.8
+    assert sum(ratio.low <= 0 <= ratio.high for ratio in found) / 100 >= least
+
+
+def test_independent_rounds_count_one_each_and_alike_ones_together() -> None:
+    mean = {
+        likeness: sum(latency.rounds_like_one(series(likeness, 400, seed)) for seed in range(20)) / 20
+        for likeness in (0.0, 0.8)
+    }
+    assert mean[0.0] < 1.3
+    # of the sides of a Gaussian series: 1 + 2 sum of (2 / pi) asin(0.8 ** lag) is 6.4
+    assert 4 < mean[0.8] < 9
+    assert latency.rounds_like_one([0.1]) == latency.rounds_like_one([0.1] * 30) == 1
+    assert latency.rounds_like_one([0.1, -0.1] * 20) == 1  # the order of a round turns around: that is no drift
+
+
 # -- models ------------------------------------------------------------------------------------------------------
 
 
