@@ -71,6 +71,19 @@ def test_it_stops_when_the_interval_is_narrow_and_not_before() -> None:
     assert len(few) < len(ones)
 
 
+def test_an_interval_that_is_narrow_once_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    widths = iter([0.001, 0.003, 0.001, 0.001])
+    looks: list[int] = []
+
+    def look(ratios: list[float]) -> latency.Ratio:
+        looks.append(len(ratios))
+        return latency.Ratio(0.0, 0.0, next(widths))
+
+    monkeypatch.setattr("taco_svd.bench.bootstrap", look)
+    _, stopped, ones, _ = Machine().compare(precision=0.001, seconds=1e9)
+    assert stopped == "interval" and looks == [12, 16, 21, 27] and len(ones) == 54
+
+
 def test_it_stops_at_the_time_limit_after_enough_rounds() -> None:
     machine = Machine(noise=0.2)
     _, stopped, ones, _ = machine.compare(precision=1e-6, seconds=200)
