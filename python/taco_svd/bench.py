@@ -260,7 +260,7 @@ def _measure(
     device = next(iter(models.values())).device
     counter, energy_source = energy_counter(device) if settings.energy else (None, "not asked for")
     for number, (one, other) in enumerate(pairs):
-        samples = {}
+        samples: dict[str, Callable[[], float]] = {}
         if mode == "compiled":
             # all models run the same code, and torch gives up on code that it has compiled eight times
             torch._dynamo.reset()
@@ -270,6 +270,9 @@ def _measure(
             samples[name], peak = with_peak(prepare, models[name], device)
             if peak is not None:
                 memory[name] = peak
+        if phase == "decode":
+            steps = _steps_of_a_sample(list(samples.values()), settings.window)
+            samples = {name: partial(decode, steps) for name, decode in samples.items()}
         precision = settings.precision * (10 if other == "dense" else 1)
         with no_collections():
             ratio, stopped, *both = compare_pair(
@@ -317,7 +320,7 @@ def _ready_sample(
     model: PreTrainedModel, settings: BenchSettings, mode: str, batch: int, phase: str
 ) -> Callable[[], float]:
     runner = Runner(model, mode, batch, settings.prompt, settings.window, (phase,))
-    sample = runner.prefill if phase == "prefill" else _decoding(runner)
+    sample: Callable[[], float] = runner.prefill if phase == "prefill" else runner.decode
     sample()  # the first call compiles, packs weights, fills pools
     return sample
 
@@ -338,12 +341,14 @@ def with_peak(
     return made, torch.cuda.max_memory_allocated(device) - before + weight_bytes_of(model)
 
 
-def _decoding(runner: Runner) -> Callable[[], float]:
-    """A decode sample long enough for the clock."""
-    runner.decode()
-    quick = min(runner.decode() for _ in range(3))
-    steps = max(1, min(runner.window, int(LEAST_SAMPLE_SECONDS / max(quick, 1e-9)) + 1))
-    return lambda: runner.decode(steps)
+def _steps_of_a_sample(decodes: list[Callable[[], float]], window: int) -> int:
+    """Decode steps that make a sample of each of a pair long enough for the clock.
+
+    As many for both: the first step of a sample finds the other model's weights in the caches and the later ones its
+    own, and at any time the two caches of keys and values are to be equally long.
+    """
+    quick = min(decode() for _ in range(3) for decode in decodes)
+    return max(1, min(window, int(LEAST_SAMPLE_SECONDS / max(quick, 1e-9)) + 1))
 
 
 def _joules(sample: Callable[[], float], counter: Callable[[], float], seconds: float = 1.0) -> float | None:

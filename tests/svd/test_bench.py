@@ -336,6 +336,27 @@ def test_only_one_pair_of_runners_is_alive(compressed_tiny: Callable, monkeypatc
     assert len(most) == 2 * 2 * 3 * 2 and max(most) == 2
 
 
+def test_both_of_a_pair_decode_as_many_steps_at_the_same_lengths(
+    compressed_tiny: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one takes a little less than 5 ms / n and the other a little more, too."""
+    calls: dict[int, list[tuple[int, int]]] = {}
+
+    class Timed(Runner):
+        def decode(self, steps: int = 1) -> float:
+            super().decode(steps)
+            calls.setdefault(len(self._prompt_states), []).append((steps, self.used))
+            return 0.0024 if len(self._prompt_states) > 3 else 0.0026
+
+    monkeypatch.setattr("taco_svd.bench.Runner", Timed)
+    _, model, _ = compressed_tiny("llama", "bridge")
+    made = from_shape(CONFIGS["llama"](), model.structure, [2, 3], torch.float32)
+    pairs = (("compressed", "dense"),)
+    run_bench(made, BenchSettings(prompt=4, window=8, phases=("decode",), pairs=pairs, rounds=4, energy=False))
+    ours, dense = calls.values()
+    assert ours == dense and ours[-1][0] == 3
+
+
 def test_peak_memory_is_what_a_model_and_its_runner_need(monkeypatch: pytest.MonkeyPatch) -> None:
     device, model = torch.device("cuda:1"), tiny_model("llama")
     held = {"now": 5000, "most": 90000}  # other models, and what something needed before
