@@ -353,17 +353,16 @@ def _steps_of_a_sample(decodes: list[Callable[[], float]], window: int) -> int:
 
 def _joules(sample: Callable[[], float], counter: Callable[[], float], seconds: float = 1.0) -> float | None:
     """Energy per call of what a sample times: counters move every few milliseconds, so it runs for a second."""
-    before, spent, began = counter(), 0.0, time.perf_counter()
-    calls = 0.0
-    while (elapsed := time.perf_counter() - began) < seconds or calls == 0:
-        spent = sample()
-        calls += 1
+    before, spent, began = counter(), [], time.perf_counter()
+    while time.perf_counter() - began < seconds or not spent:
+        spent.append(sample())
     after = counter()
     elapsed = time.perf_counter() - began
-    if after <= before or spent <= 0:
+    one = statistics.median(spent)  # of one call: a disturbance of a single one says nothing of the others
+    if after <= before or one <= 0:
         return None
     # watts times the seconds of one step: a sample may be several steps, and what lies between them counts too
-    return (after - before) / elapsed * spent
+    return (after - before) / elapsed * one
 
 
 def percentiles(values: list[float]) -> dict[str, float]:

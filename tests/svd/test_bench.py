@@ -584,6 +584,21 @@ def test_energy_lands_in_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(values["joules_per_token"] > 0 for values in row["models"].values())
 
 
+def test_energy_is_of_a_usual_call_not_of_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    import taco_svd.bench as module
+
+    now, times = [0.0], iter([0.1] * 9 + [0.6])
+
+    def sample() -> float:
+        seconds = next(times)
+        now[0] += seconds
+        return seconds
+
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    joules = module._joules(sample, lambda: 100 * now[0], seconds=1.0)  # a machine of 100 watts
+    assert joules == pytest.approx(100 * 0.1)
+
+
 # -- command line ------------------------------------------------------------------------------------------------
 
 
