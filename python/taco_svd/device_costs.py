@@ -87,7 +87,7 @@ class DeviceCosts:
             "block_bytes": self.block_bytes,
             "native": taco_kernels.dispatch.isa,  # CPUs of one name may differ in it
             "direct": taco_kernels.direct.usable,
-            "backend": taco_kernels.get_backend(),  # one that is forced times other kernels, up to a hundred times slower
+            "backend": taco_kernels.get_backend(),  # where one is forced, other kernels are timed
             # what the user can hold the library to: its instructions (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA), the
             # precision of its float32 products, and memory in huge pages, which is read up to 15% faster
             "library": torch.backends.cpu.get_cpu_capability(),

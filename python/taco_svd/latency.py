@@ -1,7 +1,8 @@
 """Latency of whole models, compared in interleaved pairs.
 
-Every round measures all models one after another, so that drift of the machine hits them alike; what is reported is
-the median over rounds of the ratio within a round, with a bootstrap 95% interval (DESIGN: the 0.3% target).
+Every round measures all models one after another, in an order that goes around (`turns`), so that drift of the machine
+hits them alike; what is reported is the median over rounds of the ratio within a round, with a bootstrap 95% interval
+(DESIGN: the 0.3% target).
 """
 
 from __future__ import annotations
@@ -92,6 +93,18 @@ def rounds_like_one(ratios: list[float]) -> float:
     return max(1.0, total)
 
 
+def turns(names: list[str], number: int) -> list[str]:
+    """The order in which round `number` takes its models: every second round is the one before it backwards, and each
+    such two begin with another model.
+
+    Whoever ends a round begins the next and finds its own weights in the caches: with the same two at the ends always,
+    only they would.
+    """
+    first = number // 2 % len(names)
+    order = names[first:] + names[:first]
+    return order[::-1] if number % 2 else order
+
+
 @torch.inference_mode()
 def _one(model: PreTrainedModel, ids: torch.Tensor, steps: int, wait: Callable[[], None]) -> tuple[float, float]:
     """(prefill seconds, seconds per decode step) of one prompt batch."""
@@ -149,8 +162,7 @@ def compare_latency(
     times: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in PHASES} for name in names}
     for round_ in range(-2, rounds):
         ids = torch.randint(int(vocabulary), (batch, prompt), generator=generator).to(device)
-        # the order turns around each round: no model is always the one that runs first
-        for name in names if round_ % 2 == 0 else reversed(names):
+        for name in turns(names, round_ + 2):
             with on_device(device):
                 prefill, decode = _one(models[name], ids, decode_steps, wait)
             if round_ >= 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import random
 import weakref
@@ -118,6 +119,17 @@ def test_independent_rounds_count_one_each_and_alike_ones_together() -> None:
     assert 4 < mean[0.8] < 9
     assert latency.rounds_like_one([0.1]) == latency.rounds_like_one([0.1] * 30) == 1
     assert latency.rounds_like_one([0.1, -0.1] * 20) == 1  # the order of a round turns around: that is no drift
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+def test_models_that_take_turns_follow_themselves_equally_often(count: int) -> None:
+    names = [f"model {index}" for index in range(count)]
+    rounds = [latency.turns(names, number) for number in range(2 * count)]
+    assert all(sorted(order) == names for order in rounds)
+    one_after_another = [name for order in [*rounds, rounds[0]] for name in order]
+    itself = [one for one, next_ in itertools.pairwise(one_after_another) if one == next_]
+    assert len({itself.count(name) for name in names}) == 1
+    assert len({sum(order[0] == name for order in rounds) for name in names}) == 1
 
 
 # -- models ------------------------------------------------------------------------------------------------------
