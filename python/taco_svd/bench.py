@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedModel
 
 import taco_kernels
@@ -382,17 +383,20 @@ def weight_bytes_of(model: PreTrainedModel) -> int:
 def work(model: PreTrainedModel, phase: str, batch: int, prompt: int) -> float:
     """What bounds a phase from below: bytes read by a decode step, or multiplications of a prefill.
 
-    Decode reads every weight once (of the input embedding only some rows, which are left out) and the cache.
+    Decode reads every weight once (of the embeddings of tokens and positions only some rows, which are left out) and
+    the cache.
     Prefill multiplies every token with every matrix of the layers and the last token with the head, and attends.
     Of a mixture's experts a token is multiplied with those that it is sent to, and a step reads those that some token
     is sent to, if the router spreads them evenly.
     """
-    embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
-    tied = head is not None and head.weight is embedding.weight
+    # rows are picked of these, nothing is multiplied with them: tokens, and positions where those are learned
+    tables = {id(module.weight): module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    if head is not None:
+        tables.pop(id(head.weight), None)
     share = share_of_experts(model.config)
     if phase == "decode":
-        unread = 0 if tied else embedding.weight.numel() * embedding.weight.element_size()
+        unread: float = sum(weight.numel() * weight.element_size() for weight in tables.values())
         experts = sum(
             parameter.numel() * parameter.element_size()
             for name, parameter in model.named_parameters()
@@ -404,7 +408,7 @@ def work(model: PreTrainedModel, phase: str, batch: int, prompt: int) -> float:
         parameter.numel() * (share if is_of_expert(name) else 1.0)
         for name, parameter in model.named_parameters()
         if parameter.ndim in (2, 3)
-        and parameter is not embedding.weight
+        and id(parameter) not in tables
         and (head is None or parameter is not head.weight)
     )
     config: Any = model.config

@@ -232,6 +232,16 @@ def test_work_counts_what_a_phase_must_do() -> None:
     assert work(model, "prefill", 3, 10) == 3 * (10 * matrices + 10 * 10 * 32 * 5 + 96 * 32)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_learned_positions_are_neither_multiplied_with_nor_read_as_a_whole(name: str) -> None:
+    model = tiny_model(name)
+    longer = type(model.config).from_dict({**model.config.to_dict(), "max_position_embeddings": 4096})
+    long = skeleton(longer, torch.float32)
+    assert long.num_parameters() > model.num_parameters()
+    assert work(long, "prefill", 2, 10) == work(model, "prefill", 2, 10)
+    assert work(long, "decode", 2, 10) == work(model, "decode", 2, 10)
+
+
 # -- runners -----------------------------------------------------------------------------------------------------
 
 
