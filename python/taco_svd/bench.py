@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -261,7 +261,7 @@ def _measure(
     device = next(iter(models.values())).device
     counter, energy_source = energy_counter(device) if settings.energy else (None, "not asked for")
     for number, (one, other) in enumerate(pairs):
-        samples: dict[str, Callable[[], float]] = {}
+        samples: dict[str, Callable[..., float]] = {}
         if mode == "compiled":
             # all models run the same code, and torch gives up on code that it has compiled eight times
             torch._dynamo.reset()
@@ -342,7 +342,7 @@ def with_peak(
     return made, torch.cuda.max_memory_allocated(device) - before + weight_bytes_of(model)
 
 
-def _steps_of_a_sample(decodes: list[Callable[[], float]], window: int) -> int:
+def _steps_of_a_sample(decodes: Sequence[Callable[[], float]], window: int) -> int:
     """Decode steps that make a sample of each of a pair long enough for the clock.
 
     As many for both: the first step of a sample finds the other model's weights in the caches and the later ones its
@@ -354,7 +354,8 @@ def _steps_of_a_sample(decodes: list[Callable[[], float]], window: int) -> int:
 
 def _joules(sample: Callable[[], float], counter: Callable[[], float], seconds: float = 1.0) -> float | None:
     """Energy per call of what a sample times: counters move every few milliseconds, so it runs for a second."""
-    before, spent, began = counter(), [], time.perf_counter()
+    spent: list[float] = []
+    before, began = counter(), time.perf_counter()
     while time.perf_counter() - began < seconds or not spent:
         spent.append(sample())
     after = counter()
@@ -407,9 +408,7 @@ def work(model: PreTrainedModel, phase: str, batch: int, prompt: int) -> float:
     layers = sum(
         parameter.numel() * (share if is_of_expert(name) else 1.0)
         for name, parameter in model.named_parameters()
-        if parameter.ndim in (2, 3)
-        and id(parameter) not in tables
-        and (head is None or parameter is not head.weight)
+        if parameter.ndim in (2, 3) and id(parameter) not in tables and (head is None or parameter is not head.weight)
     )
     config: Any = model.config
     width = config.num_attention_heads * (
