@@ -111,10 +111,12 @@ def run(points: list[Point], store: Store, budget: Budget, seconds: float, tiny_
     return len(todo)
 
 
-def report(store: Store, out: Path) -> None:
-    print(target_table(store.content), "\n", break_even_table(store.content), sep="\n")
-    for path in plot(store.content, out):
+def report(content: dict[str, Any], out: Path) -> int:
+    """Tables and plots of what was measured; the exit code, 1 where a result was wrong."""
+    print(target_table(content), "\n", break_even_table(content), sep="\n")
+    for path in plot(content, out):
         print(f"wrote {path}")
+    return 1 if any("red" in point for point in content["points"].values()) else 0
 
 
 def main() -> int:
@@ -132,7 +134,14 @@ def main() -> int:
         print(f"there is nothing to measure: {native.reason}", file=sys.stderr)
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
-    store = Store(args.out, "kernels-dry-run" if args.dry_run else "kernels", {"machine": machine()}, not args.restart)
+    part = "kernels-dry-run" if args.dry_run else "kernels"
+    if args.report:  # of whatever machine
+        path = args.out / f"{part}.json"
+        if not path.exists():
+            print(f"there is nothing to report: {path} is not there", file=sys.stderr)
+            return 2
+        return report(json.loads(path.read_text()), args.out)
+    store = Store(args.out, part, {"machine": machine()}, not args.restart)
     # The yardsticks of an earlier run hold until this one measures its own.
     if store.points:
         old = json.loads(store.path.read_text())
@@ -142,15 +151,11 @@ def main() -> int:
     for point in points:
         unique.setdefault(point.key, point)  # the first of a kind: it has its place, and more to compare with
     points = [point for point in unique.values() if args.only in point.key]
-    if not args.report:
-        with torch.inference_mode():
-            left = run(points, store, Budget(args.budget_seconds), args.point_seconds, args.dry_run)
-        store.save(complete=left == 0)
-        print(f"{left} points left")
-        if left:
-            return 0
-    report(store, args.out)
-    return 1 if any("red" in point for point in store.points.values()) else 0
+    with torch.inference_mode():
+        left = run(points, store, Budget(args.budget_seconds), args.point_seconds, args.dry_run)
+    store.save(complete=left == 0)
+    print(f"{left} points left")
+    return 0 if left else report(store.content, args.out)
 
 
 if __name__ == "__main__":

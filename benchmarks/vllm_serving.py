@@ -47,7 +47,7 @@ import taco_kernels
 from taco_svd.bench import device_name, percentiles
 from taco_svd.bench_models import from_shape, shape_structure
 from taco_svd.checkpoint import DEFAULT_MODEL
-from taco_svd.latency import bootstrap
+from taco_svd.latency import bootstrap, turns
 from taco_svd.modeling import as_compressed
 from taco_svd.replacement import structural_copy
 from taco_svd.shapes import SHAPES, shape_config
@@ -300,6 +300,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         red = [name for name, found in checks.items() if not found["difference"] <= found["bound"]]
         rates: dict[str, list[float]] = {name: [] for name in directories}
         costs: dict[str, list[float]] = {name: [] for name in directories}
+        by_name = {server.name: server for server in servers}
         for server in servers:
             server.signal(signal.SIGSTOP)
         number = 0
@@ -307,10 +308,10 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             with held(options.lock):
                 end = time.monotonic() + LOCK_SECONDS
                 while number < options.rounds and time.monotonic() < end:
-                    for server in servers if number % 2 == 0 else servers[::-1]:
-                        rate, cost = one_round(server, options)
-                        rates[server.name].append(rate)
-                        costs[server.name].append(cost)
+                    for name in turns(list(by_name), number):
+                        rate, cost = one_round(by_name[name], options)
+                        rates[name].append(rate)
+                        costs[name].append(cost)
                     number += 1
                     print(f"round {number}: " + ", ".join(f"{n} {r[-1]:.3f}/s" for n, r in rates.items()), flush=True)
     finally:

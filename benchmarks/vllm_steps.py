@@ -32,7 +32,7 @@ import torch
 from vllm_serving import ROOT, add_model_options, check, described, prompts, summary, write_models
 
 from taco_svd.bench import no_collections
-from taco_svd.latency import bootstrap
+from taco_svd.latency import bootstrap, turns
 
 # before vLLM is imported: the engine in this process, where its steps can be called one by one
 SETTINGS = {
@@ -98,16 +98,16 @@ class Engine:
         return time.perf_counter() - start
 
 
-def one_batch(engines: dict[str, Engine], asked: list[list[int]], tokens: int, turned: bool) -> dict[str, list[float]]:
-    """Seconds of every step of a batch, the engines taking turns; the order turns around at each step."""
+def one_batch(engines: dict[str, Engine], asked: list[list[int]], tokens: int, number: int) -> dict[str, list[float]]:
+    """Seconds of every step of a batch, the engines taking turns, in the orders from `turns` number `number` on."""
     names = list(engines)
     times: dict[str, list[float]] = {name: [] for name in names}
     for engine in engines.values():
         engine.begin(asked, tokens)
     while any(engine.busy() for engine in engines.values()):
-        for name in names[::-1] if turned else names:
+        for name in turns(names, number):
             times[name].append(engines[name].step())
-        turned = not turned
+        number += 1
     steps = {len(values) for values in times.values()}
     if len(steps) > 1:
         raise SystemExit(f"The engines took different numbers of steps ({steps}); their times cannot be paired.")
@@ -118,11 +118,11 @@ def measure(engines: dict[str, Engine], options: argparse.Namespace) -> dict[str
     """Engine -> phase -> seconds: each batch's prefill, its decode steps, and the whole of it."""
     found: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in PHASES} for name in engines}
     asked = prompts(options.clients, options.prompt)
-    one_batch(engines, asked, options.tokens, False)  # compiles, warms up
+    one_batch(engines, asked, options.tokens, 0)  # compiles, warms up
     end, number = time.monotonic() + options.seconds, 0
     while number < 2 or time.monotonic() < end:
         with no_collections():
-            times = one_batch(engines, asked, options.tokens, number % 2 == 1)
+            times = one_batch(engines, asked, options.tokens, number)
         for name, (prefill, *decode) in times.items():
             found[name]["prefill"].append(prefill)
             found[name]["decode"] += decode

@@ -2,7 +2,8 @@
 
 A round is A B B A: drift of the machine, and whatever a model finds in the caches after the other one or after itself,
 hits both alike. A comparison is the median over rounds of the ratio within a round, minus one, with a bootstrap 95%
-interval over rounds. Only two models take turns at a time.
+interval over rounds that allows for rounds like the one before (`latency.bootstrap`). Only two models take turns at a
+time.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedModel
 
 import taco_kernels
@@ -123,6 +125,9 @@ def compare_pair(
 ) -> tuple[Ratio, str, list[float], list[float]]:
     """Times two functions that give seconds, in rounds A B B A, until the interval's half width is `precision`.
 
+    It must be so at two looks in a row, with a quarter more rounds at the second: of a width that goes up and down, the
+    first narrow one is narrow by chance too often (89% of such intervals hold the true ratio, 94% of the second).
+
     Returns:
         (ratio minus one, why it stopped, seconds of the one, of the other)
     """
@@ -130,7 +135,7 @@ def compare_pair(
     ratios: list[float] = []
     for function in (one, other):
         function()
-    began, next_look = clock(), LEAST_ROUNDS
+    began, next_look, was_narrow = clock(), LEAST_ROUNDS, False
     while True:
         # the order turns around from round to round: A B B A, B A A B
         order = (0, 1, 1, 0) if len(ratios) % 2 == 0 else (1, 0, 0, 1)
@@ -149,10 +154,12 @@ def compare_pair(
         late = clock() - began > seconds
         if late or len(ratios) >= next_look:
             ratio = bootstrap(ratios)
-            if ratio.high - ratio.low <= 2 * precision:
+            is_narrow = ratio.high - ratio.low <= 2 * precision
+            if is_narrow and (was_narrow or late):
                 return ratio, "interval", *times
             if late:
                 return ratio, "time", *times
+            was_narrow = is_narrow
             next_look = int(1.25 * len(ratios)) + 1  # looking costs as much as some rounds
 
 
@@ -254,7 +261,7 @@ def _measure(
     device = next(iter(models.values())).device
     counter, energy_source = energy_counter(device) if settings.energy else (None, "not asked for")
     for number, (one, other) in enumerate(pairs):
-        samples = {}
+        samples: dict[str, Callable[..., float]] = {}
         if mode == "compiled":
             # all models run the same code, and torch gives up on code that it has compiled eight times
             torch._dynamo.reset()
@@ -264,6 +271,9 @@ def _measure(
             samples[name], peak = with_peak(prepare, models[name], device)
             if peak is not None:
                 memory[name] = peak
+        if phase == "decode":
+            steps = _steps_of_a_sample(list(samples.values()), settings.window)
+            samples = {name: partial(decode, steps) for name, decode in samples.items()}
         precision = settings.precision * (10 if other == "dense" else 1)
         with no_collections():
             ratio, stopped, *both = compare_pair(
@@ -311,7 +321,7 @@ def _ready_sample(
     model: PreTrainedModel, settings: BenchSettings, mode: str, batch: int, phase: str
 ) -> Callable[[], float]:
     runner = Runner(model, mode, batch, settings.prompt, settings.window, (phase,))
-    sample = runner.prefill if phase == "prefill" else _decoding(runner)
+    sample: Callable[[], float] = runner.prefill if phase == "prefill" else runner.decode
     sample()  # the first call compiles, packs weights, fills pools
     return sample
 
@@ -332,27 +342,29 @@ def with_peak(
     return made, torch.cuda.max_memory_allocated(device) - before + weight_bytes_of(model)
 
 
-def _decoding(runner: Runner) -> Callable[[], float]:
-    """A decode sample long enough for the clock."""
-    runner.decode()
-    quick = min(runner.decode() for _ in range(3))
-    steps = max(1, min(runner.window, int(LEAST_SAMPLE_SECONDS / max(quick, 1e-9)) + 1))
-    return lambda: runner.decode(steps)
+def _steps_of_a_sample(decodes: Sequence[Callable[[], float]], window: int) -> int:
+    """Decode steps that make a sample of each of a pair long enough for the clock.
+
+    As many for both: the first step of a sample finds the other model's weights in the caches and the later ones its
+    own, and at any time the two caches of keys and values are to be equally long.
+    """
+    quick = min(decode() for _ in range(3) for decode in decodes)
+    return max(1, min(window, int(LEAST_SAMPLE_SECONDS / max(quick, 1e-9)) + 1))
 
 
 def _joules(sample: Callable[[], float], counter: Callable[[], float], seconds: float = 1.0) -> float | None:
     """Energy per call of what a sample times: counters move every few milliseconds, so it runs for a second."""
-    before, spent, began = counter(), 0.0, time.perf_counter()
-    calls = 0.0
-    while (elapsed := time.perf_counter() - began) < seconds or calls == 0:
-        spent = sample()
-        calls += 1
+    spent: list[float] = []
+    before, began = counter(), time.perf_counter()
+    while time.perf_counter() - began < seconds or not spent:
+        spent.append(sample())
     after = counter()
     elapsed = time.perf_counter() - began
-    if after <= before or spent <= 0:
+    one = statistics.median(spent)  # of one call: a disturbance of a single one says nothing of the others
+    if after <= before or one <= 0:
         return None
     # watts times the seconds of one step: a sample may be several steps, and what lies between them counts too
-    return (after - before) / elapsed * spent
+    return (after - before) / elapsed * one
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
@@ -372,17 +384,20 @@ def weight_bytes_of(model: PreTrainedModel) -> int:
 def work(model: PreTrainedModel, phase: str, batch: int, prompt: int) -> float:
     """What bounds a phase from below: bytes read by a decode step, or multiplications of a prefill.
 
-    Decode reads every weight once (of the input embedding only some rows, which are left out) and the cache.
+    Decode reads every weight once (of the embeddings of tokens and positions only some rows, which are left out) and
+    the cache.
     Prefill multiplies every token with every matrix of the layers and the last token with the head, and attends.
     Of a mixture's experts a token is multiplied with those that it is sent to, and a step reads those that some token
     is sent to, if the router spreads them evenly.
     """
-    embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
-    tied = head is not None and head.weight is embedding.weight
+    # rows are picked of these, nothing is multiplied with them: tokens, and positions where those are learned
+    tables = {id(module.weight): module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    if head is not None:
+        tables.pop(id(head.weight), None)
     share = share_of_experts(model.config)
     if phase == "decode":
-        unread = 0 if tied else embedding.weight.numel() * embedding.weight.element_size()
+        unread: float = sum(weight.numel() * weight.element_size() for weight in tables.values())
         experts = sum(
             parameter.numel() * parameter.element_size()
             for name, parameter in model.named_parameters()
@@ -393,9 +408,7 @@ def work(model: PreTrainedModel, phase: str, batch: int, prompt: int) -> float:
     layers = sum(
         parameter.numel() * (share if is_of_expert(name) else 1.0)
         for name, parameter in model.named_parameters()
-        if parameter.ndim in (2, 3)
-        and parameter is not embedding.weight
-        and (head is None or parameter is not head.weight)
+        if parameter.ndim in (2, 3) and id(parameter) not in tables and (head is None or parameter is not head.weight)
     )
     config: Any = model.config
     width = config.num_attention_heads * (

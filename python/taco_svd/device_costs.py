@@ -56,7 +56,7 @@ class DeviceCosts:
     """Seconds of single calls on one device, in one dtype, with torch's current number of threads.
 
     Measures what it is asked for and has not seen; `save` keeps that for other processes. Results of other versions of
-    torch or of this package, of another thread count or device do not count.
+    torch or of this package, of another thread count or device, or of other settings of what computes do not count.
 
     Args:
         working_set: bytes of the model's weights, if they are few enough for a cache to hold them; default: they are
@@ -87,6 +87,13 @@ class DeviceCosts:
             "block_bytes": self.block_bytes,
             "native": taco_kernels.dispatch.isa,  # CPUs of one name may differ in it
             "direct": taco_kernels.direct.usable,
+            "backend": taco_kernels.get_backend(),  # where one is forced, other kernels are timed
+            # what the user can hold the library to: its instructions (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA), the
+            # precision of its float32 products, and memory in huge pages, which is read up to 15% faster
+            "library": torch.backends.cpu.get_cpu_capability(),
+            "library_multiplies": taco_kernels.dispatch.library_multiplies(dtype),
+            "float32_products": torch.get_float32_matmul_precision(),
+            "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
         }
         if self.device.type == "cuda":
             self.key["timed"] = "graph"

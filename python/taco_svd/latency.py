@@ -1,7 +1,8 @@
 """Latency of whole models, compared in interleaved pairs.
 
-Every round measures all models one after another, so that drift of the machine hits them alike; what is reported is
-the median over rounds of the ratio within a round, with a bootstrap 95% interval (DESIGN: the 0.3% target).
+Every round measures all models one after another, in an order that goes around (`turns`), so that drift of the machine
+hits them alike; what is reported is the median over rounds of the ratio within a round, with a bootstrap 95% interval
+(DESIGN: the 0.3% target).
 """
 
 from __future__ import annotations
@@ -54,13 +55,54 @@ class LatencyReport:
 
 
 def bootstrap(ratios: list[float], draws: int = 2000, seed: int = 0) -> Ratio:
-    """Median of ratios and the 95% interval of that median, by resampling rounds."""
+    """Median of ratios, in the order of their rounds, and the 95% interval of that median, by resampling rounds.
+
+    Resampling takes rounds to be independent. Where a neighbour on the machine slows one of the two for a while, rounds
+    that follow each other are alike and say less than their number: the interval is widened by the square root of how
+    many of them count as one.
+    """
     values = torch.tensor(ratios, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randint(len(values), (draws, len(values)), generator=generator)
     medians = values[picks].quantile(0.5, dim=1)
     low, high = medians.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Ratio(float(values.quantile(0.5)), low, high)
+    median, wider = float(values.quantile(0.5)), rounds_like_one(ratios) ** 0.5
+    return Ratio(median, median - wider * (median - low), median + wider * (high - median))
+
+
+def rounds_like_one(ratios: list[float]) -> float:
+    """How many rounds of a series tell as much of its median as one independent round: 1 where none resembles the last.
+
+    The integrated autocorrelation time of the side of the median that a round lies on, which is what a median's error
+    depends on. Correlations are summed by Geyer's initial monotone sequence: in pairs of lags, as long as the pairs are
+    above zero and falling, since what is behind them is noise (Practical Markov Chain Monte Carlo, 1992).
+    """
+    values = torch.tensor(ratios, dtype=torch.float64)
+    sides = (values - values.quantile(0.5)).sign()
+    sides -= sides.mean()
+    power = float(sides @ sides)
+    if power == 0:
+        return 1.0
+    total, last = -1.0, float("inf")
+    for lag in range(0, len(sides) // 2, 2):
+        pair = sum(float(sides[: len(sides) - by] @ sides[by:]) for by in (lag, lag + 1)) / power
+        if pair <= 0:
+            break
+        last = min(last, pair)
+        total += 2 * last
+    return max(1.0, total)
+
+
+def turns(names: list[str], number: int) -> list[str]:
+    """The order in which round `number` takes its models: every second round is the one before it backwards, and each
+    such two begin with another model.
+
+    Whoever ends a round begins the next and finds its own weights in the caches: with the same two at the ends always,
+    only they would.
+    """
+    first = number // 2 % len(names)
+    order = names[first:] + names[:first]
+    return order[::-1] if number % 2 else order
 
 
 @torch.inference_mode()
@@ -120,8 +162,7 @@ def compare_latency(
     times: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in PHASES} for name in names}
     for round_ in range(-2, rounds):
         ids = torch.randint(int(vocabulary), (batch, prompt), generator=generator).to(device)
-        # the order turns around each round: no model is always the one that runs first
-        for name in names if round_ % 2 == 0 else reversed(names):
+        for name in turns(names, round_ + 2):
             with on_device(device):
                 prefill, decode = _one(models[name], ids, decode_steps, wait)
             if round_ >= 0:

@@ -72,7 +72,7 @@ def compare_plot(values: dict[str, Any], path: str | Path) -> None:
     latency = any("against_dense" in row for row in made)
     axes = figure.subplots(1, 2 if latency else 1, sharey=True, squeeze=False)[0]
     names = list(dict.fromkeys(row["model"] for row in made))
-    best = max(row["perplexity"]["perplexity"] for row in made)
+    worst = max(row["perplexity"]["perplexity"] for row in rows)  # the dense model's alone where all methods refused
     for number, name in enumerate(names):
         points = sorted((row for row in made if row["model"] == name), key=lambda row: row["parameters"])
         style = {
@@ -100,7 +100,7 @@ def compare_plot(values: dict[str, Any], path: str | Path) -> None:
     for axis, place in zip(axes, (dense["parameters"] / 1e6, 1.0), strict=False):
         axis.plot([place], [base], "kx", markersize=9, label="dense")
         axis.axhline(base, color="k", linewidth=0.6, linestyle=":")
-        if best > 3 * base:
+        if worst > 3 * base:
             axis.set_yscale("log")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="small", ncols=2)

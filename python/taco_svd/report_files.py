@@ -89,7 +89,8 @@ def comparison_cut(path: str | Path | None) -> tuple[int | None, int | None]:
 def comparison_rows(path: str | Path | None) -> list[dict[str, Any]]:
     """Rows name, perplexity, standard_error, parameters, decode of a comparison.
 
-    Latency is the ratio to the dense model's in the same run: two runs find the machine in different states.
+    Latency is the ratio to the dense model's in the same rounds: two runs find the machine in different states, and of
+    several settings, each timed in a run of its own, only the last one's seconds of the dense model are kept.
 
     Raises:
         TacoError: not a comparison.
@@ -101,9 +102,11 @@ def comparison_rows(path: str | Path | None) -> list[dict[str, Any]]:
         try:
             score = row["perplexity"]
             value, parameters = number(score["perplexity"]), number(row["parameters"])
-            latency = row.get("latency")
-            decode = number(latency["decode"]["p50"]) if latency else None
+            ratio = row.get("against_dense")
+            decode = number(ratio["decode"]["median"]) if ratio else None
             name, share = str(row["model"]), number(row.get("share"))
+            if name == "dense" and row.get("latency"):
+                decode = 1.0
             error = number(score.get("standard_error"))
         except (KeyError, TypeError, AttributeError) as problem:
             raise TacoError(f"{path}: a row of `models` is not readable ({problem!r}).") from problem
@@ -119,8 +122,7 @@ def comparison_rows(path: str | Path | None) -> list[dict[str, Any]]:
                 "decode": decode,
             }
         )
-    dense = next((row["decode"] for row in found if row["name"] == "dense"), None)
-    return [{**row, "decode": row["decode"] / dense if row["decode"] and dense else None} for row in found]
+    return found
 
 
 def comparison_note(path: str | Path | None, text_name: str) -> str | None:

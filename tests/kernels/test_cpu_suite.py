@@ -46,6 +46,13 @@ def test_dry_run_resumes_and_reports(tmp_path):
     done = run("--out", str(tmp_path), "--report")
     assert done.returncode == 0 and "| one eager call" in done.stdout
     assert json.loads((tmp_path / "kernels-dry-run.json").read_text())["points"] == content["points"]
+    # another machine's are reported too, as they are
+    content["machine"]["cpu"] = "another"
+    (tmp_path / "kernels-dry-run.json").write_text(json.dumps(content))
+    done = run("--out", str(tmp_path), "--report")
+    assert done.returncode == 0 and "| one eager call" in done.stdout, done.stderr
+    assert json.loads((tmp_path / "kernels-dry-run.json").read_text()) == content
+    assert run("--out", str(tmp_path / "nothing"), "--report").returncode == 2
 
 
 @pytest.mark.parametrize("op", ["linear", "bridge", "group", "mlp"])

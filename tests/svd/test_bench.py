@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import random
 import weakref
@@ -71,12 +72,64 @@ def test_it_stops_when_the_interval_is_narrow_and_not_before() -> None:
     assert len(few) < len(ones)
 
 
+def test_an_interval_that_is_narrow_once_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    widths = iter([0.001, 0.003, 0.001, 0.001])
+    looks: list[int] = []
+
+    def look(ratios: list[float]) -> latency.Ratio:
+        looks.append(len(ratios))
+        return latency.Ratio(0.0, 0.0, next(widths))
+
+    monkeypatch.setattr("taco_svd.bench.bootstrap", look)
+    _, stopped, ones, _ = Machine().compare(precision=0.001, seconds=1e9)
+    assert stopped == "interval" and looks == [12, 16, 21, 27] and len(ones) == 54
+
+
 def test_it_stops_at_the_time_limit_after_enough_rounds() -> None:
     machine = Machine(noise=0.2)
     _, stopped, ones, _ = machine.compare(precision=1e-6, seconds=200)
     assert stopped == "time" and 200 < machine.now < 215 and len(ones) > 24
     _, stopped, ones, _ = Machine(noise=0.2).compare(precision=1e-6, seconds=0.1)
     assert stopped == "time" and len(ones) == 24
+
+
+def series(likeness: float, count: int, seed: int) -> list[float]:
+    """Ratios around zero, each like the one before it: `likeness` is their correlation, 0 for independent ones."""
+    noise, value, found = random.Random(seed), 0.0, []
+    for _ in range(20 + count):
+        value = likeness * value + (1 - likeness**2) ** 0.5 * noise.gauss(0, 0.01)
+        found.append(value)
+    return found[20:]
+
+
+@pytest.mark.parametrize("likeness, least", [(0.0, 0.9), (0.8, 0.85)])
+def test_intervals_hold_the_median_where_rounds_resemble_the_last(likeness: float, least: float) -> None:
+    found = [latency.bootstrap(series(likeness, 160, seed), draws=500) for seed in range(100)]
+    # resampling alone gives 0.58 at a likeness of 0.8
+    assert sum(ratio.low <= 0 <= ratio.high for ratio in found) / 100 >= least
+
+
+def test_independent_rounds_count_one_each_and_alike_ones_together() -> None:
+    mean = {
+        likeness: sum(latency.rounds_like_one(series(likeness, 400, seed)) for seed in range(20)) / 20
+        for likeness in (0.0, 0.8)
+    }
+    assert mean[0.0] < 1.3
+    # of the sides of a Gaussian series: 1 + 2 sum of (2 / pi) asin(0.8 ** lag) is 6.4
+    assert 4 < mean[0.8] < 9
+    assert latency.rounds_like_one([0.1]) == latency.rounds_like_one([0.1] * 30) == 1
+    assert latency.rounds_like_one([0.1, -0.1] * 20) == 1  # the order of a round turns around: that is no drift
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+def test_models_that_take_turns_follow_themselves_equally_often(count: int) -> None:
+    names = [f"model {index}" for index in range(count)]
+    rounds = [latency.turns(names, number) for number in range(2 * count)]
+    assert all(sorted(order) == names for order in rounds)
+    one_after_another = [name for order in [*rounds, rounds[0]] for name in order]
+    itself = [one for one, next_ in itertools.pairwise(one_after_another) if one == next_]
+    assert len({itself.count(name) for name in names}) == 1
+    assert len({sum(order[0] == name for order in rounds) for name in names}) == 1
 
 
 # -- models ------------------------------------------------------------------------------------------------------
@@ -177,6 +230,16 @@ def test_work_counts_what_a_phase_must_do() -> None:
     assert work(model, "decode", 3, 10) == weights + buffers + cache_bytes(model.config, 3, 10, torch.float32)
     matrices = sum(sum(m * n for m, n in Sizes.of(Architecture(model)).linear_shapes) for _ in range(5))
     assert work(model, "prefill", 3, 10) == 3 * (10 * matrices + 10 * 10 * 32 * 5 + 96 * 32)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_learned_positions_are_neither_multiplied_with_nor_read_as_a_whole(name: str) -> None:
+    model = tiny_model(name)
+    longer = type(model.config).from_dict({**model.config.to_dict(), "max_position_embeddings": 4096})
+    long = skeleton(longer, torch.float32)
+    assert long.num_parameters() > model.num_parameters()
+    assert work(long, "prefill", 2, 10) == work(model, "prefill", 2, 10)
+    assert work(long, "decode", 2, 10) == work(model, "decode", 2, 10)
 
 
 # -- runners -----------------------------------------------------------------------------------------------------
@@ -293,6 +356,27 @@ def test_only_one_pair_of_runners_is_alive(compressed_tiny: Callable, monkeypatc
     finally:
         gc.enable()
     assert len(most) == 2 * 2 * 3 * 2 and max(most) == 2
+
+
+def test_both_of_a_pair_decode_as_many_steps_at_the_same_lengths(
+    compressed_tiny: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one takes a little less than 5 ms / n and the other a little more, too."""
+    calls: dict[int, list[tuple[int, int]]] = {}
+
+    class Timed(Runner):
+        def decode(self, steps: int = 1) -> float:
+            super().decode(steps)
+            calls.setdefault(len(self._prompt_states), []).append((steps, self.used))
+            return 0.0024 if len(self._prompt_states) > 3 else 0.0026
+
+    monkeypatch.setattr("taco_svd.bench.Runner", Timed)
+    _, model, _ = compressed_tiny("llama", "bridge")
+    made = from_shape(CONFIGS["llama"](), model.structure, [2, 3], torch.float32)
+    pairs = (("compressed", "dense"),)
+    run_bench(made, BenchSettings(prompt=4, window=8, phases=("decode",), pairs=pairs, rounds=4, energy=False))
+    ours, dense = calls.values()
+    assert ours == dense and ours[-1][0] == 3
 
 
 def test_peak_memory_is_what_a_model_and_its_runner_need(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -520,6 +604,21 @@ def test_energy_lands_in_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     row = run_bench(made, BenchSettings(prompt=4, window=4, rounds=1, phases=("decode",)))["results"][0]
     assert row["energy"] == "a test"
     assert all(values["joules_per_token"] > 0 for values in row["models"].values())
+
+
+def test_energy_is_of_a_usual_call_not_of_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    import taco_svd.bench as module
+
+    now, times = [0.0], iter([0.1] * 9 + [0.6])
+
+    def sample() -> float:
+        seconds = next(times)
+        now[0] += seconds
+        return seconds
+
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    joules = module._joules(sample, lambda: 100 * now[0], seconds=1.0)  # a machine of 100 watts
+    assert joules == pytest.approx(100 * 0.1)
 
 
 # -- command line ------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from taco_svd.checkpoint import parameter_count
 from taco_svd.comparison import Measure, Setting, method_names, run_comparison
 from taco_svd.errors import TacoError
 from taco_svd.plan import METHODS
+from taco_svd.report import compare_plot
 
 from .test_calibration import tokenizer as word_tokenizer
 from .tiny_models import VOCABULARY, tiny_model
@@ -85,6 +86,14 @@ def test_several_methods_at_two_budgets_with_a_picture(dense: Path, tmp_path: Pa
         assert 0 < low <= middle <= high
     for name in names:
         assert stdout.count(f" {name} ") == 2
+
+
+def test_a_picture_of_a_comparison_in_which_every_method_refused(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    score = {"perplexity": 40.0, "standard_error": 1.0}
+    values = {"text": "self", "models": [{"model": "dense", "perplexity": score, "parameters": 4000}]}
+    compare_plot(values, tmp_path / "all.png")
+    assert (tmp_path / "all.png").stat().st_size > 0
 
 
 def test_all_names_every_method_once(dense: Path, invoke) -> None:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import taco_kernels
 from taco_svd import Plan, TacoError, compress, device_costs
 from taco_svd import cost_budget as module
 from taco_svd.allocation import Sizes
@@ -89,6 +90,16 @@ def test_what_was_measured_is_kept_for_this_device_only(tmp_path: Path) -> None:
         first.path.write_text(damaged)
         with pytest.raises(AssertionError):
             DeviceCosts("cpu", torch.float32, tmp_path, measure=never).linear(8, 8)  # type: ignore[arg-type]
+
+
+def test_what_a_forced_backend_took_is_not_kept_for_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`TACO_BACKEND=reference` once, and every later budget of this machine would be of the reference's times."""
+    places = [costs_by_bytes(directory=tmp_path).path]
+    with taco_kernels.use_backend("reference"):
+        places.append(costs_by_bytes(directory=tmp_path).path)
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
+    places.append(costs_by_bytes(directory=tmp_path).path)
+    assert len(set(places)) == 3
 
 
 def test_two_processes_add_to_one_file(tmp_path: Path) -> None:

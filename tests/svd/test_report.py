@@ -118,6 +118,7 @@ def test_every_section_is_there(compressed_tiny, tmp_path, invoke, method):
          "parameters": 4000, "share": share, "latency": {"decode": {"p50": 0.01 * share}}}
         for name, share in (("dense", 1.0), ("svd", 0.8))
     ]  # fmt: skip
+    rows[1]["against_dense"] = {"decode": {"median": 0.8}}
     (tmp_path / "compare.json").write_text(json.dumps({"text": "self", "models": rows}))
     out = tmp_path / "report.html"
     code, stdout, stderr = invoke(
@@ -137,6 +138,21 @@ def test_every_section_is_there(compressed_tiny, tmp_path, invoke, method):
     # importance, allocation, (spectra), prediction, corrections, drift, alternatives
     assert len(elements.images) == 7
     assert not list(tmp_path.glob(".*partial"))
+
+
+def test_latencies_of_a_comparison_are_those_of_its_rounds(tmp_path):
+    """Seconds drift from one setting's run to the next, and of the dense model those of the last run are kept."""
+    from taco_svd.report_files import comparison_rows
+
+    def row(name, share, seconds, **more):
+        score = {"perplexity": 90.0, "standard_error": 1.0}
+        return {"model": name, "perplexity": score, "parameters": 9, "share": share,
+                "latency": {"decode": {"p50": seconds}}, **more}  # fmt: skip
+
+    ratio = {"decode": {"median": 0.9, "low": 0.8, "high": 1.0}}
+    models = [row("dense", 1.0, 0.02), row("svd", 0.9, 0.009, against_dense=ratio), row("svd", 0.8, 0.018)]
+    (tmp_path / "compare.json").write_text(json.dumps({"text": "self", "models": models}))
+    assert [found["decode"] for found in comparison_rows(tmp_path / "compare.json")] == [1.0, 0.9, None]
 
 
 def test_narrowed_matrices_are_in_the_map(compressed_tiny):
