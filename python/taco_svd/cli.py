@@ -124,12 +124,13 @@ def compress(
     from .plan import Plan
     from .report import info_table
     from .team import Team, local_device
-    from .work_directory import check_work_directory, finished_steps_kept
+    from .work_directory import check_apart, check_work_directory, finished_steps_kept
 
     check_output(out, force)
     team = Team.from_environment(device)
     as_json = as_json or team.rank > 0
     work_dir = work_dir or out.with_name(f"{out.name}.work")
+    check_apart(work_dir, out, "--work-dir")
     if team.rank > 0:
         work_dir = work_dir.with_name(f"{work_dir.name}.{team.rank}")
     check_work_directory(work_dir, resume)

@@ -73,7 +73,7 @@ class Store:
             return
         # a shared storage would be written once per tensor that looks into it, a view with all of what it looks into
         plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        file = f"{name.replace('/', '-')}.safetensors"
+        file = entry_file(name)
         partial = self._folder() / f".{file}.{os.getpid()}.partial"
         try:
             if plain:
@@ -203,6 +203,11 @@ class Store:
         partial = self._folder() / f".{INDEX}.{os.getpid()}.partial"
         partial.write_text(json.dumps({"format": FORMAT, "entries": self._index}), encoding="utf-8")
         partial.replace(self._folder() / INDEX)
+
+
+def entry_file(name: str) -> str:
+    """The file of an entry."""
+    return f"{name.replace('/', '-')}.safetensors"
 
 
 def disk_full(error: BaseException) -> bool:

@@ -345,13 +345,15 @@ def test_command_line(saved, invoke):
         (["--dtype", "int8"], "--dtype"),
         (["--dense", "SMALL"], "compressed model"),
         (["--out", "SMALL"], "exists"),
+        (["--work", "OUT"], "--out"),
         ([], "was not found"),
     ],
 )
 def test_bad_input_is_one_sentence_before_any_work(saved, invoke, arguments, says):
     given = {"--text": "self", "--out": saved / "out", "--seq-len": "8"}
     given.update(zip(arguments[::2], arguments[1::2], strict=True))
-    words = [str(saved / "small") if word == "SMALL" else str(word) for pair in given.items() for word in pair]
+    places = {"SMALL": saved / "small", "OUT": saved / "out" / "work"}
+    words = [str(places.get(word, word)) for pair in given.items() for word in pair]
     code, stdout, stderr = invoke("heal", saved / "small", *words)
     assert code == 2 and says in stderr and len(stderr.strip().splitlines()) == 1 and stdout == ""
     assert sorted(path.name for path in saved.iterdir()) == ["dense", "small"]
