@@ -6,9 +6,11 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from taco_svd import TacoError, save_compressed
+from taco_svd import TacoError, healing_files, save_compressed
 from taco_svd.cli_heal import token_count
+from taco_svd.errors import DiskFullError
 from taco_svd.healing import (
     HealingOptions,
     Objective,
@@ -314,6 +316,25 @@ def test_a_state_is_whole_or_not_there(compressed_tiny, tmp_path, monkeypatch):
         heal(student, dense, *windows_for(SMALL), SMALL, torch.float32, keep=keep)
     monkeypatch.undo()
     assert states == [1, 2, 3, 4] and files.state().step == 3
+
+
+@pytest.mark.parametrize("file", ["windows", "state"])
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on(file, saved, monkeypatch):
+    real = healing_files.save_file
+
+    def full(tensors, path):
+        if file in path.name:
+            path.write_bytes(b"cut")
+            raise SafetensorError("Error while serializing: IoError(No space left on device (os error 28))")
+        real(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(healing_files, "save_file", full)
+        with pytest.raises(DiskFullError, match="same command"):
+            heal_checkpoint(saved / "small", saved / "out", "self", SMALL, saved / "dense")
+    assert not (saved / "out").exists()
+    heal_checkpoint(saved / "small", saved / "out", "self", SMALL, saved / "dense")
+    assert (saved / "out").is_dir() and not (saved / "out.healing").exists()
 
 
 def test_command_line(saved, invoke):
