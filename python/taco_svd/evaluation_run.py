@@ -113,7 +113,7 @@ def evaluate_model(
         "versions": versions(),
     }
     if text is not None:
-        window, stride = resolve_windows(model, window, stride)
+        window, stride = resolve_windows(model, window, stride, max_windows)
         dense, origin = _dense(model, name, against)
         tokens, text_name = evaluation_tokens(text, model, tokenizer, seed, progress)
         digest = hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()

@@ -64,7 +64,7 @@ def compare_plot(values: dict[str, Any], path: str | Path) -> None:
     """Draws the rows of a comparison: perplexity over parameters and over latency relative to the dense model.
 
     Raises:
-        TacoError: matplotlib is not installed, or does not know the file's ending.
+        TacoError: matplotlib is not installed, or does not know the file's ending; or it cannot be written.
     """
     figure = plot_backend(path)(figsize=(13, 5.5), layout="constrained")
     rows = values["models"]
@@ -104,7 +104,10 @@ def compare_plot(values: dict[str, Any], path: str | Path) -> None:
             axis.set_yscale("log")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="small", ncols=2)
-    figure.savefig(path, dpi=150)
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise TacoError(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def latency_table(report: LatencyReport) -> Table:

@@ -117,6 +117,7 @@ BAD = {
     "no such text": (["eval", "MODEL", "--text", "missing.txt"], "No such text"),
     "text too short": (["eval", "MODEL", "--text", "TEXT"], "less than one window"),
     "stride": (["eval", "MODEL", "--text", "self", "--stride", "0"], "stride"),
+    "no windows": (["eval", "MODEL", "--text", "self", "--max-windows", "0"], "--max-windows"),
     "info on a dense model": (["info", "DENSE"], "No plan"),
     "export of a dense model": (["export", "DENSE", "--dense", "OUT"], "ordinary model already"),
     "bench against nothing known": (["bench", "DENSE", "--against", "magic"], "--against"),
