@@ -57,6 +57,13 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore")
 
 
+def stopped(stop: KeyboardInterrupt) -> typer.Exit:
+    """What a command ends with on Ctrl-C: a line, plain since paths are no markup, and exit code 130."""
+    # typer would end with no word
+    print(f"taco-svd: stopped; {str(stop) or 'nothing was written.'}", file=sys.stderr)
+    return typer.Exit(130)
+
+
 def check_dtype(dtype: str) -> None:
     from .errors import TacoError
 

@@ -81,8 +81,8 @@ def heal_checkpoint(
     try:
         with progress.step("healing") as report:
             state = heal(student, teacher, *windows, options, final.dtype, files.state(), files.keep, report)
-    except KeyboardInterrupt:
-        raise TacoError(f"Stopped; the same command goes on with what is in {files.path}.") from None
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"the same command goes on with what is in {files.path}.") from stop
     files.write(state)
     parameters = dict(final.named_parameters())
     for name, tensor in state.best.items():

@@ -114,6 +114,10 @@ BAD = {
     ),
     "bad dtype": (["eval", "DENSE", "--dtype", "int3", "--text", "self"], "--dtype"),
     "bad device": (["eval", "DENSE", "--device", "nonsense", "--text", "self"], "Device"),
+    "a plan and a budget": (
+        ["compress", "DENSE", "--out", "OUT", "--plan", "OTHER", "--keep", "0.5"],
+        "leave out --keep",
+    ),
     "no such text": (["eval", "MODEL", "--text", "missing.txt"], "No such text"),
     "text too short": (["eval", "MODEL", "--text", "TEXT"], "less than one window"),
     "stride": (["eval", "MODEL", "--text", "self", "--stride", "0"], "stride"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from taco_svd import TacoError, healing_files, save_compressed
+from taco_svd import TacoError, healing_files, healing_run, save_compressed
 from taco_svd.cli_heal import token_count
 from taco_svd.errors import DiskFullError
 from taco_svd.healing import (
@@ -335,6 +335,19 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on(file, saved, monkeypatc
     assert not (saved / "out").exists()
     heal_checkpoint(saved / "small", saved / "out", "self", SMALL, saved / "dense")
     assert (saved / "out").is_dir() and not (saved / "out.healing").exists()
+
+
+def test_ctrl_c_says_how_to_go_on(saved, invoke, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(healing_run, "heal", interrupted)
+    common = ("--text", "self", "--tokens", "256", "--batch", "4", "--seq-len", "8", "--dense", saved / "dense")
+    code, stdout, stderr = invoke("heal", saved / "small", "--out", saved / "healed", *common)
+    assert code == 130 and stdout == "" and "same command" in stderr and "healed.healing" in stderr
+    monkeypatch.setattr(healing_run, "load_model", interrupted)
+    code, _, stderr = invoke("heal", saved / "small", "--out", saved / "healed", *common)
+    assert code == 130 and "nothing was written" in stderr
 
 
 def test_command_line(saved, invoke):
