@@ -11,6 +11,9 @@ from .errors import TacoError
 from .experts import kind_of
 from .latency import LatencyReport
 
+# why an evaluation has no KL divergence, where that needs no telling
+NOT_ASKED = "not asked for"
+
 
 def compare_table(rows: list[dict[str, Any]], title: str) -> Table:
     """Models side by side: perplexity, size, latency; grouped by budget where there is more than one."""
@@ -186,6 +189,8 @@ def evaluation_lines(values: dict[str, Any]) -> list[str]:
             f"KL({found['against']} || this) {found['kl']:.5f} ± {found['kl_standard_error']:.5f} nats per token; "
             f"{found['same_top_token']:.1%} of the most likely tokens are the same"
         )
+    elif values.get("divergence_missing", NOT_ASKED) != NOT_ASKED:
+        lines.append(f"no KL divergence: {values['divergence_missing']}")
     harness = values.get("harness", {})
     for task, metrics in harness.get("tasks", {}).items():
         for metric, found in metrics.items():
