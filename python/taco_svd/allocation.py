@@ -126,7 +126,7 @@ def layers_and_ratio(
 
 def _unreachable(keep: float, least: float, method: str) -> str:
     return (
-        f"--keep {keep} cannot be reached by --method {method}: with all layers but one redundant, "
+        f"--keep {keep:.4g} cannot be reached by --method {method}: with all layers but one redundant, "
         f"{least:.1%} of the parameters remain (embeddings and the head are not compressed)."
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from .errors import TacoError
+from .report import plot_backend
 
 # What the product promises over removal, and what factors must stay below against the dense model.
 TARGET_OVERHEAD = 0.003
@@ -72,15 +73,11 @@ def plot_bench(result: dict[str, Any], path: Path) -> None:
     Raises:
         TacoError: matplotlib is missing, or the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise TacoError("--plot needs matplotlib: pip install 'taco-kernels[plot]'.") from None
     panels: list[tuple[str, str]] = []
     for other, title in (("removal", "overhead over removal, %"), ("dense", "latency over dense, %")):
         if any(f"compressed/{other}" in row["comparisons"] for row in result["results"]):
             panels.append((other, title))
-    figure = Figure(figsize=(6.5 * len(panels), 1.2 + 0.5 * len(result["results"])), layout="constrained")
+    figure = plot_backend(path)(figsize=(6.5 * len(panels), 1.2 + 0.5 * len(result["results"])), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for (other, title), axis in zip(panels, axes, strict=True):
         labels: list[str] = []

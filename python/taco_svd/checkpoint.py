@@ -38,9 +38,9 @@ def check_output(out: str | Path, force: bool = False, needed_bytes: int = 0) ->
     """
     out = Path(out)
     if out.exists() and not force:
-        raise TacoError(f"{out} exists; choose another --out, or pass --force to replace it.")
+        raise TacoError(f"{out} exists; choose another directory, or pass --force to replace it.")
     if out.exists() and not out.is_dir():
-        raise TacoError(f"{out} is a file, not a directory; choose another --out.")
+        raise TacoError(f"{out} is a file, not a directory; choose another directory.")
     if force and out.exists() and any(out.iterdir()) and not (out / "config.json").exists():
         raise TacoError(f"{out} is no model directory (it has no config.json); --force will not replace it.")
     parent = out.resolve().parent
@@ -49,7 +49,7 @@ def check_output(out: str | Path, force: bool = False, needed_bytes: int = 0) ->
     except OSError as error:
         raise TacoError(f"{parent} cannot be made: {error.strerror}.") from error
     if not os.access(parent, os.W_OK):
-        raise TacoError(f"{parent} cannot be written to; choose another --out.")
+        raise TacoError(f"{parent} cannot be written to; choose another directory.")
     free = shutil.disk_usage(parent).free
     if free < needed_bytes:
         raise TacoError(

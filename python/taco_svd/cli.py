@@ -15,7 +15,7 @@ from .cli_compare import compare
 from .cli_eval import evaluate
 from .cli_heal import heal
 from .cli_report import report
-from .cli_shared import Bars, DeviceOption, DtypeOption, JsonOption, ModelArgument, SeedOption, errors
+from .cli_shared import Bars, DeviceOption, DtypeOption, JsonOption, ModelArgument, SeedOption, stopped
 from .cli_shared import load as _load
 from .cli_shared import out_console as _out
 from .cli_shared import print_json as _print_json
@@ -124,12 +124,24 @@ def compress(
     from .plan import Plan
     from .report import info_table
     from .team import Team, local_device
-    from .work_directory import check_work_directory, finished_steps_kept
+    from .work_directory import check_apart, check_work_directory, finished_steps_kept
 
     check_output(out, force)
     team = Team.from_environment(device)
     as_json = as_json or team.rank > 0
     work_dir = work_dir or out.with_name(f"{out.name}.work")
+    check_apart(work_dir, out, "--work-dir")
+    decided = {
+        "--keep": keep,
+        "--layers": layers,
+        "--compression-ratio": compression_ratio,
+        "--bridge-rank": bridge_rank,
+        "--max-overhead": max_overhead,
+        "--max-latency": max_latency,
+    }
+    given = [option for option, value in decided.items() if value is not None]
+    if plan is not None and given:
+        raise TacoError(f"--plan has decided how much is compressed; leave out {', '.join(given)}, or --plan.")
     if team.rank > 0:
         work_dir = work_dir.with_name(f"{work_dir.name}.{team.rank}")
     check_work_directory(work_dir, resume)
@@ -171,9 +183,8 @@ def compress(
                 save_compressed(compressed, made, out, tokenizer, force)
             # whoever is first must not take its finished steps away before the model is there
             team.all(True)
-    except KeyboardInterrupt as stop:  # typer would end with no word
-        errors.print(f"taco-svd: stopped; {stop or 'nothing was written.'}")
-        raise typer.Exit(130) from stop
+    except KeyboardInterrupt as stop:
+        raise stopped(stop) from stop
     if team.rank > 0:
         return
     if as_json:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_shared import Bars, DeviceOption, DtypeOption, JsonOption, check_dtype, out_console, print_json
+from .cli_shared import (
+    Bars,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    check_dtype,
+    check_result_files,
+    out_console,
+    print_json,
+    save_json,
+)
 from .cli_shared import load as _load
 
 if TYPE_CHECKING:
@@ -88,9 +97,7 @@ def bench(
     )
     settings.check()
     check_dtype(dtype)
-    for path in (save, plot):
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise TacoError(f"{path} cannot be written: it must be a file in a directory that exists.")
+    check_result_files(save, plot)
     if threads is not None:
         _set_threads(threads)
     progress = Bars(as_json)
@@ -107,7 +114,7 @@ def bench(
 
     def write(so_far: dict[str, Any]) -> None:
         if save is not None:  # minutes of measuring are not lost to an interruption
-            save.write_text(json.dumps(so_far, indent=1) + "\n")
+            save_json(save, so_far)
 
     result = run_bench(made, settings, progress, write)
     write(result)

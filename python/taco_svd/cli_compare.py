@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,10 +15,12 @@ from .cli_shared import (
     JsonOption,
     ModelArgument,
     SeedOption,
+    check_result_files,
     errors,
     load,
     out_console,
     print_json,
+    save_json,
 )
 
 if TYPE_CHECKING:
@@ -58,23 +58,6 @@ def _texts(text: str) -> list[str]:
     if not names:
         raise TacoError("--text takes the name of a text, or several with commas.")
     return names
-
-
-def _check_file(path: Path | None, option: str) -> None:
-    """A file that cannot be written is told before hours of work."""
-    from .errors import TacoError
-
-    if path is None:
-        return
-    if path.is_dir() or not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        raise TacoError(f"{option} {path}: not a file that can be written.")
-
-
-def _write(path: Path, values: dict) -> None:
-    """Whole or not at all: the results of hours must survive a second Ctrl-C."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def compare(
@@ -115,20 +98,20 @@ def compare(
     Example: taco-svd compare --keep 0.9,0.8 --methods all --calibration train.txt --text test.txt --save all.json
     """
     from .calibration import load_calibration
-    from .comparison import Measure, method_names, run_comparison
+    from .comparison import DECODE_STEPS, Measure, method_names, run_comparison
     from .errors import TacoError
     from .evaluation import resolve_windows
-    from .report import compare_plot, compare_table, plot_backend
+    from .latency import check_lengths
+    from .report import compare_plot, compare_table
 
     names = method_names(methods)
     settings = _settings(keep, layers, compression_ratio)
-    _check_file(save, "--save")
-    _check_file(plot, "--plot")
-    if plot is not None:
-        plot_backend(plot)
+    check_result_files(save, plot)
     bars = Bars(as_json)
     dense, tokenizer = load(model, dtype, device)
-    resolve_windows(dense, window, None)
+    resolve_windows(dense, window, None, max_windows)
+    if rounds:
+        check_lengths(dense, batch, prompt, DECODE_STEPS, rounds)
     texts = dict(reversed(text_tokens(name, dense, tokenizer, bars, seed)) for name in _texts(text))
     if len(texts) < len(_texts(text)):
         raise TacoError("--text: two files of the same name; their results could not be told apart.")
@@ -141,7 +124,7 @@ def compare(
     def keep_result(result: Comparison) -> None:
         latest[:] = [result]
         if save is not None:
-            _write(save, result.to_dict())
+            save_json(save, result.to_dict())
         if not as_json and result.finished:
             errors.print(f"{result.finished} of {result.total} done, about {_duration(result.seconds_left)} left")
 

@@ -17,6 +17,7 @@ from .cli_shared import (
     out_console,
     print_json,
     quiet_libraries,
+    stopped,
 )
 
 
@@ -73,7 +74,10 @@ def heal(
     check_dtype(dtype)
     quiet_libraries()
     options = HealingOptions(token_count(tokens), objective, lr, batch, seq_len, seed, held_out, evaluations, norms)
-    record = heal_checkpoint(directory, out, text, options, dense, work, dtype, device, force, Bars(as_json))
+    try:
+        record = heal_checkpoint(directory, out, text, options, dense, work, dtype, device, force, Bars(as_json))
+    except KeyboardInterrupt as stop:
+        raise stopped(stop) from stop
     if as_json:
         print_json({"directory": str(out), **record})
     else:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -55,6 +57,13 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore")
 
 
+def stopped(stop: KeyboardInterrupt) -> typer.Exit:
+    """What a command ends with on Ctrl-C: a line, plain since paths are no markup, and exit code 130."""
+    # typer would end with no word
+    print(f"taco-svd: stopped; {str(stop) or 'nothing was written.'}", file=sys.stderr)
+    return typer.Exit(130)
+
+
 def check_dtype(dtype: str) -> None:
     from .errors import TacoError
 
@@ -70,6 +79,43 @@ def load(
     quiet_libraries()
     check_dtype(dtype)
     return load_model(name or DEFAULT_MODEL, dtype, device, mapped)
+
+
+def check_result_files(save: Path | None, plot: Path | None) -> None:
+    """What --save and --plot cannot write is told before hours of work.
+
+    Raises:
+        TacoError: no file in a directory that can be written to; or matplotlib is missing or cannot draw such a file.
+    """
+    from .errors import TacoError
+    from .report import plot_backend
+
+    for option, path in (("--save", save), ("--plot", plot)):
+        if path is None:
+            continue
+        parent = path.absolute().parent
+        if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise TacoError(f"{option} {path} cannot be written: it must be a file in a directory that can be.")
+    if plot is not None:
+        plot_backend(plot)
+
+
+def save_json(path: Path, values: Any) -> None:
+    """Whole or not at all: the results of hours must survive a second Ctrl-C, and a full disk.
+
+    Raises:
+        TacoError: it cannot be written.
+    """
+    from .errors import TacoError
+
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise TacoError(f"{path} cannot be written: {error.strerror}.") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def print_json(values: Any) -> None:

@@ -43,12 +43,16 @@ class Perplexity:
         return asdict(self)
 
 
-def resolve_windows(model: PreTrainedModel, window: int | None, stride: int | None) -> tuple[int, int]:
+def resolve_windows(
+    model: PreTrainedModel, window: int | None, stride: int | None, max_windows: int | None = None
+) -> tuple[int, int]:
     """(window, stride) with defaults filled in; cheap, so that it can be asked before any text is read.
 
     Raises:
-        TacoError: a window outside 2..context, or a stride outside 1..window.
+        TacoError: a window outside 2..context, a stride outside 1..window, or no window at all.
     """
+    if max_windows is not None and max_windows < 1:
+        raise TacoError(f"--max-windows must be at least 1, got {max_windows}.")
     limit = context_length(model)
     window = min(limit, 2048) if window is None else window
     stride = window if stride is None else stride
@@ -93,7 +97,7 @@ class WindowBatches:
         max_windows: int | None,
         batch_tokens: int,
     ) -> None:
-        self.window, self.stride = resolve_windows(model, window, stride)
+        self.window, self.stride = resolve_windows(model, window, stride, max_windows)
         if len(tokens) < self.window:
             raise TacoError(
                 f"The text has {len(tokens)} tokens, less than one window of {self.window}; pass a longer text."
@@ -155,7 +159,7 @@ def perplexity(
         batch_tokens: at most this many tokens run at once.
 
     Raises:
-        TacoError: text shorter than one window, a stride outside 1..window, or logits that are not finite.
+        TacoError: text shorter than one window, what `resolve_windows` refuses, or logits that are not finite.
     """
     batches = WindowBatches(model, tokens, window, stride, max_windows, batch_tokens)
     device = embedding_weight(model).device

@@ -30,6 +30,7 @@ from .harness import require_harness, run_tasks
 from .modeling import CompressedModel
 from .plan import Plan
 from .progress import Progress, Silent
+from .report import NOT_ASKED
 from .source_model import check_source, source_path
 
 DEFAULT_TEXT = "wikitext2"
@@ -113,7 +114,7 @@ def evaluate_model(
         "versions": versions(),
     }
     if text is not None:
-        window, stride = resolve_windows(model, window, stride)
+        window, stride = resolve_windows(model, window, stride, max_windows)
         dense, origin = _dense(model, name, against)
         tokens, text_name = evaluation_tokens(text, model, tokenizer, seed, progress)
         digest = hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
@@ -135,7 +136,7 @@ def evaluate_model(
 def _dense(model: PreTrainedModel, name: str | None, against: str | None) -> tuple[PreTrainedModel | None, str]:
     """(dense model or None, its name or why there is none)."""
     if against == "none":
-        return None, "not asked for"
+        return None, NOT_ASKED
     compressed = isinstance(model, CompressedModel)
     if against is None:
         if not compressed or name is None:

@@ -34,10 +34,12 @@ from .calibration import (
 from .errors import TacoError
 from .healing import HealingOptions, HealingState, trainable_names
 from .progress import Report
+from .store import disk_full_told
 
 # A kill costs about this much work at most, or 50 times what writing a state takes (2% of the run) where that is more.
 SECONDS_BETWEEN_STATES = 10.0
 STATE_SHARE = 50
+RUN, WINDOWS = "run.json", "windows.safetensors"
 
 
 def healing_windows(
@@ -109,28 +111,30 @@ class HealingFiles:
             "start": start_digest(student, trainable_names(student, options.norms)),
         }
         self._last, self._cost = time.monotonic(), 0.0
-        if (path / "run.json").is_file():
-            found = self._json("run.json")
+        if (path / RUN).is_file():
+            found = self._json(RUN)
             if found != self.identity:
                 differs = [key for key in self.identity if found.get(key) != self.identity[key]]
                 raise TacoError(
                     f"{path} holds a healing run with another {' and '.join(differs)}; give the same arguments to go "
                     "on with it, or delete the directory to start anew."
                 )
-        elif path.exists() and any(path.iterdir()):
+        # no more than the windows: a run that was killed, or found the disk full, as it began
+        elif path.exists() and any(entry.name not in (WINDOWS, f"{RUN}.partial") for entry in path.iterdir()):
             raise TacoError(f"{path} is not the work directory of a healing run; choose another --work.")
 
     def windows(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The windows of the run that is gone on with, or None where none began."""
-        if not (self.path / "run.json").is_file():
+        if not (self.path / RUN).is_file():
             return None
-        tensors = self._tensors("windows.safetensors")
+        tensors = self._tensors(WINDOWS)
         return tensors["train"], tensors["held_out"]
 
     def begin(self, train: torch.Tensor, held_out: torch.Tensor) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        save_file({"train": train, "held_out": held_out}, self.path / "windows.safetensors")
-        self._write_json("run.json", self.identity)
+        with disk_full_told(self.path, "free some, and give the same command again."):
+            save_file({"train": train, "held_out": held_out}, self.path / WINDOWS)
+            self._write_json(RUN, self.identity)
 
     def state(self) -> HealingState | None:
         """The last whole state, or None."""
@@ -160,10 +164,11 @@ class HealingFiles:
                 tensors[f"{group}/{name}"] = tensor.detach().cpu().contiguous()
         file = f"state-{state.step}.safetensors"
         partial = self.path / f"{file}.partial"
-        save_file(tensors, partial)
-        os.replace(partial, self.path / file)
-        record = {key: getattr(state, key) for key in ("step", "best_step", "curve", "losses")}
-        self._write_json("state.json", {"file": file, **record})
+        with disk_full_told(self.path, "free some: the same command goes on from the last state."):
+            save_file(tensors, partial)
+            os.replace(partial, self.path / file)
+            record = {key: getattr(state, key) for key in ("step", "best_step", "curve", "losses")}
+            self._write_json("state.json", {"file": file, **record})
         for old in self.path.glob("state-*.safetensors*"):
             if old.name != file:
                 old.unlink()

@@ -16,6 +16,7 @@ from .healing_files import HealingFiles, healing_windows
 from .plan import PLAN_FILE, Plan
 from .progress import Progress, Silent
 from .source_model import load_source
+from .work_directory import check_apart
 
 CURVE_FILE = "healing.json"
 CURVE_PICTURE = "healing.png"
@@ -55,7 +56,9 @@ def heal_checkpoint(
     progress = progress or Silent()
     options = options or HealingOptions()
     out = Path(out)
+    work = Path(work) if work else out.with_name(out.name + ".healing")
     check_output(out, force)
+    check_apart(work, out, "--work")
     if text != "self" and text not in NAMED_CORPORA and not Path(text).is_file():
         raise TacoError(f"No such text file: {text}")
     plan = Plan.load(directory)
@@ -66,7 +69,7 @@ def heal_checkpoint(
     if options.seq_len > limit:
         raise TacoError(f"--seq-len {options.seq_len} is longer than the model's context of {limit} tokens.")
     trainable_names(student, options.norms)
-    files = HealingFiles(Path(work) if work else out.with_name(out.name + ".healing"), options, student, text)
+    files = HealingFiles(work, options, student, text)
     teacher = load_source(student, plan, directory, dense, dtype, device)
     windows = files.windows()
     if windows is None:
@@ -78,8 +81,8 @@ def heal_checkpoint(
     try:
         with progress.step("healing") as report:
             state = heal(student, teacher, *windows, options, final.dtype, files.state(), files.keep, report)
-    except KeyboardInterrupt:
-        raise TacoError(f"Stopped; the same command goes on with what is in {files.path}.") from None
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"the same command goes on with what is in {files.path}.") from stop
     files.write(state)
     parameters = dict(final.named_parameters())
     for name, tensor in state.best.items():

@@ -125,6 +125,21 @@ def _one(model: PreTrainedModel, ids: torch.Tensor, steps: int, wait: Callable[[
     return prefill, (time.perf_counter() - start) / steps
 
 
+def check_lengths(model: PreTrainedModel, batch: int, prompt: int, decode_steps: int, rounds: int) -> None:
+    """What `compare_latency` refuses; cheap, so that it can be asked before the models are made.
+
+    Raises:
+        TacoError: a number below 1, or prompt and decode steps do not fit the model's context.
+    """
+    from .calibration import context_length
+
+    limit = context_length(model)
+    if prompt < 1 or decode_steps < 1 or batch < 1 or rounds < 1:
+        raise TacoError("Batch, prompt, decode steps and rounds must be at least 1.")
+    if prompt + decode_steps > limit:
+        raise TacoError(f"{prompt} prompt tokens and {decode_steps} decoded ones exceed the context of {limit}.")
+
+
 @in_natural_products
 def compare_latency(
     models: dict[str, PreTrainedModel],
@@ -144,16 +159,10 @@ def compare_latency(
         rounds: measured rounds; two more warm up.
 
     Raises:
-        TacoError: when prompt and decode steps do not fit the model's context.
+        TacoError: see `check_lengths`.
     """
-    from .calibration import context_length
-
     first = next(iter(models.values()))
-    limit = context_length(first)
-    if prompt < 1 or decode_steps < 1 or batch < 1 or rounds < 1:
-        raise TacoError("Batch, prompt, decode steps and rounds must be at least 1.")
-    if prompt + decode_steps > limit:
-        raise TacoError(f"{prompt} prompt tokens and {decode_steps} decoded ones exceed the context of {limit}.")
+    check_lengths(first, batch, prompt, decode_steps, rounds)
     device = first.device
     wait = waits_for(device)
     vocabulary = first.get_input_embeddings().weight.shape[0]  # type: ignore[index]

@@ -477,7 +477,12 @@ def compress(
             raise TacoError(f"--method must be one of {', '.join(METHODS)}, got {method!r}.")
         budget.check(method, share, layers, bridge_rank)
         if max_latency is None:
-            part = share if keep_bytes is None else _share_of_parameters(model, keep_bytes)
+            part = share
+            if keep_bytes is not None:
+                whole = weight_bytes(model)
+                if not 0 < keep_bytes < whole:
+                    raise TacoError(f"--keep {keep} must be above 0 and below the model's {whole:,} bytes of weights.")
+                part = _share_of_parameters(model, keep_bytes)
             seen = _factorisable(architecture, method, experts)
             _count_and_ratio(seen, method, part, _how_many(layers), compression_ratio, bridge_rank)
     if scattered:

@@ -11,6 +11,9 @@ from .errors import TacoError
 from .experts import kind_of
 from .latency import LatencyReport
 
+# why an evaluation has no KL divergence, where that needs no telling
+NOT_ASKED = "not asked for"
+
 
 def compare_table(rows: list[dict[str, Any]], title: str) -> Table:
     """Models side by side: perplexity, size, latency; grouped by budget where there is more than one."""
@@ -64,7 +67,7 @@ def compare_plot(values: dict[str, Any], path: str | Path) -> None:
     """Draws the rows of a comparison: perplexity over parameters and over latency relative to the dense model.
 
     Raises:
-        TacoError: matplotlib is not installed, or does not know the file's ending.
+        TacoError: matplotlib is not installed, or does not know the file's ending; or it cannot be written.
     """
     figure = plot_backend(path)(figsize=(13, 5.5), layout="constrained")
     rows = values["models"]
@@ -104,7 +107,10 @@ def compare_plot(values: dict[str, Any], path: str | Path) -> None:
             axis.set_yscale("log")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="small", ncols=2)
-    figure.savefig(path, dpi=150)
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise TacoError(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def latency_table(report: LatencyReport) -> Table:
@@ -183,6 +189,8 @@ def evaluation_lines(values: dict[str, Any]) -> list[str]:
             f"KL({found['against']} || this) {found['kl']:.5f} ± {found['kl_standard_error']:.5f} nats per token; "
             f"{found['same_top_token']:.1%} of the most likely tokens are the same"
         )
+    elif values.get("divergence_missing", NOT_ASKED) != NOT_ASKED:
+        lines.append(f"no KL divergence: {values['divergence_missing']}")
     harness = values.get("harness", {})
     for task, metrics in harness.get("tasks", {}).items():
         for metric, found in metrics.items():

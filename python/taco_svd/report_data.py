@@ -69,10 +69,10 @@ def gather(
     rows = comparison_rows(compare)
     model, tokenizer = load_model(directory, dtype, device)
     cut = comparison_cut(compare)
-    window, _ = resolve_windows(model, cut[0] if window is None else window, None)
     max_windows = cut[1] or MAX_WINDOWS if max_windows is None else max_windows
-    if max_windows < 1 or rounds < 0:
-        raise TacoError("--max-windows must be at least 1, --rounds at least 0.")
+    window, _ = resolve_windows(model, cut[0] if window is None else window, None, max_windows)
+    if rounds < 0:
+        raise TacoError(f"--rounds must be at least 0, got {rounds}.")
     absent: list[str] = []
     source: PreTrainedModel | None = None
     try:

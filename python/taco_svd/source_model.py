@@ -34,7 +34,7 @@ def source_path(plan: Plan, directory: str | Path) -> str:
         return name
     raise TacoError(
         f"The dense model that {directory} came from ({name or 'not named in its plan'}) was not found beside it; "
-        "say where it is."
+        "say where it is (--dense, of eval --against)."
     )
 
 

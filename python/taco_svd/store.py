@@ -10,7 +10,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,24 +74,18 @@ class Store:
             return
         # a shared storage would be written once per tensor that looks into it, a view with all of what it looks into
         plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        file = f"{name.replace('/', '-')}.safetensors"
+        file = entry_file(name)
         partial = self._folder() / f".{file}.{os.getpid()}.partial"
         try:
-            if plain:
-                save_file(plain, partial)
-            else:
-                partial.write_bytes(b"")
+            with self._disk_full_told():
+                if plain:
+                    save_file(plain, partial)
+                else:
+                    partial.write_bytes(b"")
             digest = file_digest(partial)
             partial.replace(self._folder() / file)
-        except BaseException as error:
+        except BaseException:
             partial.unlink(missing_ok=True)
-            if disk_full(error):
-                advice = (
-                    "finished steps are kept. Free some, and run the same command with --resume."
-                    if self.lasting
-                    else "free some, or point TMPDIR to another."
-                )
-                raise DiskFullError(f"No space left on the disk of {self._folder()}; {advice}") from error
             raise
         self._index[name] = {"file": file, "sha256": digest, "note": note}
         self._checked.add(name)
@@ -201,8 +196,39 @@ class Store:
 
     def _write_index(self) -> None:
         partial = self._folder() / f".{INDEX}.{os.getpid()}.partial"
-        partial.write_text(json.dumps({"format": FORMAT, "entries": self._index}), encoding="utf-8")
-        partial.replace(self._folder() / INDEX)
+        try:
+            with self._disk_full_told():
+                partial.write_text(json.dumps({"format": FORMAT, "entries": self._index}), encoding="utf-8")
+            partial.replace(self._folder() / INDEX)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+    def _disk_full_told(self) -> AbstractContextManager[None]:
+        return disk_full_told(
+            self._folder(),
+            "finished steps are kept. Free some, and run the same command with --resume."
+            if self.lasting
+            else "free some, or point TMPDIR to another.",
+        )
+
+
+def entry_file(name: str) -> str:
+    """The file of an entry."""
+    return f"{name.replace('/', '-')}.safetensors"
+
+
+@contextmanager
+def disk_full_told(folder: str | Path, advice: str) -> Iterator[None]:
+    """Raises:
+    DiskFullError: in place of whatever said, inside, that there is no space left.
+    """
+    try:
+        yield
+    except Exception as error:
+        if disk_full(error):
+            raise DiskFullError(f"No space left on the disk of {folder}; {advice}") from error
+        raise
 
 
 def disk_full(error: BaseException) -> bool:

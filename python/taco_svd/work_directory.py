@@ -12,10 +12,22 @@ from typing import Any
 
 from .errors import StoppedError, TacoError
 from .mapped import WeightSums
-from .store import INDEX, Store
+from .store import INDEX, Store, entry_file
 from .team import Team
 
 RUN = "run"
+
+
+def check_apart(work: str | Path, out: str | Path, option: str) -> None:
+    """Refuses a work directory that is the output or in it: the output must not exist until it is written whole, so a
+    run would fail at its very end. An output inside the work directory would go with it.
+
+    Raises:
+        TacoError: naming both; `option` is what the work directory was given with.
+    """
+    kept, written = Path(work).resolve(), Path(out).resolve()
+    if kept == written or written in kept.parents or kept in written.parents:
+        raise TacoError(f"{option} {work} and --out {out} must not be the same nor lie in each other.")
 
 
 def check_work_directory(path: str | Path, resume: bool) -> None:
@@ -30,7 +42,9 @@ def check_work_directory(path: str | Path, resume: bool) -> None:
     if not path.is_dir():
         raise TacoError(f"{path} is a file; a work directory is needed there. Choose another --work-dir.")
     inside = [entry.name for entry in path.iterdir()]
-    if inside and INDEX not in inside and not all(name.endswith((".safetensors", ".partial")) for name in inside):
+    # it is taken away in the end, so without an index it may hold only what a run killed before it had one has left
+    first, unfinished = entry_file(RUN), (f".{entry_file(RUN)}.", f".{INDEX}.")
+    if INDEX not in inside and not all(name == first or name.startswith(unfinished) for name in inside):
         raise TacoError(f"{path} holds other files; choose another --work-dir.")
     if INDEX in inside and not resume:
         raise TacoError(

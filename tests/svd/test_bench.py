@@ -655,6 +655,7 @@ def test_bench_of_a_shape_writes_json_and_a_picture(
         (["DIR", "--batch", "one"], "--batch takes numbers"),
         (["DIR", "--against", "magic"], "--against"),
         (["DIR", "--save", "no/such/place.json"], "cannot be written"),
+        (["DIR", "--plot", "picture.nonsense"], "must end in one of"),
         (["--shape", "qwen3-0.6b", "--layers", "x"], "--layers takes"),
         (["--shape", "qwen3-0.6b", "--device", "nonsense"], "Device"),
         (["DIR", "--threads", "0"], "--threads"),

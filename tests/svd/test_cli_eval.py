@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import types
 
@@ -64,6 +65,16 @@ def test_divergence_can_be_left_out_or_taken_from_another_model(small, text, inv
     assert same["divergence"]["kl"] == pytest.approx(0, abs=1e-6)
     code, _, stderr = invoke("eval", small, *common, "--against", small)
     assert code == 2 and "compressed model" in stderr
+
+
+def test_a_dense_model_that_is_not_found_is_told_without_json_too(small, text, invoke, tmp_path):
+    moved = shutil.copytree(small, tmp_path / "moved")
+    plan = json.loads((moved / "taco_plan.json").read_text())
+    plan["source"]["name"] = "elsewhere"
+    (moved / "taco_plan.json").write_text(json.dumps(plan))
+    code, stdout, _ = invoke("eval", moved, "--text", text, "--window", "32")
+    assert code == 0 and "perplexity" in stdout and "elsewhere" in stdout and "--against" in stdout
+    assert "KL" not in invoke("eval", moved, "--text", text, "--window", "32", "--against", "none")[1]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from taco_svd.baselines import BASELINES
 from taco_svd.baselines.workspace import Moments
 from taco_svd.calibration import Calibration
 from taco_svd.checkpoint import parameter_count
+from taco_svd.cli_shared import save_json
 from taco_svd.comparison import Measure, Setting, method_names, run_comparison
 from taco_svd.errors import TacoError
 from taco_svd.plan import METHODS
@@ -145,6 +147,21 @@ def test_results_come_in_one_by_one_and_survive_ctrl_c(
     assert plot.exists() and not list(tmp_path.glob(".*"))
 
 
+def test_a_full_disk_leaves_the_last_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "some.json"
+    save_json(path, {"finished": 1})
+
+    def full(file: Path, *_: object, **__: object) -> None:
+        file.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(TacoError, match=r"some\.json cannot be written: No space left"):
+            save_json(path, {"finished": 2})
+    assert json.loads(path.read_text()) == {"finished": 1} and list(tmp_path.iterdir()) == [path]
+
+
 def test_nothing_finished_is_an_error_with_the_reason(dense: Path, tmp_path: Path, invoke) -> None:
     code, stdout, stderr = invoke("compare", dense, "--methods", "modegpt", "--keep", "0.8", *SMALL, "--rounds", "0")
     assert code == 2 and "c_attn" in stderr.replace("\n", " ") and stdout == ""
@@ -174,6 +191,26 @@ def test_mistakes_are_told_before_any_work(
     places = {"MISSING": str(tmp_path / "missing"), "DIRECTORY": str(tmp_path)}
     filled = [next((a.replace(k, p) for k, p in places.items() if k in a), a) for a in arguments]
     code, stdout, stderr = invoke("compare", *filled)
+    assert code == 2 and said in stderr and stdout == "" and len(stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--batch", "0"], "at least 1"),
+        (["--prompt", "60"], "exceed the context of 64"),
+        (["--rounds", "-1"], "at least 1"),
+        (["--max-windows", "0"], "--max-windows"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_before_models_are_made(
+    arguments: list[str], said: str, dense: Path, invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_work(*_: object) -> None:
+        raise AssertionError("text was looked for")
+
+    monkeypatch.setattr(cli_compare, "text_tokens", no_work)
+    code, stdout, stderr = invoke("compare", dense, *arguments)
     assert code == 2 and said in stderr and stdout == "" and len(stderr.strip().splitlines()) == 1
 
 

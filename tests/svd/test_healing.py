@@ -6,9 +6,11 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from taco_svd import TacoError, save_compressed
+from taco_svd import TacoError, healing_files, healing_run, save_compressed
 from taco_svd.cli_heal import token_count
+from taco_svd.errors import DiskFullError
 from taco_svd.healing import (
     HealingOptions,
     Objective,
@@ -324,6 +326,38 @@ def test_a_state_is_whole_or_not_there(compressed_tiny, tmp_path, monkeypatch):
     assert states == [1, 2, 3, 4] and files.state().step == 3
 
 
+@pytest.mark.parametrize("file", ["windows", "state"])
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on(file, saved, monkeypatch):
+    real = healing_files.save_file
+
+    def full(tensors, path):
+        if file in path.name:
+            path.write_bytes(b"cut")
+            raise SafetensorError("Error while serializing: IoError(No space left on device (os error 28))")
+        real(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(healing_files, "save_file", full)
+        with pytest.raises(DiskFullError, match="same command"):
+            heal_checkpoint(saved / "small", saved / "out", "self", SMALL, saved / "dense")
+    assert not (saved / "out").exists()
+    heal_checkpoint(saved / "small", saved / "out", "self", SMALL, saved / "dense")
+    assert (saved / "out").is_dir() and not (saved / "out.healing").exists()
+
+
+def test_ctrl_c_says_how_to_go_on(saved, invoke, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(healing_run, "heal", interrupted)
+    common = ("--text", "self", "--tokens", "256", "--batch", "4", "--seq-len", "8", "--dense", saved / "dense")
+    code, stdout, stderr = invoke("heal", saved / "small", "--out", saved / "healed", *common)
+    assert code == 130 and stdout == "" and "same command" in stderr and "healed.healing" in stderr
+    monkeypatch.setattr(healing_run, "load_model", interrupted)
+    code, _, stderr = invoke("heal", saved / "small", "--out", saved / "healed", *common)
+    assert code == 130 and "nothing was written" in stderr
+
+
 def test_command_line(saved, invoke):
     common = ("--text", "self", "--tokens", "256", "--batch", "4", "--seq-len", "8", "--dense", saved / "dense")
     code, stdout, stderr = invoke("heal", saved / "small", "--out", saved / "healed", *common, "--json")
@@ -353,13 +387,15 @@ def test_command_line(saved, invoke):
         (["--dtype", "int8"], "--dtype"),
         (["--dense", "SMALL"], "compressed model"),
         (["--out", "SMALL"], "exists"),
+        (["--work", "OUT"], "--out"),
         ([], "was not found"),
     ],
 )
 def test_bad_input_is_one_sentence_before_any_work(saved, invoke, arguments, says):
     given = {"--text": "self", "--out": saved / "out", "--seq-len": "8"}
     given.update(zip(arguments[::2], arguments[1::2], strict=True))
-    words = [str(saved / "small") if word == "SMALL" else str(word) for pair in given.items() for word in pair]
+    places = {"SMALL": saved / "small", "OUT": saved / "out" / "work"}
+    words = [str(places.get(word, word)) for pair in given.items() for word in pair]
     code, stdout, stderr = invoke("heal", saved / "small", *words)
     assert code == 2 and says in stderr and len(stderr.strip().splitlines()) == 1 and stdout == ""
     assert sorted(path.name for path in saved.iterdir()) == ["dense", "small"]

@@ -17,6 +17,7 @@ import torch
 
 from taco_svd import TacoError, compress
 from taco_svd.store import INDEX, Store
+from taco_svd.work_directory import check_work_directory, open_run
 
 from .tiny_models import tiny_model
 
@@ -191,6 +192,37 @@ def test_a_wrong_argument_leaves_no_directory(dense: Path, tmp_path: Path, invok
     code, _, stderr = invoke(*command(dense, tmp_path / "out"))
     assert code == 2 and "other files" in stderr
     assert (tmp_path / "out.work" / "mine.txt").read_text() == "keep this"
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "download.partial"])
+def test_a_directory_of_other_weights_is_no_work_directory(name: str, tmp_path: Path) -> None:
+    """It would be deleted once the model is saved."""
+    (tmp_path / name).write_bytes(b"somebody's")
+    with pytest.raises(TacoError, match="other files"):
+        check_work_directory(tmp_path, resume=True)
+    assert (tmp_path / name).exists()
+
+
+def test_what_a_run_leaves_that_was_killed_at_its_first_step_is_taken(tmp_path: Path, monkeypatch) -> None:
+    def killed(*_: object) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "_write_index", killed)
+        with pytest.raises(Stopped):
+            open_run(tmp_path / "work", {"method": "svd"}, resume=False)
+    (tmp_path / "work" / f".{INDEX}.17.partial").write_text("{")
+    assert "run" in open_run(tmp_path / "work", {"method": "svd"}, resume=False)
+
+
+@pytest.mark.parametrize("work, out", [("small", "small"), ("small/work", "small"), ("work", "work/small")])
+def test_a_work_directory_in_the_output_is_told_before_work(
+    work: str, out: str, dense: Path, tmp_path: Path, invoke
+) -> None:
+    """The output must not exist until it is written: the run would fail when all is done."""
+    code, _, stderr = invoke(*command(dense, tmp_path / out, "--work-dir", str(tmp_path / work)))
+    assert code == 2 and "--work-dir" in stderr
+    assert not (tmp_path / "small").exists()
 
 
 def test_ctrl_c_says_how_to_go_on(dense: Path, tmp_path: Path, invoke, monkeypatch) -> None:

@@ -101,7 +101,7 @@ def test_a_strange_index_is_refused(content: str, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_and_none_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
@@ -110,6 +110,10 @@ def test_a_full_disk_and_none_say_what_to_do(tmp_path: Path, monkeypatch: pytest
             Store(tmp_path / "w").put("x", TENSORS)
         with pytest.raises(DiskFullError, match="TMPDIR"):
             Store().put("x", TENSORS)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)  # the index, after an entry that still fitted
+        with pytest.raises(DiskFullError, match="--resume"):
+            Store(tmp_path / "v").put("x", TENSORS)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
     with pytest.raises(DiskFullError, match=r"No temporary directory can be made .*TMPDIR"):
         Store().put("x", TENSORS)

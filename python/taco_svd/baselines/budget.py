@@ -79,7 +79,7 @@ def uniform_budget(architecture: Architecture, keep: float, method: str) -> Budg
     least = sizes.depth * sum(m + n for m, n in shapes.values())
     if budget.parameters < least:
         raise TacoError(
-            f"--keep {keep} cannot be reached by --method {method}: with rank 1 everywhere "
+            f"--keep {keep:.4g} cannot be reached by --method {method}: with rank 1 everywhere "
             f"{(sizes.total - dense + least) / sizes.total:.1%} of the parameters remain "
             "(embeddings and the head are not compressed)."
         )
