@@ -117,7 +117,9 @@ class DeviceCosts:
 
     def bridge(self, hidden: int, rank: int, rows: int = 1) -> float:
         """A bridge, its module and the norm included."""
-        ranks = sorted({min(rank, hidden) for rank in (8, 32, 128, 512)})
+        # where larger ones are asked for, one beyond them: a slope that is drawn on would carry its noise with it
+        points = (8, 32, 128, 512) if rank <= 512 else (8, 32, 128, 512, 2048)
+        ranks = sorted({min(point, hidden) for point in points})
         return self._between("bridge", hidden, hidden, rank, rows, ranks)
 
     @staticmethod

@@ -56,10 +56,18 @@ def test_costs_between_measured_ranks_are_on_the_line() -> None:
 
 
 def test_costs_never_fall_with_the_rank() -> None:
-    noisy = {8: 3e-6, 32: 2e-6, 128: 9e-6, 512: 8e-6}
+    noisy = {8: 3e-6, 32: 2e-6, 128: 9e-6, 512: 8e-6, 1024: 8e-6}
     costs = DeviceCosts("cpu", torch.float32, measure=lambda op, m, n, rank, rows: noisy[rank])
     values = [costs.bridge(1024, rank) for rank in range(1, 600)]
     assert values == sorted(values) and values[0] > 0
+
+
+def test_bridges_above_the_usual_ranks_are_measured_not_extrapolated() -> None:
+    """A 7 B model reaches rank 1032: with noise at 512 a line drawn on from there would be flat, or too steep."""
+    noisy = {8: 2e-5, 32: 3e-5, 128: 10e-5, 512: 9e-5, 2048: 130e-5}
+    costs = DeviceCosts("cpu", torch.float32, measure=lambda op, m, n, rank, rows: noisy[rank])
+    assert costs.bridge(4096, 512) == pytest.approx(10e-5)
+    assert costs.bridge(4096, 1280) == pytest.approx(70e-5) and costs.bridge(4096, 2048) == pytest.approx(130e-5)
 
 
 def test_what_was_measured_is_kept_for_this_device_only(tmp_path: Path) -> None:
