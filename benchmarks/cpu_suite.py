@@ -28,7 +28,7 @@ from cpu.bench import LIBRARY, Call, measure
 from cpu.points import Point, full, quick, tiny
 from cpu.report import break_even_table, plot, target_table
 from cpu.timing import Arena, last_level_cache, product_rate, read_rate, spread
-from gpu.store import Budget, Store
+from gpu.store import Budget, Store, sources
 
 from taco_kernels import low_rank_linear, native
 
@@ -52,6 +52,7 @@ def machine() -> dict[str, Any]:
         "last_level_cache": last_level_cache(),
         "isa": native.module.cpu_isa() if native.module else None,
         "torch": torch.__version__,
+        "sources": sources("csrc/cpu", "csrc/direct", "taco_kernels"),
         "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",  # torch asks for them, 15% more bandwidth
     }
 

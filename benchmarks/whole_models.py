@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import transformers
 
+import taco_kernels
 from taco_svd.bench import device_name
 
 RESULTS = Path(__file__).parent / "results"
@@ -80,8 +81,11 @@ def main() -> int:
             continue
         print(f"{name}: taco-svd bench {' '.join(command)}", flush=True)
         start = time.monotonic()
-        full = [sys.executable, "-m", "taco_svd", "bench", *command, "--device", arguments.device, "--save", str(path)]
-        done = subprocess.run(full, stdout=subprocess.DEVNULL)
+        partial = path.with_suffix(".partial")  # the last whole result stays until there is another
+        saved = ["--device", arguments.device, "--save", str(partial)]
+        done = subprocess.run([sys.executable, "-m", "taco_svd", "bench", *command, *saved], stdout=subprocess.DEVNULL)
+        if done.returncode == 0:
+            partial.replace(path)
         failed += done.returncode != 0
         print(f"  {time.monotonic() - start:.0f} s" + (f", exit code {done.returncode}" * (done.returncode != 0)))
     print(report(folder))
@@ -95,19 +99,27 @@ def threads_of(command: list[str]) -> int:
     return int(command[command.index("--threads") + 1]) if "--threads" in command else torch.get_num_threads()
 
 
-def is_current(path: Path, device: str, threads: int) -> bool:
-    """Whether a result is there, of this device, thread count and torch."""
+def whole_result(path: Path) -> dict[str, Any] | None:
+    """What a file holds, or None where it is not there, damaged, or of a run that was stopped."""
     try:
         result = json.loads(path.read_text())
-    except (OSError, ValueError):
+        return result if result["complete"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def is_current(path: Path, device: str, threads: int) -> bool:
+    """Whether a result is there, of this device, thread count, torch and package."""
+    result = whole_result(path)
+    if result is None:
         return False
     versions = result["versions"]
     return bool(
-        result["complete"]
-        and result["device"] == device_name(torch.device(device))
+        result["device"] == device_name(torch.device(device))
         and result["threads"] == threads
         and versions["torch"] == torch.__version__
         and versions["transformers"] == transformers.__version__
+        and versions["taco_kernels"] == taco_kernels.__version__
     )
 
 
@@ -121,14 +133,17 @@ def report(folder: Path) -> str:
         "| shape | method | phase | batch | threads | dense | against dense (95%) | bytes or operations | within 5% |"
     ]
     factors += ["|" + "---|" * 9]
-    read = [json.loads(path.read_text()) for path in sorted(folder.glob("whole-model-*.json"))]
+    found = {path.name: whole_result(path) for path in sorted(folder.glob("whole-model-*.json"))}
+    read = [result for result in found.values() if result is not None]
+    unusable = [name for name, result in found.items() if result is None]
     for result in read:
         for row in result["results"]:
             for pair, compared in row["comparisons"].items():
                 line = _overhead_row if pair.endswith("/removal") else _factor_row
                 (overhead if pair.endswith("/removal") else factors).append(line(result, row, pair, compared))
     machine = sorted({f"{r['device']}, torch {r['versions']['torch']}, {r['dtype']}" for r in read})
-    return "\n".join([*overhead, "", *factors, "", f"Measured on {'; '.join(machine)}."])
+    left_out = f" Left out, since damaged or incomplete: {', '.join(unusable)}." if unusable else ""
+    return "\n".join([*overhead, "", *factors, "", f"Measured on {'; '.join(machine)}.{left_out}"])
 
 
 def write_docs(tables: str, path: Path, begin: str = BEGIN, end: str = END) -> None:

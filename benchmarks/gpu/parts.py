@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from . import bench, checks, shapes, svd, timing, tuning
-from .store import RUNNING, failed
-from .suite import ROOT, Suite
+from .store import ROOT, RUNNING, failed
+from .suite import Suite
 
 SUITE = ROOT / "benchmarks" / "gpu_suite.py"
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # Where a process says which point it is at: whoever started it knows then where it died.
 RUNNING = "TACO_SUITE_RUNNING"
@@ -30,6 +34,17 @@ def failed(point: dict[str, Any]) -> bool:
 def error_of(error: BaseException) -> dict[str, Any]:
     """The point that stands for one that raised."""
     return {"ok": False, "error": f"{type(error).__name__}: {error}"[:400]}
+
+
+@functools.cache
+def sources(*folders: str) -> str:
+    """A hash of what is measured, C++, CUDA and Python in the project's ``folders``."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".cpp", ".h", ".inl", ".cu", ".cuh"):
+                digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 class Store:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
-import hashlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,22 +10,10 @@ from typing import Any
 
 import torch
 
-from .store import Budget, Store, error_of
+from .store import Budget, Store, error_of, sources
 
-ROOT = Path(__file__).resolve().parents[2]
 # Exit code of a process that can use its GPU no more, after an illegal access for example: another one goes on.
 LOST = 3
-
-
-@functools.cache
-def sources() -> str:
-    """A hash of what is measured: points of other sources do not count as done."""
-    digest = hashlib.sha256()
-    for folder, pattern in ((ROOT / "csrc", "*"), (ROOT / "taco_kernels", "*.py")):
-        for path in sorted(folder.rglob(pattern)):
-            if path.is_file():
-                digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 class Suite:
@@ -60,7 +46,8 @@ class Suite:
         except ModuleNotFoundError:
             triton_version = "none"
         same = {
-            "gpu": self.gpu, "torch": torch.__version__, "triton": triton_version, "sources": sources(),
+            "gpu": self.gpu, "torch": torch.__version__, "triton": triton_version,
+            "sources": sources("csrc", "taco_kernels"),
             "dry_run": self.dry,
         }  # fmt: skip
         return Store(self.out, part, same)

@@ -102,6 +102,12 @@ class BenchSettings:
                 raise TacoError(f"{name} takes {', '.join(known)}, with commas, got {','.join(values)!r}.")
 
 
+def round_ratios(one: list[float], other: list[float]) -> list[float]:
+    """The ratio minus one of each round, from the two samples that each model has in it."""
+    rounds = range(0, len(one), 2)
+    return [sum(one[at : at + 2]) / sum(other[at : at + 2]) - 1 for at in rounds]
+
+
 @contextmanager
 def no_collections() -> Iterator[None]:
     """Python's garbage collector would stop one of the two, now and then, for milliseconds."""
@@ -132,35 +138,30 @@ def compare_pair(
         (ratio minus one, why it stopped, seconds of the one, of the other)
     """
     times: tuple[list[float], list[float]] = ([], [])
-    ratios: list[float] = []
     for function in (one, other):
         function()
-    began, next_look, was_narrow = clock(), LEAST_ROUNDS, False
+    began, next_look, was_narrow, done = clock(), LEAST_ROUNDS, False, 0
     while True:
         # the order turns around from round to round: A B B A, B A A B
-        order = (0, 1, 1, 0) if len(ratios) % 2 == 0 else (1, 0, 0, 1)
-        sums = [0.0, 0.0]
-        for index in order:
-            elapsed = (one, other)[index]()
-            times[index].append(elapsed)
-            sums[index] += elapsed
-        ratios.append(sums[0] / sums[1] - 1)
+        for index in (0, 1, 1, 0) if done % 2 == 0 else (1, 0, 0, 1):
+            times[index].append((one, other)[index]())
+        done += 1
         if rounds is not None:
-            if len(ratios) == rounds:
-                return bootstrap(ratios), "rounds", *times
+            if done == rounds:
+                return bootstrap(round_ratios(*times)), "rounds", *times
             continue
-        if len(ratios) < LEAST_ROUNDS:
+        if done < LEAST_ROUNDS:
             continue
         late = clock() - began > seconds
-        if late or len(ratios) >= next_look:
-            ratio = bootstrap(ratios)
+        if late or done >= next_look:
+            ratio = bootstrap(round_ratios(*times))
             is_narrow = ratio.high - ratio.low <= 2 * precision
             if is_narrow and (was_narrow or late):
                 return ratio, "interval", *times
             if late:
                 return ratio, "time", *times
             was_narrow = is_narrow
-            next_look = int(1.25 * len(ratios)) + 1  # looking costs as much as some rounds
+            next_look = int(1.25 * done) + 1  # looking costs as much as some rounds
 
 
 def run_bench(
@@ -293,7 +294,10 @@ def _measure(
             bytes=share if phase == "decode" else None,
             flops=share if phase == "prefill" else None,
         )
-        compared[f"{one}/{other}"] = {key: value for key, value in asdict(comparison).items() if value is not None}
+        compared[f"{one}/{other}"] = {
+            **{key: value for key, value in asdict(comparison).items() if value is not None},
+            "ratios": [round(value, 7) for value in round_ratios(*both)],  # from which another interval can be computed
+        }
         samples.clear()
         report(number + 1, len(pairs))
     tokens = batch * (settings.prompt if phase == "prefill" else 1)

@@ -9,6 +9,7 @@ import random
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -515,6 +516,8 @@ def test_a_run_from_a_checkpoint(compressed_tiny: Callable, tmp_path: Path) -> N
             ratio = comparison["overhead"]
             assert ratio["low"] <= ratio["median"] <= ratio["high"]
             assert comparison["rounds"] == 2 and comparison["stopped"] == "rounds"
+            # the rounds themselves, in their order: another interval can be computed from them
+            assert asdict(latency.bootstrap(comparison["ratios"])) == pytest.approx(ratio, abs=1e-6)
         share = row["comparisons"]["compressed/dense"]["bytes" if row["phase"] == "decode" else "flops"]
         assert 0 < share < 1
         tokens = row["batch"] * (4 if row["phase"] == "prefill" else 1)

@@ -79,6 +79,25 @@ def test_results_of_another_machine_do_not_count(script: ModuleType, tmp_path: P
     assert not script.is_current(tmp_path / "other.json", "cpu", torch.get_num_threads())
 
 
+def test_damaged_and_incomplete_results_are_named_not_shown(script: ModuleType, tmp_path: Path) -> None:
+    ratio = {"median": 0.001, "low": 0.0, "high": 0.002}
+    result = {
+        "complete": True, "shape": "whole", "device": "d", "dtype": "bfloat16", "versions": {"torch": "2"},
+        "threads": 2,
+        "structure": {"bridges": [{"rank": 8}]},
+        "results": [{
+            "phase": "decode", "prompt": 512, "batch": 1, "models": {"removal": {"seconds": {"p50": 0.01}}},
+            "comparisons": {"compressed/removal": {"overhead": ratio, "rounds": 12, "stopped": "time"}},
+        }],
+    }  # fmt: skip
+    (tmp_path / "whole-model-a.json").write_text(json.dumps(result))
+    (tmp_path / "whole-model-b.json").write_text(json.dumps({**result, "complete": False, "shape": "half"}))
+    (tmp_path / "whole-model-c.json").write_text("{")
+    report = script.report(tmp_path)
+    assert "| whole |" in report and "half" not in report
+    assert report.endswith("Left out, since damaged or incomplete: whole-model-b.json, whole-model-c.json.")
+
+
 @pytest.mark.parametrize("high, met", [(0.0029, "yes"), (0.0031, "no")])
 def test_a_target_is_met_by_the_upper_end(script: ModuleType, high: float, met: str) -> None:
     result = {"shape": "s", "method": "bridge", "threads": 2, "structure": {"bridges": [{"rank": 8}]}}
