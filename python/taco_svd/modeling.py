@@ -79,7 +79,8 @@ def nest_config(values: dict[str, Any], base_model_type: str) -> dict[str, Any]:
         "taco_svd": values.pop("taco_svd"),
         GUARD_FIELD: GUARD,
     }
-    for key in ("architectures", "dtype", "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id"):
+    # no token ids: where they are, a plain PreTrainedConfig compares them with the guard (Trainer, when it resumes)
+    for key in ("architectures", "dtype", "transformers_version"):
         if key in values:
             nested[key] = values[key]
     values.pop("model_type", None)
@@ -134,7 +135,9 @@ class CompressedModel:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        install(self, config.structure)  # type: ignore[arg-type]
+        # classification heads get their stack from AutoModel, and that one has its replacements already
+        if not isinstance(getattr(self, self.base_model_prefix, None), CompressedModel):  # type: ignore[attr-defined]
+            install(self, config.structure)  # type: ignore[arg-type]
 
     @property
     def structure(self) -> Structure:

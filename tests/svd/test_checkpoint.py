@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig
 
 from taco_svd import Plan, Structure, TacoError, save_compressed
 from taco_svd.checkpoint import check_output, describe, load_model, write_whole
@@ -310,6 +310,29 @@ def test_config_round_trip(checkpoint: Path, tmp_path: Path) -> None:
     assert {**again.to_dict(), **where} == {**config.to_dict(), **where}
     structure = Structure.from_dict(config.taco_svd)
     assert Structure.from_dict(structure.to_dict()) == structure == Plan.load(checkpoint).structure
+
+
+@pytest.mark.parametrize("method", ["bridge", "taco", "modegpt"])
+def test_a_classifier_has_the_compressed_stack(
+    method: str, compressed_tiny: Callable[..., Compressed], tmp_path: Path
+) -> None:
+    """Its class takes the stack from AutoModel, with all replacements in it."""
+    _, model, plan = compressed_tiny("llama", method)
+    save_compressed(model, plan, tmp_path / "small")
+    ids = torch.randint(3, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(0))
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "small", num_labels=3).eval()
+    with torch.no_grad():
+        assert torch.equal(classifier.model(ids).last_hidden_state, model.model(ids).last_hidden_state)
+    classifier.save_pretrained(tmp_path / "classifier")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "classifier").eval()
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, classifier(ids).logits)
+
+
+def test_a_plain_config_can_be_made_of_the_file(checkpoint: Path) -> None:
+    """`Trainer` does so when it resumes, and compares token ids with `vocab_size`, where the guard stands."""
+    assert PreTrainedConfig.from_json_file(checkpoint / "config.json").transformers_version
+    assert AutoConfig.from_pretrained(checkpoint).eos_token_id == 2
 
 
 def test_description_agrees_with_the_files(checkpoint: Path, compressed_tiny: Callable[..., Compressed]) -> None:
