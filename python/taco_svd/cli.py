@@ -31,6 +31,23 @@ app = typer.Typer(
 )
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        from taco_kernels import __version__
+
+        print(f"taco-svd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Prints the version and ends.")
+    ] = False,
+) -> None:
+    """What stands before a command."""
+
+
 @app.command()
 def compress(
     model: ModelArgument = None,

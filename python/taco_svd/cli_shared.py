@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import warnings
@@ -110,7 +111,7 @@ def save_json(path: Path, values: Any) -> None:
 
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(_as_json(values) + "\n", encoding="utf-8")
         partial.replace(path)
     except OSError as error:
         raise TacoError(f"{path} cannot be written: {error.strerror}.") from error
@@ -119,7 +120,21 @@ def save_json(path: Path, values: Any) -> None:
 
 
 def print_json(values: Any) -> None:
-    print(json.dumps(values, indent=2, default=str))
+    print(_as_json(values))
+
+
+def _as_json(values: Any) -> str:
+    """JSON has no NaN, which Python would write and other readers refuse: what is not known (one window's standard
+    error) is null."""
+
+    def known(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: known(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [known(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(known(values), indent=2, default=str, allow_nan=False)
 
 
 def out_console() -> Console:

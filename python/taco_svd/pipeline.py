@@ -22,7 +22,7 @@ from .allocation import (
     removal_structure,
     structure_parameters,
 )
-from .architectures import Architecture, slice_config
+from .architectures import Architecture, LinearSite, slice_config
 from .attributed import Attributed
 from .baselines import BASELINES, Workspace, choose_run, everywhere, make_budget, uniform_budget
 from .budget import ByteCosts, Costs, allocate
@@ -30,7 +30,7 @@ from .calibration import HELD_OUT_SHARE, Calibration, check_activations, load_ca
 from .checkpoint import parameter_count, weight_bytes
 from .cost_budget import CostBudget, LatencyCosts, bridges_within, parse_keep
 from .decomposition import numerical_errors_named
-from .errors import TacoError
+from .errors import TacoError, UnsupportedModelError
 from .experts import EXPERTS, names_experts, opened, set_idle
 from .factorise import check_ranks, factorise
 from .gathering import gathered, is_scattered
@@ -111,16 +111,32 @@ def _factorisable(architecture: Architecture, method: str, experts: str) -> Arch
 
 
 def _probe(architecture: Architecture) -> None:
-    """Runs two tokens forward and backward: every linear map must be seen, and layers must do what is assumed."""
+    """Runs two tokens forward and backward: every linear map must be seen, and layers must do what is assumed.
+
+    Only the first token has a next one to be predicted. So in the last layer nothing may come back to the second,
+    unless the first one sees it: then the model predicts from what it is to predict, and no score of it means anything.
+    """
     tokens = torch.zeros((1, 2), dtype=torch.int64)
+    sees_later = False
+
+    def look(site: LinearSite, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        nonlocal sees_later
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        sees_later |= len(rows) == 2 and bool(rows[1].any())
+
     try:
         runner = SuffixRunner(architecture, tokens, len(architecture.layers) - 1)
-        runner.backward(architecture.sites([len(architecture.layers) - 1]), lambda site, x, gradient: None)
+        runner.backward(architecture.sites([len(architecture.layers) - 1]), look)
     except Exception as error:
         raise TacoError(
             f"{type(architecture.model).__name__}: a trial run of two tokens failed "
             f"({type(error).__name__}: {(str(error).splitlines() or [''])[0]}); the model cannot be handled."
         ) from error
+    if sees_later:
+        raise UnsupportedModelError(
+            f"{type(architecture.model).__name__}: tokens see those that come after them, so it is no causal language "
+            "model; one of BERT's kind becomes one by is_decoder=True in its config.json."
+        )
 
 
 @in_wide_products

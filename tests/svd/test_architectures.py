@@ -252,9 +252,18 @@ def _gpt2_scaled() -> PreTrainedModel:
     return transformers.GPT2LMHeadModel(config)
 
 
+def _bert() -> PreTrainedModel:
+    return transformers.BertLMHeadModel(
+        transformers.BertConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=56, num_hidden_layers=4, num_attention_heads=4
+        )
+    )
+
+
 @pytest.mark.parametrize(
     "build, says",
     [
+        (_bert, "BertLMHeadModel: tokens see those that come after"),
         (_t5, "encoder-decoder"),
         (_some_layers_with_experts, "mixed stacks"),
         (_mamba, "Mamba"),
@@ -266,6 +275,15 @@ def test_unsupported_models_are_refused_by_name(
 ) -> None:
     with pytest.raises(UnsupportedModelError, match=says):
         compress(build(), method="svd", layers=1, calibration=calibration_tokens)
+
+
+def test_a_bert_that_is_a_decoder_is_not_refused_for_what_its_tokens_see(calibration_tokens: torch.Tensor) -> None:
+    model = _bert()
+    model.config.is_decoder = True
+    small, _ = compress(
+        transformers.BertLMHeadModel(model.config), method="svd", layers=1, calibration=calibration_tokens
+    )
+    assert small(calibration_tokens).logits.isfinite().all()
 
 
 def test_compressed_and_damaged_models_are_refused(

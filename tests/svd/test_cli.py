@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import taco_kernels
 from taco_svd.checkpoint import DEFAULT_MODEL
 
 from .tiny_models import tiny_model
@@ -176,6 +177,21 @@ def test_force_replaces_a_model_and_nothing_else(dense, tmp_path, invoke):
         )
         assert code == 0 and json.loads(stdout)["method"] == method
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]
+
+
+def test_version(invoke):
+    assert invoke("--version") == (0, f"taco-svd {taco_kernels.__version__}\n", "")
+
+
+def test_json_has_no_nan(dense, invoke):
+    """One window has no standard error: not known, and no number that other readers of JSON refuse."""
+    code, stdout, stderr = invoke("eval", dense, "--text", "self", "--window", "16", "--max-windows", "1", "--json")
+    assert code == 0, stderr
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    assert "null" in stdout and json.loads(stdout, parse_constant=refuse)
 
 
 def test_help_teaches_every_command(invoke):

@@ -9,6 +9,8 @@ to the model.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -99,11 +101,12 @@ def _carry_out(workspace: Workspace, architecture: Architecture, plan: Plan, pro
         )
     writer = maps[-1]
     dense = workspace.architecture.module(writer)
-    handle = dense.register_forward_hook(lambda _, __, output: written.append(output.detach()))
     written: list[torch.Tensor] = []
     mm = dm = torch.zeros((), dtype=torch.float64)
     tokens = 0
-    with progress.step("linear bridge") as report:
+    with ExitStack() as stack, progress.step("linear bridge") as report:
+        # the dense model is the caller's: no hook may stay on it, whatever happens
+        stack.callback(dense.register_forward_hook(lambda _, __, output: written.append(output.detach())).remove)
         for index in range(len(runner.batches)):
             written.clear()
             hidden = runner.layer_inputs(index, [first, last + 1])
@@ -112,7 +115,6 @@ def _carry_out(workspace: Workspace, architecture: Architecture, plan: Plan, pro
             mm, dm = mm + m.T @ m, dm + target.T @ m
             tokens += m.shape[0]
             report(index + 1, len(runner.batches))
-    handle.remove()
     transform = linear_bridge(mm / tokens, dm / tokens)
     weight = dense_weight(dense).detach()
     bias = getattr(dense, "bias", None)
