@@ -168,7 +168,7 @@ class CompressedModel:
         if isinstance(path, (str, os.PathLike)) and os.path.isdir(path) and kwargs.get("state_dict") is None:
             directory = Path(path) / (kwargs.get("subfolder") or "")
             check_config(directory)
-            stored = check_weights(directory)
+            stored = check_weights(directory, kwargs.get("variant"))
             config = kwargs.get("config")
             if isinstance(config, CompressedConfig):
                 check_depth(config, len(stored), str(directory))

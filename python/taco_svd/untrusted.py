@@ -175,25 +175,30 @@ def refuse_foreign_code(values: Any, name: str) -> None:
             refuse_foreign_code(value, name)
 
 
-def weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
+def weight_files(directory: Path, variant: str | None = None) -> tuple[list[Path], dict[str, str] | None]:
     """(weight files, index {tensor: file name} or None) of a checkpoint; all safetensors, all inside it.
+
+    `variant`: as transformers has it, a word before the file names' last one, model.fp16.safetensors.
 
     Raises:
         TacoError: there are none, they are pickles, or the index is not to be trusted.
     """
-    if (directory / WEIGHTS_FILE).exists():
-        whole = check_contained(directory, WEIGHTS_FILE)
+    one_file, index_file = WEIGHTS_FILE, INDEX_FILE
+    if variant is not None:
+        one_file, index_file = (f".{variant}.".join(name.rsplit(".", 1)) for name in (WEIGHTS_FILE, INDEX_FILE))
+    if (directory / one_file).exists():
+        whole = check_contained(directory, one_file)
         check_regular(whole, "safetensors file")
         return [whole], None
-    if not (directory / INDEX_FILE).exists():
+    if not (directory / index_file).exists():
         pickles = sorted(file.name for file in directory.iterdir() if file.suffix in PICKLES)
         if pickles:
             raise TacoError(
                 f"{directory} holds its weights as {pickles[0]}, a format that can run code when it is opened. Only "
                 "safetensors are read: convert it where you trust it (load there, save_pretrained)."
             )
-        raise TacoError(f"{directory} has no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE}.")
-    path = check_contained(directory, INDEX_FILE)
+        raise TacoError(f"{directory} has no weights: neither {one_file} nor {index_file}.")
+    path = check_contained(directory, index_file)
     values = read_json(path)
     index = values.get("weight_map") if isinstance(values, dict) else None
     if not isinstance(index, dict) or not index or not all(isinstance(file, str) for file in index.values()):
@@ -241,7 +246,7 @@ def check_headers(files: list[Path], index: dict[str, str] | None) -> Shapes:
     return shapes
 
 
-def check_weights(directory: Path) -> Shapes:
+def check_weights(directory: Path, variant: str | None = None) -> Shapes:
     """Shapes of all tensors of a checkpoint whose weight files are all there, whole and inside it.
 
     Raises:
@@ -249,7 +254,7 @@ def check_weights(directory: Path) -> Shapes:
     """
     if (directory / "adapter_config.json").exists():
         raise TacoError(f"{directory} is an adapter for another model; merge it into that model first.")
-    return check_headers(*weight_files(directory))
+    return check_headers(*weight_files(directory, variant))
 
 
 # -- sizes -------------------------------------------------------------------------------------------------------

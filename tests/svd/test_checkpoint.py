@@ -64,6 +64,17 @@ def test_only_safetensors_and_json_are_written(checkpoint: Path) -> None:
     assert (checkpoint / "model.safetensors.index.json").is_file()
 
 
+@pytest.mark.parametrize("shard", ["50GB", "10KB"])
+def test_a_variant_is_saved_and_loaded(shard: str, compressed_tiny: Callable[..., Compressed], tmp_path: Path) -> None:
+    _, model, _ = compressed_tiny("llama")
+    model.save_pretrained(tmp_path / "small", variant="fp16", max_shard_size=shard)
+    assert all(".fp16" in file.name for file in (tmp_path / "small").glob("*.safetensors*"))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "small", variant="fp16")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    with pytest.raises(TacoError, match=r"neither model.bf16.safetensors nor model.safetensors.index.bf16.json"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "small", variant="bf16")
+
+
 def test_missing_weight_is_an_error(damaged: Path) -> None:
     index = json.loads((damaged / "model.safetensors.index.json").read_text())
     key = next(name for name in index["weight_map"] if name.endswith("mlp.up_proj.u"))
