@@ -79,7 +79,9 @@ def nest_config(values: dict[str, Any], base_model_type: str) -> dict[str, Any]:
         "taco_svd": values.pop("taco_svd"),
         GUARD_FIELD: GUARD,
     }
-    for key in ("architectures", "dtype", "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id"):
+    # no token ids: whoever reads the file as a plain `PreTrainedConfig` (Trainer, before it resumes) would compare them
+    # with the guard
+    for key in ("architectures", "dtype", "transformers_version"):
         if key in values:
             nested[key] = values[key]
     values.pop("model_type", None)
