@@ -85,6 +85,16 @@ class Architecture:
                 "scale_attn_by_inverse_layer_idx / reorder_and_upcast_attn make attention depend on the layer's "
                 "number, which changes when layers are taken out."
             )
+        if getattr(config, "is_heterogeneous", False):
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: config.per_layer_config gives single layers values of their own, by number, "
+                "and numbers change when layers are taken out."
+            )
+        if config.model_type == "diffllama":
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: its attention is scaled by the layer's number, which changes when layers are "
+                "taken out."
+            )
         self.stack_path = self._find_stack(model)
         self._check_layers()
         self._attention_path = self._find_attention(self.layers[0])

@@ -24,7 +24,7 @@ from .checksums import check_checksums, write_checksums
 from .errors import TacoError
 from .replacement import LowRankBridge, LowRankLinear, NarrowLinear, install
 from .structure import MAX_LAYERS, Structure
-from .untrusted import check_config, check_depth, check_size, check_weights, refuse_foreign_code
+from .untrusted import check_config, check_depth, check_labels, check_size, check_weights, refuse_foreign_code
 
 MODEL_TYPE = "taco_svd"
 
@@ -54,6 +54,7 @@ class CompressedConfig:
             values = flatten_config(values)
         structure = Structure.from_dict(values.get("taco_svd"))
         check_depth(values, MAX_LAYERS, "config.json")
+        check_labels(values, "config.json")
         for key in PER_LAYER_CONFIG_LISTS:
             if isinstance(values.get(key), list) and len(values[key]) != len(structure.kept):
                 raise TacoError(f"config.json: {key} has {len(values[key])} entries for {len(structure.kept)} layers.")
@@ -79,7 +80,8 @@ def nest_config(values: dict[str, Any], base_model_type: str) -> dict[str, Any]:
         "taco_svd": values.pop("taco_svd"),
         GUARD_FIELD: GUARD,
     }
-    # no token ids: where they are, a plain PreTrainedConfig compares them with the guard (Trainer, when it resumes)
+    # no token ids: whoever reads the file as a plain `PreTrainedConfig` (Trainer, before it resumes) would compare them
+    # with the guard
     for key in ("architectures", "dtype", "transformers_version"):
         if key in values:
             nested[key] = values[key]
@@ -135,8 +137,8 @@ class CompressedModel:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        # classification heads get their stack from AutoModel, and that one has its replacements already
-        if not isinstance(getattr(self, self.base_model_prefix, None), CompressedModel):  # type: ignore[attr-defined]
+        # heads for classification take their stack from AutoModel, which has made a compressed one
+        if not any(isinstance(module, CompressedModel) for module in list(self.modules())[1:]):  # type: ignore[attr-defined]
             install(self, config.structure)  # type: ignore[arg-type]
 
     @property
@@ -172,7 +174,9 @@ class CompressedModel:
             config = kwargs.get("config")
             if isinstance(config, CompressedConfig):
                 check_depth(config, len(stored), str(directory))
-                check_size(cls._skeleton(config, directory), stored, str(directory))
+                skeleton = cls._skeleton(config, directory)
+                required = cls._required(config, [key for key, _ in skeleton.named_parameters()])
+                check_size(skeleton, stored, str(directory), required)
             check_checksums(directory)
         try:
             model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
@@ -182,7 +186,8 @@ class CompressedModel:
             lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
             raise TacoError(f"{path} cannot be loaded: {' '.join(lines[:3])[:400]}") from error
         missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
-        lost = [key for key in missing if key.startswith(cls.base_model_prefix + ".")]  # type: ignore[attr-defined]
+        required = cls._required(model.config, list(model.state_dict()))
+        lost = [key for key in missing if key in required]
         if lost:
             raise TacoError(
                 f"{path}: {len(lost)} weights are missing or have the wrong shape (first: {lost[0]}); "
@@ -195,6 +200,15 @@ class CompressedModel:
             if isinstance(module, NarrowLinear) and not module.index_is_valid():
                 raise TacoError(f"{path}: {name}.index names places that are not there; the checkpoint is damaged.")
         return (model, info) if wants_info else model
+
+    @classmethod
+    def _required(cls, config: Any, names: list[str]) -> set[str]:
+        """Which of the model's weights its checkpoint must hold: all but a classifier's head that was not saved."""
+        prefix = f"{cls.base_model_prefix}."  # type: ignore[attr-defined]
+        inner = {name for name in names if name.startswith(prefix)}
+        # a bare stack has nothing but itself, under no prefix; a language model without its head is none
+        saved = cls.__name__ in (config.architectures or ())
+        return set(names) if saved or not inner or cls.can_generate() else inner  # type: ignore[attr-defined]
 
     @classmethod
     def _skeleton(cls, config: Any, directory: Path) -> Any:

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import stat
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ MAX_JSON_BYTES = 64 << 20
 MAX_JSON_DEPTH = 64
 # Buffers that no file holds (rotary tables, causal masks) are small; a config can ask for any size.
 MAX_BUFFER_BYTES = 1 << 28
+# For every label that a config counts, transformers makes entries in two dictionaries as soon as it reads it.
+MAX_LABELS = 1 << 20
 # Names and shapes of the tensors in a checkpoint's files.
 Shapes = dict[str, tuple[int, ...]]
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -152,6 +155,7 @@ def check_config(directory: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise TacoError(f"{path} is not a JSON object; the checkpoint is damaged.")
     refuse_foreign_code(values, str(path))
+    check_labels(values, str(path))
     return values
 
 
@@ -173,6 +177,21 @@ def refuse_foreign_code(values: Any, name: str) -> None:
             raise TacoError(f"{name}: transformers_weights names a file of its own; take it out.")
         if isinstance(value, dict):
             refuse_foreign_code(value, name)
+
+
+def check_labels(values: Any, name: str) -> None:
+    """Refuses a config, or one inside it, that counts more labels than any classifier has.
+
+    Raises:
+        TacoError: naming the field.
+    """
+    if not isinstance(values, dict):
+        return
+    count = values.get("num_labels")
+    if isinstance(count, (int, float)) and count > MAX_LABELS:
+        raise TacoError(f"{name}: num_labels is {str(count)[:40]}, more than {MAX_LABELS}; it is damaged.")
+    for value in values.values():
+        check_labels(value, name)
 
 
 def weight_files(directory: Path, variant: str | None = None) -> tuple[list[Path], dict[str, str] | None]:
@@ -273,7 +292,7 @@ def check_depth(config: Any, most: int, name: str) -> None:
             raise TacoError(f"{name}: {key} is {str(value)[:40]}, but there can be {most} at most; it is damaged.")
 
 
-def check_size(skeleton: Any, stored: Shapes, name: str) -> None:
+def check_size(skeleton: Any, stored: Shapes, name: str, required: Collection[str] | None = None) -> None:
     """Refuses a model that its files do not hold, before memory is taken for it.
 
     Of tensors that go by the same name on both sides shapes are compared, of all others only how many numbers they
@@ -282,6 +301,8 @@ def check_size(skeleton: Any, stored: Shapes, name: str) -> None:
 
     Args:
         skeleton: the model, built on the meta device.
+        required: the parameters that the files must hold; default: all. Of others (a head that is yet to be trained)
+            there may be no more than the files hold together.
 
     Raises:
         TacoError: a weight is missing or has another shape.
@@ -294,12 +315,11 @@ def check_size(skeleton: Any, stored: Shapes, name: str) -> None:
             f"{name}: the shape of {wrong[0]} is {stored[wrong[0]]} in the files and {shapes[wrong[0]]} by the config; "
             "they do not belong together. Copy the checkpoint again, or compress again."
         )
-    needed, numbers = (sum(math.prod(shape) for shape in side.values()) for side in (shapes, stored))
-    new = 0
-    if skeleton.get_output_embeddings() is None:  # a classifier's head is new, as transformers says when it loads one
-        stack = f"{skeleton.base_model_prefix}."
-        new = sum(math.prod(shape) for key, shape in shapes.items() if key not in stored and not key.startswith(stack))
-    if needed - new > numbers or new > numbers:
+    new = {key: shapes.pop(key) for key in list(shapes) if required is not None and key not in required}
+    needed, numbers, made = (sum(math.prod(shape) for shape in side.values()) for side in (shapes, stored, new))
+    if made > numbers:
+        raise TacoError(f"{name}: the config asks for a head of {made:,} parameters, the files hold {numbers:,}.")
+    if needed > numbers:
         lost = [key for key in shapes if key not in stored]
         raise TacoError(
             f"{name}: the config describes a model of {needed:,} parameters, the files hold {numbers:,}; "

@@ -357,6 +357,7 @@ SIZES: list[dict[str, Any]] = [
     {"num_attention_heads": 1 << 31},
     {"head_dim": 1 << 40},
     {"max_position_embeddings": 1 << 60},
+    {"num_labels": 30_000_000},
     {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1e12}},
     {"layer_types": ["full_attention"] * 100000},
 ]

@@ -260,6 +260,13 @@ def _bert() -> PreTrainedModel:
     )
 
 
+def _diffllama() -> PreTrainedModel:
+    config = transformers.DiffLlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=56, num_hidden_layers=4, num_attention_heads=4
+    )
+    return transformers.DiffLlamaForCausalLM(config)
+
+
 @pytest.mark.parametrize(
     "build, says",
     [
@@ -268,6 +275,7 @@ def _bert() -> PreTrainedModel:
         (_some_layers_with_experts, "mixed stacks"),
         (_mamba, "Mamba"),
         (_gpt2_scaled, "scale_attn_by_inverse_layer_idx"),
+        (_diffllama, "layer's number"),
     ],
 )
 def test_unsupported_models_are_refused_by_name(

@@ -16,9 +16,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
-from taco_svd import Plan, Structure, TacoError, save_compressed
+from taco_svd import Plan, Structure, TacoError, compress, save_compressed
 from taco_svd.checkpoint import check_output, describe, load_model, write_whole
 
 from .conftest import Compressed
@@ -87,6 +96,30 @@ def test_missing_weight_is_an_error(damaged: Path) -> None:
         AutoModelForCausalLM.from_pretrained(damaged)
     with pytest.raises(TacoError, match="mlp.up_proj.u"):
         load_model(damaged)
+
+
+def untied(calibration_tokens: torch.Tensor, out: Path) -> PreTrainedModel:
+    """A saved compression of a llama that has a head of its own."""
+    config: LlamaConfig = tiny_model("llama").config
+    config.tie_word_embeddings = False
+    model, plan = compress(LlamaForCausalLM(config), method="removal", layers=[2], calibration=calibration_tokens)
+    save_compressed(model, plan, out)
+    return model
+
+
+@pytest.mark.parametrize("key", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
+def test_other_numbers_do_not_make_up_for_a_missing_weight(
+    key: str, calibration_tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    """A bare stack does not read the head, so that the files hold more numbers than it needs."""
+    untied(calibration_tokens, tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors["unknown"] = torch.zeros(tensors.pop(key).numel())
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "model" / "taco_checksums.json").unlink()
+    for loader in (AutoModel, AutoModelForCausalLM) if "layers" in key else (AutoModelForCausalLM,):
+        with pytest.raises(TacoError, match=key.removeprefix("model.")):
+            loader.from_pretrained(tmp_path / "model")
 
 
 def test_weight_of_the_wrong_shape_is_an_error(damaged: Path) -> None:
