@@ -122,7 +122,8 @@ def _probe(architecture: Architecture) -> None:
     def look(site: LinearSite, x: torch.Tensor, gradient: torch.Tensor) -> None:
         nonlocal sees_later
         rows = gradient.reshape(-1, gradient.shape[-1])
-        sees_later |= len(rows) == 2 and bool(rows[1].any())
+        # an overflow gives NaN everywhere, and is named where it is found
+        sees_later |= len(rows) == 2 and bool((rows[1].isfinite() & (rows[1] != 0)).any())
 
     try:
         runner = SuffixRunner(architecture, tokens, len(architecture.layers) - 1)
