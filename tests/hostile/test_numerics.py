@@ -91,7 +91,8 @@ OURS = ("taco", "paper", "bridge", "svd")
 BASELINES = ("fwsvd", "asvd", "svd-llm", "zs-svd", "kfac", "modegpt", "replaceme", "sleb")
 TRIED = [(case, method) for case in CASES for method in OURS]
 TRIED += [(case, method) for case in ("zero matrices", "no gradient", "huge") for method in BASELINES]
-TRIED += [("no input", "modegpt"), ("tiny", "modegpt"), ("tiny", "svd-llm"), ("dead neurons", "modegpt"), ("rank one", "kfac")]
+TRIED += [(case, "modegpt") for case in ("no input", "tiny", "dead neurons")]
+TRIED += [("tiny", "svd-llm"), ("rank one", "kfac")]
 
 
 @pytest.mark.parametrize("case, method", TRIED)
