@@ -7,8 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from .errors import TacoError
-from .report import plot_backend
+from .report import plot_backend, save_figure
 
 # What the product promises over removal, and what factors must stay below against the dense model.
 TARGET_OVERHEAD = 0.003
@@ -71,7 +70,7 @@ def plot_bench(result: dict[str, Any], path: Path) -> None:
     """Overhead over removal with its intervals, and latency over dense beside what bytes or operations would allow.
 
     Raises:
-        TacoError: matplotlib is missing, or the file cannot be written.
+        TacoError: see `plot_backend` and `save_figure`.
     """
     panels: list[tuple[str, str]] = []
     for other, title in (("removal", "overhead over removal, %"), ("dense", "latency over dense, %")):
@@ -102,7 +101,4 @@ def plot_bench(result: dict[str, Any], path: Path) -> None:
         axis.set_xlabel(title + (" (grey: share of bytes or operations)" if other == "dense" else ""))
     name = result.get("source") or result.get("shape")
     figure.suptitle(f"{name}, {result['method']}, {result['dtype']}, {result['device']}")
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise TacoError(f"{path} cannot be written: {error}") from error
+    save_figure(figure, path)

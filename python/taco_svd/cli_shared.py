@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import sys
 import warnings
@@ -16,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .json_values import without_infinities
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -124,17 +125,7 @@ def print_json(values: Any) -> None:
 
 
 def _as_json(values: Any) -> str:
-    """JSON has no NaN, which Python would write and other readers refuse: what is not known (one window's standard
-    error) is null."""
-
-    def known(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: known(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [known(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(known(values), indent=2, default=str, allow_nan=False)
+    return json.dumps(without_infinities(values), indent=2, default=str, allow_nan=False)
 
 
 def out_console() -> Console:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import TacoError
+from .json_values import without_infinities
 from .structure import Structure
 from .untrusted import check_contained, read_json
 
@@ -106,7 +107,7 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Writes the plan as JSON, which has no infinities: numbers that are not finite become null."""
-        values = _without_infinities(self.to_dict())
+        values = without_infinities(self.to_dict())
         Path(path).write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     @classmethod
@@ -128,14 +129,6 @@ class Plan:
     def diff(self, other: Plan) -> dict[str, tuple[Any, Any]]:
         """What differs: dotted field name -> (here, there). Empty when the plans are the same."""
         return dict(_differences("", self.to_dict(), other.to_dict()))
-
-
-def _without_infinities(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_infinities(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_infinities(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _is_integer(value: Any) -> bool:

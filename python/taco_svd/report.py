@@ -63,6 +63,18 @@ def plot_backend(path: str | Path) -> Any:
     return Figure
 
 
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Writes a figure from `plot_backend`.
+
+    Raises:
+        TacoError: it cannot be written.
+    """
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise TacoError(f"{path} cannot be written: {error.strerror}.") from error
+
+
 def compare_plot(values: dict[str, Any], path: str | Path) -> None:
     """Draws the rows of a comparison: perplexity over parameters and over latency relative to the dense model.
 
@@ -107,10 +119,7 @@ def compare_plot(values: dict[str, Any], path: str | Path) -> None:
             axis.set_yscale("log")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="small", ncols=2)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise TacoError(f"{path} cannot be written: {error.strerror}.") from error
+    save_figure(figure, path)
 
 
 def latency_table(report: LatencyReport) -> Table:

@@ -24,7 +24,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
-    PreTrainedModel,
 )
 
 from taco_svd import Plan, Structure, TacoError, compress, save_compressed
@@ -98,21 +97,15 @@ def test_missing_weight_is_an_error(damaged: Path) -> None:
         load_model(damaged)
 
 
-def untied(calibration_tokens: torch.Tensor, out: Path) -> PreTrainedModel:
-    """A saved compression of a llama that has a head of its own."""
-    config: LlamaConfig = tiny_model("llama").config
-    config.tie_word_embeddings = False
-    model, plan = compress(LlamaForCausalLM(config), method="removal", layers=[2], calibration=calibration_tokens)
-    save_compressed(model, plan, out)
-    return model
-
-
 @pytest.mark.parametrize("key", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
 def test_other_numbers_do_not_make_up_for_a_missing_weight(
     key: str, calibration_tokens: torch.Tensor, tmp_path: Path
 ) -> None:
     """A bare stack does not read the head, so that the files hold more numbers than it needs."""
-    untied(calibration_tokens, tmp_path / "model")
+    config: LlamaConfig = tiny_model("llama").config
+    config.tie_word_embeddings = False  # a head of its own
+    model, plan = compress(LlamaForCausalLM(config), method="removal", layers=[2], calibration=calibration_tokens)
+    save_compressed(model, plan, tmp_path / "model")
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     tensors["unknown"] = torch.zeros(tensors.pop(key).numel())
     save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
