@@ -112,7 +112,7 @@ def compare(
     resolve_windows(dense, window, None, max_windows)
     if rounds:
         check_lengths(dense, batch, prompt, DECODE_STEPS, rounds)
-    texts = dict(reversed(text_tokens(name, dense, tokenizer, bars, seed)) for name in _texts(text))
+    texts = dict(reversed(text_tokens(name, dense, tokenizer, bars, seed, window)) for name in _texts(text))
     if len(texts) < len(_texts(text)):
         raise TacoError("--text: two files of the same name; their results could not be told apart.")
     text_name, *others = texts
