@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from taco_kernels import dispatch
 from taco_svd import cli_compare, comparison, compress, pipeline
 from taco_svd.baselines import BASELINES, Workspace
 from taco_svd.baselines.workspace import Moments
@@ -153,6 +154,29 @@ def test_layers_are_ranked_once_per_measure_and_count(monkeypatch: pytest.Monkey
         _, alone = compress(model, **options)
         assert shared.redundant == alone.redundant and shared.importance == alone.importance
     assert passes == [("bi", 1), ("bi", 1), ("bi", 2), ("angular", 1), ("angular", 1)] + [("angular", 2)] * 3
+
+
+def test_where_16_bits_are_slow_the_faster_dense_model_is_named(
+    dense: Path, tmp_path: Path, invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = tmp_path / "small"
+    assert invoke("compress", dense, "--out", small, "--method", "svd", "--layers", "2", *SMALL[:4])[0] == 0
+    compared = ("compare", dense, "--methods", "svd", "--layers", "2", *SMALL, "--rounds")
+    benched = ("bench", small, "--prompt", "4", "--phase", "prefill", "--rounds", "1", "--json", "--dtype")
+    for slow in (False, True):
+        monkeypatch.setattr(dispatch, "library_multiplies", lambda dtype, slow=slow: dtype == torch.float32 or not slow)
+        commands = {
+            (*compared, "1", "--dtype", "bfloat16"): slow,
+            (*compared, "0", "--dtype", "bfloat16"): False,  # no latency
+            (*compared, "1"): False,
+            (*benched, "bfloat16"): slow,
+            (*benched, "float32"): False,
+        }
+        for command, told in commands.items():
+            code, stdout, stderr = invoke(*command)
+            assert code == 0 and ("--dtype float32" in " ".join(stderr.split())) == told, (command, stderr)
+            if command[0] == "bench":
+                assert json.loads(stdout)["library_multiplies"] != told
 
 
 def test_results_come_in_one_by_one_and_survive_ctrl_c(
