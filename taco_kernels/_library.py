@@ -22,6 +22,7 @@ __all__ = [
     "register_autocast",
     "register_batched",
     "rows_of",
+    "seen_as_op",
     "transformed",
     "without_autocast",
 ]
@@ -45,6 +46,15 @@ def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
     class has a ``setup_context``. Arguments are complete here, so its base class's method does the rest alone.
     """
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def seen_as_op() -> bool:
+    """Whether a call that is differentiated must go through its op nevertheless.
+
+    Autocast must cast before autograd records, and it sits in the op's dispatch; so does torch.jit.trace, to which a
+    bare autograd.Function is a call of Python that it can neither save nor run again.
+    """
+    return any_autocast() or torch._C._get_tracing_state() is not None
 
 
 def computing_dtype(dtype: torch.dtype) -> torch.dtype:
