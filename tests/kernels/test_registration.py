@@ -342,6 +342,14 @@ def test_transforms_under_autocast(name, transform):
         ).eps * exact.abs().max()
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_vmap_of_tensors_whose_device_knows_no_autocast(autocast):
+    x, v, u = (torch.zeros(shape, device="meta") for shape in ((5, 2, 9), (4, 9), (7, 4)))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        y = torch.vmap(lambda rows: low_rank_linear(rows, v, u))(x)
+    assert y.shape == (5, 2, 7) and y.dtype == torch.float32
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_autocast_casts_as_linear_does(name):
     op = OPS[name]
