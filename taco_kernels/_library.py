@@ -22,6 +22,7 @@ __all__ = [
     "register_autocast",
     "register_batched",
     "rows_of",
+    "seen_as_op",
     "transformed",
     "without_autocast",
 ]
@@ -45,6 +46,15 @@ def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
     class has a ``setup_context``. Arguments are complete here, so its base class's method does the rest alone.
     """
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def seen_as_op() -> bool:
+    """Whether a call that is differentiated must go through its op nevertheless.
+
+    Autocast must cast before autograd records, and it sits in the op's dispatch; so does torch.jit.trace, to which a
+    bare autograd.Function is a call of Python that it can neither save nor run again.
+    """
+    return any_autocast() or torch._C._get_tracing_state() is not None
 
 
 def computing_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -102,7 +112,7 @@ def register_autocast(name: str, overload: Any) -> None:
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """For statistics, whose products are to be in the precision that is promised wherever they are called."""
-    return torch.autocast(device.type, enabled=False) if any_autocast() else contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False) if _has_autocast(device.type) else contextlib.nullcontext()
 
 
 def register_batched(name: str, by_torch: Callable[..., Any]) -> None:
@@ -113,11 +123,16 @@ def register_batched(name: str, by_torch: Callable[..., Any]) -> None:
 
     def batched(x: Tensor, *others: Any) -> Any:
         device_type = x.device.type
-        if not torch.is_autocast_enabled(device_type):
+        if not (_has_autocast(device_type) and torch.is_autocast_enabled(device_type)):
             return by_torch(x, *others)
         return by_torch(*(_autocast(value, device_type) for value in (x, *others)))
 
     library.impl(name, batched, "FuncTorchBatched")
+
+
+def _has_autocast(device_type: str) -> bool:
+    """Whether autocast is on at all, and knows the device type: asked about others (meta) it raises."""
+    return any_autocast() and torch.amp.is_autocast_available(device_type)
 
 
 def _autocast(value: Any, device_type: str) -> Any:

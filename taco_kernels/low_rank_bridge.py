@@ -16,7 +16,6 @@ from taco_kernels import direct, dispatch, native
 from taco_kernels._cuda import low_rank as _cuda_call
 from taco_kernels._factored import complain, fits, gradients, require_tensors, rows_2d
 from taco_kernels._library import (
-    any_autocast,
     apply_function,
     below_autograd,
     computing_dtype,
@@ -25,6 +24,7 @@ from taco_kernels._library import (
     register_autocast,
     register_batched,
     rows_of,
+    seen_as_op,
     transformed,
 )
 
@@ -247,7 +247,6 @@ def low_rank_bridge(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None,
     if transformed():  # transforms are met in the op's dispatch
         return _op(h, v, u, bias, eps)
     if needs_grad(h, v, u, bias):
-        # Autocast must cast before autograd records, and it sits in the op's dispatch.
-        return _op(h, v, u, bias, eps) if any_autocast() else apply_function(_LowRankBridge, h, v, u, bias, eps)
+        return _op(h, v, u, bias, eps) if seen_as_op() else apply_function(_LowRankBridge, h, v, u, bias, eps)
     with below_autograd():
         return _op(h, v, u, bias, eps)

@@ -16,7 +16,6 @@ from taco_kernels import direct, dispatch, native
 from taco_kernels._cuda import low_rank as _cuda_call
 from taco_kernels._factored import complain, fits, gradients, rows_2d, turned
 from taco_kernels._library import (
-    any_autocast,
     apply_function,
     below_autograd,
     computing_dtype,
@@ -25,6 +24,7 @@ from taco_kernels._library import (
     register_autocast,
     register_batched,
     rows_of,
+    seen_as_op,
     transformed,
 )
 
@@ -257,9 +257,6 @@ def low_rank_linear(
     if transformed():  # transforms are met in the op's dispatch
         return _op(x, v, u, bias, residual)
     if needs_grad(x, v, u, bias, residual):
-        # Autocast must cast before autograd records, and it sits in the op's dispatch.
-        return (
-            _op(x, v, u, bias, residual) if any_autocast() else apply_function(_LowRankLinear, x, v, u, bias, residual)
-        )
+        return _op(x, v, u, bias, residual) if seen_as_op() else apply_function(_LowRankLinear, x, v, u, bias, residual)
     with below_autograd():
         return _op(x, v, u, bias, residual)

@@ -17,7 +17,6 @@ from taco_kernels._cpu import map_of
 from taco_kernels._cuda import low_rank as _cuda_call
 from taco_kernels._factored import complain, fits, gradients, rows_2d
 from taco_kernels._library import (
-    any_autocast,
     apply_function,
     below_autograd,
     library,
@@ -25,9 +24,10 @@ from taco_kernels._library import (
     register_autocast,
     register_batched,
     rows_of,
+    seen_as_op,
     transformed,
 )
-from taco_kernels.low_rank_linear import low_rank_linear_reference
+from taco_kernels.low_rank_linear import low_rank_linear, low_rank_linear_reference
 
 __all__ = ["low_rank_linear_group", "low_rank_linear_group_reference"]
 
@@ -263,11 +263,13 @@ def low_rank_linear_group(
     ys = _direct(x, vs, us, biases)
     if ys is not None:
         return _library(x, vs, us, biases) if ys is False else ys
+    if torch._C._get_tracing_state() is not None:  # torch.jit.trace knows no lists of optional tensors
+        _check(x, vs, us, biases)
+        return [low_rank_linear(x, *member) for member in zip(vs, us, biases, strict=True)]
     if transformed():  # transforms are met in the op's dispatch
         return _op(x, vs, us, biases)
     if needs_grad(x, *vs, *us, *biases):
-        # Autocast must cast before autograd records, and it sits in the op's dispatch.
-        if any_autocast():
+        if seen_as_op():
             return _op(x, vs, us, biases)
         return list(apply_function(_LowRankLinearGroup, x, *vs, *us, *biases))
     with below_autograd():

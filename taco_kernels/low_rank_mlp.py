@@ -18,7 +18,6 @@ from taco_kernels._cpu import map_of
 from taco_kernels._cuda import low_rank as _cuda_call
 from taco_kernels._factored import complain, factors_fit, fits, gradients, require_tensors, rows_2d
 from taco_kernels._library import (
-    any_autocast,
     apply_function,
     below_autograd,
     computing_dtype,
@@ -27,6 +26,7 @@ from taco_kernels._library import (
     register_autocast,
     register_batched,
     rows_of,
+    seen_as_op,
     transformed,
 )
 from taco_kernels.low_rank_linear import BACKENDS as LINEAR
@@ -325,7 +325,6 @@ def low_rank_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection, 
     if transformed():  # transforms are met in the op's dispatch
         return _op(x, *arguments)
     if needs_grad(x, *gate, *up, *down):
-        # Autocast must cast before autograd records, and it sits in the op's dispatch.
-        return _op(x, *arguments) if any_autocast() else apply_function(_LowRankMlp, x, *arguments)
+        return _op(x, *arguments) if seen_as_op() else apply_function(_LowRankMlp, x, *arguments)
     with below_autograd():
         return _op(x, *arguments)

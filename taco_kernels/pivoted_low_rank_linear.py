@@ -138,7 +138,9 @@ def _library(
 
 def _cpp(x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     # every index is checked here, so that no pivot can make the kernel read elsewhere
-    first, _ = _gathered(x, pivot, v.shape[0], together=True)
+    first, rest = _gathered(x, pivot, v.shape[0], together=True)
+    # where both begin: torch gives a view without elements no address
+    gathered_ptr = first.data_ptr() or rest.data_ptr()
     width = x.shape[-1]
     rows = x.shape[:-1].numel()
     y = x.new_empty((*x.shape[:-1], u.shape[0]))
@@ -149,7 +151,7 @@ def _cpp(x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None, re
         residual, _, residual_stride = rows_of(residual)
         residual_ptr = residual.data_ptr()
     native.module.cpu_pivoted_low_rank_linear(  # type: ignore[union-attr]
-        first.data_ptr(), width, v_ptr, v_stride, u_ptr, u_stride, bias_ptr, residual_ptr, residual_stride, y_ptr,
+        gathered_ptr, width, v_ptr, v_stride, u_ptr, u_stride, bias_ptr, residual_ptr, residual_stride, y_ptr,
         rows, width, rank, out_features, dispatch.CPP_DTYPES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return y

@@ -6,6 +6,21 @@ namespace taco::direct {
 
 State state;
 
+namespace {
+
+// Whether a tensor's data have the other sign, as those of a conjugate's imaginary part. Such a view has no unit stride,
+// which every tensor here must have, but where its last dimension has one element and was added to it.
+bool negated(PyObject* object, const dlpack::Tensor& t) {
+  if (t.ndim < 1 || t.shape[t.ndim - 1] != 1) return false;
+  static PyObject* const name = PyUnicode_InternFromString("is_neg");
+  PyObject* const answer = PyObject_CallMethodNoArgs(object, name);
+  if (answer == nullptr) PyErr_Clear();
+  Py_XDECREF(answer);
+  return answer != Py_False;
+}
+
+}  // namespace
+
 bool read(PyObject* object, dlpack::Tensor& out) {
   // exact types: a subclass has behaviour of its own, which lives in the dispatcher
   if (Py_TYPE(object) != state.tensor && Py_TYPE(object) != state.parameter) return false;
@@ -15,7 +30,7 @@ bool read(PyObject* object, dlpack::Tensor& out) {
   }
   out.data = static_cast<char*>(out.data) + out.byte_offset;
   const bool here = out.device.type == dlpack::kCpu || (kHasGpu && out.device.type == dlpack::kCuda);
-  return here && out.dtype.lanes == 1 && out.data != nullptr;
+  return here && out.dtype.lanes == 1 && out.data != nullptr && !negated(object, out);
 }
 
 namespace {
@@ -36,8 +51,7 @@ bool alike(const dlpack::Tensor& a, const dlpack::Tensor& b) {
   return a.dtype.code == b.dtype.code && a.dtype.bits == b.dtype.bits && same_device(a, b);
 }
 
-// Unit strides are asked for even where there is one element: so no view of a conjugate's imaginary part, whose data
-// have the other sign, comes this way.
+// Unit strides are asked for even where there is one element, because of `negated`.
 bool contiguous_vector(const dlpack::Tensor& t, std::int64_t size) {
   return t.ndim == 1 && t.shape[0] == size && t.strides[0] == 1;
 }

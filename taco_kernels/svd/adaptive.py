@@ -70,7 +70,9 @@ def certified_error(m: Operand, u: Tensor, s: Tensor, vh: Tensor) -> float:
     inner = m.inner + 4 if m.weighted else 0
     slack = (len(s) + 4) * roundoff * terms + inner * roundoff * math.prod(m.sizes())
     # One more factor for the sums of squares, of rows * columns terms.
-    return (math.sqrt(squares) + slack) * (1 + (m.rows * m.columns + 8) * roundoff)
+    bound = (math.sqrt(squares) + slack) * (1 + (m.rows * m.columns + 8) * roundoff)
+    # where a singular value is beyond the dtype's range, nothing bounds the difference: NaN would say nothing at all
+    return math.inf if math.isnan(bound) else bound
 
 
 def adaptive_svd(

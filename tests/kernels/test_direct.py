@@ -283,6 +283,23 @@ def test_conjugates_come_out_right() -> None:
     torch.testing.assert_close(low_rank_linear(complex_x.conj().imag, v, u), low_rank_linear(-x, v, u))
 
 
+def test_conjugates_with_a_dimension_added_come_out_right() -> None:
+    """Of one element, its stride is 1 whatever lies between the data's elements."""
+
+    def negated(t: torch.Tensor) -> torch.Tensor:
+        view = torch.complex(t, t).squeeze(-1).conj().imag.unsqueeze(-1)
+        assert view.is_neg() and view.stride(-1) == 1
+        return view
+
+    column, one = random((6, 1), torch.float32), random((1,), torch.float32)
+    x, v = random((3, 5), torch.float32), random((1, 5), torch.float32)
+    function = entry("low_rank_linear")
+    torch.testing.assert_close(low_rank_linear(negated(column), one[None], column), -column @ one[None] @ column.T)
+    torch.testing.assert_close(low_rank_linear(x, v, negated(column)), -x @ v.T @ column.T)
+    torch.testing.assert_close(low_rank_linear(x, v, one[None], negated(one)), x @ v.T * one - one)
+    assert function(x, v, column, None, None) is not None and function(x, v, negated(column), None, None) is None
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_wrong_calls_are_nobodys(op: str) -> None:
     args = arguments(op, (2,), torch.float32)

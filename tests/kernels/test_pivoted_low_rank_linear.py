@@ -94,6 +94,18 @@ def test_many_rows(rows, dtype):
         assert_within(y, exact, bound(exact, magnitude, inputs + rank, dtype, backend))
 
 
+@pytest.mark.parametrize("rows", [1, 17, 70])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_directions(rows, dtype):
+    """Then the identity's share of what is gathered is a view without elements, whose address torch gives as null."""
+    x, v, u = (random(shape, dtype) for shape in ((rows, 40), (0, 40), (7, 0)))
+    bias = random((7,), dtype)
+    for backend in cpu_backends():
+        with using(backend):
+            y = pivoted_low_rank_linear(x, v, u, torch.randperm(40), bias)
+        assert torch.equal(y, bias.expand(rows, 7))
+
+
 @pytest.mark.parametrize("needs_grad", [False, True])
 def test_opcheck(needs_grad):
     x, v, u, pivot, bias = arguments(torch.float32)

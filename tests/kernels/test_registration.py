@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 from dataclasses import dataclass
 from typing import Any
 
@@ -341,6 +342,14 @@ def test_transforms_under_autocast(name, transform):
         ).eps * exact.abs().max()
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_vmap_of_tensors_whose_device_knows_no_autocast(autocast):
+    x, v, u = (torch.zeros(shape, device="meta") for shape in ((5, 2, 9), (4, 9), (7, 4)))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        y = torch.vmap(lambda rows: low_rank_linear(rows, v, u))(x)
+    assert y.shape == (5, 2, 7) and y.dtype == torch.float32
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_autocast_casts_as_linear_does(name):
     op = OPS[name]
@@ -354,6 +363,27 @@ def test_autocast_casts_as_linear_does(name):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = (inputs[0].bfloat16(), *inputs[1:])
         torch.testing.assert_close(function(*mixed), y)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_trace_of_trained_factors_holds_the_op(name):
+    """It can be saved, and runs again, with gradients: a bare autograd.Function in it could not."""
+    op = OPS[name]
+    inputs = op.make(torch.float32, True)
+    traced = torch.jit.trace(lambda *tensors: op.function(*tensors), inputs)
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    # of a group its members: no trace holds lists of optional tensors
+    held = op.overload if name != "group" else OPS["linear"].overload
+    assert f"taco_kernels::{held._opname}(" in str(loaded.inlined_graph)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(*inputs), op.function(*inputs))
+        torch.jit.trace(lambda *tensors: op.function(*tensors), inputs)
+    expected = torch.autograd.grad(op.function(*inputs).square().sum(), inputs)
+    for a, e in zip(torch.autograd.grad(loaded(*inputs).square().sum(), inputs), expected, strict=True):
+        torch.testing.assert_close(a, e)
 
 
 def test_works_on_fake_and_meta_tensors():

@@ -67,6 +67,11 @@ if not INTERPRETED:
             found = second_moment_(second_moment_zeros(40, storage), x)
         assert torch.equal(found, expected)
 
+    def test_autocast_beside_a_device_that_knows_none() -> None:
+        moment = second_moment_zeros(40, device="meta")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert second_moment_(moment, torch.zeros(3, 40, device="meta")) is moment
+
     def test_strided_and_tracked_rows() -> None:
         x = torch.randn(9, 40, 2, requires_grad=True)[..., 0]
         moment = second_moment_(second_moment_zeros(40), x)
