@@ -54,6 +54,8 @@ from .work_directory import check_work_directory, open_run, weights_digest
 TEAM_METHODS = ("taco", "bridge", "removal")
 # What factorises single experts; published methods leave them whole.
 OPENING = ("taco", "paper", "svd")
+# What a plan's result tells of the model that was made from it; another model, made again from it, has its own.
+OF_THE_MODEL = ("consistency", "drift", "measured_loss", "healing")
 # Greedy removal runs the set once per candidate: a part of it orders the layers as well.
 GREEDY_SAMPLES = 16
 
@@ -588,7 +590,7 @@ def compress(
         calibration=calibration.describe(),
         source=describe_source(model),
         result={
-            **plan.result,
+            **{key: value for key, value in plan.result.items() if key not in OF_THE_MODEL},
             **record,
             "parameters": parameter_count(compressed),
             "bytes": weight_bytes(compressed),
