@@ -81,6 +81,8 @@ def layers_and_ratio(
         TacoError: out of range, contradictory, or not reachable; says what is.
     """
     removes = method in REMOVING_METHODS
+    if bridge_rank is not None:
+        _check_bridge_rank(bridge_rank, sizes.hidden)
     if keep is not None and layers is not None:
         raise TacoError("Give --keep or --layers, not both.")
     if keep is None and layers is None:
@@ -175,9 +177,13 @@ def bridge_structure(architecture: Architecture, redundant: list[int], rank: int
         rank = max(1, min(hidden // 2, int((budget - hidden) // (2 * hidden))))
         if rank >= 8:
             rank -= rank % 8
+    _check_bridge_rank(rank, hidden)
+    return Structure(depth, kept, {}, tuple(BridgeSpec(place, rank, True, BRIDGE_EPS) for place in places))
+
+
+def _check_bridge_rank(rank: int, hidden: int) -> None:
     if not 1 <= rank <= hidden:
         raise TacoError(f"--bridge-rank must be between 1 and the hidden size {hidden}, got {rank}.")
-    return Structure(depth, kept, {}, tuple(BridgeSpec(place, rank, True, BRIDGE_EPS) for place in places))
 
 
 def structure_parameters(architecture: Architecture, structure: Structure) -> int:
