@@ -190,13 +190,13 @@ def run_bench(
         raise TacoError(
             f"{settings.prompt} prompt tokens and {settings.window} decoded ones exceed the context of {limit}."
         )
-    wanted = {name for pair in pairs for name in pair}
-    models = {name: entry for name, entry in models.items() if name in wanted}
     if settings.control and "removal" in models:
         from .replacement import structural_copy
 
-        models["control"] = structural_copy(models["removal"])
+        models = {**models, "control": structural_copy(models["removal"])}
         pairs.append(("control", "removal"))
+    wanted = {name for pair in pairs for name in pair}
+    models = {name: entry for name, entry in models.items() if name in wanted}
     for entry in models.values():
         for mode in settings.modes:
             check_mode(entry, mode)

@@ -35,11 +35,15 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def cache_bytes(config: PreTrainedConfig, batch: int, length: int, dtype: torch.dtype) -> int:
-    """Keys and values of `batch` sequences of `length` tokens in every layer."""
+    """Keys and values of `batch` sequences of `length` tokens in every layer; one with a sliding window holds no more."""
     values: Any = config
     groups = getattr(values, "num_key_value_heads", None) or values.num_attention_heads
     head = getattr(values, "head_dim", None) or values.hidden_size // values.num_attention_heads
-    return 2 * batch * length * groups * head * values.num_hidden_layers * dtype.itemsize
+    depth, window = values.num_hidden_layers, getattr(values, "sliding_window", None)
+    # as transformers' caches read a config: without a list, a window is that of all layers
+    kinds = getattr(values, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * depth
+    tokens = sum(min(length, window) if window and kind == "sliding_attention" else length for kind in kinds)
+    return int(2 * batch * tokens * groups * head * dtype.itemsize)
 
 
 def working_bytes(config: PreTrainedConfig, batch: int, prompt: int, dtype: torch.dtype) -> int:
