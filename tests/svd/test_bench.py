@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import os
 import random
 import weakref
 from collections.abc import Callable, Iterator
@@ -737,3 +738,11 @@ def test_bench_of_a_shape_writes_json_and_a_picture(
 def test_bad_arguments_are_one_sentence(arguments: list[str], said: str, invoke: Callable) -> None:
     code, stdout, stderr = invoke("bench", *arguments)
     assert code == 2 and stdout == "" and said in stderr and len(stderr.strip().splitlines()) == 1
+
+
+def test_results_take_the_place_of_no_pipe_and_no_device(tmp_path: Path, invoke: Callable) -> None:
+    """They are renamed to their place when they are whole: as root, --save /dev/null would take it away."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    code, _, stderr = invoke("bench", "DIR", "--save", pipe)
+    assert code == 2 and "an ordinary file" in stderr and pipe.is_fifo()

@@ -408,13 +408,17 @@ def test_command_line(saved, invoke):
         (["--dense", "SMALL"], "compressed model"),
         (["--out", "SMALL"], "exists"),
         (["--work", "OUT"], "--out"),
+        (["--work", "FILE"], "is a file"),
+        (["--work", "IN A FILE"], "cannot be made"),
+        (["--seed", "9" * 30], "--seed"),
         ([], "was not found"),
     ],
 )
 def test_bad_input_is_one_sentence_before_any_work(saved, invoke, arguments, says):
     given = {"--text": "self", "--out": saved / "out", "--seq-len": "8"}
     given.update(zip(arguments[::2], arguments[1::2], strict=True))
-    places = {"SMALL": saved / "small", "OUT": saved / "out" / "work"}
+    config = saved / "dense" / "config.json"
+    places = {"SMALL": saved / "small", "OUT": saved / "out" / "work", "FILE": config, "IN A FILE": config / "work"}
     words = [str(places.get(word, word)) for pair in given.items() for word in pair]
     code, stdout, stderr = invoke("heal", saved / "small", *words)
     assert code == 2 and says in stderr and len(stderr.strip().splitlines()) == 1 and stdout == ""

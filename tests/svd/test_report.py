@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -222,7 +223,9 @@ def test_without_the_dense_model_it_says_what_is_missing(compressed_tiny, tmp_pa
         (["--compare", "ROW"], "not readable"),
         (["--dense", "OTHER"], "embeddings"),
         (["--text", "missing.txt"], "No such text"),
-        (["--out", "nowhere/report.html"], "directory that exists"),
+        (["--out", "nowhere/report.html"], "an ordinary file in a directory"),
+        (["--out", "PIPE"], "an ordinary file in a directory"),
+        (["--seed", "9" * 30], "--seed"),
         (["--max-windows", "0"], "--max-windows"),
     ],
 )
@@ -231,12 +234,14 @@ def test_bad_input_is_one_sentence(compressed_tiny, tmp_path, invoke, arguments,
     tiny_model("llama", seed=1).save_pretrained(tmp_path / "other")
     (tmp_path / "bad.json").write_text("[]")
     (tmp_path / "row.json").write_text('{"models": [{"model": "x"}]}')
-    places = {"BAD": tmp_path / "bad.json", "ROW": tmp_path / "row.json", "OTHER": tmp_path / "other"}
+    pipe = tmp_path / "pipe"  # as /dev/null: the page would take its place
+    os.mkfifo(pipe)
+    places = {"BAD": tmp_path / "bad.json", "ROW": tmp_path / "row.json", "OTHER": tmp_path / "other", "PIPE": pipe}
     given = {"--out": tmp_path / "r.html", **dict(zip(arguments[::2], arguments[1::2], strict=True))}
     words = [places.get(word, word) for pair in given.items() for word in pair]
     code, stdout, stderr = invoke("report", small, *words)
     assert code == 2 and says in stderr and len(stderr.strip().splitlines()) == 1 and stdout == ""
-    assert not (tmp_path / "r.html").exists()
+    assert not (tmp_path / "r.html").exists() and pipe.is_fifo()
 
 
 def test_the_same_figure_gives_the_same_bytes():
