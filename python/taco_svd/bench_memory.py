@@ -35,7 +35,7 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def cache_bytes(config: PreTrainedConfig, batch: int, length: int, dtype: torch.dtype) -> int:
-    """Keys and values of `batch` sequences of `length` tokens in every layer; one with a sliding window holds no more."""
+    """Keys and values of `batch` sequences of `length` tokens in every layer, or of what its sliding window holds."""
     values: Any = config
     groups = getattr(values, "num_key_value_heads", None) or values.num_attention_heads
     head = getattr(values, "head_dim", None) or values.hidden_size // values.num_attention_heads

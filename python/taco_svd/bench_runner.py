@@ -127,8 +127,8 @@ class Runner:
     # -- decode ------------------------------------------------------------------------------------------------
 
     def _prepare_decode(self) -> None:
-        # made without a config it keeps every token, also of layers with a sliding window: the caches that are filled from
-        # it drop what they do not need, and know how long the prompt was
+        # made without a config it keeps every token, also of layers with a sliding window: the caches that are filled
+        # from it drop what they do not need, and know how long the prompt was
         cache = DynamicCache()
         self.model(input_ids=self.ids[:1], past_key_values=cache, use_cache=True, logits_to_keep=1)
         layers: list[Any] = list(cache.layers)

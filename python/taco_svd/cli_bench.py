@@ -50,7 +50,7 @@ def bench(
     ] = 0.003,
     against: Annotated[
         str | None,
-        typer.Option(help="dense, removal or both, with a comma; default: both, or dense where every layer is compressed."),
+        typer.Option(help="dense, removal or both, with a comma; default: what there is."),
     ] = None,
     batch: Annotated[str, typer.Option(help="Sequences at once; several with commas: 1,8,64.")] = "1",
     prompt: Annotated[int, typer.Option(help="Prompt tokens per sequence.")] = 128,

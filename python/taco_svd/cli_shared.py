@@ -84,8 +84,10 @@ def load(
 
 
 def can_be_replaced(path: Path) -> bool:
-    """Whether there can be a new file of that name. Results are renamed to their place when they are whole: a device or
-    a pipe (/dev/null, as root) would not be written to, it would be gone.
+    """Whether there can be a new file of that name.
+
+    Results are renamed to their place when they are whole: a device or a pipe (/dev/null, as root) would not be written
+    to, it would be gone.
     """
     parent = path.absolute().parent
     return parent.is_dir() and os.access(parent, os.W_OK) and (path.is_file() or not path.exists())
@@ -104,7 +106,9 @@ def check_result_files(save: Path | None, plot: Path | None) -> None:
         if path is None:
             continue
         if not can_be_replaced(path):
-            raise TacoError(f"{option} {path} cannot be written: it must be an ordinary file in a directory that can be.")
+            raise TacoError(
+                f"{option} {path} cannot be written: it must be an ordinary file in a directory that can be."
+            )
     if plot is not None:
         plot_backend(plot)
 

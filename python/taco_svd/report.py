@@ -191,7 +191,7 @@ def _healed(record: Any) -> str | None:
     """What healing did, None where a plan does not tell (it may hold anything)."""
     try:
         kl = [float(record[when]["kl"]) for when in ("before", "after")]
-        return f"KL to the dense model {kl[0]:.4f} -> {kl[1]:.4f} nats per token (held-out windows of the training text)"
+        return f"KL to the dense model {kl[0]:.4f} -> {kl[1]:.4f} nats per token (held-out windows)"
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
 

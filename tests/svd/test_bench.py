@@ -306,9 +306,7 @@ def test_decoding_goes_on_after_a_prompt_that_is_longer_than_a_sliding_window(na
         runner._rewind()
         text = torch.cat([runner.ids[:1].expand(2, -1), runner.token, runner.token], 1)
         expected = model(text, use_cache=False).logits[:, -2:]
-        steps = [
-            model(input_ids=runner.token, past_key_values=runner._cache, use_cache=True).logits for _ in range(2)
-        ]
+        steps = [model(input_ids=runner.token, past_key_values=runner._cache, use_cache=True).logits for _ in range(2)]
     # float32 products summed in another order, through five layers of width 32
     torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-4, atol=1e-4)
 
