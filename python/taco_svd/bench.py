@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 import taco_kernels
 
-from .bench_memory import cache_bytes, check_memory, working_bytes
+from .bench_memory import cache_bytes, check_memory, tokens_seen, working_bytes
 from .bench_models import BenchModels
 from .bench_runner import MODES, PHASES, Runner, check_mode
 from .calibration import context_length
@@ -418,7 +418,8 @@ def work(model: PreTrainedModel, phase: str, batch: int, prompt: int) -> float:
     width = config.num_attention_heads * (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
-    attention = prompt * prompt * width * config.num_hidden_layers  # two products over half the matrix each
+    # two products over half of tokens times tokens each, less what lies outside a window
+    attention = width * sum(prompt**2 - (prompt - seen) ** 2 for seen in tokens_seen(config, prompt))
     return float(batch * (prompt * layers + attention + (0 if head is None else head.weight.numel())))
 
 

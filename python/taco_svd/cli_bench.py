@@ -82,7 +82,7 @@ def bench(
     from .bench_report import bench_table, plot_bench
     from .errors import TacoError
 
-    others = [name.strip() for name in (against or ",".join(OTHERS)).split(",") if name.strip()]
+    others = list(OTHERS) if against is None else [name.strip() for name in against.split(",") if name.strip()]
     if not others or any(name not in OTHERS for name in others):
         raise TacoError(f"--against takes dense, removal or dense,removal, got {against!r}.")
     try:

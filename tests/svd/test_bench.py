@@ -317,6 +317,11 @@ def test_a_cache_takes_no_more_than_its_windows(compressed_tiny: Callable) -> No
         cache = bench_runner._static_cache(model, 2, 28)
         made = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         assert cache_bytes(model.config, 2, 28, model.dtype) == made, name
+    # in three of five layers (24 - 8)^2 pairs of tokens are too far apart, for each of two products over half of them
+    model = tiny_model("gemma3")
+    windowed = work(model, "prefill", 2, 24)
+    model.config.layer_types = ["full_attention"] * 5
+    assert work(model, "prefill", 2, 24) - windowed == 2 * 3 * 32 * (24 - 8) ** 2
     # and no compressed model's: the windows of its own layers count
     compressed = compressed_tiny("gemma3", "bridge")[1]
     assert compressed.config.layer_types == ["sliding_attention", "sliding_attention", "full_attention"]
