@@ -136,6 +136,9 @@ def test_every_section_is_there(compressed_tiny, tmp_path, invoke, method):
     assert record["predicted_loss"] == 0.02 and "1.50 times it" in text and "1 of 2 closed-form" in text
     assert set(record["drift"]) == {"this model", "layers removed"}
     assert record["alternatives"][1]["decode"] == pytest.approx(0.8) and record["alternatives"][-1]["decode"] > 0
+    # taco spends over all layers: none of them is redundant
+    assert ("it is spent over all of them" in text) == (method == "taco")
+    assert ("layers are the redundant ones" in text) == (method == "bridge")
     # importance, allocation, (spectra), prediction, corrections, drift, alternatives
     assert len(elements.images) == 7
     assert not list(tmp_path.glob(".*partial"))
