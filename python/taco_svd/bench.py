@@ -33,6 +33,7 @@ from .errors import TacoError
 from .experts import is_of_expert, share_of_experts
 from .latency import Ratio, bootstrap
 from .progress import Progress, Silent
+from .wide_products import needs_wide_products
 
 FORMAT = 1
 # A sample shorter than this is timed as several steps at once: the clock and the synchronisation would show.
@@ -208,6 +209,8 @@ def run_bench(
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": device_name(model.device),
         "threads": torch.get_num_threads(),
+        # where this is false, a dense model in float32 is faster than one in its own dtype
+        "library_multiplies": not needs_wide_products(model),
         "settings": asdict(settings),
         "weight_bytes": {name: weight_bytes_of(entry) for name, entry in models.items() if name != "control"},
         "results": [],

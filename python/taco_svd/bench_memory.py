@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
 from .errors import TacoError
+from .memory import free_memory
 
 # of what is free; the rest is for torch, the compiler and the allocator's gaps
 _USABLE = 0.92
@@ -18,20 +18,7 @@ def available_bytes(device: torch.device) -> int | None:
     """Free memory of the device; None where the system does not tell."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    found: list[int] = []
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) * 1024)
-        # inside a container the limit is the group's, not the machine's
-        limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-        if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-            stat = (Path("/sys/fs/cgroup") / "memory.stat").read_text().split()
-            cached = int(stat[stat.index("inactive_file") + 1])
-            found.append(int(text) - int(used.read_text()) + cached)
-    except (OSError, ValueError, IndexError):
-        pass
-    return min(found) if found else None
+    return free_memory()
 
 
 def tokens_seen(config: PreTrainedConfig, length: int) -> list[int]:

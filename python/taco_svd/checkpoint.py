@@ -183,7 +183,8 @@ def load_model(
 
 def _is_large(directory: Path) -> bool:
     """Whether a model's files would take more than `MAPPED_SHARE` of the free memory."""
-    return sum(file.stat().st_size for file in directory.glob("*.safetensors")) > MAPPED_SHARE * free_memory()
+    size, free = sum(file.stat().st_size for file in directory.glob("*.safetensors")), free_memory()
+    return free is not None and size > MAPPED_SHARE * free
 
 
 @torch.no_grad()

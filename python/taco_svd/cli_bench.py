@@ -17,6 +17,7 @@ from .cli_shared import (
     out_console,
     print_json,
     save_json,
+    tell_slow_products,
 )
 from .cli_shared import load as _load
 
@@ -117,6 +118,8 @@ def bench(
         if directory is None:
             raise TacoError("Give a compressed model's directory, or --shape (list shows the known ones).")
         made = _from_directory(directory, others, against is not None, dtype, device)
+
+    tell_slow_products(next(iter(made.models.values())))
 
     def write(so_far: dict[str, Any]) -> None:
         if save is not None:  # minutes of measuring are not lost to an interruption

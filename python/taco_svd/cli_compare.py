@@ -21,6 +21,7 @@ from .cli_shared import (
     out_console,
     print_json,
     save_json,
+    tell_slow_products,
 )
 
 if TYPE_CHECKING:
@@ -112,7 +113,8 @@ def compare(
     resolve_windows(dense, window, None, max_windows)
     if rounds:
         check_lengths(dense, batch, prompt, DECODE_STEPS, rounds)
-    texts = dict(reversed(text_tokens(name, dense, tokenizer, bars, seed)) for name in _texts(text))
+        tell_slow_products(dense)
+    texts = dict(reversed(text_tokens(name, dense, tokenizer, bars, seed, window)) for name in _texts(text))
     if len(texts) < len(_texts(text)):
         raise TacoError("--text: two files of the same name; their results could not be told apart.")
     text_name, *others = texts

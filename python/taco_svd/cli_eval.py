@@ -26,12 +26,17 @@ if TYPE_CHECKING:
 
 
 def text_tokens(
-    text: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, bars: Bars, seed: int
+    text: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    bars: Bars,
+    seed: int,
+    window: int | None = None,
 ) -> tuple[Any, str]:
     """Tokens of a text to evaluate on, and what to call it."""
     from .evaluation_run import evaluation_tokens
 
-    return evaluation_tokens(text, model, tokenizer, seed, bars)
+    return evaluation_tokens(text, model, tokenizer, seed, bars, window)
 
 
 def perplexity_of(model: PreTrainedModel, tokens: Any, bars: Bars, title: str, **options: Any) -> Perplexity:

@@ -93,6 +93,18 @@ def can_be_replaced(path: Path) -> bool:
     return parent.is_dir() and os.access(parent, os.W_OK) and (path.is_file() or not path.exists())
 
 
+def tell_slow_products(model: PreTrainedModel) -> None:
+    """Says, before latencies, that a dense model of this dtype is not the fastest that this CPU can run."""
+    from .wide_products import needs_wide_products
+
+    if needs_wide_products(model):
+        kind = str(model.dtype).removeprefix("torch.")
+        errors.print(
+            f"torch multiplies {kind} slowly on this CPU: dense layers are several times faster in float32, so compare "
+            "with --dtype float32 as well."
+        )
+
+
 def check_result_files(save: Path | None, plot: Path | None) -> None:
     """What --save and --plot cannot write is told before hours of work.
 

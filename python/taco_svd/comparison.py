@@ -20,7 +20,7 @@ from .errors import TacoError
 from .evaluation import perplexity
 from .latency import compare_latency
 from .pipeline import compress
-from .plan import METHODS, REMOVING_METHODS
+from .plan import METHODS, REMOVING_METHODS, Plan
 from .progress import Progress, Silent
 
 DECODE_STEPS = 16
@@ -118,6 +118,7 @@ def run_comparison(
     measure: Measure,
     progress: Progress | None = None,
     on_result: Callable[[Comparison], None] | None = None,
+    on_model: Callable[[str, PreTrainedModel, Plan], None] | None = None,
 ) -> Comparison:
     """Compresses `dense` by every method at every setting and measures each; statistics are gathered once for all.
 
@@ -126,6 +127,7 @@ def run_comparison(
 
     Args:
         on_result: called after every model with all results so far.
+        on_model: called with every compressed model's method, the model and its plan, to save what is worth it.
     """
     progress = progress or Silent()
     workspace = Workspace(dense, calibration)
@@ -164,7 +166,7 @@ def run_comparison(
         models, rows = {"dense": dense}, {"dense": dense_row}
         for name in methods:
             try:
-                candidate, _ = compress(
+                candidate, plan = compress(
                     dense,
                     tokenizer,
                     method=name,
@@ -180,6 +182,8 @@ def run_comparison(
                 result.refused.append({"model": name, "setting": setting.describe(), "reason": str(error)})
             else:
                 result.models.append(row)
+                if on_model is not None:
+                    on_model(name, candidate, plan)
                 if measure.rounds > 0:
                     models[name], rows[name] = candidate, row
             result.finished += 1

@@ -36,6 +36,8 @@ from .source_model import check_source, source_path
 DEFAULT_TEXT = "wikitext2"
 # `self` for evaluation draws from another seed than calibration does: text that calibration never saw.
 SELF_SEED = 1_000_003
+# Windows that the model writes, and tokens of each
+WRITTEN, LONGEST_WRITTEN = 64, 512
 
 
 def evaluation_tokens(
@@ -44,16 +46,20 @@ def evaluation_tokens(
     tokenizer: PreTrainedTokenizerBase | None,
     seed: int = 0,
     progress: Progress | None = None,
+    window: int | None = None,
 ) -> tuple[torch.Tensor, str]:
     """(int64 tokens, name) of a text to evaluate on: a file, a corpus in `NAMED_TEST_CORPORA`, or "self".
+
+    What the model writes itself is as long as the windows that it will be read in, where that is said, at most
+    `LONGEST_WRITTEN`: what a model trained on short windows writes beyond them is no text.
 
     Raises:
         TacoError: unreadable text, no tokenizer, or one that does not fit the model.
     """
     if text == "self":
         with (progress or Silent()).step("text that the model writes") as report:
-            length = min(context_length(model), 512)
-            windows = sample_from_model(model, 64, length, seed + SELF_SEED, progress=report)
+            length = min(window or context_length(model), LONGEST_WRITTEN)
+            windows = sample_from_model(model, WRITTEN, length, seed + SELF_SEED, progress=report)
         return windows.flatten(), "self"
     raw = corpus_text(text, test=True) if text in NAMED_TEST_CORPORA else read_text(text)
     if tokenizer is None:
@@ -116,7 +122,7 @@ def evaluate_model(
     if text is not None:
         window, stride = resolve_windows(model, window, stride, max_windows)
         dense, origin = _dense(model, name, against)
-        tokens, text_name = evaluation_tokens(text, model, tokenizer, seed, progress)
+        tokens, text_name = evaluation_tokens(text, model, tokenizer, seed, progress, window)
         digest = hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
         with progress.step("perplexity") as report:
             score = perplexity(model, tokens, window, stride, max_windows, progress=report)

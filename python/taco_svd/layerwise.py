@@ -2,8 +2,9 @@
 
 Of a model that is larger than memory each layer is then read twice, however many batches there are, and what is
 gathered at a layer is complete when its turn is over. Hidden states between layers are kept in a `Store`, so that a
-pass that was interrupted goes on where it stopped. The mathematics is that of `SuffixRunner.backward` with every
-layer's activations computed again.
+pass that was interrupted goes on where it stopped; on a GPU, where a pass is over sooner than they would be written (of
+Llama-2-7B and 64 windows of 2048 tokens 70 GB), in the machine's memory. The mathematics is that of
+`SuffixRunner.backward` with every layer's activations computed again.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import nn
 
 from .architectures import Architecture, LinearSite
 from .calibration import embedding_weight
+from .memory import host_room
 from .predictions import windows_loss
 from .progress import Report
 from .store import Store
@@ -34,13 +36,19 @@ from .walk import Walk
 ResidualCallback = Callable[[int, torch.Tensor], None]
 
 
+def _is_quick(device: torch.device) -> bool:
+    """Whether a pass is over sooner than what lies between its layers would be written."""
+    return device.type == "cuda"
+
+
 class LayerwisePass:
     """Runs a token set forward to the loss and backward to a layer, one layer at a time.
 
     Args:
         architecture: the model; it is not changed.
         tokens: int64 [samples, seq_len].
-        store: where hidden states and gradients between layers are kept; entries are named after `name`.
+        store: where hidden states and gradients between layers are kept; entries are named after `name`. Of a model on
+            a GPU a lasting store gets none: a pass that was interrupted begins anew.
         name: tells passes over different sets apart.
         batch_tokens: at most this many tokens are run at once (never less than one window).
         samples: windows of the whole set whose mean loss is meant, where `tokens` are a part of it.
@@ -55,13 +63,16 @@ class LayerwisePass:
         batch_tokens: int | None = None,
         samples: int | None = None,
     ) -> None:
-        self.architecture, self.tokens, self.store, self.name = architecture, tokens, store, name
+        self.architecture, self.tokens, self.name = architecture, tokens, name
         self.device = embedding_weight(architecture.model).device
         if batch_tokens is None:
             batch_tokens = CPU_BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS
         rows = max(1, batch_tokens // tokens.shape[1])
         self.walk = Walk(architecture, tokens.split(rows), explicit_attention=True)
         self.depth = len(architecture.layers)
+        begins_anew = store.lasting and _is_quick(self.device)
+        self._own = Store(memory=host_room(store.team.size)) if begins_anew else None
+        self._between = self._own or store
         self._samples = samples or len(tokens)
 
     def backward(
@@ -91,7 +102,9 @@ class LayerwisePass:
         scale = float(self._samples * self.tokens.shape[1]) if model.dtype == torch.float16 else 1.0
         total = (self.depth - lowest) * 2
         tell = report or (lambda done, of: None)
-        with without_parameter_gradients(model):
+        with without_parameter_gradients(model), ExitStack() as stack:
+            if self._own is not None:
+                stack.callback(self._own.delete)
             above = self._resume_at(lowest)
             if above is None:
                 self._forward(lowest, lambda done: tell(done, total))
@@ -105,11 +118,11 @@ class LayerwisePass:
                 if finished is not None:
                     finished(layer)
                 self._save("gradient", layer, gradients)
-                self.store.drop(self._entry("gradient", layer + 1))
-                self.store.drop(self._entry("hidden", layer + 1))
+                self._between.drop(self._entry("gradient", layer + 1))
+                self._between.drop(self._entry("hidden", layer + 1))
                 tell(self.depth - lowest + self.depth - layer, total)
-            self.store.drop(self._entry("hidden", lowest))
-            self.store.drop(self._entry("gradient", lowest))
+            self._between.drop(self._entry("hidden", lowest))
+            self._between.drop(self._entry("gradient", lowest))
 
     # -- steps ------------------------------------------------------------------------------------------------------
 
@@ -183,7 +196,7 @@ class LayerwisePass:
         return f"{self.name}/{kind}/{layer}"
 
     def _has(self, kind: str, layer: int) -> bool:
-        return self._entry(kind, layer) in self.store
+        return self._entry(kind, layer) in self._between
 
     def _resume_at(self, lowest: int) -> int | None:
         """The layer whose entering gradients are known and below which everything needed is there."""
@@ -193,8 +206,8 @@ class LayerwisePass:
         return None
 
     def _save(self, kind: str, layer: int, batches: Sequence[torch.Tensor]) -> None:
-        self.store.put(self._entry(kind, layer), {str(number): tensor for number, tensor in enumerate(batches)})
+        self._between.put(self._entry(kind, layer), {str(number): tensor for number, tensor in enumerate(batches)})
 
     def _load(self, kind: str, layer: int) -> list[torch.Tensor]:
-        found = self.store.get(self._entry(kind, layer))
+        found = self._between.get(self._entry(kind, layer))
         return [found[str(number)].detach().to(self.device) for number in range(len(self.walk.batches))]

@@ -5,27 +5,38 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
+from pathlib import Path
 
 from .wide_products import release_room
 
+# Of the machine's free memory, what results of a model on a GPU may take there between steps.
+HOST_SHARE = 0.5
 
-def free_memory() -> int:
-    """Bytes that this process may still take, as far as the system tells; a terabyte where it does not.
+
+def free_memory() -> int | None:
+    """Bytes that this process may still take, the page cache included; None where the system does not tell.
 
     The smaller of what the machine has and what the control group (a container) leaves.
     """
-    free = 1 << 40
+    found: list[int] = []
     try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-        with (
-            open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit,
-            open("/sys/fs/cgroup/memory.current", encoding="ascii") as used,
-        ):
-            free = min(free, max(0, int(limit.read()) - int(used.read())))
-    except (OSError, ValueError, StopIteration):  # another system, or no limit ("max")
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) << 10)
+        # inside a container the limit is the group's, not the machine's
+        limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+        if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+            stat = (Path("/sys/fs/cgroup") / "memory.stat").read_text().split()
+            cached = int(stat[stat.index("inactive_file") + 1])
+            found.append(max(0, int(text) - int(used.read_text()) + cached))
+    except (OSError, ValueError, IndexError):
         pass
-    return free
+    return min(found) if found else None
+
+
+def host_room(processes: int = 1) -> int:
+    """Bytes that each of some processes of this machine may keep in its memory, of what does not stay on a GPU."""
+    return int(HOST_SHARE * (free_memory() or 0)) // processes
 
 
 @functools.cache

@@ -34,7 +34,7 @@ from .errors import TacoError, UnsupportedModelError
 from .experts import EXPERTS, names_experts, opened, set_idle
 from .factorise import check_ranks, factorise
 from .gathering import gathered, is_scattered
-from .importance import MEASURES, rank_layers
+from .importance import MEASURES, LayerImportance, rank_layers
 from .loss_curves import divergence_between
 from .mapped import WeightSums, first_not_finite, is_mapped, not_finite, weight_sums
 from .modeling import CompressedModel, as_compressed
@@ -195,8 +195,14 @@ def make_plan(
             with progress.step("layer importance and gradient attribution") as report:
                 ranking, attributed = importance_and_attribution(architecture, tokens, count, ratio, report)
         else:
-            with progress.step(f"layer importance ({importance})") as report:
-                ranking = rank_layers(SuffixRunner(architecture, tokens, 0), importance, count, report, workspace.team)
+            step = f"layer importance ({importance})"
+
+            def ranked() -> LayerImportance:
+                with progress.step(step) as report:
+                    return rank_layers(SuffixRunner(architecture, tokens, 0), importance, count, report, workspace.team)
+
+            # how much each layer changes the hidden states does not depend on how many layers are to go
+            ranking = workspace.keep(step if importance == "bi" else f"{step} of {count}", ranked)
         redundant, measured = sorted(ranking.order[:count]), dataclasses.asdict(ranking)
     options: dict[str, Any] = {}
     result: dict[str, Any] = {}

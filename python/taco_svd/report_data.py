@@ -88,7 +88,7 @@ def gather(
         if 0 < len(plan.redundant) < plan.structure.source_layers and plan.structure.source_layers > 1:
             bare = _removal(source, plan.redundant)
             models[REMOVAL], structures[REMOVAL] = bare, bare.structure
-    tokens, text_name = evaluation_tokens(text or "self", source or model, tokenizer, seed, progress)
+    tokens, text_name = evaluation_tokens(text or "self", source or model, tokenizer, seed, progress, window)
     measured = _measure(models, source, tokens, window, max_windows, progress)
     latency, timing = _latency(models, rounds, progress)
     reference = parameter_count(source) if source is not None else plan.source.get("parameters")

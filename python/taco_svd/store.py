@@ -82,7 +82,8 @@ class Store:
                     save_file(plain, partial)
                 else:
                     partial.write_bytes(b"")
-            digest = file_digest(partial)
+            # no later process reads a temporary file
+            digest = file_digest(partial) if self.lasting else ""
             partial.replace(self._folder() / file)
         except BaseException:
             partial.unlink(missing_ok=True)

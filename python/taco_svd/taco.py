@@ -10,14 +10,14 @@ from transformers import PreTrainedModel
 
 from .allocation import runs
 from .architectures import Architecture, LinearSite, dense_weight
-from .calibration import Calibration
+from .calibration import Calibration, embedding_weight
 from .checkpoint import weight_bytes
 from .decomposition import WeightedMap, damped
 from .experts import expert_number, kind_of
 from .layerwise import LayerwisePass
 from .loss_curves import CurveMeasurement, LossCurves
 from .mapped import is_mapped
-from .memory import release
+from .memory import host_room, release
 from .plan import Plan
 from .progress import Progress
 from .replacement import structural_copy
@@ -35,7 +35,8 @@ BRIDGE_GRADIENT_DAMPING = 0.1
 
 
 # Moments and hidden states that an analysis without a work directory may hold in memory, and finished layers as much
-# again, as a share of the model's bytes and at least; what is more goes to a temporary directory.
+# again, as a share of the model's bytes and at least; what is more goes to a temporary directory. Of a model on a GPU
+# the machine's memory is not what is scarce.
 MEMORY_SHARE = 0.015
 LEAST_MEMORY = 32 << 20
 
@@ -44,8 +45,10 @@ LEAST_MEMORY = 32 << 20
 PRIOR_SHARE = 0.1
 
 
-def memory_for(model: PreTrainedModel) -> int:
-    """Bytes that a store without a directory may hold."""
+def memory_for(model: PreTrainedModel, processes: int = 1) -> int:
+    """Bytes that a store without a directory may hold, where as many processes of the machine have one."""
+    if embedding_weight(model).device.type == "cuda":
+        return max(LEAST_MEMORY, host_room(processes))
     return max(LEAST_MEMORY, int(MEMORY_SHARE * weight_bytes(model)))
 
 
@@ -67,7 +70,7 @@ class Analysis:
         self.team = team or Team()
         self.model, self.calibration = model, calibration
         self.architecture = Architecture(structural_copy(model))
-        self.store = store or Store(memory=memory_for(model))
+        self.store = store or Store(memory=memory_for(model, self.team.size))
         self._last: tuple[int, SecondMoments] | None = None
         self._curves: LossCurves | None = None
 

@@ -27,7 +27,7 @@ aten = torch.ops.aten
 
 # Elements of an operand that are widened at a time: of a head and of its gradients, the largest there are, 16 MB.
 PIECE = 1 << 22
-# With fewer rows a product waits for the weights, and widening them would only add to that.
+# With fewer rows a product waits for weights, and attention for keys and values: widening them would only add to that.
 LEAST_ROWS = 8
 
 # Where in the results of an op stand tensors of the inputs' dtype; the others (log-sum-exp) are float32 already.
@@ -137,7 +137,7 @@ class WideProducts(TorchDispatchMode):
             a, b = args[-2:]
             if _is_slow(a) and _is_slow(b) and a.dtype == b.dtype and a.shape[-2] >= LEAST_ROWS:
                 return product(self._room, *args, **kwargs)
-        elif func in _ATTENTION and _is_slow(args[0]):
+        elif func in _ATTENTION and _is_slow(args[0]) and args[0].shape[-2] >= LEAST_ROWS:
             dtype = args[0].dtype
             wide = [arg.float() if _is_slow(arg) else arg for arg in args]
             found = func(*wide, **{key: arg.float() if _is_slow(arg) else arg for key, arg in kwargs.items()})

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from taco_svd import cli_compare, comparison
-from taco_svd.baselines import BASELINES
+from taco_kernels import dispatch
+from taco_svd import cli_compare, comparison, compress, pipeline
+from taco_svd.baselines import BASELINES, Workspace
 from taco_svd.baselines.workspace import Moments
 from taco_svd.calibration import Calibration
 from taco_svd.checkpoint import parameter_count
@@ -116,11 +117,66 @@ def test_statistics_are_gathered_once_for_all_methods_and_budgets(monkeypatch: p
     monkeypatch.setattr(Moments, "collect", lambda self, *given: passes.append(1) or collect(self, *given))
     tokens = torch.randint(3, VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(2))
     methods = ["fwsvd", "asvd", "svd-llm", "zs-svd", "modegpt"]
+    made = []
     result = run_comparison(
-        tiny_model("llama"), None, Calibration(tokens, "tokens", 0), methods, [Setting(0.8), Setting(0.6)], measure()
+        tiny_model("llama"),
+        None,
+        Calibration(tokens, "tokens", 0),
+        methods,
+        [Setting(0.8), Setting(0.6)],
+        measure(),
+        on_model=lambda name, model, plan: made.append((name, plan.method, parameter_count(model))),
     )
     assert len(result.models) == 11 and not result.refused
+    assert made == [(row["model"], row["model"], row["parameters"]) for row in result.models[1:]]
     assert passes == [1]
+
+
+def test_layers_are_ranked_once_per_measure_and_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = []
+    real = pipeline.rank_layers
+    monkeypatch.setattr(
+        pipeline,
+        "rank_layers",
+        lambda runner, kind, count, *rest: passes.append((kind, count)) or real(runner, kind, count, *rest),
+    )
+    model, tokens = (
+        tiny_model("llama"),
+        torch.randint(3, VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(2)),
+    )
+    calibration = Calibration(tokens, "tokens", 0)
+    workspace = Workspace(model, calibration)
+    runs = [("removal", "bi", 1), ("svd", "bi", 2)]
+    runs += [("removal", "angular", 1), ("removal", "angular", 2), ("svd", "angular", 2)]
+    for method, measure, layers in runs:
+        options = {"method": method, "importance": measure, "layers": layers, "calibration": calibration}
+        _, shared = compress(model, workspace=workspace, **options)
+        _, alone = compress(model, **options)
+        assert shared.redundant == alone.redundant and shared.importance == alone.importance
+    assert passes == [("bi", 1), ("bi", 1), ("bi", 2), ("angular", 1), ("angular", 1)] + [("angular", 2)] * 3
+
+
+def test_where_16_bits_are_slow_the_faster_dense_model_is_named(
+    dense: Path, tmp_path: Path, invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = tmp_path / "small"
+    assert invoke("compress", dense, "--out", small, "--method", "svd", "--layers", "2", *SMALL[:4])[0] == 0
+    compared = ("compare", dense, "--methods", "svd", "--layers", "2", *SMALL, "--rounds")
+    benched = ("bench", small, "--prompt", "4", "--phase", "prefill", "--rounds", "1", "--json", "--dtype")
+    for slow in (False, True):
+        monkeypatch.setattr(dispatch, "library_multiplies", lambda dtype, slow=slow: dtype == torch.float32 or not slow)
+        commands = {
+            (*compared, "1", "--dtype", "bfloat16"): slow,
+            (*compared, "0", "--dtype", "bfloat16"): False,  # no latency
+            (*compared, "1"): False,
+            (*benched, "bfloat16"): slow,
+            (*benched, "float32"): False,
+        }
+        for command, told in commands.items():
+            code, stdout, stderr = invoke(*command)
+            assert code == 0 and ("--dtype float32" in " ".join(stderr.split())) == told, (command, stderr)
+            if command[0] == "bench":
+                assert json.loads(stdout)["library_multiplies"] != told
 
 
 def test_results_come_in_one_by_one_and_survive_ctrl_c(

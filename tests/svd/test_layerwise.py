@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
+from taco_svd import layerwise
 from taco_svd.architectures import Architecture, LinearSite
 from taco_svd.layerwise import LayerwisePass
 from taco_svd.store import Store
@@ -87,6 +89,46 @@ def test_goes_on_where_it_was_stopped(stop_after: int, calibration_tokens: torch
     for site, pairs in second.items():
         for ours, theirs in zip(pairs, reference[site], strict=True):
             assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+
+
+@pytest.mark.parametrize("room", [1 << 30, 0])
+def test_on_a_gpu_no_work_directory_gets_what_lies_between_layers(
+    room: int, calibration_tokens: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass that was interrupted begins anew, and gives the same bits."""
+    architecture = Architecture(tiny_model("llama"))
+    sites = architecture.sites([1, 2, 3])
+    reference: Seen = {}
+    LayerwisePass(architecture, calibration_tokens, Store(tmp_path / "cpu"), batch_tokens=24).backward(
+        sites, collected(reference)
+    )
+    monkeypatch.setattr(layerwise, "_is_quick", lambda device: True)
+    monkeypatch.setattr(layerwise, "host_room", lambda processes: room)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    store = Store(tmp_path / "gpu")
+    store.put("moments", {"kept": torch.ones(3)})
+
+    def stop(layer: int) -> None:
+        assert store._index.keys() == {"moments"}
+        assert bool(list(scratch.glob("*/*.safetensors"))) == (room == 0)
+        if layer == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        LayerwisePass(architecture, calibration_tokens, store, batch_tokens=24).backward(
+            sites, collected({}), finished=stop
+        )
+    assert not list(scratch.iterdir())
+    found: Seen = {}
+    again = LayerwisePass(architecture, calibration_tokens, Store(tmp_path / "gpu"), batch_tokens=24)
+    again.backward(sites, collected(found))
+    assert found.keys() == reference.keys()
+    for site, pairs in found.items():
+        for ours, theirs in zip(pairs, reference[site], strict=True):
+            assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+    assert Store(tmp_path / "gpu").get("moments")["kept"].tolist() == [1.0] * 3
 
 
 def test_float16_gradients_do_not_vanish(calibration_tokens: torch.Tensor) -> None:

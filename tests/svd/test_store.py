@@ -42,6 +42,16 @@ def test_another_process_finds_what_was_finished(tmp_path: Path) -> None:
     assert torch.equal(again.get("done")["b"], TENSORS["b"])
 
 
+def test_only_what_another_process_may_read_is_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+    real = store_module.file_digest
+    monkeypatch.setattr(store_module, "file_digest", lambda file: hashed.append(file.name) or real(file))
+    Store().put("temporary", TENSORS)
+    assert not hashed
+    Store(tmp_path / "w").put("lasting", TENSORS)
+    assert len(hashed) == 1
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "gone", "emptied"])
 def test_damaged_entries_count_as_missing(damage: str, tmp_path: Path) -> None:
     store = Store(tmp_path)

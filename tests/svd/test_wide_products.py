@@ -139,6 +139,20 @@ def test_few_rows_and_float32_are_left_alone(widened: list[str]) -> None:
     assert widened == ["aten.mm.default"]
 
 
+def test_attention_of_few_queries_is_left_alone(dtype: torch.dtype) -> None:
+    """A cache of keys and values that is read for one token is not copied for it."""
+    generator = torch.Generator().manual_seed(3)
+    keys, values = (torch.randn(2, 3, 40, 16, generator=generator).to(dtype) for _ in range(2))
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    for count in (1, wide_products.LEAST_ROWS - 1, wide_products.LEAST_ROWS):
+        queries = torch.randn(2, 3, count, 16, generator=generator).to(dtype)
+        natural = attend(queries, keys, values)[0]
+        wide = attend(queries.float(), keys.float(), values.float())[0].to(dtype)
+        with WideProducts():
+            found = attend(queries, keys, values)[0]
+        assert torch.equal(found, natural if count < wide_products.LEAST_ROWS else wide)
+
+
 def test_nesting_and_natural_products(slow: None) -> None:
     model = tiny_model("llama", torch.bfloat16)
     depth = torch._C._len_torch_dispatch_stack
