@@ -81,6 +81,8 @@ def layers_and_ratio(
         TacoError: out of range, contradictory, or not reachable; says what is.
     """
     removes = method in REMOVING_METHODS
+    if bridge_rank is not None:
+        _check_bridge_rank(bridge_rank, sizes.hidden)
     if keep is not None and layers is not None:
         raise TacoError("Give --keep or --layers, not both.")
     if keep is None and layers is None:
@@ -110,8 +112,10 @@ def layers_and_ratio(
             raise TacoError(_unreachable(keep, 1 - max(saved) / sizes.total, method))
         return count, None
     strongest = sizes.factorised_saving(0.999999)
-    if most * strongest < must_save:
-        raise TacoError(_unreachable(keep, 1 - most * strongest / sizes.total, method))
+    # taco spends its budget over all layers; what is counted here are those that are listed as least important
+    touched = sizes.depth if method == "taco" else most
+    if touched * strongest < must_save:
+        raise TacoError(_unreachable(keep, 1 - touched * strongest / sizes.total, method))
     count = min(most, math.ceil(must_save / sizes.factorised_saving(DEFAULT_COMPRESSION_RATIO) - 1e-9))
     # the saving grows with c in steps (ranks are whole numbers): bisect for the smallest c that is enough
     low, high = 0.0, 0.999999
@@ -125,8 +129,9 @@ def layers_and_ratio(
 
 
 def _unreachable(keep: float, least: float, method: str) -> str:
+    how = "rank 1 everywhere" if method == "taco" else "all layers but one redundant"
     return (
-        f"--keep {keep:.4g} cannot be reached by --method {method}: with all layers but one redundant, "
+        f"--keep {keep:.4g} cannot be reached by --method {method}: with {how}, "
         f"{least:.1%} of the parameters remain (embeddings and the head are not compressed)."
     )
 
@@ -175,9 +180,13 @@ def bridge_structure(architecture: Architecture, redundant: list[int], rank: int
         rank = max(1, min(hidden // 2, int((budget - hidden) // (2 * hidden))))
         if rank >= 8:
             rank -= rank % 8
+    _check_bridge_rank(rank, hidden)
+    return Structure(depth, kept, {}, tuple(BridgeSpec(place, rank, True, BRIDGE_EPS) for place in places))
+
+
+def _check_bridge_rank(rank: int, hidden: int) -> None:
     if not 1 <= rank <= hidden:
         raise TacoError(f"--bridge-rank must be between 1 and the hidden size {hidden}, got {rank}.")
-    return Structure(depth, kept, {}, tuple(BridgeSpec(place, rank, True, BRIDGE_EPS) for place in places))
 
 
 def structure_parameters(architecture: Architecture, structure: Structure) -> int:

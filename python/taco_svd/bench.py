@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 import taco_kernels
 
-from .bench_memory import cache_bytes, check_memory, working_bytes
+from .bench_memory import cache_bytes, check_memory, tokens_seen, working_bytes
 from .bench_models import BenchModels
 from .bench_runner import MODES, PHASES, Runner, check_mode
 from .calibration import context_length
@@ -191,13 +191,13 @@ def run_bench(
         raise TacoError(
             f"{settings.prompt} prompt tokens and {settings.window} decoded ones exceed the context of {limit}."
         )
-    wanted = {name for pair in pairs for name in pair}
-    models = {name: entry for name, entry in models.items() if name in wanted}
     if settings.control and "removal" in models:
         from .replacement import structural_copy
 
-        models["control"] = structural_copy(models["removal"])
+        models = {**models, "control": structural_copy(models["removal"])}
         pairs.append(("control", "removal"))
+    wanted = {name for pair in pairs for name in pair}
+    models = {name: entry for name, entry in models.items() if name in wanted}
     for entry in models.values():
         for mode in settings.modes:
             check_mode(entry, mode)
@@ -421,7 +421,8 @@ def work(model: PreTrainedModel, phase: str, batch: int, prompt: int) -> float:
     width = config.num_attention_heads * (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
-    attention = prompt * prompt * width * config.num_hidden_layers  # two products over half the matrix each
+    # two products over half of tokens times tokens each, less what lies outside a window
+    attention = width * sum(prompt**2 - (prompt - seen) ** 2 for seen in tokens_seen(config, prompt))
     return float(batch * (prompt * layers + attention + (0 if head is None else head.weight.numel())))
 
 

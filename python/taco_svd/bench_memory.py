@@ -21,12 +21,21 @@ def available_bytes(device: torch.device) -> int | None:
     return free_memory()
 
 
+def tokens_seen(config: PreTrainedConfig, length: int) -> list[int]:
+    """Per layer, to how many tokens at most one attends in a text of `length`: all, or those in a sliding window."""
+    values: Any = config
+    depth, window = values.num_hidden_layers, getattr(values, "sliding_window", None)
+    # as transformers' caches read a config: without a list, a window is that of all layers
+    kinds = getattr(values, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * depth
+    return [min(length, window) if window and kind == "sliding_attention" else length for kind in kinds]
+
+
 def cache_bytes(config: PreTrainedConfig, batch: int, length: int, dtype: torch.dtype) -> int:
-    """Keys and values of `batch` sequences of `length` tokens in every layer."""
+    """Keys and values of `batch` sequences of `length` tokens in every layer, or of what its sliding window holds."""
     values: Any = config
     groups = getattr(values, "num_key_value_heads", None) or values.num_attention_heads
     head = getattr(values, "head_dim", None) or values.hidden_size // values.num_attention_heads
-    return 2 * batch * length * groups * head * values.num_hidden_layers * dtype.itemsize
+    return int(2 * batch * sum(tokens_seen(config, length)) * groups * head * dtype.itemsize)
 
 
 def working_bytes(config: PreTrainedConfig, batch: int, prompt: int, dtype: torch.dtype) -> int:

@@ -54,9 +54,11 @@ class BenchModels:
 
 
 def from_checkpoint(directory: Path, model: PreTrainedModel) -> BenchModels:
-    """Dense stand-in, removal and the compressed model itself, from a compressed checkpoint's plan."""
+    """Dense stand-in and removal, where the plan tells of them, and the compressed model itself."""
     plan = Plan.load(directory)
-    models = {"dense": dense_stand_in(model, plan.source["config"])}
+    models: dict[str, PreTrainedModel] = {}
+    if "config" in plan.source:  # a plan need not have one
+        models["dense"] = dense_stand_in(model, plan.source["config"])
     if len(plan.redundant) < plan.structure.source_layers:
         models["removal"] = with_layers_removed(model, list(plan.redundant))
     models["compressed"] = model

@@ -127,7 +127,9 @@ class Runner:
     # -- decode ------------------------------------------------------------------------------------------------
 
     def _prepare_decode(self) -> None:
-        cache = DynamicCache(config=self.model.config)
+        # made without a config it keeps every token, also of layers with a sliding window: the caches that are filled
+        # from it drop what they do not need, and know how long the prompt was
+        cache = DynamicCache()
         self.model(input_ids=self.ids[:1], past_key_values=cache, use_cache=True, logits_to_keep=1)
         layers: list[Any] = list(cache.layers)
         self._prompt_states = [(layer.keys, layer.values) for layer in layers]

@@ -339,7 +339,8 @@ def _spend_the_rest(chosen: dict[LinearSite, Option], options: Mapping[LinearSit
                 if not 0 < cost <= spare:
                     continue
                 gain = (option.loss - larger.loss) / cost
-                if best is None or gain > best[0]:
+                # larger need not be better: below the rank where a pivot pays, factors take more than just above it
+                if gain > (0.0 if best is None else best[0]):
                     best = (gain, site, larger)
         if best is None:
             return

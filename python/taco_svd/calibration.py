@@ -255,7 +255,11 @@ def sample_from_model(
     Ends of text inside a window are kept and writing goes on, so every window is full. `batch_size` windows are written
     at once: by default as many as have keys and values of `WRITING_BYTES`, at most `WRITTEN_AT_ONCE`. What is drawn
     depends on it.
+
+    Raises:
+        TacoError: see `check_seed`.
     """
+    check_seed(seed)
     config = model.config
     start = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
     if isinstance(start, list):

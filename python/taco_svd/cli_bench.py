@@ -21,6 +21,9 @@ from .cli_shared import (
 )
 from .cli_shared import load as _load
 
+# What a compressed model is compared with, in this order.
+OTHERS = ("removal", "dense")
+
 if TYPE_CHECKING:
     import torch
 
@@ -46,7 +49,10 @@ def bench(
     max_overhead: Annotated[
         float, typer.Option(help="With --shape and bridge, unless --bridge-rank: the ranks that should cost this.")
     ] = 0.003,
-    against: Annotated[str, typer.Option(help="dense, removal or both, with a comma.")] = "dense,removal",
+    against: Annotated[
+        str | None,
+        typer.Option(help="dense, removal or both, with a comma; default: what there is."),
+    ] = None,
     batch: Annotated[str, typer.Option(help="Sequences at once; several with commas: 1,8,64.")] = "1",
     prompt: Annotated[int, typer.Option(help="Prompt tokens per sequence.")] = 128,
     decode: Annotated[int, typer.Option(help="Tokens decoded after the prompt before starting over.")] = 16,
@@ -77,8 +83,8 @@ def bench(
     from .bench_report import bench_table, plot_bench
     from .errors import TacoError
 
-    others = [name.strip() for name in against.split(",") if name.strip()]
-    if not others or any(name not in ("dense", "removal") for name in others):
+    others = list(OTHERS) if against is None else [name.strip() for name in against.split(",") if name.strip()]
+    if not others or any(name not in OTHERS for name in others):
         raise TacoError(f"--against takes dense, removal or dense,removal, got {against!r}.")
     try:
         batches = tuple(int(size) for size in batch.split(","))
@@ -90,7 +96,7 @@ def bench(
         window=decode,
         modes=tuple(name.strip() for name in mode.split(",")),
         phases=tuple(name.strip() for name in phase.split(",")),
-        pairs=tuple(("compressed", name) for name in ("removal", "dense") if name in others),
+        pairs=tuple(("compressed", name) for name in OTHERS if name in others),
         precision=precision,
         seconds=seconds,
         rounds=rounds,
@@ -111,7 +117,7 @@ def bench(
     else:
         if directory is None:
             raise TacoError("Give a compressed model's directory, or --shape (list shows the known ones).")
-        made = _from_directory(directory, others, dtype, device)
+        made = _from_directory(directory, others, against is not None, dtype, device)
 
     tell_slow_products(next(iter(made.models.values())))
 
@@ -139,15 +145,20 @@ def _set_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _from_directory(directory: Path, others: list[str], dtype: str, device: str) -> BenchModels:
+def _from_directory(directory: Path, others: list[str], asked: bool, dtype: str, device: str) -> BenchModels:
+    """`asked`: whether the models to compare with were named; by default those that there are will do."""
     from .bench_models import from_checkpoint
     from .errors import TacoError
     from .plan import Plan
 
     plan = Plan.load(directory)
-    if "removal" in others and len(plan.redundant) == plan.structure.source_layers:
+    if asked and "removal" in others and len(plan.redundant) == plan.structure.source_layers:
         raise TacoError(
             "Every layer of this model is compressed: there is no removal to compare with; --against dense."
+        )
+    if "dense" in others and "config" not in plan.source:
+        raise TacoError(
+            f"The plan of {directory} does not say what the dense model is like (source.config); --against removal."
         )
     model, _ = _load(str(directory), dtype, device)
     return from_checkpoint(directory, model)

@@ -13,6 +13,7 @@ from .cli_shared import (
     DtypeOption,
     JsonOption,
     SeedOption,
+    can_be_replaced,
     check_dtype,
     out_console,
     print_json,
@@ -51,8 +52,8 @@ def report(
     from .report_data import gather
 
     check_dtype(dtype)
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise TacoError(f"{out} cannot be written: it must be a file in a directory that exists.")
+    if not can_be_replaced(out):
+        raise TacoError(f"--out {out} cannot be written: it must be an ordinary file in a directory that can be.")
     quiet_libraries()
     record = gather(
         directory, text, dense, compare, window, max_windows, rounds, dtype, device, seed, progress=Bars(as_json)

@@ -83,6 +83,16 @@ def load(
     return load_model(name or DEFAULT_MODEL, dtype, device, mapped)
 
 
+def can_be_replaced(path: Path) -> bool:
+    """Whether there can be a new file of that name.
+
+    Results are renamed to their place when they are whole: a device or a pipe (/dev/null, as root) would not be written
+    to, it would be gone.
+    """
+    parent = path.absolute().parent
+    return parent.is_dir() and os.access(parent, os.W_OK) and (path.is_file() or not path.exists())
+
+
 def tell_slow_products(model: PreTrainedModel) -> None:
     """Says, before latencies, that a dense model of this dtype is not the fastest that this CPU can run."""
     from .wide_products import needs_wide_products
@@ -107,9 +117,10 @@ def check_result_files(save: Path | None, plot: Path | None) -> None:
     for option, path in (("--save", save), ("--plot", plot)):
         if path is None:
             continue
-        parent = path.absolute().parent
-        if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise TacoError(f"{option} {path} cannot be written: it must be a file in a directory that can be.")
+        if not can_be_replaced(path):
+            raise TacoError(
+                f"{option} {path} cannot be written: it must be an ordinary file in a directory that can be."
+            )
     if plot is not None:
         plot_backend(plot)
 

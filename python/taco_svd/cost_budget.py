@@ -293,7 +293,14 @@ class CostBudget:
     max_overhead: float | None = None
     max_latency: str | float | None = None
 
-    def check(self, method: str, keep: float | None, layers: Any, bridge_rank: int | None) -> None:
+    def check(
+        self,
+        method: str,
+        keep: float | None,
+        layers: Any,
+        bridge_rank: int | None,
+        compression_ratio: float | None = None,
+    ) -> None:
         """Raises TacoError for budgets that contradict each other or the method; long work comes later."""
         if self.max_overhead is not None:
             if method != "bridge":
@@ -309,4 +316,6 @@ class CostBudget:
                 raise TacoError("--max-latency goes with --method taco.")
             if keep is not None or self.keep_bytes is not None or layers is not None:
                 raise TacoError("--max-latency is a budget of its own: leave out --keep and --layers.")
+            if compression_ratio is not None:
+                raise TacoError("--compression-ratio goes with --layers; --max-latency decides every rank by itself.")
             parse_latency(self.max_latency)

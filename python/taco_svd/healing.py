@@ -24,6 +24,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from .architectures import Architecture
+from .calibration import check_seed
 from .decomposition import full_svd
 from .divergence import kl_per_token
 from .drift import depth_map, recorded
@@ -69,6 +70,7 @@ class HealingOptions:
     norms: bool = False
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         if self.objective not in OBJECTIVES:
             raise TacoError(f"--objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}.")
         if min(self.tokens, self.batch, self.held_out, self.evaluations) < 1:

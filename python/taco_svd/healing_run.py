@@ -16,7 +16,7 @@ from .healing_files import HealingFiles, healing_windows
 from .plan import PLAN_FILE, Plan
 from .progress import Progress, Silent
 from .source_model import load_source
-from .work_directory import check_apart
+from .work_directory import check_apart, check_can_be_made
 
 CURVE_FILE = "healing.json"
 CURVE_PICTURE = "healing.png"
@@ -59,6 +59,7 @@ def heal_checkpoint(
     work = Path(work) if work else out.with_name(out.name + ".healing")
     check_output(out, force)
     check_apart(work, out, "--work")
+    check_can_be_made(work, "--work")
     if text != "self" and text not in NAMED_CORPORA and not Path(text).is_file():
         raise TacoError(f"No such text file: {text}")
     plan = Plan.load(directory)

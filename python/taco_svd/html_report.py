@@ -131,7 +131,10 @@ def _summary(record: Mapping[str, Any]) -> str:
     back = record.get("won_back")
     if back is not None:
         parts.append(
-            about(f"Of the log-perplexity that bare removal of the same layers costs, {back:.1%} is won back.")
+            about(
+                "Of the log-perplexity that bare removal of "
+                f"{'the least important' if _everywhere(record) else 'the same'} layers costs, {back:.1%} is won back."
+            )
         )
     return "".join(parts)
 
@@ -146,7 +149,9 @@ def _importance(record: Mapping[str, Any]) -> str:
     names = {"bi": "block influence, mean(1 - cos)", "angular": "angular distance", "greedy": "loss when removed"}
     shown = names.get(str(measure), str(measure))
     return picture(importance_bars(scores, record["states"], shown), "importance of each layer") + about(
-        "The least important layers are the redundant ones."
+        "By the least important layers the budget is reckoned; it is spent over all of them."
+        if _everywhere(record)
+        else "The least important layers are the redundant ones."
     )
 
 
@@ -261,6 +266,11 @@ def _origin(record: Mapping[str, Any]) -> str:
 
 
 # -- small things --------------------------------------------------------------------------------------------
+
+
+def _everywhere(record: Mapping[str, Any]) -> bool:
+    """Whether no layer in particular was compressed: taco's way, unless it was told which."""
+    return bool(record["origin"]["method"] == "taco" and record["importance"].get("measure") != "given")
 
 
 def _with_error(value: Any, error: Any, form: str) -> str:

@@ -54,6 +54,8 @@ from .work_directory import check_work_directory, open_run, weights_digest
 TEAM_METHODS = ("taco", "bridge", "removal")
 # What factorises single experts; published methods leave them whole.
 OPENING = ("taco", "paper", "svd")
+# What a plan's result tells of the model that was made from it; another model, made again from it, has its own.
+OF_THE_MODEL = ("consistency", "drift", "measured_loss", "healing")
 # Greedy removal runs the set once per candidate: a part of it orders the layers as well.
 GREEDY_SAMPLES = 16
 
@@ -160,21 +162,14 @@ def make_plan(
 ) -> Plan:
     """Decides which layers are redundant and what replaces them; arguments as in `compress`."""
     progress = progress or Silent()
-    if method not in METHODS:
-        raise TacoError(f"--method must be one of {', '.join(METHODS)}, got {method!r}.")
-    if importance not in MEASURES:
-        raise TacoError(f"--importance must be one of {', '.join(MEASURES)}, got {importance!r}.")
-    if bridge_rank is not None and method != "bridge":
-        raise TacoError("--bridge-rank goes with --method bridge.")
-    if one_shot and method != "paper":
-        raise TacoError("--one-shot goes with --method paper (the other methods need one pass at most anyway).")
+    _check_choices(method, importance, bridge_rank, one_shot)
     architecture = _factorisable(_architecture or check_model(model), method, experts)
     model = architecture.model
-    chosen = list(layers) if isinstance(layers, (list, tuple)) else None
+    chosen = _chosen(architecture, layers)
     measured: dict[str, Any]
     attributed: Attributed | None = None
     cost = cost or CostBudget()
-    cost.check(method, keep, layers, bridge_rank)
+    cost.check(method, keep, layers, bridge_rank, compression_ratio)
     if cost.keep_bytes is not None:
         keep = _share_of_parameters(model, cost.keep_bytes)
     count, ratio = 0, None
@@ -184,8 +179,6 @@ def make_plan(
     workspace = workspace or Workspace(model, calibration)
     depth = len(architecture.layers)
     if chosen is not None:
-        if len(set(chosen)) != len(chosen) or not all(0 <= layer < depth for layer in chosen):
-            raise TacoError(f"The layers to replace must be different and in 0..{depth - 1}, got {chosen}.")
         redundant, measured = sorted(chosen), {"measure": "given"}
     elif everywhere(method, keep) or cost.max_latency is not None:
         redundant, measured = list(range(depth)), {"measure": "all layers"}
@@ -273,6 +266,42 @@ def make_plan(
         result={"parameters": parameters, "share": parameters / parameter_count(model), **result},
         versions=_versions(),
     )
+
+
+def _check_choices(method: str, importance: str, bridge_rank: int | None, one_shot: bool) -> None:
+    """Raises TacoError for words that are unknown and options of another method."""
+    if method not in METHODS:
+        raise TacoError(f"--method must be one of {', '.join(METHODS)}, got {method!r}.")
+    if importance not in MEASURES:
+        raise TacoError(f"--importance must be one of {', '.join(MEASURES)}, got {importance!r}.")
+    if bridge_rank is not None and method != "bridge":
+        raise TacoError("--bridge-rank goes with --method bridge.")
+    if one_shot and method != "paper":
+        raise TacoError("--one-shot goes with --method paper (the other methods need one pass at most anyway).")
+
+
+def _chosen(architecture: Architecture, layers: int | list[int] | None) -> list[int] | None:
+    """The layers that were named; None where there are none, or only their number.
+
+    Raises:
+        TacoError: one is named twice, or not there.
+    """
+    if not isinstance(layers, (list, tuple)):
+        return None
+    chosen, depth = list(layers), len(architecture.layers)
+    if len(set(chosen)) != len(chosen) or not all(0 <= layer < depth for layer in chosen):
+        raise TacoError(f"The layers to replace must be different and in 0..{depth - 1}, got {chosen}.")
+    return chosen
+
+
+def _check_plan(architecture: Architecture, plan: Plan) -> None:
+    """Raises TacoError for a plan that is for another model."""
+    depth = len(architecture.layers)
+    if plan.structure.source_layers != depth:
+        raise TacoError(f"The plan is for a model of {plan.structure.source_layers} layers, this one has {depth}.")
+    if names_experts(plan.structure):
+        architecture = Architecture(opened(architecture.model))
+    check_ranks(architecture, plan.structure)
 
 
 def _versions() -> dict[str, str]:
@@ -369,15 +398,12 @@ def _carry_out(
     model: PreTrainedModel, plan: Plan, calibration: Calibration, progress: Progress, workspace: Workspace
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The compressed model, and what its making has to say for the plan's result."""
-    depth = model.config.num_hidden_layers
     record: dict[str, Any] = {}
-    if plan.structure.source_layers != depth:
-        raise TacoError(f"The plan is for a model of {plan.structure.source_layers} layers, this one has {depth}.")
+    _check_plan(Architecture(model), plan)
     if names_experts(plan.structure):
         model = opened(model)
     working = structural_copy(model)
     architecture = Architecture(working)
-    check_ranks(architecture, plan.structure)
     baseline = BASELINES.get(plan.method)
     if baseline is not None and baseline.carry_out is not None:
         baseline.carry_out(workspace, architecture, plan, progress)
@@ -495,10 +521,13 @@ def compress(
             raise TacoError("The model's weights are not all here; a workspace serves only a model that is whole.")
     # all that follows until the weights are read goes by shapes
     architecture = Architecture(skeleton(model.config, model.dtype)) if scattered else _check_structure(model)
-    if plan is None:  # what the arguments alone can tell, before calibration takes its time
-        if method not in METHODS:
-            raise TacoError(f"--method must be one of {', '.join(METHODS)}, got {method!r}.")
-        budget.check(method, share, layers, bridge_rank)
+    if plan is not None:
+        _check_plan(architecture, plan)
+    else:  # what the arguments alone can tell, before calibration takes its time
+        _check_choices(method, importance, bridge_rank, one_shot)
+        _chosen(architecture, layers)
+        budget.check(method, share, layers, bridge_rank, compression_ratio)
+        seen = _factorisable(architecture, method, experts)
         if max_latency is None:
             part = share
             if keep_bytes is not None:
@@ -506,7 +535,6 @@ def compress(
                 if not 0 < keep_bytes < whole:
                     raise TacoError(f"--keep {keep} must be above 0 and below the model's {whole:,} bytes of weights.")
                 part = _share_of_parameters(model, keep_bytes)
-            seen = _factorisable(architecture, method, experts)
             _count_and_ratio(seen, method, part, _how_many(layers), compression_ratio, bridge_rank)
     if scattered:
         with progress.step("bringing the weights together") as report:
@@ -594,7 +622,7 @@ def compress(
         calibration=calibration.describe(),
         source=describe_source(model),
         result={
-            **plan.result,
+            **{key: value for key, value in plan.result.items() if key not in OF_THE_MODEL},
             **record,
             "parameters": parameter_count(compressed),
             "bytes": weight_bytes(compressed),

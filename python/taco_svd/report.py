@@ -173,14 +173,27 @@ def info_table(info: dict[str, Any]) -> Table:
     )
     kinds = ("predicted", "measured")
     losses = [f"{name} {result[f'{name}_loss']:.4f}" for name in kinds if result.get(f"{name}_loss") is not None]
+    healed = _healed(result.get("healing"))
     if losses:
-        table.add_row("KL to the dense model", f"{', '.join(losses)} nats per token (held-out calibration windows)")
+        name = "KL to the dense model" + (" before healing" if healed else "")
+        table.add_row(name, f"{', '.join(losses)} nats per token (held-out calibration windows)")
+    if healed:
+        table.add_row("healed", healed)
     if result.get("consistency"):
         adopted = sum(bool(record.get("adopted")) for record in result["consistency"])
         table.add_row("re-fitted maps", f"{adopted} of {len(result['consistency'])} tried")
     table.add_row("layer importance", str(info["importance"].get("measure")))
     table.add_row("made with", ", ".join(f"{name} {version}" for name, version in info["versions"].items()))
     return table
+
+
+def _healed(record: Any) -> str | None:
+    """What healing did, None where a plan does not tell (it may hold anything)."""
+    try:
+        kl = [float(record[when]["kl"]) for when in ("before", "after")]
+        return f"KL to the dense model {kl[0]:.4f} -> {kl[1]:.4f} nats per token (held-out windows)"
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
 
 
 def evaluation_lines(values: dict[str, Any]) -> list[str]:

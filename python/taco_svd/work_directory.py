@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import struct
 from collections.abc import Iterable, Iterator
@@ -30,6 +31,21 @@ def check_apart(work: str | Path, out: str | Path, option: str) -> None:
         raise TacoError(f"{option} {work} and --out {out} must not be the same nor lie in each other.")
 
 
+def check_can_be_made(path: Path, option: str) -> None:
+    """Refuses a work directory that is no directory, or cannot become one, before the model is loaded.
+
+    Raises:
+        TacoError: naming what is in the way.
+    """
+    if path.is_dir():
+        return
+    if path.exists():
+        raise TacoError(f"{path} is a file; a work directory is needed there. Choose another {option}.")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise TacoError(f"{path} cannot be made: {above} is no directory to write to. Choose another {option}.")
+
+
 def check_work_directory(path: str | Path, resume: bool) -> None:
     """Refuses a directory that holds another run's steps, or is something else, before the model is loaded.
 
@@ -37,10 +53,9 @@ def check_work_directory(path: str | Path, resume: bool) -> None:
         TacoError: it is a file, holds other files than a run's, or finished steps that `resume` does not ask for.
     """
     path = Path(path)
+    check_can_be_made(path, "--work-dir")
     if not path.exists():
         return
-    if not path.is_dir():
-        raise TacoError(f"{path} is a file; a work directory is needed there. Choose another --work-dir.")
     inside = [entry.name for entry in path.iterdir()]
     # it is taken away in the end, so without an index it may hold only what a run killed before it had one has left
     first, unfinished = entry_file(RUN), (f".{entry_file(RUN)}.", f".{INDEX}.")

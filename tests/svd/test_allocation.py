@@ -65,6 +65,17 @@ def test_wrong_budgets_are_refused(
         compress(tiny_model("llama"), method=method, calibration=calibration_tokens, **arguments)
 
 
+def test_taco_reaches_what_only_all_layers_together_give(calibration_tokens: torch.Tensor) -> None:
+    """The paper's way leaves one layer as it is, which in a shallow model is a good part of it; taco need not."""
+    model = tiny_model("llama")
+    with pytest.raises(TacoError, match=r"--method paper: with all layers but one redundant"):
+        compress(model, method="paper", keep=0.25, calibration=calibration_tokens)
+    plan = compress(model, method="taco", keep=0.25, calibration=calibration_tokens)[1]
+    assert 0.24 < plan.result["share"] <= 0.25 and len(plan.redundant) < LAYERS
+    with pytest.raises(TacoError, match=r"--keep 0.1 .* taco: with rank 1 everywhere, 12.8% of the parameters remain"):
+        compress(model, method="taco", keep=0.1, calibration=calibration_tokens)
+
+
 def test_sizes_count_tied_parameters_once() -> None:
     model = tiny_model("llama")
     sizes = Sizes.of(Architecture(model))

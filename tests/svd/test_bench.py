@@ -5,11 +5,12 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import os
 import random
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from taco_svd import TacoError, bench_memory, bench_runner, checkpoint, latency, save_compressed
+from taco_svd import TacoError, bench_memory, bench_runner, checkpoint, compress, latency, save_compressed
 from taco_svd.allocation import Sizes, structure_parameters
 from taco_svd.architectures import Architecture
 from taco_svd.bench import BenchSettings, compare_pair, run_bench, weight_bytes_of, with_peak, work
@@ -293,6 +294,40 @@ def test_what_is_timed_is_what_the_model_computes(mode: str, compressed_tiny: Ca
     torch.testing.assert_close(torch.cat(seen[4:7], 1), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3", "qwen2", "gpt2"])
+def test_decoding_goes_on_after_a_prompt_that_is_longer_than_a_sliding_window(name: str, mode: str) -> None:
+    """The cache that steps are timed on: what it holds, and where it says that the prompt ended."""
+    model = tiny_model(name).eval()
+    runner = Runner(model, "eager", batch=2, prompt=24, window=4)
+    runner.mode = mode  # the static cache, filled without compiling anything
+    runner._cache = None
+    with torch.inference_mode():
+        runner._rewind()
+        text = torch.cat([runner.ids[:1].expand(2, -1), runner.token, runner.token], 1)
+        expected = model(text, use_cache=False).logits[:, -2:]
+        steps = [model(input_ids=runner.token, past_key_values=runner._cache, use_cache=True).logits for _ in range(2)]
+    # float32 products summed in another order, through five layers of width 32
+    torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_takes_no_more_than_its_windows(compressed_tiny: Callable) -> None:
+    for name in ("llama", "mistral", "gemma2", "gemma3", "qwen2", "gpt2"):
+        model = tiny_model(name).eval()
+        cache = bench_runner._static_cache(model, 2, 28)
+        made = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        assert cache_bytes(model.config, 2, 28, model.dtype) == made, name
+    # in three of five layers (24 - 8)^2 pairs of tokens are too far apart, for each of two products over half of them
+    model = tiny_model("gemma3")
+    windowed = work(model, "prefill", 2, 24)
+    model.config.layer_types = ["full_attention"] * 5
+    assert work(model, "prefill", 2, 24) - windowed == 2 * 3 * 32 * (24 - 8) ** 2
+    # and no compressed model's: the windows of its own layers count
+    compressed = compressed_tiny("gemma3", "bridge")[1]
+    assert compressed.config.layer_types == ["sliding_attention", "sliding_attention", "full_attention"]
+    assert cache_bytes(compressed.config, 1, 24, torch.float32) == 2 * (8 + 8 + 24) * 2 * 8 * 4
+
+
 def _watched(forward: Callable, model: object, runner: Runner, seen: list[torch.Tensor]) -> Callable:
     def run(cache: object) -> None:
         output = forward(model, input_ids=runner.ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -528,6 +563,45 @@ def test_a_run_from_a_checkpoint(compressed_tiny: Callable, tmp_path: Path) -> N
     assert Structure.from_dict(result["structure"]) == plan.structure
 
 
+def test_a_control_needs_no_comparison_with_removal(compressed_tiny: Callable) -> None:
+    structure, redundant = shape_structure(CONFIGS["llama"](), "bridge", 1, dtype=torch.float32)
+    made = from_shape(CONFIGS["llama"](), structure, redundant, torch.float32)
+    pairs = (("compressed", "dense"),)
+    settings = BenchSettings(prompt=4, window=2, phases=("decode",), rounds=1, pairs=pairs, control=True, energy=False)
+    row = run_bench(made, settings)["results"][0]
+    assert set(row["comparisons"]) == {"compressed/dense", "control/removal"}
+    assert set(made.models) == {"dense", "removal", "compressed"}
+
+
+SHORT = ("--prompt", "4", "--decode", "2", "--rounds", "1", "--phase", "decode")
+
+
+def test_what_there_is_not_is_not_compared_unless_it_was_asked_for(
+    calibration_tokens: torch.Tensor, tmp_path: Path, invoke: Callable
+) -> None:
+    """As after --max-latency, and all methods that compress every layer alike: nothing is left without those layers."""
+    directory = tmp_path / "small"
+    model, plan = compress(tiny_model("llama"), method="svd", keep=0.9, calibration=calibration_tokens)
+    assert len(plan.redundant) == 5
+    save_compressed(model, plan, directory)
+    code, stdout, stderr = invoke("bench", directory, *SHORT, "--json")
+    assert code == 0, stderr
+    assert set(json.loads(stdout)["results"][0]["comparisons"]) == {"compressed/dense"}
+    code, _, stderr = invoke("bench", directory, *SHORT, "--against", "dense,removal")
+    assert code == 2 and "there is no removal to compare with; --against dense" in stderr
+
+
+def test_a_plan_without_the_dense_models_config_is_one_sentence(
+    compressed_tiny: Callable, tmp_path: Path, invoke: Callable
+) -> None:
+    _, model, plan = compressed_tiny("llama", "bridge")
+    save_compressed(model, replace(plan, source={}), tmp_path / "small")
+    code, _, stderr = invoke("bench", tmp_path / "small", *SHORT)
+    assert code == 2 and "does not say what the dense model is like" in stderr and "--against removal" in stderr
+    code, stdout, _ = invoke("bench", tmp_path / "small", *SHORT, "--against", "removal")
+    assert code == 0 and "compressed over removal" in stdout
+
+
 def test_many_models_and_batches_can_be_compiled_in_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
 
@@ -667,3 +741,11 @@ def test_bench_of_a_shape_writes_json_and_a_picture(
 def test_bad_arguments_are_one_sentence(arguments: list[str], said: str, invoke: Callable) -> None:
     code, stdout, stderr = invoke("bench", *arguments)
     assert code == 2 and stdout == "" and said in stderr and len(stderr.strip().splitlines()) == 1
+
+
+def test_results_take_the_place_of_no_pipe_and_no_device(tmp_path: Path, invoke: Callable) -> None:
+    """They are renamed to their place when they are whole: as root, --save /dev/null would take it away."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    code, _, stderr = invoke("bench", "DIR", "--save", pipe)
+    assert code == 2 and "an ordinary file" in stderr and pipe.is_fifo()

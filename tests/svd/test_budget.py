@@ -13,7 +13,15 @@ from taco_svd import TacoError, compress, loss_curves
 from taco_svd.allocation import BRIDGE_EPS, Sizes, structure_parameters
 from taco_svd.architectures import Architecture, LinearSite, linear_shape
 from taco_svd.bridging import BridgeMoments, fit_bridge
-from taco_svd.budget import allocate, cheapest_layers, factor_parameters, lower_hull, map_options
+from taco_svd.budget import (
+    Option,
+    _spend_the_rest,
+    allocate,
+    cheapest_layers,
+    factor_parameters,
+    lower_hull,
+    map_options,
+)
 from taco_svd.calibration import Calibration
 from taco_svd.divergence import kl_per_token
 from taco_svd.loss_curves import LossCurves, scaled_curve, tail_energies
@@ -55,6 +63,20 @@ def toy_curves(model_name: str = "llama") -> tuple[Architecture, LossCurves]:
         sigma = torch.rand(full, generator=generator).sort(descending=True).values
         maps[site] = tail_energies(sigma) * float(torch.rand((), generator=generator))
     return architecture, LossCurves(maps, {})
+
+
+@pytest.mark.parametrize("shape, plain, pivoted", [((128, 384), 36, 37), ((4096, 4096), 416, 432)])
+def test_what_is_left_buys_nothing_worse(shape: tuple[int, int], plain: int, pivoted: int) -> None:
+    """The last rank without a pivot takes more parameters than the first with one, for more loss."""
+    tail = tail_energies(torch.linspace(1, 0.01, min(shape)))
+    options = map_options(*shape, tail)
+    by_rank = {option.rank: option for option in options}
+    assert by_rank[plain].cost > by_rank[pivoted].cost and by_rank[plain].loss > by_rank[pivoted].loss
+    site, chosen = LinearSite(0, "mlp.up_proj", "mlp"), dict[LinearSite, Option]()
+    for spare in (by_rank[plain].cost - by_rank[pivoted].cost, 10 * shape[1]):
+        chosen[site] = by_rank[pivoted]
+        _spend_the_rest(chosen, {site: options}, spare)
+        assert chosen[site].loss <= by_rank[pivoted].loss and chosen[site].cost <= by_rank[pivoted].cost + spare
 
 
 def test_allocation_is_close_to_the_best_of_all() -> None:

@@ -295,5 +295,5 @@ def test_bench_says_that_there_is_no_removal_where_every_layer_is_factorised(
     assert (
         invoke("compress", dense, "--out", tmp_path / "small", "--method", "svd", "--keep", "0.8", *SMALL[:4])[0] == 0
     )
-    code, _, stderr = invoke("bench", tmp_path / "small")
+    code, _, stderr = invoke("bench", tmp_path / "small", "--against", "removal")  # by default with what there is
     assert code == 2 and "--against dense" in stderr

@@ -414,6 +414,7 @@ def test_compress_within_a_latency(monkeypatch: pytest.MonkeyPatch, calibration_
         ({"method": "bridge", "layers": 2, "max_overhead": 3.0}, "above 0 and below 1"),
         ({"method": "bridge", "layers": 2, "max_latency": 0.8}, "--max-latency goes with"),
         ({"method": "taco", "keep": 0.8, "max_latency": 0.8}, "budget of its own"),
+        ({"method": "taco", "max_latency": 0.8, "compression_ratio": 0.5}, "--compression-ratio goes with --layers"),
         ({"method": "taco", "max_latency": "soon"}, "--max-latency takes"),
         ({"method": "taco", "keep": "1KB"}, "cannot be reached"),
         ({"method": "taco", "keep": "1TB"}, r"--keep 1TB must be .* below the model's [\d,]+ bytes"),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 import torch
 from safetensors import SafetensorError
 
-from taco_svd import TacoError, healing_files, healing_run, save_compressed
+from taco_svd import Plan, TacoError, compress, healing_files, healing_run, save_compressed
 from taco_svd.cli_heal import token_count
 from taco_svd.errors import DiskFullError
 from taco_svd.healing import (
@@ -278,6 +279,25 @@ def test_a_killed_run_goes_on_to_the_same_bits(saved, monkeypatch):
     assert not (saved / "killed.healing").exists()
 
 
+def test_a_plan_says_of_healing_what_is_true_of_its_model(saved, calibration_tokens, invoke):
+    heal_checkpoint(saved / "small", saved / "healed", "self", SMALL, saved / "dense")
+    healed = Plan.load(saved / "healed")
+    shown = invoke("info", saved / "healed")[1]
+    assert "before healing" in shown and f"-> {healed.result['healing']['after']['kl']:.4f}" in shown
+    assert "before healing" not in invoke("info", saved / "small")[1]
+    # carried out again it gives the model before healing
+    again = compress(tiny_model("llama"), plan=healed, calibration=calibration_tokens)[1]
+    assert again == Plan.load(saved / "small")
+    # and what cannot be measured (nothing is held out of one window) is not taken over from another run
+    assert again.result["measured_loss"] > 0
+    one = compress(tiny_model("llama"), plan=again, calibration=calibration_tokens[:1])[1]
+    assert "measured_loss" not in one.result and one.result["consistency"] == []
+    for damaged in ({"before": 1}, [], {"before": {"kl": "x"}, "after": {"kl": 10**400}}):
+        (saved / "small" / "taco_plan.json").unlink()
+        dataclasses.replace(again, result={**again.result, "healing": damaged}).save(saved / "small" / "taco_plan.json")
+        assert invoke("info", saved / "small")[0] == 0
+
+
 def test_a_run_goes_on_only_as_it_began(saved, monkeypatch):
     monkeypatch.setattr("taco_svd.healing_files.SECONDS_BETWEEN_STATES", 0.0)
     monkeypatch.setattr("taco_svd.healing_files.STATE_SHARE", 0)
@@ -388,13 +408,17 @@ def test_command_line(saved, invoke):
         (["--dense", "SMALL"], "compressed model"),
         (["--out", "SMALL"], "exists"),
         (["--work", "OUT"], "--out"),
+        (["--work", "FILE"], "is a file"),
+        (["--work", "IN A FILE"], "cannot be made"),
+        (["--seed", "9" * 30], "--seed"),
         ([], "was not found"),
     ],
 )
 def test_bad_input_is_one_sentence_before_any_work(saved, invoke, arguments, says):
     given = {"--text": "self", "--out": saved / "out", "--seq-len": "8"}
     given.update(zip(arguments[::2], arguments[1::2], strict=True))
-    places = {"SMALL": saved / "small", "OUT": saved / "out" / "work"}
+    config = saved / "dense" / "config.json"
+    places = {"SMALL": saved / "small", "OUT": saved / "out" / "work", "FILE": config, "IN A FILE": config / "work"}
     words = [str(places.get(word, word)) for pair in given.items() for word in pair]
     code, stdout, stderr = invoke("heal", saved / "small", *words)
     assert code == 2 and says in stderr and len(stderr.strip().splitlines()) == 1 and stdout == ""

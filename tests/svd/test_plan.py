@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from taco_svd import Plan, TacoError, compress
 from taco_svd.architectures import Architecture
 from taco_svd.replacement import LowRankLinear
+from taco_svd.structure import Structure
 
 from .conftest import Compressed
 from .tiny_models import tiny_model
@@ -45,6 +47,38 @@ def test_edited_rank_is_applied(compressed_tiny: Callable[..., Compressed], cali
     module = Architecture(model).layers[2].get_submodule("mlp.up_proj")
     assert isinstance(module, LowRankLinear) and module.rank == 13
     assert told.result["parameters"] == plan.result["parameters"] + (13 - old) * (32 + 56)
+
+
+class NoText:
+    """A run that may look at the model and must not begin to write its calibration text."""
+
+    @contextmanager
+    def step(self, title: str) -> Iterator[Callable[[int, int], None]]:
+        assert title == "looking at the weights", title
+        yield lambda done, total: None
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ({"layers": 2, "importance": "none"}, "--importance must be"),
+        ({"layers": 2, "bridge_rank": 4}, "--bridge-rank goes with"),
+        ({"layers": 2, "one_shot": True}, "--one-shot goes with"),
+        ({"layers": 2, "experts": "none"}, "--experts must be"),
+        ({"max_latency": 0.8, "experts": "none"}, "--experts must be"),
+        ({"layers": [2, 2]}, "must be different"),
+        ({"layers": [2, 5]}, "in 0..4"),
+        ({"method": "bridge", "layers": 2, "bridge_rank": 33}, "between 1 and the hidden size 32, got 33"),
+        ({"method": "bridge", "keep": 0.8, "bridge_rank": 33}, "between 1 and the hidden size 32, got 33"),
+        ({"method": "bridge", "keep": 0.8, "bridge_rank": -3}, "between 1 and the hidden size 32, got -3"),
+        ({"plan": Plan("removal", Structure(6, (0, 1)), (2,))}, "6 layers, this one has 5"),
+        ({"plan": Plan("svd", Structure(5, (0, 1, 2, 3, 4), {1: {"mlp.c_fc": 2}}), (1,))}, "The plan names"),
+    ],
+    ids=str,
+)
+def test_what_arguments_tell_is_told_before_text_is_written(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(TacoError, match=said):
+        compress(tiny_model("llama"), progress=NoText(), **arguments)
 
 
 def test_plan_for_another_model_is_refused(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -135,6 +136,9 @@ def test_every_section_is_there(compressed_tiny, tmp_path, invoke, method):
     assert record["predicted_loss"] == 0.02 and "1.50 times it" in text and "1 of 2 closed-form" in text
     assert set(record["drift"]) == {"this model", "layers removed"}
     assert record["alternatives"][1]["decode"] == pytest.approx(0.8) and record["alternatives"][-1]["decode"] > 0
+    # taco spends over all layers: none of them is redundant
+    assert ("it is spent over all of them" in text) == (method == "taco")
+    assert ("layers are the redundant ones" in text) == (method == "bridge")
     # importance, allocation, (spectra), prediction, corrections, drift, alternatives
     assert len(elements.images) == 7
     assert not list(tmp_path.glob(".*partial"))
@@ -222,7 +226,9 @@ def test_without_the_dense_model_it_says_what_is_missing(compressed_tiny, tmp_pa
         (["--compare", "ROW"], "not readable"),
         (["--dense", "OTHER"], "embeddings"),
         (["--text", "missing.txt"], "No such text"),
-        (["--out", "nowhere/report.html"], "directory that exists"),
+        (["--out", "nowhere/report.html"], "an ordinary file in a directory"),
+        (["--out", "PIPE"], "an ordinary file in a directory"),
+        (["--seed", "9" * 30], "--seed"),
         (["--max-windows", "0"], "--max-windows"),
     ],
 )
@@ -231,12 +237,14 @@ def test_bad_input_is_one_sentence(compressed_tiny, tmp_path, invoke, arguments,
     tiny_model("llama", seed=1).save_pretrained(tmp_path / "other")
     (tmp_path / "bad.json").write_text("[]")
     (tmp_path / "row.json").write_text('{"models": [{"model": "x"}]}')
-    places = {"BAD": tmp_path / "bad.json", "ROW": tmp_path / "row.json", "OTHER": tmp_path / "other"}
+    pipe = tmp_path / "pipe"  # as /dev/null: the page would take its place
+    os.mkfifo(pipe)
+    places = {"BAD": tmp_path / "bad.json", "ROW": tmp_path / "row.json", "OTHER": tmp_path / "other", "PIPE": pipe}
     given = {"--out": tmp_path / "r.html", **dict(zip(arguments[::2], arguments[1::2], strict=True))}
     words = [places.get(word, word) for pair in given.items() for word in pair]
     code, stdout, stderr = invoke("report", small, *words)
     assert code == 2 and says in stderr and len(stderr.strip().splitlines()) == 1 and stdout == ""
-    assert not (tmp_path / "r.html").exists()
+    assert not (tmp_path / "r.html").exists() and pipe.is_fifo()
 
 
 def test_the_same_figure_gives_the_same_bytes():

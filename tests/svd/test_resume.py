@@ -225,6 +225,17 @@ def test_a_work_directory_in_the_output_is_told_before_work(
     assert not (tmp_path / "small").exists()
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_work_directory_that_cannot_be_made_is_told_before_work(
+    inside: bool, dense: Path, tmp_path: Path, invoke
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("x")
+    code, _, stderr = invoke(*command(dense, tmp_path / "out", "--work-dir", str(file / "work" if inside else file)))
+    assert code == 2 and "--work-dir" in stderr and len(stderr.strip().splitlines()) == 1
+    assert file.read_text() == "x" and not (tmp_path / "out").exists()
+
+
 def test_ctrl_c_says_how_to_go_on(dense: Path, tmp_path: Path, invoke, monkeypatch) -> None:
     put = Store.put
 
