@@ -193,6 +193,10 @@ class FactorsMethod(LinearMethodBase):
             "weight_loader": MethodType(load, layer),
             "weight_loader_numel": data.numel() * (2 if twice else 1),
         }
+        if kind in ("u", "weight"):
+            # What comes in has rows of outputs. vLLM's Falcon asks for that before it sorts the rows of its fused map,
+            # which a checkpoint stores by group of heads, into queries, keys and values.
+            attributes["output_dim"] = 0
         set_weight_attrs(param, attributes)
         return param
 
