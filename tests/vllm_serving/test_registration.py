@@ -32,7 +32,7 @@ from taco_svd.structure import NarrowSpec, Structure
 from taco_svd.vllm import register
 from taco_svd.vllm.bridges import Bridge, attach
 from taco_svd.vllm.models import ServedModel, decoder_layers, expected_weights
-from taco_svd.vllm.registration import as_vllm_expects
+from taco_svd.vllm.registration import as_vllm_expects, served_name
 
 from .random_checkpoints import CONFIGS, KEPT, random_model, write_checkpoint
 
@@ -95,6 +95,16 @@ def test_an_architecture_that_vllm_has_not_goes_to_its_transformers_backend() ->
     config = as_vllm_expects(random_model("helium").config)
     assert config.architectures == ["TacoTransformersForCausalLM"]
     assert "TacoTransformersForCausalLM" in ModelRegistry.models
+
+
+def test_what_is_no_language_model_is_a_classifier_or_refused() -> None:
+    """It used to be taken for a language model in the Transformers backend, which then missed weights."""
+    assert served_name("TacoLlamaForSequenceClassification") == "TacoLlamaForSequenceClassification"
+    assert served_name("TacoGPT2ForSequenceClassification") == "TacoGPT2ForSequenceClassification"
+    assert served_name("TacoHeliumForCausalLM") == served_name("") == "TacoTransformersForCausalLM"
+    for name in ("TacoLlamaModel", "TacoHeliumForSequenceClassification"):
+        with pytest.raises(TacoError, match=name):
+            served_name(name)
 
 
 def test_narrowed_maps_are_refused() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from vllm import envs
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.models.registry import ModelRegistry
@@ -23,7 +23,7 @@ from ..modeling import compressed_config_class
 from ..structure import Structure
 from .bridges import attach
 from .factors import FactorsConfig
-from .registration import PREFIX
+from .registration import CLASSIFIER, PREFIX
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 
@@ -160,8 +160,9 @@ def expected_weights(hf_config: Any) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what a checkpoint of this config must hold: those of the transformers model, built empty."""
     plain = type(hf_config)
     config = compressed_config_class(plain).from_dict({**hf_config.to_dict(), "taco_svd": hf_config.taco_svd})
+    classifier = any(name.endswith(CLASSIFIER) for name in hf_config.architectures or [])
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = (AutoModelForSequenceClassification if classifier else AutoModelForCausalLM).from_config(config)
     model.tie_weights()
     stateful = set(model.state_dict(keep_vars=True))
     tensors = [*model.named_parameters(), *model.named_buffers()]  # tied ones once
