@@ -24,6 +24,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.models.registry import ModelRegistry
+from vllm.model_executor.models.stablelm import StablelmDecoderLayer
 from vllm.transformers_utils.config import get_config, get_config_parser
 
 from taco_svd import BridgeSpec, TacoError
@@ -299,6 +300,24 @@ def test_the_norm_of_a_bridge_has_a_weight_that_changes_nothing(dtype: torch.dty
 def test_a_pair_of_unknown_meaning_is_refused() -> None:
     with pytest.raises(TacoError, match="StrangeLayer"):
         attach(StrangeLayer(), BridgeSpec(0, 2), 8, torch.float32)
+
+
+def test_a_pair_that_only_comes_out_is_refused() -> None:
+    """StableLM's layers take the stream and give it back with another tensor, that of before the MLP."""
+    stable = StablelmDecoderLayer.__new__(StablelmDecoderLayer)
+    nn.Module.__init__(stable)
+    with pytest.raises(TacoError, match="StablelmDecoderLayer"):
+        attach(stable, BridgeSpec(0, 2), 8, torch.float32)
+
+    class Unannotated(nn.Module):
+        def forward(self, hidden: torch.Tensor):  # type: ignore[no-untyped-def]
+            return hidden * 2, hidden
+
+    layer = Unannotated()
+    with set_current_vllm_config(VllmConfig()):
+        attach(layer, BridgeSpec(0, 2), 8, torch.float32)
+        with pytest.raises(TacoError, match="Unannotated"):
+            layer(torch.ones(1, 8))
 
 
 def test_a_layer_whose_forward_vllm_has_replaced_is_refused() -> None:
