@@ -56,6 +56,11 @@ CONFIGS = {
     "opt": lambda: transformers.OPTConfig(
         **{**_COMMON, "ffn_dim": 176, "word_embed_proj_dim": 128}, do_layer_norm_before=True
     ),
+    # maps that are fused in the checkpoint, queries, keys and values sorted by group of heads, which vLLM sorts anew
+    "falcon": lambda: transformers.FalconConfig(**_COMMON, new_decoder_architecture=True, num_kv_heads=2, bias=True),
+    "bloom": lambda: transformers.BloomConfig(
+        vocab_size=VOCABULARY, hidden_size=128, n_layer=len(KEPT), n_head=4, bos_token_id=1, eos_token_id=2
+    ),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**_COMMON),
     "helium": lambda: transformers.HeliumConfig(**_GROUPED, head_dim=32),
     "mixtral": lambda: transformers.MixtralConfig(**_GROUPED, head_dim=32, num_local_experts=4, num_experts_per_tok=2),

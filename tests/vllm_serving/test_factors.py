@@ -14,7 +14,7 @@ import torch
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed here; `make test-vllm` sets it up and runs this", allow_module_level=True)
 
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
 from vllm.lora.layers.utils import _get_lora_device
 from vllm.model_executor.layers import linear
 from vllm.model_executor.model_loader.reload import (
@@ -292,6 +292,34 @@ def test_weights_that_come_later_take_the_place_of_the_first(
         parts = [total.split([rows // ranks for rows in QKV_ROWS], dim=1) for total in totals.values()]
         found = torch.cat([part[index] for index in range(3) for part in parts], 1)
     close(found, torch.cat([one(x) for one in second.values()], 1), inputs, WIDE // 2)
+
+
+@pytest.mark.parametrize("rank", [6, 30])  # less and more than the inputs of one of two ranks
+@pytest.mark.parametrize("pivoted", [False, True])
+def test_files_of_each_rank_load_as_they_were_saved(pivoted: bool, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's sharded states: parameters as they are once loading is done, put back before it is done."""
+    one = Map(HIDDEN, WIDE, rank, pivoted)
+    x = torch.randn(4, WIDE)
+    total = torch.zeros(4, HIDDEN, dtype=torch.float64)
+    for place in range(2):
+        on_rank(monkeypatch, place, 2)
+
+        def built() -> Any:
+            return linear.RowParallelLinear(
+                WIDE, HIDDEN, bias=False, quant_config=config_for({"mlp.down_proj": one}), prefix="0.mlp.down_proj"
+            )
+
+        first = built()
+        load(first, one.stored)
+        saved = {name: tensor.clone() for name, tensor in finished(first).state_dict().items()}
+        with set_current_vllm_config(VllmConfig(load_config=LoadConfig(load_format="sharded_state"))):
+            again = built()
+        own = again.state_dict()
+        assert {name: tensor.shape for name, tensor in own.items()} == {name: saved[name].shape for name in saved}
+        for name, tensor in saved.items():
+            own[name].copy_(tensor)
+        total += finished(again)(x.chunk(2, dim=1)[place].contiguous())[0].double()
+    close(total, one(x), WIDE, rank)
 
 
 def test_a_pivot_that_a_later_update_leaves_out_is_missed() -> None:

@@ -24,6 +24,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.models.registry import ModelRegistry
+from vllm.model_executor.models.stablelm import StablelmDecoderLayer
 from vllm.transformers_utils.config import get_config, get_config_parser
 
 from taco_svd import BridgeSpec, TacoError
@@ -32,7 +33,7 @@ from taco_svd.structure import NarrowSpec, Structure
 from taco_svd.vllm import register
 from taco_svd.vllm.bridges import Bridge, attach
 from taco_svd.vllm.models import ServedModel, decoder_layers, expected_weights
-from taco_svd.vllm.registration import as_vllm_expects
+from taco_svd.vllm.registration import as_vllm_expects, served_name
 
 from .random_checkpoints import CONFIGS, KEPT, random_model, write_checkpoint
 
@@ -95,6 +96,16 @@ def test_an_architecture_that_vllm_has_not_goes_to_its_transformers_backend() ->
     config = as_vllm_expects(random_model("helium").config)
     assert config.architectures == ["TacoTransformersForCausalLM"]
     assert "TacoTransformersForCausalLM" in ModelRegistry.models
+
+
+def test_what_is_no_language_model_is_a_classifier_or_refused() -> None:
+    """It used to be taken for a language model in the Transformers backend, which then missed weights."""
+    assert served_name("TacoLlamaForSequenceClassification") == "TacoLlamaForSequenceClassification"
+    assert served_name("TacoGPT2ForSequenceClassification") == "TacoGPT2ForSequenceClassification"
+    assert served_name("TacoHeliumForCausalLM") == served_name("") == "TacoTransformersForCausalLM"
+    for name in ("TacoLlamaModel", "TacoHeliumForSequenceClassification"):
+        with pytest.raises(TacoError, match=name):
+            served_name(name)
 
 
 def test_narrowed_maps_are_refused() -> None:
@@ -289,6 +300,24 @@ def test_the_norm_of_a_bridge_has_a_weight_that_changes_nothing(dtype: torch.dty
 def test_a_pair_of_unknown_meaning_is_refused() -> None:
     with pytest.raises(TacoError, match="StrangeLayer"):
         attach(StrangeLayer(), BridgeSpec(0, 2), 8, torch.float32)
+
+
+def test_a_pair_that_only_comes_out_is_refused() -> None:
+    """StableLM's layers take the stream and give it back with another tensor, that of before the MLP."""
+    stable = StablelmDecoderLayer.__new__(StablelmDecoderLayer)
+    nn.Module.__init__(stable)
+    with pytest.raises(TacoError, match="StablelmDecoderLayer"):
+        attach(stable, BridgeSpec(0, 2), 8, torch.float32)
+
+    class Unannotated(nn.Module):
+        def forward(self, hidden: torch.Tensor):  # type: ignore[no-untyped-def]
+            return hidden * 2, hidden
+
+    layer = Unannotated()
+    with set_current_vllm_config(VllmConfig()):
+        attach(layer, BridgeSpec(0, 2), 8, torch.float32)
+        with pytest.raises(TacoError, match="Unannotated"):
+            layer(torch.ones(1, 8))
 
 
 def test_a_layer_whose_forward_vllm_has_replaced_is_refused() -> None:

@@ -56,6 +56,16 @@ def test_fused_layers_hold_one_member_per_map() -> None:
     assert members_of(STRUCTURE, 2, "self_attn.qkv_proj", PACKED, 3) == []  # no such layer
 
 
+def test_what_a_model_of_vllm_says_of_its_fused_maps_is_not_all_there_is() -> None:
+    """GLM-4 has gate and up in one map, which vLLM takes for two; GPT-J's model says nothing of q, k and v."""
+    assert members_of(STRUCTURE, 1, "mlp.gate_up_proj", PACKED, 2) == [Member("mlp.gate_up_proj", 0, 2, 4)]
+    assert [m.path for m in members_of(STRUCTURE, 1, "self_attn.qkv_proj", {}, 3)] == [
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+    ]
+
+
 def test_a_fusion_that_is_not_understood_is_refused_where_it_matters() -> None:
     with pytest.raises(TacoError, match="3 maps into 2"):
         members_of(STRUCTURE, 1, "self_attn.qkv_proj", PACKED, 2)

@@ -67,15 +67,25 @@ class Bridge(nn.Module):
 
 class _BridgedMixin:
     bridge: Bridge
+    taco_stream: str
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)  # type: ignore[misc]
-        if isinstance(output, tuple):
-            hidden, residual, *rest = output
-            if residual is None:
-                return self.bridge(hidden), None, *rest
-            return *self.bridge.forward_pair(hidden, residual), *rest
-        return self.bridge(output)
+        if not isinstance(output, tuple):
+            return self.bridge(output)
+        hidden, *rest = output
+        if self.taco_stream == "first" or all(other is None for other in rest):
+            return self.bridge(hidden), *rest
+        if self.taco_stream == "pair":
+            return *self.bridge.forward_pair(hidden, rest[0]), *rest[1:]
+        raise _unknown(type(self).__bases__[1])
+
+
+def _unknown(layer_class: type) -> TacoError:
+    return TacoError(
+        f"vLLM's {layer_class.__name__} hands on its residual stream in a way that bridges have not been tested with; "
+        "compress without bridges for vLLM (--method taco, paper or removal), or serve with transformers."
+    )
 
 
 _bridged_classes: dict[type[nn.Module], type[nn.Module]] = {}
@@ -94,13 +104,19 @@ def attach(layer: nn.Module, spec: BridgeSpec, hidden: int, dtype: torch.dtype) 
             "with bridges; leave out --offload-group-size, or use --cpu-offload-gb where memory can be shared (UVA)."
         )
     definer = next(cls for cls in base.__mro__ if "forward" in vars(cls))
-    # layers that hand on a pair take one
-    if "residual" in inspect.signature(definer.forward).parameters and definer.__name__ not in PAIRS:
-        raise TacoError(
-            f"vLLM's {base.__name__} hands on its residual stream in a way that bridges have not been tested with; "
-            "compress without bridges for vLLM (--method taco, paper or removal), or serve with transformers."
-        )
+    # A tuple's first tensor is the stream in transformers' layers, which vLLM runs by its Transformers backend. Its own
+    # layers hand on a pair, whatever that means, if they take one or say so (the second one of StableLM's is stale).
+    stream = "alone"
+    if definer.__name__ in PAIRS:
+        stream = "pair"
+    elif definer.__module__.startswith("transformers."):
+        stream = "first"
+    else:
+        signature = inspect.signature(definer.forward)
+        if "residual" in signature.parameters or "tuple" in str(signature.return_annotation).lower():
+            raise _unknown(base)
     if base not in _bridged_classes:
-        _bridged_classes[base] = type(f"Bridged{base.__name__}", (_BridgedMixin, base), {"__module__": __name__})
+        namespace = {"__module__": __name__, "taco_stream": stream}
+        _bridged_classes[base] = type(f"Bridged{base.__name__}", (_BridgedMixin, base), namespace)
     layer.__class__ = _bridged_classes[base]
     layer.bridge = Bridge(hidden, spec, dtype)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.models.utils import WeightsMapper
@@ -23,6 +24,8 @@ import taco_kernels
 from ..errors import TacoError
 from ..structure import Structure
 from .shards import Member, is_permutation, locate, members_of, right_factor, shard_span
+
+PER_RANK_FORMATS = ("sharded_state", "runai_streamer_sharded")
 
 
 class FactorsConfig(QuantizationConfig):
@@ -145,15 +148,19 @@ class FactorsMethod(LinearMethodBase):
             sizes = getattr(layer, "output_sizes", None) or [output_size]
             if member.rank > min(input_size, sum(sizes[member.first : member.last])):
                 raise TacoError(f"{self.name}: rank {member.rank} of a {sum(sizes)} x {input_size} map.")
-        # as they are loaded; the columns of a pivoted v are split only once the pivot has come as well
-        self.stored_v = Pieces([(m.rank or 0, self._stored_columns(m)) for m in self.factorised])
         # as they are computed with
         self.held_v = Pieces([(m.rank or 0, self._held_columns(m)) for m in self.factorised])
+        # As they are loaded: the columns of a pivoted v are split only once the pivot has come as well. Files that vLLM
+        # has written for each rank (--load-format sharded_state) hold them as they are computed with.
+        per_rank = get_current_vllm_config().load_config.load_format in PER_RANK_FORMATS
+        columns = self._held_columns if per_rank else self._stored_columns
+        self.stored_v = Pieces([(m.rank or 0, columns(m)) for m in self.factorised])
         self.u = Pieces([(m.rows(self.partitions), m.rank or 0) for m in self.factorised])
         self.pivot = Pieces([(input_size,) if m.pivoted else (0,) for m in self.factorised])
         self.gathers = any(self.pivot.sizes) and not self.split_inputs
-        self._register(layer, "v", torch.empty(sum(self.stored_v.sizes), dtype=params_dtype), loader)
+        v = self._register(layer, "v", torch.empty(sum(self.stored_v.sizes), dtype=params_dtype), loader)
         self._register(layer, "u", torch.empty(sum(self.u.sizes), dtype=params_dtype), loader)
+        set_weight_attrs(v, {"written_out": per_rank and self.split_inputs and any(self.pivot.sizes)})
         # LoRA asks where a layer's weight lies, by the names of vLLM's own methods. No second name of a parameter.
         layer.__dict__["weight_packed"] = layer.u
         if any(self.pivot.sizes):  # an index that nothing fills (--load-format dummy) must still be one
@@ -169,7 +176,7 @@ class FactorsMethod(LinearMethodBase):
     def _held_columns(self, member: Member) -> int:
         return self.local_inputs if self.split_inputs else self._stored_columns(member)
 
-    def _register(self, layer: nn.Module, kind: str, data: torch.Tensor, loader: Any) -> None:
+    def _register(self, layer: nn.Module, kind: str, data: torch.Tensor, loader: Any) -> nn.Parameter:
         """Makes `data` the layer's parameter `kind`, to be loaded by `_load`."""
         name = loader.__name__
 
@@ -182,9 +189,16 @@ class FactorsMethod(LinearMethodBase):
         twice = kind in ("u", "weight") or (kind == "v" and self.split_inputs and not self.factorised[0].pivoted)
         param = nn.Parameter(data, requires_grad=False)
         layer.register_parameter(kind, param)
-        set_weight_attrs(
-            param, {"weight_loader": MethodType(load, layer), "weight_loader_numel": data.numel() * (2 if twice else 1)}
-        )
+        attributes = {
+            "weight_loader": MethodType(load, layer),
+            "weight_loader_numel": data.numel() * (2 if twice else 1),
+        }
+        if kind in ("u", "weight"):
+            # What comes in has rows of outputs. vLLM's Falcon asks for that before it sorts the rows of its fused map,
+            # which a checkpoint stores by group of heads, into queries, keys and values.
+            attributes["output_dim"] = 0
+        set_weight_attrs(param, attributes)
+        return param
 
     def _load(
         self, kind: str, loader: Callable[..., None], param: nn.Parameter, loaded: torch.Tensor, shard: Any

@@ -6,12 +6,12 @@ model for the kept layers, with factors where the structure has them (`factors`)
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from vllm import envs
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.models.registry import ModelRegistry
@@ -23,7 +23,9 @@ from ..modeling import compressed_config_class
 from ..structure import Structure
 from .bridges import attach
 from .factors import FactorsConfig
-from .registration import PREFIX
+from .registration import CLASSIFIER, PREFIX
+
+Weights = Iterable[tuple[str, torch.Tensor]]
 
 # What vLLM's class of that name calls parts of names, where it has kept those of older transformers.
 RENAMED = {
@@ -34,10 +36,15 @@ RENAMED = {
     }
 }
 
+# What vLLM's class of that name does to all tensors of a map that is fused in the checkpoint: (the part of the model
+# that does it, its method). It sorts rows of outputs, which u and bias have, and v and pivot have not.
+SORTED_ROWS = {"BloomForCausalLM": ("transformer", "_repack_qkv")}
+
 
 class ServedModel:
     """Mixin over a model class of vLLM."""
 
+    _taco_base = ""  # the name of vLLM's class; that of a subclass which vLLM makes for pooling is another
     _taco_loaded = False  # whether the first weights are complete
 
     def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:
@@ -68,6 +75,10 @@ class ServedModel:
                         f"vLLM's {type(self).__name__} has no linear layer for {path} of layer {position}, which is "
                         f"factorised in this checkpoint.{hint}"
                     )
+        owner, sort = SORTED_ROWS.get(self._taco_base, ("", ""))
+        if owner:
+            inner = getattr(self, owner)
+            setattr(inner, sort, passing_factors(getattr(inner, sort)))
         for bridge in structure.bridges:
             position = structure.position(bridge.after)
             if position in here:
@@ -82,7 +93,7 @@ class ServedModel:
             TacoError: the checkpoint lacks weights, or has some of the wrong shape.
         """
         missing = dict(self._taco_expected)
-        renamed = RENAMED.get(type(self).__name__.removeprefix(PREFIX), {})
+        renamed = RENAMED.get(self._taco_base, {})
 
         def watched() -> Iterable[tuple[str, torch.Tensor]]:
             for name, weight in weights:
@@ -118,6 +129,19 @@ class ServedModel:
             after()
 
 
+def passing_factors(sort: Callable[[Weights], Weights]) -> Callable[[Weights], Weights]:
+    """`sort`, a generator over a checkpoint's weights, for all but right factors and pivots, which pass as they are."""
+
+    def sorted_rows(weights: Weights) -> Weights:
+        for name, weight in weights:
+            if name.endswith((".v", ".pivot")):
+                yield name, weight
+            else:
+                yield from sort([(name, weight)])
+
+    return sorted_rows
+
+
 def unfilled(model: nn.Module, loaded: Iterable[str]) -> set[str]:
     """Names of the model's parameters that are not among those loaded, but should be.
 
@@ -136,8 +160,9 @@ def expected_weights(hf_config: Any) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what a checkpoint of this config must hold: those of the transformers model, built empty."""
     plain = type(hf_config)
     config = compressed_config_class(plain).from_dict({**hf_config.to_dict(), "taco_svd": hf_config.taco_svd})
+    classifier = any(name.endswith(CLASSIFIER) for name in hf_config.architectures or [])
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = (AutoModelForSequenceClassification if classifier else AutoModelForCausalLM).from_config(config)
     model.tie_weights()
     stateful = set(model.state_dict(keep_vars=True))
     tensors = [*model.named_parameters(), *model.named_buffers()]  # tied ones once
@@ -160,7 +185,7 @@ def decoder_layers(model: nn.Module, depth: int) -> nn.ModuleList:
 def served_class(base: type[nn.Module]) -> type[nn.Module]:
     """The class of compressed models over a model class of vLLM."""
     name = PREFIX + base.__name__
-    return type(name, (ServedModel, base), {"__module__": __name__, "__qualname__": name})
+    return type(name, (ServedModel, base), {"__module__": __name__, "__qualname__": name, "_taco_base": base.__name__})
 
 
 def __getattr__(name: str) -> type[nn.Module]:

@@ -20,6 +20,7 @@ from ..modeling import CompressedConfig
 PREFIX = "Taco"
 FALLBACK = "TransformersForCausalLM"
 SUFFIXES = ("ForCausalLM", "LMHeadModel")
+CLASSIFIER = "ForSequenceClassification"
 
 
 def register() -> None:
@@ -91,9 +92,27 @@ def as_vllm_expects(config: Any) -> Any:
     plain: Any = base.from_dict(values)
     plain.taco_svd = structure
     plain._name_or_path = getattr(config, "_name_or_path", "")
-    served = [name for name in values.get("architectures") or [] if name in ModelRegistry.models]
-    plain.architectures = served or [PREFIX + FALLBACK]
+    plain.architectures = [served_name(name) for name in values.get("architectures") or [""]]
     return plain
+
+
+def served_name(architecture: str) -> str:
+    """What vLLM must be told for a checkpoint that holds a model of class `architecture`.
+
+    A classifier keeps its name: vLLM looks for the language model of that name, and puts the head on it.
+
+    Raises:
+        TacoError: it holds neither a language model nor a classifier that vLLM can serve.
+    """
+    bases = [architecture.replace(CLASSIFIER, suffix) for suffix in SUFFIXES]  # as vLLM looks for them
+    if any(name in ModelRegistry.models for name in (architecture, *bases)):
+        return architecture
+    if not architecture or architecture.endswith(SUFFIXES):
+        return PREFIX + FALLBACK
+    raise TacoError(
+        f"This checkpoint holds a {architecture[:80]}, which is not supported in vLLM: save it as a language model "
+        f"(...{SUFFIXES[0]}), or as a classifier of an architecture that vLLM has a model of its own for."
+    )
 
 
 @contextmanager

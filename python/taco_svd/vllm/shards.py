@@ -43,6 +43,9 @@ class Member:
         return sum(partitions[self.first : self.last])
 
 
+# What fused names stand for in models of vLLM that do not say so (GPT-J).
+USUALLY_PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
 _IN_A_LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
 
 
@@ -75,7 +78,8 @@ def members_of(
     source = structure.kept[position]
     ranks = structure.low_rank.get(source, {})
     parent, _, name = path.rpartition(".")
-    names = list(packed.get(name, [name]))
+    # a map that the checkpoint has fused itself is one, whatever vLLM takes its name to stand for
+    names = [name] if path in ranks else list(packed.get(name) or USUALLY_PACKED.get(name) or [name])
     paths = [f"{parent}.{part}" if parent else part for part in names]
     if len(paths) == 1:
         spans = [(0, partitions)]
