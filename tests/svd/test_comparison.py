@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from taco_kernels import dispatch
-from taco_svd import cli_compare, comparison, compress, pipeline
+from taco_svd import cli_compare, cli_shared, comparison, compress, pipeline
 from taco_svd.baselines import BASELINES, Workspace
 from taco_svd.baselines.workspace import Moments
 from taco_svd.calibration import Calibration
@@ -157,26 +157,21 @@ def test_layers_are_ranked_once_per_measure_and_count(monkeypatch: pytest.Monkey
 
 
 def test_where_16_bits_are_slow_the_faster_dense_model_is_named(
-    dense: Path, tmp_path: Path, invoke, monkeypatch: pytest.MonkeyPatch
+    dense: Path, tmp_path: Path, invoke, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(dispatch, "library_multiplies", lambda dtype: dtype == torch.float32)
     small = tmp_path / "small"
-    assert invoke("compress", dense, "--out", small, "--method", "svd", "--layers", "2", *SMALL[:4])[0] == 0
-    compared = ("compare", dense, "--methods", "svd", "--layers", "2", *SMALL, "--rounds")
-    benched = ("bench", small, "--prompt", "4", "--phase", "prefill", "--rounds", "1", "--json", "--dtype")
-    for slow in (False, True):
-        monkeypatch.setattr(dispatch, "library_multiplies", lambda dtype, slow=slow: dtype == torch.float32 or not slow)
-        commands = {
-            (*compared, "1", "--dtype", "bfloat16"): slow,
-            (*compared, "0", "--dtype", "bfloat16"): False,  # no latency
-            (*compared, "1"): False,
-            (*benched, "bfloat16"): slow,
-            (*benched, "float32"): False,
-        }
-        for command, told in commands.items():
-            code, stdout, stderr = invoke(*command)
-            assert code == 0 and ("--dtype float32" in " ".join(stderr.split())) == told, (command, stderr)
-            if command[0] == "bench":
-                assert json.loads(stdout)["library_multiplies"] != told
+    assert invoke("compress", dense, "--out", small, "--method", "removal", "--layers", "2", *SMALL[:4])[0] == 0
+    benched = ("bench", small, "--prompt", "4", "--phase", "prefill", "--rounds", "1", "--json", "--dtype", "bfloat16")
+    compared = ("compare", dense, "--methods", "removal", "--layers", "2", *SMALL, "--dtype", "bfloat16", "--rounds")
+    for command, told in {benched: True, (*compared, "1"): True, (*compared, "0"): False}.items():
+        code, stdout, stderr = invoke(*command)
+        assert code == 0 and ("--dtype float32" in " ".join(stderr.split())) == told, (command, stderr)
+        assert command != benched or json.loads(stdout)["library_multiplies"] is False
+    cli_shared.tell_slow_products(tiny_model("gpt2"))
+    monkeypatch.setattr(dispatch, "library_multiplies", lambda dtype: True)
+    cli_shared.tell_slow_products(tiny_model("gpt2", torch.bfloat16))
+    assert capsys.readouterr().err == ""
 
 
 def test_results_come_in_one_by_one_and_survive_ctrl_c(
