@@ -81,14 +81,16 @@ def agreement(
     answers: list[Answer],
     dtype: torch.dtype = torch.float32,
     change: Callable[[Any], None] = lambda model: None,
+    tie: float = 0.0,
 ) -> tuple[float, float]:
     """How well answers agree with transformers, which reads the same text, each token after the same ones before.
 
-    `change` may change transformers' model first.
+    `change` may change transformers' model first. Tokens whose logits are at most `tie` below the largest count as most
+    likely as well: which of two it is then, rounding decides.
 
     Returns the share of tokens that are transformers' most likely one, and the largest difference of
     log-probabilities. A share of 1 says that greedy decoding in transformers (each step computed afresh, without a
-    cache) gives the same tokens, by induction over the positions.
+    cache) gives the same tokens but for such ties, by induction over the positions.
     """
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
     change(model)
@@ -96,7 +98,8 @@ def agreement(
     for prompt, answer in zip(asked, answers, strict=True):
         logits = model(torch.tensor([prompt + answer.tokens])).logits[0, len(prompt) - 1 : -1]
         chosen = torch.tensor(answer.tokens)
-        right += int((logits.argmax(-1) == chosen).sum())
+        behind = logits.max(-1).values - logits.gather(1, chosen[:, None])[:, 0]
+        right += int((behind <= tie).sum())
         total += len(chosen)
         mine = logits.float().log_softmax(-1).gather(1, chosen[:, None])[:, 0]
         worst = max(worst, float((mine - torch.tensor(answer.logprobs)).abs().max()))

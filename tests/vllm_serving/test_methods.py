@@ -28,7 +28,8 @@ def test_greedy_tokens_equal_those_of_transformers(method: str, compressed: Call
     directory = compressed(method)
     asked = prompts(64, VOCABULARY)
     answers = vllm_answers(directory, asked, TOKENS)
-    share, worst = agreement(directory, asked, answers)
+    # two tokens 1.4e-6 apart have been seen to come out the other way round
+    share, worst = agreement(directory, asked, answers, tie=LOGPROB_TOLERANCE)
     assert share == 1.0
     assert worst < LOGPROB_TOLERANCE
 

@@ -109,7 +109,7 @@ def test_many_clients_at_once_get_what_transformers_says(compressed: Callable[[s
         connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
         assert json.loads(connection.getresponse().read())["choices"][0]["text"]
     assert not failures, failures[0]
-    share, worst = agreement(directory, asked, [answers[number] for number in range(len(asked))])
+    share, worst = agreement(directory, asked, [answers[number] for number in range(len(asked))], tie=1e-4)
     assert share == 1.0 and worst < 1e-4
 
 
