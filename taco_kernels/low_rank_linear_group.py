@@ -17,6 +17,7 @@ from taco_kernels._cpu import map_of
 from taco_kernels._cuda import low_rank as _cuda_call
 from taco_kernels._factored import complain, fits, gradients, rows_2d
 from taco_kernels._library import (
+    any_autocast,
     apply_function,
     below_autograd,
     library,
@@ -24,7 +25,6 @@ from taco_kernels._library import (
     register_autocast,
     register_batched,
     rows_of,
-    seen_as_op,
     transformed,
 )
 from taco_kernels.low_rank_linear import low_rank_linear, low_rank_linear_reference
@@ -269,7 +269,8 @@ def low_rank_linear_group(
     if transformed():  # transforms are met in the op's dispatch
         return _op(x, vs, us, biases)
     if needs_grad(x, *vs, *us, *biases):
-        if seen_as_op():
+        # Autocast must cast before autograd records, and it sits in the op's dispatch.
+        if any_autocast():
             return _op(x, vs, us, biases)
         return list(apply_function(_LowRankLinearGroup, x, *vs, *us, *biases))
     with below_autograd():

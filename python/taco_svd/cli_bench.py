@@ -21,14 +21,14 @@ from .cli_shared import (
 )
 from .cli_shared import load as _load
 
-# What a compressed model is compared with, in this order.
-OTHERS = ("removal", "dense")
-
 if TYPE_CHECKING:
     import torch
 
     from .bench_models import BenchModels
     from .progress import Progress
+
+# What a compressed model is compared with, in this order.
+OTHERS = ("removal", "dense")
 
 
 def bench(

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cli_eval import text_tokens
 from .cli_shared import (
     Bars,
     DeviceOption,
@@ -102,6 +101,7 @@ def compare(
     from .comparison import DECODE_STEPS, Measure, method_names, run_comparison
     from .errors import TacoError
     from .evaluation import resolve_windows
+    from .evaluation_run import evaluation_tokens
     from .latency import check_lengths
     from .report import compare_plot, compare_table
 
@@ -114,7 +114,8 @@ def compare(
     if rounds:
         check_lengths(dense, batch, prompt, DECODE_STEPS, rounds)
         tell_slow_products(dense)
-    texts = dict(reversed(text_tokens(name, dense, tokenizer, bars, seed, window)) for name in _texts(text))
+    read = [evaluation_tokens(name, dense, tokenizer, seed, bars, window) for name in _texts(text)]
+    texts = {title: tokens for tokens, title in read}
     if len(texts) < len(_texts(text)):
         raise TacoError("--text: two files of the same name; their results could not be told apart.")
     text_name, *others = texts

@@ -20,23 +20,9 @@ from .cli_shared import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from .evaluation import Perplexity
-
-
-def text_tokens(
-    text: str,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    bars: Bars,
-    seed: int,
-    window: int | None = None,
-) -> tuple[Any, str]:
-    """Tokens of a text to evaluate on, and what to call it."""
-    from .evaluation_run import evaluation_tokens
-
-    return evaluation_tokens(text, model, tokenizer, seed, bars, window)
 
 
 def perplexity_of(model: PreTrainedModel, tokens: Any, bars: Bars, title: str, **options: Any) -> Perplexity:

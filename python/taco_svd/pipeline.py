@@ -294,14 +294,19 @@ def _chosen(architecture: Architecture, layers: int | list[int] | None) -> list[
     return chosen
 
 
-def _check_plan(architecture: Architecture, plan: Plan) -> None:
-    """Raises TacoError for a plan that is for another model."""
+def _fitting(architecture: Architecture, plan: Plan) -> Architecture:
+    """What a plan's structure names: the model, with its experts opened where the plan factorises them one by one.
+
+    Raises:
+        TacoError: the plan is for another model.
+    """
     depth = len(architecture.layers)
     if plan.structure.source_layers != depth:
         raise TacoError(f"The plan is for a model of {plan.structure.source_layers} layers, this one has {depth}.")
     if names_experts(plan.structure):
         architecture = Architecture(opened(architecture.model))
     check_ranks(architecture, plan.structure)
+    return architecture
 
 
 def _versions() -> dict[str, str]:
@@ -399,9 +404,7 @@ def _carry_out(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The compressed model, and what its making has to say for the plan's result."""
     record: dict[str, Any] = {}
-    _check_plan(Architecture(model), plan)
-    if names_experts(plan.structure):
-        model = opened(model)
+    model = _fitting(Architecture(model), plan).model
     working = structural_copy(model)
     architecture = Architecture(working)
     baseline = BASELINES.get(plan.method)
@@ -522,7 +525,7 @@ def compress(
     # all that follows until the weights are read goes by shapes
     architecture = Architecture(skeleton(model.config, model.dtype)) if scattered else _check_structure(model)
     if plan is not None:
-        _check_plan(architecture, plan)
+        _fitting(architecture, plan)
     else:  # what the arguments alone can tell, before calibration takes its time
         _check_choices(method, importance, bridge_rank, one_shot)
         _chosen(architecture, layers)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from taco_kernels import dispatch
-from taco_svd import cli_compare, cli_shared, comparison, compress, pipeline
+from taco_svd import cli_compare, cli_shared, comparison, compress, evaluation_run, pipeline
 from taco_svd.baselines import BASELINES, Workspace
 from taco_svd.baselines.workspace import Moments
 from taco_svd.calibration import Calibration
@@ -260,7 +260,7 @@ def test_what_cannot_be_measured_is_told_before_models_are_made(
     def no_work(*_: object) -> None:
         raise AssertionError("text was looked for")
 
-    monkeypatch.setattr(cli_compare, "text_tokens", no_work)
+    monkeypatch.setattr(evaluation_run, "evaluation_tokens", no_work)
     code, stdout, stderr = invoke("compare", dense, *arguments)
     assert code == 2 and said in stderr and stdout == "" and len(stderr.strip().splitlines()) == 1
 
