@@ -147,28 +147,28 @@ bool cpu_singular_attribution(std::uintptr_t x, std::int64_t x_stride, std::uint
 }
 
 #ifdef TACO_WITH_CUDA
-// v, v_stride, u, u_stride, bias, y, rank, out
+// v, v_stride, u, u_stride, bias, y, y_stride, rank, out, pivot, long_pivot
 using CudaMember = std::tuple<std::uintptr_t, std::int64_t, std::uintptr_t, std::int64_t, std::uintptr_t,
-                              std::uintptr_t, std::int64_t, std::int64_t>;
+                              std::uintptr_t, std::int64_t, std::int64_t, std::int64_t, std::uintptr_t, bool>;
 
 taco::cuda::LowRankCall cuda_call(const std::vector<CudaMember>& members, std::int64_t rows, std::int64_t in, int gate,
-                                  int dtype, std::uintptr_t pivot, bool long_pivot) {
+                                  int dtype) {
   taco::cuda::LowRankCall call = {};
   if (members.empty() || members.size() > std::size_t(taco::cuda::kMaxMembers)) {
     throw py::value_error("a call has 1 to " + std::to_string(taco::cuda::kMaxMembers) + " members");
   }
   call.rows = rows, call.in = in, call.gate = gate, call.dtype = dtype, call.count = int(members.size());
-  call.pivot = pointer(pivot), call.long_pivot = long_pivot;
   for (std::size_t i = 0; i < members.size(); ++i) {
-    const auto& [v, v_stride, u, u_stride, bias, y, rank, out] = members[i];
-    call.members[i] = {pointer(v), v_stride, pointer(u), u_stride, pointer(bias), pointer<void>(y), rank, out};
+    const auto& [v, v_stride, u, u_stride, bias, y, y_stride, rank, out, pivot, long_pivot] = members[i];
+    call.members[i] = {pointer(v), v_stride, pointer(u), u_stride,       pointer(bias), pointer<void>(y),
+                       y_stride,   rank,     out,        pointer(pivot), long_pivot};
   }
   return call;
 }
 
 std::int64_t cuda_low_rank_workspace_bytes(const std::vector<CudaMember>& members, std::int64_t rows, std::int64_t in,
-                                           int gate, int dtype, bool pivot) {
-  const auto call = cuda_call(members, rows, in, gate, dtype, pivot ? 1 : 0, false);
+                                           int gate, int dtype) {
+  const auto call = cuda_call(members, rows, in, gate, dtype);
   const std::int64_t bytes = taco::cuda::low_rank_decode_workspace_bytes(call);
   if (bytes < 0) throw std::runtime_error(std::string("cuda: ") + taco::cuda::error_string(int(-bytes)));
   return bytes;
@@ -177,8 +177,8 @@ std::int64_t cuda_low_rank_workspace_bytes(const std::vector<CudaMember>& member
 void cuda_low_rank(std::uintptr_t x, std::int64_t x_stride, const std::vector<CudaMember>& members,
                    std::uintptr_t residual, std::int64_t residual_stride, std::int64_t rows, std::int64_t in, int gate,
                    int dtype, bool norm, float eps, int launch, std::uintptr_t workspace, std::int64_t workspace_bytes,
-                   std::uintptr_t stream, std::uintptr_t pivot, bool long_pivot) {
-  taco::cuda::LowRankCall call = cuda_call(members, rows, in, gate, dtype, pivot, long_pivot);
+                   std::uintptr_t stream) {
+  taco::cuda::LowRankCall call = cuda_call(members, rows, in, gate, dtype);
   call.x = pointer(x), call.x_stride = x_stride, call.residual = pointer(residual);
   call.residual_stride = residual_stride, call.norm = norm, call.eps = eps;
   int error = 0;
@@ -187,6 +187,14 @@ void cuda_low_rank(std::uintptr_t x, std::int64_t x_stride, const std::vector<Cu
     error = taco::cuda::low_rank_decode(call, taco::cuda::Launch(launch), pointer<void>(workspace),
                                         std::size_t(workspace_bytes), pointer<void>(stream));
   }
+  if (error != 0) throw std::runtime_error(std::string("cuda: ") + taco::cuda::error_string(error));
+}
+
+void cuda_gather(std::uintptr_t x, std::int64_t x_stride, std::uintptr_t pivot, bool long_pivot, std::uintptr_t y,
+                 std::int64_t y_stride, std::int64_t rows, std::int64_t width, int element, std::uintptr_t stream) {
+  const taco::cuda::GatherCall call = {pointer(x), x_stride, pointer(pivot), long_pivot, pointer<void>(y),
+                                       y_stride,   rows,     width,          element};
+  const int error = taco::cuda::gather(call, pointer<void>(stream));
   if (error != 0) throw std::runtime_error(std::string("cuda: ") + taco::cuda::error_string(error));
 }
 #endif
@@ -248,6 +256,7 @@ PYBIND11_MODULE(_C, m) {
         py::call_guard<py::gil_scoped_release>());
   m.def("cuda_low_rank_workspace_bytes", &cuda_low_rank_workspace_bytes,
         "bytes for (members, rows, in, gate, dtype, pivot)");
+  m.def("cuda_gather", &cuda_gather, "x[:, pivot] of elements of 2 or 4 bytes");
   m.def("cuda_low_rank", &cuda_low_rank,
         "y = scale * (x v^T) u^T + bias + residual of every member, gated, or behind a pivot");
 #else

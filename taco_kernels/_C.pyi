@@ -136,13 +136,26 @@ def read_memory(data: int, bytes: int, threads: int, /) -> int: ...
 CUDA_MAX_ROWS: int
 CUDA_MAX_MEMBERS: int
 
-# v, v_stride, u, u_stride, bias, y, rank, out
-_CudaMember = tuple[int, int, int, int, int, int, int, int]
+# v, v_stride, u, u_stride, bias, y, y_stride, rank, out, pivot, long_pivot
+_CudaMember = tuple[int, int, int, int, int, int, int, int, int, int, bool]
 
 def cuda_unusable() -> str: ...
 def cuda_low_rank_workspace_bytes(
-    members: Sequence[_CudaMember], rows: int, in_features: int, gate: int, dtype: int, pivot: bool, /
+    members: Sequence[_CudaMember], rows: int, in_features: int, gate: int, dtype: int, /
 ) -> int: ...
+def cuda_gather(
+    x: int,
+    x_stride: int,
+    pivot: int,
+    long_pivot: bool,
+    y: int,
+    y_stride: int,
+    rows: int,
+    width: int,
+    element: int,
+    stream: int,
+    /,
+) -> None: ...
 def cuda_low_rank(
     x: int,
     x_stride: int,
@@ -159,8 +172,6 @@ def cuda_low_rank(
     workspace: int,
     workspace_bytes: int,
     stream: int,
-    pivot: int,
-    long_pivot: bool,
     /,
 ) -> None: ...
 

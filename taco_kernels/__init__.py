@@ -1,11 +1,12 @@
 """Low-rank kernels for compressed language models: tensors in, tensors out.
 
-Seven operations, each with a plain reference; the ``low_rank`` ones with fused backends and autograd:
+Eight operations, each with a plain reference; the ``low_rank`` ones with fused backends and autograd:
 
 - :func:`low_rank_linear`: ``x @ v.T @ u.T + bias + residual``
 - :func:`low_rank_linear_group`: several of these with one ``x``
+- :func:`low_rank_linear_concat`: the same with the results side by side, with pivots or without
 - :func:`low_rank_mlp`: a gated MLP of three of them
-- :func:`pivoted_low_rank_linear`: the same with a right factor that is the identity on some inputs
+- :func:`pivoted_low_rank_linear`: ``low_rank_linear`` with a right factor that is the identity on some inputs
 - :func:`low_rank_bridge`: ``h + rmsnorm(h) @ v.T @ u.T + bias``
 - :func:`randomized_svd`: the leading singular triplets of ``L A R``
 - :func:`second_moment_`: streaming ``X^T X``
@@ -21,6 +22,7 @@ from taco_kernels._version import __version__
 from taco_kernels.dispatch import BACKENDS, backends, get_backend, set_backend, use_backend
 from taco_kernels.low_rank_bridge import low_rank_bridge
 from taco_kernels.low_rank_linear import low_rank_linear
+from taco_kernels.low_rank_linear_concat import low_rank_linear_concat
 from taco_kernels.low_rank_linear_group import low_rank_linear_group
 from taco_kernels.low_rank_mlp import low_rank_mlp
 from taco_kernels.pivoted_low_rank_linear import pivoted_low_rank_linear
@@ -37,6 +39,7 @@ __all__ = [
     "get_backend",
     "low_rank_bridge",
     "low_rank_linear",
+    "low_rank_linear_concat",
     "low_rank_linear_group",
     "low_rank_mlp",
     "pivoted_low_rank_linear",

@@ -6,6 +6,7 @@ import functools
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from taco_kernels import dispatch, native
 from taco_kernels._library import rows_of
 
-__all__ = ["GATES", "LAUNCHES", "launch", "low_rank", "set_launch"]
+__all__ = ["GATES", "LAUNCHES", "Member", "gather", "launch", "low_rank", "set_launch"]
 
 GATES = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3, "relu": 4}
 """codes of the gated form's activations in ``csrc/``"""
@@ -22,8 +23,23 @@ LAUNCHES = {"cooperative": 0, "dependent": 1}
 """how the two products of a call follow each other: one kernel with a grid-wide barrier, or two kernels of which the
 second starts early (programmatic dependent launch, Hopper and later)"""
 
-Member = tuple[Tensor, Tensor, "Tensor | None"]
-"""(v, u, bias) of one factorised linear"""
+
+class Member(NamedTuple):
+    """One factorised linear: v [rank, in], u [out, rank], bias [out].
+
+    With a ``pivot`` [in], int32 or int64, v is [rank, in - rank] and multiplies x[..., pivot[rank:]], and
+    x[..., pivot[:rank]] is added to that; an index out of range reads zero.
+    """
+
+    v: Tensor
+    u: Tensor
+    bias: Tensor | None = None
+    pivot: Tensor | None = None
+
+    def readable(self) -> Member:
+        """The same with rows, bias and pivot that lie as the kernels read them."""
+        v, u = (t if t.stride(1) == 1 else t.contiguous() for t in (self.v, self.u))
+        return Member(v, u, *(None if t is None else t.contiguous() for t in (self.bias, self.pivot)))
 
 
 def _default_launch() -> int:
@@ -58,25 +74,39 @@ def launch() -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def _workspace_bytes(
-    device: int, rows: int, in_size: int, gate: int, dtype: int, pivot: bool, *sizes: tuple[int, int]
-) -> int:
+def _workspace_bytes(device: int, rows: int, in_size: int, gate: int, dtype: int, *sizes: tuple[int, int, bool]) -> int:
     """Bytes of work space on the current device, which must be ``device`` (part of the key: GPUs differ).
 
-    ``sizes`` are (rank, out) of each member.
+    ``sizes`` are (rank, out, whether there is a pivot) of each member.
     """
-    members = [(0, 0, 0, 0, 0, 0, rank, out) for rank, out in sizes]
+    members = [(0, 0, 0, 0, 0, 0, 0, rank, out, int(pivot), False) for rank, out, pivot in sizes]
     module = native.module
     assert module is not None
-    return int(module.cuda_low_rank_workspace_bytes(members, rows, in_size, gate, dtype, pivot))
+    return int(module.cuda_low_rank_workspace_bytes(members, rows, in_size, gate, dtype))
 
 
 def _on(device: int) -> AbstractContextManager[object]:
     return nullcontext() if device == torch.cuda.current_device() else torch.cuda.device(device)
 
 
-def _rows(factor: Tensor) -> Tensor:
-    return factor if factor.stride(1) == 1 else factor.contiguous()
+def gather(x: Tensor, pivot: Tensor) -> Tensor:
+    """``x[..., pivot]`` with the leading dimensions flattened; zero where x has no such column.
+
+    x [..., width] of elements of 2 or 4 bytes on a GPU, no dimension of size 0; pivot [width], int32 or int64. Raises
+    RuntimeError with CUDA's message when the launch fails.
+    """
+    module = native.module
+    assert module is not None
+    x, rows, stride = rows_of(x)
+    pivot = pivot.contiguous()
+    y = x.new_empty((rows, x.shape[-1]))
+    device = x.get_device()
+    with _on(device):
+        module.cuda_gather(
+            x.data_ptr(), stride, pivot.data_ptr(), pivot.dtype == torch.int64, y.data_ptr(), y.stride(0), *y.shape,
+            x.element_size(), torch._C._cuda_getCurrentRawStream(device),
+        )  # fmt: skip
+    return y
 
 
 def low_rank(
@@ -85,32 +115,26 @@ def low_rank(
     residual: Tensor | None = None,
     eps: float | None = None,
     act: str | None = None,
-    pivot: Tensor | None = None,
+    together: bool = False,
 ) -> list[Tensor]:
-    """``scale * (x v^T) u^T + bias + residual`` for every (v, u, bias); the results, in order.
+    """``scale * (x v^T) u^T + bias + residual`` for every member; the results, in order.
 
-    scale is the inverse root mean square of x's rows if ``eps`` is given. x [..., in], v [rank, in], u [out, rank],
-    bias [out], residual [..., out] (with one member only) of one dtype (float32, float16, bfloat16) on one GPU, no
-    dimension of size 0. With ``act`` there are two members of one width and one result, act(first) * second. With a
-    ``pivot`` [in], int32 or int64, there is one member, v is [rank, in - rank] and multiplies x[..., pivot[rank:]], and
-    x[..., pivot[:rank]] is added to that; an index out of range reads zero, and ``eps`` is not given. More rows or
-    members than one launch takes are done in several. Results are contiguous; raises RuntimeError with CUDA's
-    message when a launch fails.
+    scale is the inverse root mean square of x's rows if ``eps`` is given (not with a pivot). x [..., in], residual
+    [..., out] (with one member only) and the members' tensors but the pivots are of one dtype (float32, float16,
+    bfloat16) on one GPU, no dimension of size 0. With ``act`` there are two members of one width and one result,
+    act(first) * second. More rows or members than one launch takes are done in several. Results are contiguous, or,
+    ``together``, one that has them side by side. Raises RuntimeError with CUDA's message when a launch fails.
     """
     module = native.module
     assert module is not None  # the dispatcher has asked
     how = launch()
-    widths = [u.shape[0] for _, u, _ in members[: 1 if act else None]]
-    ys = [torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device) for width in widths]
+    widths = [member.u.shape[0] for member in members[: 1 if act else None]]
+    ys = [x.new_empty((*x.shape[:-1], width)) for width in ([sum(widths)] if together else widths)]
+    places = list(ys[0].split(widths, dim=-1)) if together else ys
     x, rows, x_stride = rows_of(x)
     in_size = x.shape[-1]
-    pivot_ptr, long_pivot = 0, False
-    if pivot is not None:
-        pivot = pivot.contiguous()
-        pivot_ptr, long_pivot = pivot.data_ptr(), pivot.dtype == torch.int64
-        in_size -= members[0][0].shape[0]
     # The names keep every temporary copy alive until the launches are on the stream.
-    factors = [(_rows(v), _rows(u), None if bias is None else bias.contiguous()) for v, u, bias in members]
+    members = [member.readable() for member in members]
     residual_ptr = residual_stride = 0
     if residual is not None:
         residual, _, residual_stride = rows_of(residual)
@@ -120,25 +144,29 @@ def low_rank(
     most, at_once = int(module.CUDA_MAX_ROWS), int(module.CUDA_MAX_MEMBERS)
     with _on(device):
         stream = torch._C._cuda_getCurrentRawStream(device)
-        for start in range(0, len(factors), at_once):
-            some = factors[start : start + at_once]
-            sizes = [(u.shape[1], u.shape[0]) for _, u, _ in some]
+        for start in range(0, len(members), at_once):
+            some = members[start : start + at_once]
+            sizes = [(m.u.shape[1], m.u.shape[0], m.pivot is not None) for m in some]
             for first in range(0, rows, most):
                 count = min(most, rows - first)
                 # Freed on return, while the kernel may still run: the allocator gives it to this stream only, in order.
-                needed = _workspace_bytes(device, count, in_size, gate, dtype, pivot is not None, *sizes)
+                needed = _workspace_bytes(device, count, in_size, gate, dtype, *sizes)
                 workspace = torch.empty(needed, dtype=torch.uint8, device=x.device)
-                parts = [
-                    (
-                        v.data_ptr(), v.stride(0), u.data_ptr(), u.stride(0), 0 if bias is None else bias.data_ptr(),
-                        ys[0 if act else start + i].data_ptr() + first * u.shape[0] * size, *sizes[i],
-                    )
-                    for i, (v, u, bias) in enumerate(some)
-                ]  # fmt: skip
+                parts = [_part(m, places[0 if act else start + i], first) for i, m in enumerate(some)]
                 module.cuda_low_rank(
                     x.data_ptr() + first * x_stride * size, x_stride, parts,
                     residual_ptr and residual_ptr + first * residual_stride * size, residual_stride, count, in_size,
                     gate, dtype, eps is not None, eps or 0.0, how, workspace.data_ptr(), needed, stream,
-                    pivot_ptr, long_pivot,
                 )  # fmt: skip
     return ys
+
+
+def _part(member: Member, y: Tensor, first: int) -> tuple[int, int, int, int, int, int, int, int, int, int, bool]:
+    """What the extension takes of a member whose result's rows from ``first`` on are computed."""
+    v, u, bias, pivot = member
+    y_stride = y.stride(-2) if y.dim() > 1 else y.shape[-1]
+    return (
+        v.data_ptr(), v.stride(0), u.data_ptr(), u.stride(0), 0 if bias is None else bias.data_ptr(),
+        y.data_ptr() + first * y_stride * y.element_size(), y_stride, u.shape[1], u.shape[0],
+        0 if pivot is None else pivot.data_ptr(), pivot is not None and pivot.dtype == torch.int64,
+    )  # fmt: skip

@@ -37,7 +37,7 @@ from torch.autograd import forward_ad
 from taco_kernels import _cuda, dispatch, native
 from taco_kernels._library import library, needs_grad, register_autocast, transformed
 
-__all__ = ["entry", "native_op", "reason", "served", "suits_native", "usable"]
+__all__ = ["entry", "exporting", "native_op", "reason", "served", "suits_native", "usable"]
 
 # What asks for the dispatcher while one of these says so: functions of torch._C, each 40 ns.
 _GUARDS = (
@@ -127,7 +127,7 @@ def native_op(op: str, schema: str, ordinary: Any, fake: Callable[..., Any]) -> 
     return made
 
 
-def _exporting() -> bool:
+def exporting() -> bool:
     """Whether a program is being exported; while torch 2.11 compiles, `is_exporting` says so whatever is going on."""
     flag = getattr(torch.compiler, "_is_exporting_flag", None)
     return torch.compiler.is_exporting() if flag is None else bool(flag)
@@ -140,7 +140,7 @@ def suits_native(op: str, *tensors: Tensor | None) -> bool:
         _registered.get(op, False)
         and first is not None
         and first.device.type == "cpu"
-        and not _exporting()
+        and not exporting()
         and not needs_grad(*tensors)
         and not transformed()
     )

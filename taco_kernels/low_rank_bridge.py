@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from taco_kernels import direct, dispatch, native
+from taco_kernels._cuda import Member
 from taco_kernels._cuda import low_rank as _cuda_call
 from taco_kernels._factored import complain, fits, gradients, require_tensors, rows_2d
 from taco_kernels._library import (
@@ -102,7 +103,7 @@ def _triton(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, eps: float) ->
 def _cuda(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     if not (h.numel() and v.numel()):
         return low_rank_bridge_reference(h, v, u, bias, eps)
-    return _cuda_call(h, [(v, u, bias)], h, eps)[0]
+    return _cuda_call(h, [Member(v, u, bias)], h, eps)[0]
 
 
 # --- end of the CUDA section -----------------------------------------------------------------------------------------

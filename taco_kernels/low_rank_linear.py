@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from taco_kernels import direct, dispatch, native
+from taco_kernels._cuda import Member
 from taco_kernels._cuda import low_rank as _cuda_call
 from taco_kernels._factored import complain, fits, gradients, rows_2d, turned
 from taco_kernels._library import (
@@ -101,7 +102,7 @@ def _cuda(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, residual: Tensor
     # A sum over nothing has no kernel: the reference gives bias and residual.
     if not (x.numel() and u.numel()):
         return low_rank_linear_reference(x, v, u, bias, residual)
-    return _cuda_call(x, [(v, u, bias)], residual)[0]
+    return _cuda_call(x, [Member(v, u, bias)], residual)[0]
 
 
 # --- end of the CUDA section -----------------------------------------------------------------------------------------

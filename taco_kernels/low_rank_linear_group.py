@@ -14,6 +14,7 @@ from torch import Tensor
 
 from taco_kernels import direct, dispatch, native
 from taco_kernels._cpu import map_of
+from taco_kernels._cuda import Member
 from taco_kernels._cuda import low_rank as _cuda_call
 from taco_kernels._factored import complain, fits, gradients, rows_2d
 from taco_kernels._library import (
@@ -67,18 +68,22 @@ def joined(parts: Sequence[Tensor]) -> Tensor | None:
     return first.as_strided((sum(part.shape[0] for part in parts), width), (stride, 1))
 
 
-def _library(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
-    rows = rows_2d(x)
-    # One first product for all members costs one launch and one pass over x instead of several; gluing the factors
-    # together for it at every call would cost more than it saves, so that is left to whoever keeps them.
+def middles(rows: Tensor, vs: Sequence[Tensor]) -> list[Tensor]:
+    """``rows @ v.T`` for each member.
+
+    One product for all members costs one launch and one pass over x instead of several; gluing the factors together for
+    it at every call would cost more than it saves, so that is left to whoever keeps them.
+    """
     together = joined(vs)
     if together is None:
-        middles = [F.linear(rows, v) for v in vs]
-    else:
-        middles = list(F.linear(rows, together).split([v.shape[0] for v in vs], dim=1))
+        return [F.linear(rows, v) for v in vs]
+    return list(F.linear(rows, together).split([v.shape[0] for v in vs], dim=1))
+
+
+def _library(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
     return [
         F.linear(middle, u, bias).view(*x.shape[:-1], u.shape[0])
-        for middle, u, bias in zip(middles, us, biases, strict=True)
+        for middle, u, bias in zip(middles(rows_2d(x), vs), us, biases, strict=True)
     ]
 
 
@@ -105,7 +110,7 @@ def _cuda(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequenc
     found: dict[int, Tensor] = {}
     some = [i for i, u in enumerate(us) if x.numel() and u.numel()]
     if some:
-        found = dict(zip(some, _cuda_call(x, [(vs[i], us[i], biases[i]) for i in some]), strict=True))
+        found = dict(zip(some, _cuda_call(x, [Member(vs[i], us[i], biases[i]) for i in some]), strict=True))
     return [
         found[i] if i in found else low_rank_linear_reference(x, *member)
         for i, member in enumerate(zip(vs, us, biases, strict=True))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from taco_kernels import direct, dispatch, native
 from taco_kernels._cpu import map_of
+from taco_kernels._cuda import Member
 from taco_kernels._cuda import low_rank as _cuda_call
 from taco_kernels._factored import complain, factors_fit, fits, gradients, require_tensors, rows_2d
 from taco_kernels._library import (
@@ -129,8 +130,8 @@ def _triton(x: Tensor, gate: Projection, up: Projection, down: Projection, act: 
 def _cuda(x: Tensor, gate: Projection, up: Projection, down: Projection, act: str) -> Tensor:
     if not (x.numel() and gate[1].numel() and up[1].numel() and down[1].numel()):
         return low_rank_mlp_reference(x, gate, up, down, act)
-    (hidden,) = _cuda_call(x, [gate, up], act=act)
-    return _cuda_call(hidden, [down])[0]
+    (hidden,) = _cuda_call(x, [Member(*gate), Member(*up)], act=act)
+    return _cuda_call(hidden, [Member(*down)])[0]
 
 
 _BACKENDS: dict[str, Callable[[Tensor, Projection, Projection, Projection, str], Tensor]] = {

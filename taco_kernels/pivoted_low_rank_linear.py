@@ -15,6 +15,8 @@ from torch import Tensor
 
 from taco_kernels import direct, dispatch, native
 from taco_kernels._cpu import map_of
+from taco_kernels._cuda import Member
+from taco_kernels._cuda import gather as gather_on_gpu
 from taco_kernels._cuda import low_rank as _cuda_call
 from taco_kernels._factored import require_tensors, rows_2d
 from taco_kernels._library import (
@@ -40,7 +42,7 @@ def pivoted_low_rank_linear_reference(
 
     Computed in float32 (float64 for float64) and rounded once.
     """
-    _check(x, v, u, pivot, bias, residual)
+    check(x, v, u, pivot, bias, residual)
     wide = computing_dtype(x.dtype)
     rank = v.shape[0]
     full = torch.zeros(rank, x.shape[-1], dtype=wide, device=x.device)
@@ -54,8 +56,16 @@ def pivoted_low_rank_linear_reference(
     return y.to(x.dtype)
 
 
-def _check(x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
-    name = "pivoted_low_rank_linear"
+def check(
+    x: Tensor,
+    v: Tensor,
+    u: Tensor,
+    pivot: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    name: str = "pivoted_low_rank_linear",
+) -> None:
+    """Raises TypeError or ValueError, with ``name`` in front, where the arguments do not fit together."""
     if x is None or v is None or u is None or pivot is None:
         require_tensors(name, x=x, v=v, u=u, pivot=pivot)
     if x.dtype not in FLOATS:
@@ -87,16 +97,20 @@ def _check(x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None, 
 # --- backends --------------------------------------------------------------------------------------------------------
 
 
-def _gathered(x: Tensor, pivot: Tensor, rank: int, together: bool = False) -> tuple[Tensor, Tensor]:
+def gathered(x: Tensor, pivot: Tensor, rank: int, together: bool = False) -> tuple[Tensor, Tensor]:
     """(x[..., pivot[:rank]], x[..., pivot[rank:]]) with the leading dimensions flattened.
 
-    Several rows of 16 bits on a CPU by the extension, where it is there: torch's gather of those takes ten times as
-    long, a quarter of the whole op. It reads memory past torch's dispatcher, so this is for tensors that have some.
+    Several rows of 16 bits on a CPU, and any on a GPU, by the extension, where it is there: on a CPU torch's gather of
+    those takes ten times as long, a quarter of the whole op, and on a GPU it is bound by its index arithmetic. It reads
+    memory past torch's dispatcher, so this is for tensors that have some. Both results are new memory.
     ``together``: one after the other in each row.
 
     Raises IndexError or RuntimeError, as torch does, for an index out of range (on a GPU it asserts).
     """
     width = x.shape[-1]
+    if x.is_cuda and x.numel() and x.dtype in dispatch.CPP_DTYPES and not dispatch.why_not("cuda", "cuda"):
+        both = gather_on_gpu(x, pivot)
+        return both[:, :rank], both[:, rank:]
     ours = x.dtype.itemsize == 2 and x.numel() > width and x.device.type == "cpu" and native.module is not None
     if not ours:
         return _selected(x, pivot, rank)
@@ -115,9 +129,19 @@ def _gathered(x: Tensor, pivot: Tensor, rank: int, together: bool = False) -> tu
 
 
 def _selected(x: Tensor, pivot: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """:func:`_gathered` by torch's own operation, which it differentiates and traces."""
+    """:func:`gathered` by torch's own operation, which it differentiates and traces."""
     both = rows_2d(x.index_select(-1, pivot))
     return both[:, :rank], both[:, rank:]
+
+
+def behind_pivot(x: Tensor, v: Tensor, pivot: Tensor, differentiable: bool = False) -> Tensor:
+    """``x[..., pivot[:rank]] + x[..., pivot[rank:]] @ v.T`` with the leading dimensions flattened, by the library."""
+    # One product: it adds the identity's share while its sums are still at hand, in place where nothing records it.
+    if differentiable:
+        first, rest = _selected(x, pivot, v.shape[0])
+        return torch.addmm(first, rest, v.T)
+    first, rest = gathered(x, pivot, v.shape[0])
+    return first.addmm_(rest, v.T)
 
 
 def _library(
@@ -127,18 +151,16 @@ def _library(
     pivot: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-    gathered: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] = _gathered,
+    differentiable: bool = False,
 ) -> Tensor:
-    # Two library products: the first one adds the identity's share while its sums are still at hand.
-    first, rest = gathered(x, pivot, v.shape[0])
-    t = torch.addmm(first, rest, v.T)
+    t = behind_pivot(x, v, pivot, differentiable)
     y = F.linear(t, u, bias).view(*x.shape[:-1], u.shape[0])
     return y if residual is None else y + residual
 
 
 def _cpp(x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     # every index is checked here, so that no pivot can make the kernel read elsewhere
-    first, rest = _gathered(x, pivot, v.shape[0], together=True)
+    first, rest = gathered(x, pivot, v.shape[0], together=True)
     # where both begin: torch gives a view without elements no address
     gathered_ptr = first.data_ptr() or rest.data_ptr()
     width = x.shape[-1]
@@ -170,7 +192,7 @@ def _triton(x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None,
 def _cuda(x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     if not (x.numel() and v.numel() and u.numel()):
         return _library(x, v, u, pivot, bias, residual)
-    return _cuda_call(x, [(v, u, bias)], residual, pivot=pivot)[0]
+    return _cuda_call(x, [Member(v, u, bias, pivot)], residual)[0]
 
 
 BACKENDS: dict[str, Callable[..., Tensor]] = {
@@ -193,7 +215,7 @@ _direct = direct.entry("pivoted_low_rank_linear", dispatch.cpu_rows)
 def _compute(
     x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
-    _check(x, v, u, pivot, bias, residual)
+    check(x, v, u, pivot, bias, residual)
     width = x.shape[-1]
     rows = x.numel() // width if width else x.shape[:-1].numel()
     device = x.device.type
@@ -225,7 +247,7 @@ library.impl("pivoted_low_rank_linear", _compute_or_direct, "CUDA")
 def _fake(
     x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
-    _check(x, v, u, pivot, bias, residual)
+    check(x, v, u, pivot, bias, residual)
     return x.new_empty((*x.shape[:-1], u.shape[0]))
 
 
@@ -233,8 +255,8 @@ def _by_torch(
     x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
     # torch differentiates its own operations; training is bound by large products, not by launches
-    _check(x, v, u, pivot, bias, residual)
-    return _library(x, v, u, pivot, bias, residual, _selected)
+    check(x, v, u, pivot, bias, residual)
+    return _library(x, v, u, pivot, bias, residual, differentiable=True)
 
 
 def _autograd(

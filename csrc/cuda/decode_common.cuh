@@ -2,10 +2,10 @@
 // or, gated, y = act(first) * second of two members. What the matrix-unit and the plain kernels share.
 //
 //   u's tiles start travelling to shared memory
-//   (with a pivot: x is gathered, gather.cuh)           a kernel before this one
 //   t_partial[split] = x[:, slice] v[:, slice]^T        units of 16 ranks x one slice of `in`; float32, to work space
+//                                                       (with a pivot each block gathers its slice of x, gather.cuh)
 //   ---- barrier over the whole grid, or the next kernel ----
-//   t = scale * sum over splits                         every block, in a fixed order, into its shared memory
+//   t = scale * sum over splits (+ x where v is 1)      every block, in a fixed order, into its shared memory
 //   y = t u^T + bias + residual                         tiles of 16 outputs
 //
 // At these sizes the weights' bytes are all that costs: each is read once, by a 16-byte load that the thread's own
@@ -16,6 +16,7 @@
 #pragma once
 
 #include "device.cuh"
+#include "gather.cuh"
 #include "plan.h"
 
 namespace taco::cuda {
@@ -25,9 +26,15 @@ enum class Part { kBoth, kFirst, kSecond };
 struct DecodeArgs {
   LowRankCall call;
   DecodePlan plan;
-  float* partial;  // [planes][rows][rank_padded]
+  float* partial;  // [splits][rows][rank_padded]
   float* squares;  // [splits][rows]
 };
+
+// Divides the work space.
+inline void arrange(DecodeArgs& a, void* workspace) {
+  a.partial = static_cast<float*>(workspace);
+  a.squares = a.partial + int64_t(a.plan.splits) * a.call.rows * a.plan.rank_padded;
+}
 
 // Shared memory, in this order (see header_bytes).
 struct Shared {
@@ -116,6 +123,14 @@ TACO_DEVICE int range_of(const int (&starts)[kMaxMembers + 1], int count, int at
   return found;
 }
 
+// The units of the first product that are this block's: neighbours, so that what it has of x often serves the next too.
+struct UnitRange {
+  int first, end;
+};
+TACO_DEVICE UnitRange block_units(const DecodePlan& plan, int units) {
+  return {int(int64_t(units) * block_index() / plan.blocks), int(int64_t(units) * (block_index() + 1) / plan.blocks)};
+}
+
 // The tiles of the second product that are this block's: neighbours, so that few blocks need two members' intermediates.
 struct TileRange {
   int first, count;
@@ -126,18 +141,20 @@ TACO_DEVICE TileRange block_tiles(const DecodePlan& plan) {
   return {first, end - first};
 }
 
-// Four neighbouring elements of a member's t: ranks r ... r + 3 of row m, r counted from the work space row's start.
+// Four neighbouring elements of a member's t: its ranks r ... r + 3 of row m.
 // Beyond the rank they may be whatever the work space held before: the matrix unit's ranks come in eights, and the
 // plain kernel's sums stop at the rank.
-TACO_DEVICE float4 combine_splits(const DecodeArgs& a, int m, int r, float scale) {
+template <class T>
+TACO_DEVICE float4 combine_splits(const DecodeArgs& a, int index, int m, int r, float scale) {
   float4 total = {0.0f, 0.0f, 0.0f, 0.0f};
   const int64_t plane = a.call.rows * a.plan.rank_padded;
-  const float* from = a.partial + int64_t(m) * a.plan.rank_padded + r;
+  const float* from = a.partial + int64_t(m) * a.plan.rank_padded + a.plan.rank_start[index] + r;
 #pragma unroll 4
-  for (int s = 0; s < a.plan.planes; ++s) {
+  for (int s = 0; s < a.plan.splits; ++s) {
     const float4 part = load_written4(from + s * plane);
     total.x += part.x, total.y += part.y, total.z += part.z, total.w += part.w;
   }
+  add_identity<T>(a.call, a.call.members[index], m, r, total);
   total.x *= scale, total.y *= scale, total.z *= scale, total.w *= scale;
   return total;
 }
@@ -166,8 +183,8 @@ TACO_DEVICE void store_output(const DecodeArgs& a, const Factors& member, int wh
   } else if (a.call.residual != nullptr) {
     value += to_float(static_cast<const T*>(a.call.residual)[m * a.call.residual_stride + n]);
   }
-  void* y = a.plan.width == 2 ? a.call.members[0].y : member.y;
-  static_cast<T*>(y)[m * member.out + n] = from_float<T>(value);
+  const Factors& to = a.plan.width == 2 ? a.call.members[0] : member;
+  static_cast<T*>(to.y)[m * to.y_stride + n] = from_float<T>(value);
 }
 
 // T's largest finite number.

@@ -9,12 +9,15 @@ namespace taco::cuda {
 template <class T, int Groups>
 TACO_DEVICE void first_product_mma(const DecodeArgs& a, const Shared& shared) {
   constexpr int kRows = 8 * Groups;
-  constexpr int kUnroll = 4;  // steps whose loads are all on their way before the first is used
   const LowRankCall& call = a.call;
   const int lane = thread_index() % 32, warp = thread_index() / 32, g = lane / 4, q = lane % 4;
   const int rank_tiles = a.plan.unit_start[call.count];
   const uint4 zero = {0, 0, 0, 0};
-  for (int unit = block_index(); unit < rank_tiles * a.plan.splits; unit += a.plan.blocks) {
+  T* const staged = reinterpret_cast<T*>(shared.t);
+  int staged_index = -1;  // whose inputs are there, and from which column on
+  int64_t staged_begin = 0;
+  const UnitRange mine = block_units(a.plan, rank_tiles * a.plan.splits);
+  for (int unit = mine.first; unit < mine.end; ++unit) {
     const int tile = unit % rank_tiles, split = unit / rank_tiles;
     const int index = range_of(a.plan.unit_start, call.count, tile);
     const Factors& member = call.members[index];
@@ -23,24 +26,51 @@ TACO_DEVICE void first_product_mma(const DecodeArgs& a, const Shared& shared) {
     const bool has_top = top_row < member.rank, has_bottom = bottom_row < member.rank;
     const T* top = static_cast<const T*>(member.v) + (has_top ? top_row : 0) * member.v_stride;
     const T* bottom = static_cast<const T*>(member.v) + (has_bottom ? bottom_row : 0) * member.v_stride;
-    const int64_t begin = int64_t(split) * a.plan.split_length;
-    const int64_t end = begin + a.plan.split_length < call.in ? begin + a.plan.split_length : call.in;
+    const int64_t columns = a.plan.columns[index], length = a.plan.split_length[index];
+    const int64_t begin = split * length, end = begin + length < columns ? begin + length : columns;
 
     float sum[Groups][4] = {};
     float squares[Groups] = {};
-    for (int64_t k0 = begin + warp * kChunk; k0 < end; k0 += kWarps * kChunk * kUnroll) {
-      uint4 tops[kUnroll], bottoms[kUnroll], xs[kUnroll][Groups];
+    for (int64_t piece = begin; piece < end; piece += kPiece) {
+      uint4 tops[kUnroll], bottoms[kUnroll];
+      const auto place = [&](int j) { return piece + (j * kWarps + warp) * kChunk + q * 8; };
 #pragma unroll
       for (int j = 0; j < kUnroll; ++j) {
-        const int64_t k = k0 + j * kWarps * kChunk + q * 8;
-        const bool inside = k < end;
-        tops[j] = inside && has_top ? load_weights(top + k) : zero;
-        bottoms[j] = inside && has_bottom ? load_weights(bottom + k) : zero;
+        const int64_t k = place(j);
+        tops[j] = k < end && has_top ? load_weights(top + k) : zero;
+        bottoms[j] = k < end && has_bottom ? load_weights(bottom + k) : zero;
+      }
+      if (member.pivot != nullptr) {
+        if (index != staged_index || piece != staged_begin) {
+          block_barrier();  // the piece before has been read
+          const int count = int(end - piece < kPiece ? end - piece : kPiece);
+          stage_inputs<T>(call, member, staged, a.plan.staged_pitch, piece, count);
+          block_barrier();
+          staged_index = index, staged_begin = piece;
+        }
+#pragma unroll
+        for (int j = 0; j < kUnroll; ++j) {
+          const int64_t k = place(j);
+#pragma unroll
+          for (int n = 0; n < Groups; ++n) {
+            const int m = n * 8 + g;
+            uint4 x = zero;
+            if (k < end && m < call.rows) {
+              x = *reinterpret_cast<const uint4*>(staged + m * a.plan.staged_pitch + (k - piece));
+            }
+            tile_step<T>(sum[n], tops[j], bottoms[j], x);
+          }
+        }
+        continue;
+      }
+      uint4 xs[kUnroll][Groups];
+#pragma unroll
+      for (int j = 0; j < kUnroll; ++j) {
 #pragma unroll
         for (int n = 0; n < Groups; ++n) {
           const int m = n * 8 + g;
-          const T* x = static_cast<const T*>(call.x) + m * call.x_stride + k;
-          xs[j][n] = inside && m < call.rows ? load_activations(x) : zero;
+          const T* x = static_cast<const T*>(call.x) + m * call.x_stride + place(j);
+          xs[j][n] = place(j) < end && m < call.rows ? load_activations(x) : zero;
         }
       }
 #pragma unroll
@@ -87,11 +117,11 @@ TACO_DEVICE void first_product_mma(const DecodeArgs& a, const Shared& shared) {
 template <class T>
 TACO_DEVICE void load_t_mma(const DecodeArgs& a, const Shared& shared, T* high, int index, int r0) {
   T* low = high + a.plan.rows_padded * a.plan.t_pitch;
-  const int quads = a.plan.t_capacity / 4, rank = int(a.call.members[index].rank), start = a.plan.rank_start[index];
+  const int quads = a.plan.t_capacity / 4, rank = int(a.call.members[index].rank);
   for (int e = thread_index(); e < a.plan.rows_padded * quads; e += kThreads) {
     const int m = e / quads, r = r0 + e % quads * 4;
     float4 t = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (m < int(a.call.rows) && r < rank) t = combine_splits(a, m, start + r, shared.scale[m]);
+    if (m < int(a.call.rows) && r < rank) t = combine_splits<T>(a, index, m, r, shared.scale[m]);
     uint2 h, l;
     h.x = make_pair<T>(first_part<T>(t.x), first_part<T>(t.y));
     h.y = make_pair<T>(first_part<T>(t.z), first_part<T>(t.w));
@@ -204,7 +234,7 @@ TACO_DEVICE void decode_mma(const DecodeArgs& a) {
     let_next_kernel_start();
     first_product_mma<T, Groups>(a, shared);
   } else {
-    char* u_shared = shared.t + 2 * 2 * a.plan.rows_padded * a.plan.t_pitch * a.plan.width;
+    char* u_shared = shared.t + a.plan.t_bytes;
     if (a.plan.prefetched_tiles > 0) prefetch_u<T>(a, shared, u_shared);
     if constexpr (part == Part::kBoth) {
       first_product_mma<T, Groups>(a, shared);

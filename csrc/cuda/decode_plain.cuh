@@ -33,18 +33,28 @@ TACO_DEVICE void first_product_plain(const DecodeArgs& a) {
     const int unit = int(item % ranks), split = int(item / ranks);
     const int index = range_of(plan.unit_start, call.count, unit);
     const int64_t r = unit - plan.unit_start[index];
-    const int64_t begin = int64_t(split) * plan.split_length;
-    const int64_t end = begin + plan.split_length < call.in ? begin + plan.split_length : call.in;
-    const T* v = static_cast<const T*>(call.members[index].v) + r * call.members[index].v_stride;
+    const Factors& member = call.members[index];
+    const int64_t length = plan.split_length[index], columns = plan.columns[index];
+    const int64_t begin = split * length, end = begin + length < columns ? begin + length : columns;
+    const T* v = static_cast<const T*>(member.v) + r * member.v_stride;
+    const bool gathers = member.pivot != nullptr;
     float sum[Rows] = {}, squares[Rows] = {};
-    // `in` is a multiple of Vector (or Vector is 1), so a vector that starts inside ends inside.
+    // The columns are a multiple of Vector (or Vector is 1), so a vector that starts inside ends inside.
     for (int64_t k = begin + lane * Vector; k < end; k += 32 * Vector) {
       float weights[Vector], x[Vector];
+      int column[Vector];
       load_vector<T, Vector>(weights, v + k);
+#pragma unroll
+      for (int i = 0; i < Vector; ++i) column[i] = gathers ? pivot_at(call, member, member.rank + k + i) : 0;
 #pragma unroll
       for (int m = 0; m < Rows; ++m) {
         if (m < rows) {
-          load_vector<T, Vector>(x, static_cast<const T*>(call.x) + m * call.x_stride + k);
+          if (gathers) {
+#pragma unroll
+            for (int i = 0; i < Vector; ++i) x[i] = to_float(input_at<T>(call, m, column[i]));
+          } else {
+            load_vector<T, Vector>(x, static_cast<const T*>(call.x) + m * call.x_stride + k);
+          }
 #pragma unroll
           for (int i = 0; i < Vector; ++i) sum[m] += weights[i] * x[i];
           if (call.norm && unit == 0) {
@@ -93,7 +103,7 @@ TACO_DEVICE void second_product_plain(const DecodeArgs& a, const Shared& shared)
               const int m = e / quads, r = e % quads * 4;
               if (r0 + r >= rank) continue;  // never read: the sums below stop at the rank
               *reinterpret_cast<float4*>(t + m * plan.t_pitch + r) =
-                  combine_splits(a, m, plan.rank_start[phase + which] + r0 + r, shared.scale[m]);
+                  combine_splits<T>(a, phase + which, m, r0 + r, shared.scale[m]);
             }
             block_barrier();
           }

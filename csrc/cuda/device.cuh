@@ -57,6 +57,14 @@ TACO_DEVICE uint4 load_weights(const void* address) {
 }
 // 16 bytes of activations, which the block's warps read again and again.
 TACO_DEVICE uint4 load_activations(const void* address) { return __ldg(static_cast<const uint4*>(address)); }
+// One element that no kernel of the call writes: an input, an index.
+template <class T>
+TACO_DEVICE T load_input(const T* address) {
+  return __ldg(address);
+}
+TACO_DEVICE int64_t load_input(const int64_t* address) {
+  return __ldg(reinterpret_cast<const long long*>(address));
+}
 // Values that other blocks of this launch have written: from L2, never from this multiprocessor's L1.
 TACO_DEVICE float4 load_written4(const float* address) { return __ldcg(reinterpret_cast<const float4*>(address)); }
 TACO_DEVICE float load_written(const float* address) { return __ldcg(address); }

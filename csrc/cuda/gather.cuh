@@ -1,52 +1,57 @@
-// What precedes a decode with a pivot: x's columns in the pivot's order. Those behind the identity go, as float32, where a
-// further split's partial sums would be, so that the second product adds them up with the others; the rest goes to work
-// space, in rows that the first product can read 16 bytes at a time.
+// A member's inputs where it has a pivot: x's columns in the pivot's order, those behind the identity first.
+//
+// The kernels gather them themselves, a block the slice that its unit multiplies, so that no launch has to go before.
+// Where the two parts of a pivot are sorted (taco_svd's are), neighbouring threads read neighbouring columns.
 #pragma once
 
-#include "decode_common.cuh"
+#include "device.cuh"
+#include "plan.h"
 
 namespace taco::cuda {
 
-struct GatherArgs {
-  const void* x;
-  int64_t x_stride;
-  const void* pivot;
-  bool long_pivot;
-  int rows, width, rank;  // of x, and of the identity
-  float* first;           // [rows][first_pitch]
-  int64_t first_pitch;
-  void* rest;  // [rows][rest_pitch]
-  int64_t rest_pitch;
-  int blocks;
-};
-
-// Divides the work space of `a` and, with a pivot, lets the decode read what the returned gather will have written.
-inline GatherArgs arrange(DecodeArgs& a, void* workspace) {
-  const DecodePlan& p = a.plan;
-  a.partial = static_cast<float*>(workspace);
-  a.squares = a.partial + int64_t(p.planes) * a.call.rows * p.rank_padded;
-  GatherArgs g = {};
-  if (a.call.pivot == nullptr) return g;
-  g.x = a.call.x, g.x_stride = a.call.x_stride, g.pivot = a.call.pivot, g.long_pivot = a.call.long_pivot;
-  g.rows = int(a.call.rows), g.rank = int(a.call.members[0].rank), g.width = int(a.call.in) + g.rank;
-  g.first = a.partial + int64_t(p.splits) * a.call.rows * p.rank_padded, g.first_pitch = p.rank_padded;
-  g.rest = static_cast<char*>(workspace) + p.sums_bytes, g.rest_pitch = p.rest_pitch;
-  g.blocks = int(ceil_div(int64_t(g.rows) * g.width, kThreads));
-  a.call.x = g.rest, a.call.x_stride = g.rest_pitch;
-  return g;
+// Which column of x comes at place i; -1 where x has no such column.
+TACO_DEVICE int pivot_at(const LowRankCall& call, const Factors& member, int64_t i) {
+  const int64_t column = member.long_pivot ? load_input(static_cast<const int64_t*>(member.pivot) + i)
+                                           : load_input(static_cast<const int32_t*>(member.pivot) + i);
+  return column >= 0 && column < call.in ? int(column) : -1;
 }
 
+// x[m, column]; zero where there is none.
 template <class T>
-TACO_DEVICE void gather(const GatherArgs& a) {
-  const int64_t e = int64_t(block_index()) * kThreads + thread_index();
-  if (e >= int64_t(a.rows) * a.width) return;
-  const int64_t m = e / a.width, c = e % a.width;
-  const int64_t from =
-      a.long_pivot ? static_cast<const int64_t*>(a.pivot)[c] : int64_t(static_cast<const int32_t*>(a.pivot)[c]);
-  const bool inside = from >= 0 && from < a.width;
-  const T value = inside ? static_cast<const T*>(a.x)[m * a.x_stride + from] : from_float<T>(0.0f);
-  if (c < a.rank) a.first[m * a.first_pitch + c] = to_float(value);
-  else static_cast<T*>(a.rest)[m * a.rest_pitch + c - a.rank] = value;
+TACO_DEVICE T input_at(const LowRankCall& call, int m, int column) {
+  return column >= 0 ? load_input(static_cast<const T*>(call.x) + m * call.x_stride + column) : from_float<T>(0.0f);
+}
+
+// staged[m][c] = the input that column begin + c of the member's v multiplies, for `count` columns, at most kPiece. By
+// all threads of the block, which has to wait for each other before and after.
+template <class T>
+TACO_DEVICE void stage_inputs(const LowRankCall& call, const Factors& member, T* staged, int pitch, int64_t begin,
+                              int count) {
+  constexpr int kShare = kPiece / kThreads;
+  int column[kShare];  // the indices are on their way together, and then a row's elements
+#pragma unroll
+  for (int j = 0; j < kShare; ++j) {
+    const int c = thread_index() + j * kThreads;
+    column[j] = c < count ? pivot_at(call, member, member.rank + begin + c) : -1;
+  }
+#pragma unroll 2
+  for (int m = 0; m < int(call.rows); ++m) {
+#pragma unroll
+    for (int j = 0; j < kShare; ++j) {
+      const int c = thread_index() + j * kThreads;
+      if (c < count) staged[m * pitch + c] = input_at<T>(call, m, column[j]);
+    }
+  }
+}
+
+// Adds what the identity gives to ranks r ... r + 3 of row m's intermediate.
+template <class T>
+TACO_DEVICE void add_identity(const LowRankCall& call, const Factors& member, int m, int r, float4& t) {
+  if (member.pivot == nullptr) return;
+  const auto input = [&](int i) {
+    return r + i < member.rank ? to_float(input_at<T>(call, m, pivot_at(call, member, r + i))) : 0.0f;
+  };
+  t.x += input(0), t.y += input(1), t.z += input(2), t.w += input(3);
 }
 
 }  // namespace taco::cuda

@@ -1,7 +1,6 @@
 // Launches the decode kernels: picks the plan and the instantiation, raises the shared-memory limit once per device.
 #include "decode_mma.cuh"
 #include "decode_plain.cuh"
-#include "gather.cuh"
 
 #include <cuda_runtime.h>
 
@@ -22,11 +21,6 @@ __global__ void __launch_bounds__(kThreads, bound(part)) decode_mma_kernel(const
 template <class T, int Vector, int Rows, Part part>
 __global__ void __launch_bounds__(kThreads, bound(part)) decode_plain_kernel(const __grid_constant__ DecodeArgs args) {
   decode_plain<T, Vector, Rows, part>(args);
-}
-
-template <class T>
-__global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant__ GatherArgs args) {
-  gather<T>(args);
 }
 
 using Kernel = void (*)(DecodeArgs);
@@ -112,11 +106,11 @@ bool sizes_are_sane(const LowRankCall& call) {
   for (int i = 0; sane && i < call.count; ++i) {
     const Factors& member = call.members[i];
     sane = member.rank >= 1 && member.rank < kMost && member.out >= 1 && member.out < kMost;
+    if (sane && member.pivot != nullptr) sane = member.rank < call.in && !call.norm;
   }
   if (sane && call.gate != kNoGate) {
     sane = call.count == 2 && call.members[0].out == call.members[1].out && call.residual == nullptr;
   }
-  if (sane && call.pivot != nullptr) sane = call.count == 1 && !call.norm;
   return sane && (call.residual == nullptr || call.count == 1);
 }
 
@@ -173,12 +167,20 @@ cudaError_t start(const Choice& choice, DecodeArgs& args, std::int64_t shared_by
   return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(choice.kernel), parameters);
 }
 
-cudaError_t start_gather(GatherArgs& args, int dtype, cudaStream_t stream) {
-  using GatherKernel = void (*)(GatherArgs);
-  const GatherKernel kernels[] = {gather_kernel<float>, gather_kernel<Half>, gather_kernel<Bfloat>};
-  void* parameters[] = {&args};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kernels[dtype]), dim3(unsigned(args.blocks)), dim3(kThreads),
-                          parameters, 0, stream);
+// Whether every row that the kernels read 16 bytes at a time begins and ends on a multiple of 16 bytes. x is not read so
+// where it is gathered.
+bool rows_are_aligned(const LowRankCall& call) {
+  const std::int64_t size = call.dtype == 0 ? 4 : 2;
+  bool aligned = true;
+  for (int i = 0; i < call.count; ++i) {
+    const Factors& member = call.members[i];
+    const bool gathers = member.pivot != nullptr;
+    const std::int64_t columns = call.in - (gathers ? member.rank : 0);
+    aligned = aligned && (gathers || is_aligned(call.x, call.x_stride * size, call.in * size)) &&
+              is_aligned(member.v, member.v_stride * size, columns * size) &&
+              is_aligned(member.u, member.u_stride * size, member.rank * size);
+  }
+  return aligned;
 }
 
 }  // namespace
@@ -202,27 +204,17 @@ int low_rank_decode(const LowRankCall& call, Launch launch, void* workspace, std
   cudaError_t error = current_device(&device);
   if (error != cudaSuccess) return error;
 
-  const std::int64_t size = call.dtype == 0 ? 4 : 2;
-  bool aligned = call.pivot != nullptr || is_aligned(call.x, call.x_stride * size, call.in * size);
-  for (int i = 0; i < call.count; ++i) {
-    const Factors& member = call.members[i];
-    aligned = aligned && is_aligned(member.v, member.v_stride * size, call.in * size) &&
-              is_aligned(member.u, member.u_stride * size, member.rank * size);
-  }
+  const bool aligned = rows_are_aligned(call);
   const bool cooperative = launch == kCooperative && device->cooperative;
   const auto plan_with = [&](std::int64_t shared) { return plan_decode(call, aligned, device->processors, shared); };
-  const std::int64_t beside = beside_first_kernel(device->shared_limit);
+  const std::int64_t beside = beside_first_kernel(call, device->shared_limit);
   DecodeArgs args{call, plan_with(cooperative ? device->shared_limit : beside), nullptr, nullptr};
-  GatherArgs gathering = arrange(args, workspace);
+  arrange(args, workspace);
   if (workspace_bytes < std::size_t(args.plan.workspace_bytes) ||
       reinterpret_cast<std::uintptr_t>(workspace) % 16 != 0) {
     return cudaErrorInvalidValue;
   }
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  if (call.pivot != nullptr) {
-    error = start_gather(gathering, call.dtype, on);
-    if (error != cudaSuccess) return error;
-  }
   if (cooperative) {
     const Choice both = choose<Part::kBoth>(args.plan, call.dtype);
     error = prepare(*device, both);
@@ -240,7 +232,7 @@ int low_rank_decode(const LowRankCall& call, Launch launch, void* workspace, std
     error = prepare(*device, choice);
     if (error != cudaSuccess) return error;
   }
-  error = start(first, args, header_bytes(args.plan.rows_padded), cudaLaunchAttributeIgnore, on);
+  error = start(first, args, args.plan.first_shared_bytes, cudaLaunchAttributeIgnore, on);
   if (error != cudaSuccess) return error;
   const bool dependent = can_depend(*device, first) && can_depend(*device, second);
   return start(second, args, args.plan.shared_bytes,

@@ -30,14 +30,13 @@ cuda::LowRankCall kernel_call(const GpuCall& call) {
   const LowRankInput& input = call.input;
   const LowRankMap* const maps = call.maps;
   cuda::LowRankCall made = {};
-  made.x = input.x, made.x_stride = input.x_stride, made.rows = input.rows, made.in = input.in;
+  made.x = input.x, made.x_stride = input.x_stride, made.rows = input.rows, made.in = call.x.width;
   made.residual = maps[0].residual, made.residual_stride = maps[0].residual_stride;
   made.count = call.count, made.gate = cuda::kNoGate, made.dtype = static_cast<int>(input.dtype);
   made.norm = input.normalise, made.eps = input.eps;
-  made.pivot = call.pivot, made.long_pivot = call.long_pivot;
   for (int i = 0; i < call.count; ++i)
-    made.members[i] = {maps[i].v,    maps[i].v_stride, maps[i].u,    maps[i].u_stride,
-                       maps[i].bias, maps[i].y,        maps[i].rank, maps[i].out};
+    made.members[i] = {maps[i].v,   maps[i].v_stride, maps[i].u,   maps[i].u_stride, maps[i].bias, maps[i].y,
+                       maps[i].out, maps[i].rank,     maps[i].out, call.pivot,       call.long_pivot};
   return made;
 }
 

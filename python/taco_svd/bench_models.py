@@ -20,6 +20,7 @@ from .architectures import Architecture, LinearSite, linear_shape, slice_config
 from .budget import LARGE_MAP, LEAST_SAVING, RANK_MULTIPLE, factor_parameters
 from .errors import TacoError
 from .export import dense_stand_in, with_layers_removed
+from .gauge import random_pivot
 from .modeling import as_compressed
 from .plan import Plan
 from .replacement import LowRankBridge, LowRankLinear, attach_bridge, drop_layers, structural_copy
@@ -236,7 +237,5 @@ def _filled(module: Any, fill: RandomFill, device: torch.device | str) -> Any:
             tensor = fill(parameter.shape, small * parameter.shape[1] ** -0.5, device)
         module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
     if getattr(module, "pivot", None) is not None:
-        # a random permutation: neighbouring inputs would be gathered faster than those of a real pivot
-        order = torch.randperm(module.in_features, generator=torch.Generator().manual_seed(2))
-        module.pivot = order.to(torch.int32).to(device)
+        module.pivot = random_pivot(module.in_features, module.rank, torch.Generator().manual_seed(2)).to(device)
     return module

@@ -31,6 +31,7 @@ from .bench import device_name
 from .bench_runner import capture
 from .budget import LEAST_SAVING, factor_parameters
 from .devices import on_device, waits_for
+from .gauge import random_pivot
 from .replacement import LowRankBridge
 from .wide_products import in_natural_products
 
@@ -203,7 +204,7 @@ class DeviceCosts:
         columns = in_features - rank if op == "pivoted" else in_features
         split, total = rank * columns, rank * (columns + out_features)
         weights = self._pieces(total)
-        pivot = torch.randperm(in_features).to(torch.int32).to(self.device)
+        pivot = random_pivot(in_features, rank).to(self.device)
 
         def call() -> torch.Tensor:
             piece = next(weights)

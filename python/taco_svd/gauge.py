@@ -23,7 +23,8 @@ def pivoted_factors(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, tor
 
     Returns:
         (u [out, rank], v [rank, in - rank], pivot [in] int32), float32: with ``full[:, pivot[:rank]] = I`` and
-        ``full[:, pivot[rank:]] = v``, ``u_out @ full`` equals ``u @ v`` to rounding.
+        ``full[:, pivot[rank:]] = v``, ``u_out @ full`` equals ``u @ v`` to rounding. Both parts of the pivot are in
+        ascending order: neighbours in memory are then gathered together.
     """
     rank = v.shape[0]
     # Orthonormal rows first: the choice of inputs and what follows then do not suffer from v's scaling.
@@ -45,10 +46,17 @@ def pivoted_factors(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, tor
         old_row[column] += 1
         old_column[row] -= 1
         between -= torch.outer(old_column, old_row / value)
+    chosen, rest = chosen.sort().values, rest.sort().values
     # once more from the start: the updates have gathered rounding
     basis = q[chosen].T
     between = torch.linalg.solve(basis, q[rest].T)
     return (left @ basis).float(), between.float(), torch.cat([chosen, rest]).to(torch.int32)
+
+
+def random_pivot(in_features: int, rank: int, generator: torch.Generator | None = None) -> torch.Tensor:
+    """A pivot [in] (int32) in the order that :func:`pivoted_factors` gives, for models and maps of random weights."""
+    order = torch.randperm(in_features, generator=generator)
+    return torch.cat([order[:rank].sort().values, order[rank:].sort().values]).to(torch.int32)
 
 
 def _lu(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

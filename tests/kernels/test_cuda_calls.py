@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from taco_kernels import _cuda
+from taco_kernels.low_rank_linear_concat import _cuda as concat_cuda
+from taco_kernels.low_rank_linear_concat import low_rank_linear_concat_reference
 from taco_kernels.low_rank_linear_group import _cuda as group_cuda
 from taco_kernels.low_rank_mlp import ACTIVATIONS, low_rank_mlp_reference
 from taco_kernels.low_rank_mlp import _cuda as mlp_cuda
@@ -40,37 +42,37 @@ class Extension:
     def direct_forget(self):
         pass
 
-    def cuda_low_rank_workspace_bytes(self, members, rows, in_size, gate, dtype, pivot):
+    def cuda_low_rank_workspace_bytes(self, members, rows, in_size, gate, dtype):
         assert 1 <= rows <= 16 and 1 <= len(members) <= 4 and dtype == 0
-        assert all(member[:6] == (0,) * 6 for member in members)
-        return (128 if pivot else 64) * rows + sum(member[6] for member in members)
+        assert all(member[:7] == (0,) * 7 for member in members)
+        return 64 * rows + sum(rank * (2 if pivot else 1) for *_, rank, _, pivot, _ in members)
 
     def cuda_low_rank(
         self, x, x_stride, members, residual, residual_stride, rows, in_size, gate, dtype, norm, eps, launch,
-        workspace, workspace_bytes, stream, pivot, long_pivot,
+        workspace, workspace_bytes, stream,
     ):  # fmt: skip
-        sizes = [(0, 0, 0, 0, 0, 0, *member[6:]) for member in members]
-        assert workspace_bytes == self.cuda_low_rank_workspace_bytes(sizes, rows, in_size, gate, dtype, bool(pivot))
+        sizes = [(*[0] * 7, *member[7:]) for member in members]
+        assert workspace_bytes == self.cuda_low_rank_workspace_bytes(sizes, rows, in_size, gate, dtype)
         assert workspace and stream == 77
         self.calls.append((rows, len(members), launch))
-        width = in_size + (members[0][6] if pivot else 0)
-        x = tensor_at(x, rows, width, x_stride)
-        if pivot:
-            assert len(members) == 1 and not norm and not gate
-            kind = ctypes.c_int64 if long_pivot else ctypes.c_int32
-            x = x[:, list((kind * width).from_address(pivot))]
+        x = tensor_at(x, rows, in_size, x_stride)
         if norm:
             x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
         results = []
-        for v, v_stride, u, u_stride, bias, _, rank, out in members:
-            t = x[:, width - in_size :] @ tensor_at(v, rank, in_size, v_stride).T + (x[:, :rank] if pivot else 0)
+        for v, v_stride, u, u_stride, bias, _, _, rank, out, pivot, long_pivot in members:
+            behind, identity = x, 0
+            if pivot:
+                kind = ctypes.c_int64 if long_pivot else ctypes.c_int32
+                gathered = x[:, list((kind * in_size).from_address(pivot))]
+                identity, behind = gathered[:, :rank], gathered[:, rank:]
+            t = behind @ tensor_at(v, rank, behind.shape[1], v_stride).T + identity
             y = t @ tensor_at(u, out, rank, u_stride).T
             y = y + (tensor_at(bias, 1, out, out) if bias else 0)
             results.append(y + (tensor_at(residual, rows, out, residual_stride) if residual else 0))
         if gate:
             results = [ACTIVATIONS[CODES[gate]](results[0]) * results[1]]
-        for (*_, y, _, out), result in zip(members, results, strict=False):
-            tensor_at(y, rows, out, out).copy_(result)
+        for (*_, y, y_stride, _, out, _, _), result in zip(members, results, strict=False):
+            tensor_at(y, rows, out, y_stride).copy_(result)
 
 
 @pytest.fixture
@@ -101,7 +103,7 @@ def exact(x, v, u, bias):
 def test_one_linear_in_pieces_of_sixteen_rows(extension, rows):
     x, residual = torch.randn(rows, 15)[:, 2:12], torch.randn(7, rows).T
     v, u, bias = projection(4, 10, 7)
-    (y,) = _cuda.low_rank(x, [(v, u, bias)], residual)
+    (y,) = _cuda.low_rank(x, [_cuda.Member(v, u, bias)], residual)
     torch.testing.assert_close(y.double(), exact(x, v, u, bias) + residual.double(), rtol=1e-4, atol=1e-4)
     whole, rest = divmod(rows, 16)
     assert extension.calls == [(16, 1, 1)] * whole + [(rest, 1, 1)] * bool(rest)
@@ -109,7 +111,7 @@ def test_one_linear_in_pieces_of_sixteen_rows(extension, rows):
 
 def test_norm_and_leading_dimensions(extension):
     h, (v, u, _) = torch.randn(3, 2, 10), projection(4, 10, 10)
-    (y,) = _cuda.low_rank(h, [(v, u, None)], h, 1e-2)
+    (y,) = _cuda.low_rank(h, [_cuda.Member(v, u)], h, 1e-2)
     normed = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-2)
     torch.testing.assert_close(y.double(), exact(normed, v, u, None) + h.double(), rtol=1e-4, atol=1e-4)
     assert y.shape == h.shape
@@ -135,6 +137,21 @@ def test_members_without_a_rank_have_no_kernel(extension):
     assert extension.calls == [(3, 2, 1)]
 
 
+@pytest.mark.parametrize("rows", [1, 17])
+def test_side_by_side_with_pivots_and_without(extension, rows):
+    x = torch.randn(rows, 15)[:, 2:12]
+    indices = [torch.int32, None, torch.int64, None, torch.int32]
+    members = []
+    for i, index in enumerate(indices):
+        rank, pivot = 2 + i, None if index is None else torch.randperm(10).to(index)
+        members.append((*projection(rank, 10 if pivot is None else 10 - rank, 5 + 2 * i, bias=i % 2 == 0), pivot))
+    arguments = list(map(list, zip(*members, strict=True)))
+    y = concat_cuda(x, *arguments)
+    torch.testing.assert_close(y, low_rank_linear_concat_reference(x, *arguments), rtol=1e-4, atol=1e-4)
+    assert y.is_contiguous()
+    assert extension.calls == [(count, size, 1) for size in (4, 1) for count in [16] * (rows > 16) + [1]]
+
+
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_mlp_is_two_calls(extension, act):
     x = torch.randn(20, 10)
@@ -156,7 +173,7 @@ def test_behind_a_pivot(extension, rows, index):
 
 
 def test_launch_is_chosen_by_name(extension, monkeypatch):
-    x, member = torch.randn(1, 10), projection(2, 10, 3)
+    x, member = torch.randn(1, 10), _cuda.Member(*projection(2, 10, 3))
     for name, code in _cuda.LAUNCHES.items():
         _cuda.set_launch(name)
         _cuda.low_rank(x, [member])

@@ -18,14 +18,16 @@ from taco_kernels.low_rank_mlp import ACTIVATIONS
 
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 HOPPER_SHARED = 232448  # bytes a block may have; less makes the kernels take their slower ways
-# What of it the second kernel of a dependent launch does not get (``beside_first_kernel`` in csrc/cuda/plan.h).
+# What of it the second kernel of a dependent launch does not get without a pivot (``beside_first_kernel`` in
+# csrc/cuda/plan.h).
 FIRST_KERNEL = 8 * 16 * 16 * 4 + 64 + 512 + 16 + 2048
 
 
 @dataclass(frozen=True)
 class Case:
     """One call. Tuples of ranks and sizes are several members, ``act`` the gated form of two. ``pad`` widens every row
-    beyond its elements; ``shared`` is what the device gives a block; ``pivot`` is the dtype of one."""
+    beyond its elements; ``shared`` is what the device gives a block; ``pivot`` is the dtype of one, or of each
+    member's (None for a member without)."""
 
     rows: int
     in_size: int
@@ -42,13 +44,13 @@ class Case:
     gain: float = 1.0  # what v has more and u less, so that only the intermediate is large
     act: str | None = None
     launch: str = "cooperative"
-    pivot: torch.dtype | None = None  # in_size is then what is left beside the identity
+    pivot: torch.dtype | tuple[torch.dtype | None, ...] | None = None
     cancels: bool = False  # the residual is what the result rounds to, negated: what is left shows the sums' last bits
 
     @property
-    def width(self) -> int:
-        """Columns of x."""
-        return self.in_size if self.pivot is None else self.in_size + self.members[0][0]
+    def pivots(self) -> list[torch.dtype | None]:
+        """of each member"""
+        return list(self.pivot) if isinstance(self.pivot, tuple) else [self.pivot] * len(self.members)
 
     @property
     def members(self) -> list[tuple[int, int]]:
@@ -116,16 +118,31 @@ def _cases() -> list[Case]:
     ]
     # behind a pivot: matrix unit and plain, one split and several, intermediates in pieces, every dtype and index
     cases += [
-        Case(1, 264, 200, 40, brain, pivot=torch.int32),
-        Case(5, 4200, 24, 8, half, pivot=torch.int64, processors=4, bias=False),
-        Case(16, 96, 304, 264, brain, pivot=torch.int64, shared=26_000),
-        Case(9, 32, 16, 16, half, pivot=torch.int32, residual=False),
-        Case(3, 301, 43, 19, single, pivot=torch.int32, pad=1),
-        Case(16, 256, 100, 64, single, pivot=torch.int64, processors=4),
-        Case(2, 77, 51, 13, half, pivot=torch.int64),
-        Case(1, 1, 1, 1, brain, pivot=torch.int32),
-        Case(4, 8, 300, 70, single, pivot=torch.int32, shared=13_000),
-        Case(12, 131, 64, 30, brain, pivot=torch.int64, pad=3),
+        Case(1, 304, 200, 40, brain, pivot=torch.int32),
+        Case(5, 4208, 24, 8, half, pivot=torch.int64, processors=4, bias=False),
+        Case(16, 360, 304, 264, brain, pivot=torch.int64, shared=26_000),
+        Case(9, 48, 16, 16, half, pivot=torch.int32, residual=False),
+        Case(3, 320, 43, 19, single, pivot=torch.int32, pad=1),
+        Case(16, 320, 100, 64, single, pivot=torch.int64, processors=4),
+        Case(2, 90, 51, 13, half, pivot=torch.int64),
+        Case(1, 2, 1, 1, brain, pivot=torch.int32),
+        Case(4, 78, 300, 70, single, pivot=torch.int32, shared=13_000),
+        Case(12, 161, 64, 30, brain, pivot=torch.int64, pad=3),
+        # a slice gathered in several pieces, one that serves the next ranks too; rows of x that are not aligned
+        Case(9, 1384, 40, 24, brain, pivot=torch.int32, processors=1, pad=1),
+        Case(2, 424, 24, 72, half, pivot=torch.int64, processors=2),
+    ]
+    long, short = torch.int64, torch.int32
+    cases += [
+        # several members, each with a pivot of its own or none, and so of different widths
+        Case(1, 304, (128, 32, 32), (40, 16, 24), brain, pivot=(short, short, short), **one),
+        Case(9, 304, (40, 8, 24), (72, 8, 280), half, pad=8, processors=2, pivot=(short, None, long), **one),
+        Case(2, 1104, (24, 40), (8, 16), brain, processors=4, pivot=(short, short), **one),
+        Case(16, 264, (304, 64), (136, 200), brain, shared=26_000, pivot=(long, short), bias=False, **one),
+        Case(3, 301, (43, 1, 70), (19, 300, 33), single, pad=1, pivot=(None, short, long), **one),
+        Case(16, 128, (40, 300), (70, 8), single, shared=13_000, pivot=(short, None), **one),
+        Case(2, 77, (51, 30), (13, 7), half, pivot=(long, long), **one),
+        Case(5, 1096, 40, (16, 8), half, act="silu", processors=4, pivot=(short, short), **one),
     ]
     generator = torch.Generator().manual_seed(0)
 
@@ -180,19 +197,24 @@ def _bytes(tensor):
 
 
 def _draw(case: Case, seed: int):
+    """x, (v, u, bias, pivot) of each member, residual"""
     generator = torch.Generator().manual_seed(seed)
-    x = _tensor(case.rows, case.width, case.pad, case.dtype, generator, case.scale)
-    pivot = None if case.pivot is None else torch.randperm(case.width, generator=generator).to(case.pivot)
+    x = _tensor(case.rows, case.in_size, case.pad, case.dtype, generator, case.scale)
     members = []
-    for rank, out_size in case.members:
-        v = _tensor(rank, case.in_size, case.pad, case.dtype, generator, case.gain * case.in_size**-0.5)
-        u = _tensor(out_size, rank, case.pad, case.dtype, generator, rank**-0.5 / case.gain)
-        members.append((v, u, _tensor(1, out_size, 0, case.dtype, generator) if case.bias else None))
+    for (rank, out_size), index in zip(case.members, case.pivots, strict=True):
+        # what v multiplies takes whole vectors of 16 bytes, whatever x's rows do
+        pad = case.pad // 8 * 8 if index is not None and case.dtype != torch.float32 else case.pad
+        columns = case.in_size - (rank if index is not None else 0)
+        v = _tensor(rank, columns, pad, case.dtype, generator, case.gain * columns**-0.5)
+        u = _tensor(out_size, rank, pad, case.dtype, generator, rank**-0.5 / case.gain)
+        bias = _tensor(1, out_size, 0, case.dtype, generator) if case.bias else None
+        pivot = None if index is None else torch.randperm(case.in_size, generator=generator).to(index)
+        members.append((v, u, bias, pivot))
     residual = _tensor(case.rows, case.members[0][1], case.pad, case.dtype, generator) if case.residual else None
     if case.cancels:
-        v, u, bias = members[0]
+        v, u, bias, _ = members[0]
         residual = -_exact(x, v, u, bias, None, None, case.dtype)[0].to(case.dtype)
-    return x, members, residual, pivot
+    return x, members, residual
 
 
 def _aligned(case: Case, tensors) -> bool:
@@ -256,22 +278,22 @@ def test_kernels_against_float64(program, tmp_path):
     for seed, case in enumerate(cases):
         drawn.append(drawn[-1] if case.launch == "dependent" else _draw(case, seed))
     with open(tmp_path / "calls", "wb") as file:
-        for case, (x, members, residual, pivot) in zip(cases, drawn, strict=True):
+        for case, (x, members, residual) in zip(cases, drawn, strict=True):
             factors = [t for member in members for t in member[:2]]
-            read_whole = factors if case.pivot else (x, *factors)  # what is gathered is aligned
+            read_whole = factors if all(case.pivots) else (x, *factors)  # what is gathered need not be aligned
             header = (
-                case.rows, case.in_size, case.width, CODES[case.dtype], case.norm, _cuda.GATES[case.act],
+                case.rows, case.in_size, CODES[case.dtype], case.norm, _cuda.GATES[case.act],
                 _cuda.LAUNCHES[case.launch], _aligned(case, read_whole), case.residual, case.processors,
                 case.shared, len(members), x.stride(0), residual.stride(0) if case.residual else 0,
-                0 if pivot is None else pivot.element_size(),
             )  # fmt: skip
-            file.write(struct.pack("<15qd", *header, eps))
+            file.write(struct.pack("<13qd", *header, eps))
             file.write(_bytes(x))
-            if pivot is not None:
-                file.write(_bytes(pivot[None]))
-            for v, u, bias in members:
-                file.write(struct.pack("<5q", u.shape[1], u.shape[0], bias is not None, v.stride(0), u.stride(0)))
-                file.write(b"".join(_bytes(tensor) for tensor in (v, u, bias) if tensor is not None))
+            for v, u, bias, pivot in members:
+                strides = v.stride(0), u.stride(0), u.shape[0] + case.pad
+                index = 0 if pivot is None else pivot.element_size()
+                file.write(struct.pack("<7q", u.shape[1], u.shape[0], bias is not None, *strides, index))
+                pivot = None if pivot is None else pivot[None]
+                file.write(b"".join(_bytes(tensor) for tensor in (v, u, bias, pivot) if tensor is not None))
             if residual is not None:
                 file.write(_bytes(residual))
     command = [str(program), str(tmp_path / "calls"), str(tmp_path / "results")]
@@ -282,25 +304,34 @@ def test_kernels_against_float64(program, tmp_path):
     data = bytearray((tmp_path / "results").read_bytes())
     at = 0
     before = None
-    for case, (x, members, residual, pivot) in zip(cases, drawn, strict=True):
+    for case, (x, members, residual) in zip(cases, drawn, strict=True):
         matrix_unit, splits, prefetched, capacity, tile_warps = struct.unpack_from("<5q", data, at)
         at += 40
-        results = [_exact(x, *member, residual, eps if case.norm else None, case.dtype, pivot) for member in members]
+        results = [
+            _exact(x, v, u, bias, residual, eps if case.norm else None, case.dtype, pivot)
+            for v, u, bias, pivot in members
+        ]
         if case.act is not None:
             results = [_gated(results, case.act)]
         ys = []
         for exact, error in results:
-            y = torch.frombuffer(data, dtype=case.dtype, count=exact.numel(), offset=at).view(exact.shape)
-            at += y.numel() * y.element_size()
+            rows, width = exact.shape
+            stride = width + case.pad
+            flat = torch.frombuffer(data, dtype=case.dtype, count=(rows - 1) * stride + width, offset=at)
+            at += flat.numel() * flat.element_size()
+            y = flat.as_strided((rows, width), (stride, 1))
             ys.append(y)
             try:
                 _check(y, exact, error)
+                between = flat.as_strided((rows - 1, case.pad), (stride, 1), width)
+                assert between.isnan().all(), "written beside a row"
             except AssertionError as failure:
                 raise AssertionError(f"{case}: {failure}") from None
         if case.launch == "dependent":
             assert all(torch.equal(a, b) for a, b in zip(ys, before, strict=True)), f"{case}: the launches differ"
         before = ys
-        form = "gated" if case.act else "group" if len(members) > 1 else "pivoted" if case.pivot else "single"
+        several = "gated" if case.act else "group" if len(members) > 1 else "single"
+        form = "pivoted " * (case.pivot is not None) + several
         seen.update(
             {
                 ("matrix unit", bool(matrix_unit), form),
@@ -313,7 +344,7 @@ def test_kernels_against_float64(program, tmp_path):
     assert at == len(data)
     # The cases must have reached every way through the kernels.
     ways = ("matrix unit", "several splits", "u prefetched", "intermediate in pieces")
-    forms = ("single", "group", "gated", "pivoted")
+    forms = ("single", "group", "gated", "pivoted single", "pivoted group")
     missing = {(way, value, form) for way in ways for value in (True, False) for form in forms} - seen
     missing |= {("tiles at a time", n) for n in (1, 2, 4, 8)} - seen
     assert not missing, f"no case covers {missing}"

@@ -41,24 +41,24 @@ def launched(tmp_path_factory):
     ],
 )
 def test_the_second_kernel_starts_early_where_its_code_waits(launched, code, second):
-    assert [line.split()[0] for line in launched("dependent", f"code={code}")] == ["gather", "plain", second]
+    assert [line.split()[0] for line in launched("dependent", f"code={code}")] == ["plain", second]
 
 
 def test_the_first_kernel_leaves_shared_memory_for_the_second(launched):
-    assert launched("dependent") == ["gather", "plain carveout", "dependent"]
-    assert launched("dependent", "code=80") == ["gather", "plain", "plain"], "L1 given up for nothing"
+    assert launched("dependent") == ["plain carveout", "dependent"]
+    assert launched("dependent", "code=80") == ["plain", "plain"], "L1 given up for nothing"
 
 
 def test_one_kernel_with_a_barrier(launched):
-    assert launched() == ["gather", "cooperative"]
-    assert launched("code=80") == ["gather", "cooperative"]
+    assert launched() == ["cooperative"]
+    assert launched("code=80") == ["cooperative"]
 
 
 def test_two_kernels_where_one_is_refused(launched):
     both = ["plain carveout", "dependent"]
-    assert launched("most_blocks=2") == ["gather", "cooperative refused", *both]
-    assert launched("most_blocks=2", "code=80") == ["gather", "cooperative refused", "plain", "plain"]
-    assert launched("cooperative=0") == ["gather", *both], "asked for what the device said it has not"
+    assert launched("most_blocks=2") == ["cooperative refused", *both]
+    assert launched("most_blocks=2", "code=80") == ["cooperative refused", "plain", "plain"]
+    assert launched("cooperative=0") == both, "asked for what the device said it has not"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kernel_cases import DTYPES, assert_within, bound, cpu_backends, linear_exact, random, using
 
 from taco_kernels import pivoted_low_rank_linear
-from taco_kernels.pivoted_low_rank_linear import _gathered, pivoted_low_rank_linear_reference
+from taco_kernels.pivoted_low_rank_linear import gathered, pivoted_low_rank_linear_reference
 
 
 def full_right_factor(v, pivot):
@@ -185,7 +185,7 @@ def test_gather_is_torchs(dtype, index_dtype, threads):
             pivot = torch.randperm(inputs).to(index_dtype)
             expected = x.index_select(1, pivot)
             for together in (False, True):
-                first, rest = _gathered(x, pivot, rank, together)
+                first, rest = gathered(x, pivot, rank, together)
                 assert torch.equal(torch.cat([first, rest], 1), expected)
     finally:
         torch.set_num_threads(before)

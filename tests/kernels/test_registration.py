@@ -16,6 +16,7 @@ import taco_kernels
 from taco_kernels import (
     low_rank_bridge,
     low_rank_linear,
+    low_rank_linear_concat,
     low_rank_linear_group,
     low_rank_mlp,
     native,
@@ -65,6 +66,22 @@ def _group_reference(x, *tensors):
     return torch.cat(low_rank_linear_group_reference(*_members(x, *tensors)), dim=-1)
 
 
+def _members_and_pivots(x, *tensors):
+    """The first member without a pivot, the second with one."""
+    return *_members(x, *tensors), [None, torch.tensor([3, 8, 0, 1, 2, 4, 5, 6, 7], device=x.device)]
+
+
+def _concat(x, *tensors):
+    return low_rank_linear_concat(*_members_and_pivots(x, *tensors))
+
+
+def _concat_reference(x, *tensors):
+    # the pivoted member's right factor written out: the op's own reference fills it in place, which vmap does not know
+    x, vs, us, biases, (_, pivot) = _members_and_pivots(x, *tensors)
+    whole = torch.cat([torch.eye(2, dtype=vs[1].dtype, device=x.device), vs[1]], 1)[:, pivot.argsort()]
+    return torch.cat(low_rank_linear_group_reference(x, [vs[0], whole], us, biases), dim=-1)
+
+
 def _mlp(*tensors, act="silu", function=low_rank_mlp):
     x, *factors = tensors
     return function(x, tuple(factors[:3]), tuple(factors[3:6]), tuple(factors[6:]), act)
@@ -95,6 +112,11 @@ OPS = {
         torch.ops.taco_kernels.low_rank_linear_group.default, _group, _group_reference,
         lambda lead: [(*lead, 9), (4, 9), (7, 4), (7,), (2, 9), (5, 2), (5,)], optional=(3, 6), bias=3,
         pack=_members,
+    ),
+    "concat": Op(
+        torch.ops.taco_kernels.low_rank_linear_concat.default, _concat, _concat_reference,
+        lambda lead: [(*lead, 9), (4, 9), (7, 4), (7,), (2, 7), (5, 2), (5,)], optional=(3, 6), bias=3,
+        pack=_members_and_pivots,
     ),
     "mlp": _mlp_with("silu"),
 }  # fmt: skip
@@ -375,8 +397,8 @@ def test_a_trace_of_trained_factors_holds_the_op(name):
     torch.jit.save(traced, file)
     file.seek(0)
     loaded = torch.jit.load(file)
-    # of a group its members: no trace holds lists of optional tensors
-    held = op.overload if name != "group" else OPS["linear"].overload
+    # of several members their own ops: no trace holds lists of optional tensors
+    held = op.overload if name not in ("group", "concat") else OPS["linear"].overload
     assert f"taco_kernels::{held._opname}(" in str(loaded.inlined_graph)
     with torch.no_grad():
         torch.testing.assert_close(loaded(*inputs), op.function(*inputs))

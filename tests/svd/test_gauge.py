@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from taco_svd.gauge import LARGEST_ENTRY, pivoted_factors
+from taco_svd.gauge import LARGEST_ENTRY, pivoted_factors, random_pivot
 
 
 def assembled(v: torch.Tensor, pivot: torch.Tensor) -> torch.Tensor:
@@ -28,6 +28,8 @@ def test_product_is_the_same(out_features: int, in_features: int, rank: int) -> 
     new_u, new_v, pivot = pivoted_factors(u, v)
     assert (new_u.shape, new_v.shape) == (u.shape, (rank, in_features - rank))
     assert pivot.dtype == torch.int32 and sorted(pivot.tolist()) == list(range(in_features))
+    for part in (pivot[:rank], pivot[rank:]):
+        assert part.tolist() == sorted(part.tolist()), "neighbours in memory are to be gathered together"
     # both factors are rounded to float32 once
     scale = new_u.double().abs() @ assembled(new_v.abs(), pivot)
     error = (new_u.double() @ assembled(new_v, pivot) - u @ v).abs()
@@ -43,3 +45,10 @@ def test_entries_are_bounded_where_plain_pivoting_does_not_bound_them() -> None:
     new_u, new_v, pivot = pivoted_factors(u, v)
     assert float(new_v.abs().max()) <= LARGEST_ENTRY * (1 + 1e-6)
     assert torch.allclose(new_u.double() @ assembled(new_v, pivot), v, atol=1e-4)
+
+
+def test_random_pivots_are_in_the_same_order() -> None:
+    pivot = random_pivot(50, 20, torch.Generator().manual_seed(1))
+    assert pivot.dtype == torch.int32 and sorted(pivot.tolist()) == list(range(50))
+    assert pivot[:20].tolist() == sorted(pivot[:20].tolist()) != list(range(20))
+    assert pivot[20:].tolist() == sorted(pivot[20:].tolist())

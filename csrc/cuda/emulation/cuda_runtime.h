@@ -6,7 +6,7 @@
 #include <cstdio>
 #include <map>
 
-#include "cuda/gather.cuh"
+#include "cuda/decode_common.cuh"
 
 #define __global__
 #define __launch_bounds__(...)
@@ -127,12 +127,4 @@ inline cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const v
   const bool done = taco::cuda::run(int(config->gridDim.x), int(config->blockDim.x), int64_t(config->dynamicSmemBytes),
                                     [&] { body(args); });
   return done ? cudaSuccess : cudaErrorInvalidValue;
-}
-inline cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** parameters, std::size_t,
-                                    cudaStream_t) {
-  std::printf("gather\n");
-  using taco::cuda::GatherArgs;
-  const GatherArgs args = *static_cast<GatherArgs*>(parameters[0]);
-  const auto body = reinterpret_cast<void (*)(GatherArgs)>(reinterpret_cast<std::uintptr_t>(kernel));
-  return taco::cuda::run(int(grid.x), int(block.x), 0, [&] { body(args); }) ? cudaSuccess : cudaErrorInvalidValue;
 }

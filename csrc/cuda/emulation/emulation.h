@@ -227,6 +227,10 @@ V load_as(const void* address) {
 }
 inline uint4 load_weights(const void* address) { return load_as<uint4>(address); }
 inline uint4 load_activations(const void* address) { return load_as<uint4>(address); }
+template <class T>
+T load_input(const T* address) {
+  return *address;
+}
 inline float4 load_written4(const float* address) { return load_as<float4>(address); }
 inline float load_written(const float* address) { return *address; }
 

@@ -26,7 +26,7 @@ int main(int argc, char** argv) {
 
   if (ask) return std::printf("unusable: %s\n", why_unusable()), g_fake.last_error != 0;
 
-  // A call behind a pivot, so that all kinds of kernels take part. Twice: what is asked once per device must last.
+  // A call behind a pivot. Twice: what is asked once per device must last.
   constexpr int kRows = 3, kIn = 40, kRank = 20, kOut = 24, kWidth = kIn + kRank;
   std::vector<float> x(kRows * kWidth), v(kRank * kIn), u(kOut * kRank), y(kRows * kOut);
   std::vector<std::int32_t> pivot(kWidth);
@@ -39,9 +39,8 @@ int main(int argc, char** argv) {
     }
   }
   LowRankCall call = {};
-  call.x = x.data(), call.x_stride = kWidth, call.rows = kRows, call.in = kIn;
-  call.count = 1, call.pivot = pivot.data();
-  call.members[0] = {v.data(), kIn, u.data(), kRank, nullptr, y.data(), kRank, kOut};
+  call.x = x.data(), call.x_stride = kWidth, call.rows = kRows, call.in = kWidth, call.count = 1;
+  call.members[0] = {v.data(), kIn, u.data(), kRank, nullptr, y.data(), kOut, kRank, kOut, pivot.data(), false};
   const std::int64_t bytes = low_rank_decode_workspace_bytes(call);
   if (bytes < 0) return std::printf("error: %s\n", error_string(int(-bytes))), 0;
   std::unique_ptr<float[]> work(new float[std::size_t(bytes) / 4 + 4]);

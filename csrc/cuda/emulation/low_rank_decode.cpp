@@ -3,14 +3,13 @@
 #define TACO_EMULATE 1
 #include "cuda/decode_mma.cuh"
 #include "cuda/decode_plain.cuh"
-#include "cuda/gather.cuh"
 
 namespace taco::cuda {
 
 template <class T, Part part>
 bool launch_part(const DecodeArgs& args) {
   const DecodePlan& p = args.plan;
-  const int64_t shared = part == Part::kFirst ? header_bytes(p.rows_padded) : p.shared_bytes;
+  const int64_t shared = part == Part::kFirst ? p.first_shared_bytes : p.shared_bytes;
   const auto go = [&](auto body) { return run(p.blocks, kThreads, shared, body); };
   if constexpr (sizeof(T) == 2) {
     if (p.matrix_unit && p.rows_padded == 8) return go([&] { decode_mma<T, 1, part>(args); });
@@ -26,8 +25,7 @@ bool launch_part(const DecodeArgs& args) {
 }
 
 template <class T>
-bool launch(const DecodeArgs& args, const GatherArgs& gathering, Launch how) {
-  if (args.call.pivot != nullptr && !run(gathering.blocks, kThreads, 0, [&] { gather<T>(gathering); })) return false;
+bool launch(const DecodeArgs& args, Launch how) {
   if (how == kCooperative) return launch_part<T, Part::kBoth>(args);
   return launch_part<T, Part::kFirst>(args) && launch_part<T, Part::kSecond>(args);
 }
@@ -37,13 +35,13 @@ bool launch(const DecodeArgs& args, const GatherArgs& gathering, Launch how) {
 namespace {
 
 struct Header {  // as the test writes it; 64-bit each
-  int64_t rows, in, width, dtype, norm, gate, launch, aligned, has_residual, processors, shared_limit, count;
+  int64_t rows, in, dtype, norm, gate, launch, aligned, has_residual, processors, shared_limit, count;
   int64_t x_stride, residual_stride;
-  int64_t pivot;  // bytes of an index, 0 without one
   double eps;
 };
 struct MemberHeader {
-  int64_t rank, out, has_bias, v_stride, u_stride;
+  int64_t rank, out, has_bias, v_stride, u_stride, y_stride;
+  int64_t pivot;  // bytes of an index, 0 without one
 };
 
 // A tensor's bytes in memory of exactly that size, so that the sanitizer sees one byte too many.
@@ -70,18 +68,20 @@ int main(int argc, char** argv) {
   while (fread(&h, sizeof(h), 1, in) == 1) {
     const int64_t element = h.dtype == 0 ? 4 : 2;
     LowRankCall call = {};
-    Bytes x, pivot, residual, v[kMaxMembers], u[kMaxMembers], bias[kMaxMembers], y[kMaxMembers];
-    bool whole = h.count >= 1 && h.count <= kMaxMembers && read(in, x, h.rows, h.x_stride, h.width, element) &&
-                 (h.pivot == 0 || read(in, pivot, 1, 0, h.width, h.pivot));
+    Bytes x, residual, v[kMaxMembers], u[kMaxMembers], bias[kMaxMembers], y[kMaxMembers], pivot[kMaxMembers];
+    bool whole = h.count >= 1 && h.count <= kMaxMembers && read(in, x, h.rows, h.x_stride, h.in, element);
     for (int i = 0; whole && i < h.count; ++i) {
       MemberHeader m;
-      whole = fread(&m, sizeof(m), 1, in) == 1 && read(in, v[i], m.rank, m.v_stride, h.in, element) &&
+      whole = fread(&m, sizeof(m), 1, in) == 1 &&
+              read(in, v[i], m.rank, m.v_stride, h.in - (m.pivot != 0 ? m.rank : 0), element) &&
               read(in, u[i], m.out, m.u_stride, m.rank, element) &&
-              (!m.has_bias || read(in, bias[i], 1, 0, m.out, element));
-      const size_t bytes = size_t(h.rows * m.out * element);
+              (!m.has_bias || read(in, bias[i], 1, 0, m.out, element)) &&
+              (m.pivot == 0 || read(in, pivot[i], 1, 0, h.in, m.pivot));
+      const size_t bytes = size_t(((h.rows - 1) * m.y_stride + m.out) * element);
       y[i].data = static_cast<char*>(malloc(bytes));
       memset(y[i].data, 0xff, bytes);  // NaN
-      call.members[i] = {v[i].data, m.v_stride, u[i].data, m.u_stride, bias[i].data, y[i].data, m.rank, m.out};
+      call.members[i] = {v[i].data,  m.v_stride, u[i].data, m.u_stride,    bias[i].data, y[i].data,
+                         m.y_stride, m.rank,     m.out,     pivot[i].data, m.pivot == 8};
     }
     if (!whole ||
         (h.has_residual && !read(in, residual, h.rows, h.residual_stride, call.members[0].out, element))) {
@@ -90,7 +90,6 @@ int main(int argc, char** argv) {
     call.x = x.data, call.x_stride = h.x_stride, call.residual = residual.data;
     call.residual_stride = h.residual_stride, call.rows = h.rows, call.in = h.in, call.count = int(h.count);
     call.gate = int(h.gate), call.dtype = int(h.dtype), call.norm = h.norm != 0, call.eps = float(h.eps);
-    call.pivot = pivot.data, call.long_pivot = h.pivot == 8;
     DecodeArgs args{call, plan_decode(call, h.aligned != 0, int(h.processors), h.shared_limit), nullptr, nullptr};
     if (args.plan.shared_bytes > h.shared_limit) {
       return fprintf(stderr, "the plan wants %lld bytes of shared memory\n", (long long)args.plan.shared_bytes), 1;
@@ -98,17 +97,18 @@ int main(int argc, char** argv) {
     Bytes work;
     if (posix_memalign(reinterpret_cast<void**>(&work.data), 16, size_t(args.plan.workspace_bytes)) != 0) return 2;
     memset(work.data, 0xff, size_t(args.plan.workspace_bytes));  // NaN
-    const GatherArgs gathering = arrange(args, work.data);
+    arrange(args, work.data);
     const Launch how = Launch(h.launch);
-    const bool done = h.dtype == 0   ? launch<float>(args, gathering, how)
-                      : h.dtype == 1 ? launch<Half>(args, gathering, how)
-                                     : launch<Bfloat>(args, gathering, how);
+    const bool done = h.dtype == 0   ? launch<float>(args, how)
+                      : h.dtype == 1 ? launch<Half>(args, how)
+                                     : launch<Bfloat>(args, how);
     if (!done) return fprintf(stderr, "the launch hangs: a barrier that not every thread reaches\n"), 1;
     const int64_t facts[5] = {args.plan.matrix_unit, args.plan.splits, args.plan.prefetched_tiles,
                               args.plan.t_capacity, args.plan.tile_warps};
     fwrite(facts, sizeof(facts), 1, out);
     for (int i = 0; i < (h.gate ? 1 : h.count); ++i) {
-      fwrite(y[i].data, 1, size_t(h.rows * call.members[i].out * element), out);
+      const Factors& f = call.members[i];
+      fwrite(y[i].data, 1, size_t(((h.rows - 1) * f.y_stride + f.out) * element), out);
     }
   }
   fclose(in);

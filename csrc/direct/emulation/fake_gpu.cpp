@@ -111,27 +111,27 @@ int low_rank_decode(const LowRankCall& call, Launch launch, void* workspace, std
     const Factors& f = call.members[m];
     for (std::int64_t row = 0; row < call.rows; ++row) {
       const auto column = [&](std::int64_t c) {
-        if (call.pivot == nullptr) return c;
-        return call.long_pivot ? static_cast<const std::int64_t*>(call.pivot)[c]
-                               : std::int64_t(static_cast<const std::int32_t*>(call.pivot)[c]);
+        if (f.pivot == nullptr) return c;
+        return f.long_pivot ? static_cast<const std::int64_t*>(f.pivot)[c]
+                            : std::int64_t(static_cast<const std::int32_t*>(f.pivot)[c]);
       };
       const auto at = [&](std::int64_t c) { return number_at(call.x, row * call.x_stride + column(c), call.dtype); };
-      const std::int64_t before = call.pivot == nullptr ? 0 : f.rank;
+      const std::int64_t before = f.pivot == nullptr ? 0 : f.rank, columns = call.in - before;
       const auto x = [&](std::int64_t i) { return at(before + i); };
       double squares = 0;
-      for (std::int64_t i = 0; i < call.in; ++i) squares += x(i) * x(i);
+      for (std::int64_t i = 0; i < columns; ++i) squares += x(i) * x(i);
       const double scale = call.norm ? 1 / std::sqrt(squares / double(call.in) + call.eps) : 1;
       std::vector<double> middle(static_cast<std::size_t>(f.rank));
       for (std::int64_t r = 0; r < before; ++r) middle[static_cast<std::size_t>(r)] = at(r);
       for (std::int64_t r = 0; r < f.rank; ++r)
-        for (std::int64_t i = 0; i < call.in; ++i)
+        for (std::int64_t i = 0; i < columns; ++i)
           middle[static_cast<std::size_t>(r)] += scale * x(i) * number_at(f.v, r * f.v_stride + i, call.dtype);
       for (std::int64_t o = 0; o < f.out; ++o) {
         double sum = f.bias == nullptr ? 0 : number_at(f.bias, o, call.dtype);
         if (call.residual != nullptr) sum += number_at(call.residual, row * call.residual_stride + o, call.dtype);
         for (std::int64_t r = 0; r < f.rank; ++r)
           sum += middle[static_cast<std::size_t>(r)] * number_at(f.u, o * f.u_stride + r, call.dtype);
-        put_at(f.y, row * f.out + o, call.dtype, sum);
+        put_at(f.y, row * f.y_stride + o, call.dtype, sum);
       }
     }
   }

@@ -298,9 +298,14 @@ class FactorsMethod(LinearMethodBase):
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``x`` [..., in on this rank] through all maps of the layer: [..., sum of its partitions on this rank]."""
+        factors = self._factors(layer)
+        if self.dense_method is None and len(factors) > 1:
+            vs, us, pivots = map(list, zip(*factors, strict=True))
+            biases = [self._bias(bias, member) for member in self.factorised]
+            return taco_kernels.low_rank_linear_concat(x, vs, us, biases, pivots)
         outputs: dict[int, torch.Tensor] = {}
         plain: list[tuple[Member, torch.Tensor, torch.Tensor]] = []
-        for member, (v, u, pivot) in zip(self.factorised, self._factors(layer), strict=True):
+        for member, (v, u, pivot) in zip(self.factorised, factors, strict=True):
             if pivot is None:
                 plain.append((member, v, u))
             else:
