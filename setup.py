@@ -258,7 +258,9 @@ class Build(build_ext):
             codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
             codes += ["-gencode=arch=compute_80,code=compute_80"] if "80" in archs else []
             cuda_flags = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", "-lineinfo"]
+            # one architecture per core: they take most of the build, and one file holds nearly all kernels
             cuda_flags += [*codes, f"-I{CSRC}", "-ccbin", host_compiler(cxx)]
+            cuda_flags += [f"--threads={os.environ.get('TACO_JOBS') or 0}"]
             for cu in sorted((CSRC / "cuda").glob("*.cu")):
                 objects.append(("nvcc", cu, work / f"cuda_{cu.name}.o", cuda_flags))
 
