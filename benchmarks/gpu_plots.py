@@ -83,8 +83,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder of the pictures (default: beside the JSON)")
     options = parser.parse_args(arguments)
     content = json.loads(options.results.read_text())
+    # a point that failed as a whole has no numbers
+    content["points"] = {key: point for key, point in content["points"].items() if "us" in point}
     if not content["points"]:
-        print(f"{options.results} has no points: nothing to draw.")
+        print(f"{options.results} has no points that were measured: nothing to draw.")
         return 1
     out = options.out or options.results.parent
     out.mkdir(parents=True, exist_ok=True)

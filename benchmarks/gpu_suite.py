@@ -15,7 +15,11 @@ import argparse
 import os
 import platform
 import sys
+import time
+import traceback
 from pathlib import Path
+
+BEGAN = time.monotonic()  # importing torch takes a part of the budget too
 
 ROOT = Path(__file__).resolve().parents[1]
 for folder in (ROOT, ROOT / "python", ROOT / "benchmarks"):
@@ -25,6 +29,8 @@ for folder in (ROOT, ROOT / "python", ROOT / "benchmarks"):
 import torch  # noqa: E402  (the search path comes first)
 from gpu import conductor  # noqa: E402
 
+# Exit code of a part that an error ended.
+BROKEN = 4
 PARTS = ("build", "check", "sanitize", "tune", "bench", "svd")
 
 
@@ -33,7 +39,11 @@ def inside(options: argparse.Namespace) -> int:
     from gpu import parts, suite
 
     torch.manual_seed(int.from_bytes(os.urandom(4), "little"))
-    return 0 if parts.RUN[options.part[0]](suite.Suite(options)) else 1
+    try:
+        return 0 if parts.RUN[options.part[0]](suite.Suite(options)) else 1
+    except Exception:  # of a part itself, not of a point: the conductor must not take it for a finished one
+        traceback.print_exc()
+        return BROKEN
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,6 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)  # check small shapes (for sanitize)
     parser.add_argument("--only", action="append", help=argparse.SUPPRESS)  # check these backends
+    parser.add_argument("--without", action="append", help=argparse.SUPPRESS)  # these versions hang or crash
     parser.add_argument("--rows", choices=("decode", "prefill"), help=argparse.SUPPRESS)  # bench these
     parser.add_argument("--shard", help=argparse.SUPPRESS)  # i/n: the i-th of n processes that share the points
     options = parser.parse_args(arguments)
@@ -69,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     }
     handed = ["--dry-run"] * options.dry_run + ["--quick"] * options.quick
     workers = 2 if options.dry_run else max(1, min(10, (os.cpu_count() or 2) * 2 // 3))
-    run = conductor.Conductor(options.out, chosen, handed, options.budget_seconds, facts, workers)
+    run = conductor.Conductor(options.out, chosen, handed, options.budget_seconds, facts, workers, BEGAN)
     return 0 if run.run() else 1
 
 

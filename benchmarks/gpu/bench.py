@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import shapes
 from .checks import Factors, Inputs, call, draw, using, worst_error
-from .timing import Version, sets_needed, time_on_cpu, time_on_gpu
+from .timing import Version, nothing, sets_needed, time_on_cpu, time_on_gpu
 
 # Compiling takes seconds per shape; these rows stand for decode, a batch and prefill.
 COMPILED_ROWS = (1, 16, 512)
@@ -71,10 +71,20 @@ def forced(name: str, inputs: Inputs) -> Tensor | list[Tensor]:
         return call(inputs)
 
 
+def fresh_compiler() -> None:
+    """Forgets what was compiled, or the number of shapes seen so far decides what is compiled at all."""
+    torch.compiler.reset()
+    _compiled.cache_clear()
+
+
 def versions_for(
-    point: shapes.Point, device: str, usable: list[str], compile_too: bool
+    point: shapes.Point, device: str, usable: list[str], compile_too: bool, without: list[str]
 ) -> dict[str, Callable[[Inputs], Any]]:
-    """Everything that is compared at this point; ``taco`` is what a user gets, the dispatcher's choice."""
+    """Everything that is compared at this point; ``taco`` is what a user gets, the dispatcher's choice.
+
+    ``without`` are backends and versions whose calls have hung or crashed; the dispatcher's choice may be the CUDA
+    kernels, and goes with them when neither launch works.
+    """
     found: dict[str, Callable[[Inputs], Any]] = {"two calls": separate}
     if compile_too and point.rows in COMPILED_ROWS:
         found["compiled"] = compiled
@@ -86,28 +96,30 @@ def versions_for(
         found["taco cuda dependent"] = functools.partial(forced, "cuda dependent")
     if "triton" in usable and (point.rows <= 16 or not pivoted):
         found["taco triton"] = functools.partial(forced, "triton")
-    return found
+    bad = {*without, *(["taco"] if {"cuda", "cuda dependent"} <= set(without) else [])}
+    return {name: version for name, version in found.items() if name.removeprefix("taco ") not in bad}
 
 
 def bench_point(
     point: shapes.Point, device: str, usable: list[str], machine: dict[str, Any], cache: int, few: bool,
-    compile_too: bool = False,
+    compile_too: bool = False, without: list[str] | None = None, at: Callable[[str], None] = nothing,
 ) -> dict[str, Any]:  # fmt: skip
-    """Microseconds of each version, shares of the ceilings, and speed-ups; no speed-up of a version that is wrong."""
+    """Microseconds of each version, shares of the ceilings, and speed-ups, but none of a version that is wrong, alone
+    or in the timed graph. ``at`` is told which version comes next."""
     if compile_too:
-        torch.compiler.reset()  # or the number of shapes seen so far decides what is compiled
-        _compiled.cache_clear()
+        fresh_compiler()
     first = draw(point.op, point.in_size, point.out_size, point.rank, point.rows, point.dtype, device)
     count = 2 if few else sets_needed(first.bytes, cache, 12 << 30)
     sets = [first] + [
         draw(point.op, point.in_size, point.out_size, point.rank, point.rows, point.dtype, device)
         for _ in range(count - 1)
     ]
-    versions = versions_for(point, device, usable, compile_too)
+    versions = versions_for(point, device, usable, compile_too, without or [])
     # "taco" may be any of them, the library included.
     backend_of = dict.fromkeys(("two calls", "compiled", "taco", "taco library"), "library") | {"taco triton": "triton"}
     red: dict[str, Any] = {}
     for name, version in versions.items():
+        at(name)
         try:
             worst = worst_error(version(first), first, backend_of.get(name, "cuda"))
         except Exception as error:
@@ -115,15 +127,23 @@ def bench_point(
             continue
         if not worst <= 1.0:
             red[name] = f"error {worst:.2f} times the bound"
+    at("")
     timed: dict[str, Version] = {name: (version, sets) for name, version in versions.items()}
     timed["dense"] = _dense(point, device, cache, few)
-    times = (time_on_gpu if device == "cuda" else time_on_cpu)(timed)
+    times, last = (time_on_gpu if device == "cuda" else time_on_cpu)(timed, at=at)
+    for name in versions:
+        if name in red:
+            continue
+        if name not in last:
+            red[name] = f"not timed: {times[name].get('error')}"
+        elif not (worst := worst_error(last[name], sets[-1], backend_of.get(name, "cuda"))) <= 1.0:
+            red[name] = f"error {worst:.2f} times the bound in the timed graph"
 
     result: dict[str, Any] = {
         "op": point.op, "in": point.in_size, "out": point.out_size, "rank": point.rank, "rows": point.rows,
         "dtype": point.dtype, "models": shapes.models_of(point), "sets": count, "bytes": first.bytes,
         "flops": first.flops, "table_shape": point.table_shape, "break_even_rank": point.break_even_rank,
-        "us": times, "red": red, "speedup": {}, "share": {},
+        "us": times, "red": red, "speedup": {}, "share": {}, "without": without or [],
     }  # fmt: skip
     for name in versions:
         if name in red or "p50" not in times[name]:
@@ -183,19 +203,28 @@ def geomean(values: list[float]) -> float | None:
 
 
 def launches(points: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The cooperative launch's time over the dependent one's, geometric mean and extremes; above 1, dependent wins."""
-    ratios = [
-        p["us"]["taco cuda"]["p50"] / p["us"]["taco cuda dependent"]["p50"]
-        for p in points.values()
-        if all("p50" in p["us"].get(name, {}) and name not in p["red"] for name in ("taco cuda", "taco cuda dependent"))
-    ]
+    """The cooperative launch's time over the dependent one's, geometric mean and extremes; above 1, dependent wins. Of
+    two launches one of which never gave a right result, the other wins."""
+
+    def right(version: str) -> dict[str, float]:
+        return {
+            key: p["us"][version]["p50"]
+            for key, p in points.items()
+            if "p50" in p["us"].get(version, {}) and version not in p["red"]
+        }
+
+    cooperative, dependent = right("taco cuda"), right("taco cuda dependent")
+    ratios = [cooperative[key] / dependent[key] for key in cooperative if key in dependent]
     mean = geomean(ratios)
+    faster = None if mean is None else "dependent" if mean > 1.0 else "cooperative"
+    if bool(cooperative) != bool(dependent):
+        faster = "cooperative" if cooperative else "dependent"
     return {
         "points": len(ratios),
         "cooperative_over_dependent": mean,
         "least": round(min(ratios), 3) if ratios else None,
         "most": round(max(ratios), 3) if ratios else None,
-        "faster": None if mean is None else "dependent" if mean > 1.0 else "cooperative",
+        "faster": faster,
     }
 
 

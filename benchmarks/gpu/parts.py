@@ -14,16 +14,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import bench, checks, shapes, svd, timing, tuning
-from .store import ROOT, RUNNING, failed
+from .conductor import BURIAL_SECONDS, OWN_GROUP, SUITE
+from .store import ROOT, RUNNING, Store, failed
 from .suite import Suite
 
-SUITE = ROOT / "benchmarks" / "gpu_suite.py"
+SANITIZERS = ("memcheck", "racecheck", "synccheck")
 
 
 def build(suite: Suite) -> bool:
@@ -112,6 +114,9 @@ def check(suite: Suite) -> bool:
     for backend in names:
         if suite.only and backend not in suite.only:
             continue
+        if backend in suite.without:
+            left[backend] = sum(not store.done(key) for key, _ in _check_work(suite, backend))
+            continue
         left[backend] = 0
         groups: dict[str, int] = {}
         for key, work in _check_work(suite, backend):
@@ -126,27 +131,35 @@ def check(suite: Suite) -> bool:
     return not any(failed(point) for point in store.points.values())
 
 
-def _sanitized(tool: str, kind: str, seconds: float) -> dict[str, Any]:
-    """What one of compute-sanitizer's tools says of the CUDA kernels on small shapes, in so many seconds."""
+def _sanitized(tool: str, kind: str, seconds: float, without: list[str]) -> dict[str, Any]:
+    """What one of compute-sanitizer's tools says of the CUDA kernels on small shapes, in so many seconds.
+
+    It looks at our kernels alone: those of torch cost most of the time, and what it says of them is not ours to mend.
+    For the same reason calls of CUDA that fail while torch asks what there is do not count.
+    """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         command = [
             tool, "--tool", kind, "--error-exitcode", "9", "--print-limit", "5", "--show-backtrace", "device",
-            "--log-file", str(log), sys.executable, "-u", str(SUITE), "--inside", "--part", "check", "--small",
-            "--only", "cuda", "--only", "cuda dependent", "--out", folder, "--budget-seconds", str(int(seconds) - 30),
+            "--kernel-name", "kns=taco", "--target-processes", "application-only", "--log-file", str(log),
+            *(["--report-api-errors", "no"] if kind == "memcheck" else []),
+            sys.executable, "-u", str(SUITE), "--inside", "--part", "check", "--small",
+            "--only", "cuda", "--only", "cuda dependent", *(word for name in without for word in ("--without", name)),
+            "--out", folder, "--budget-seconds", str(int(seconds) - 30),
         ]  # fmt: skip
         # Blocks of their own from cudaMalloc: an access beyond a tensor is then beyond an allocation.
         environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", RUNNING: ""}
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            start_new_session=True,
+            **OWN_GROUP,
         )  # fmt: skip
         try:
             printed, _ = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(BURIAL_SECONDS)
             return {"ok": True, "skipped": f"not done after {seconds:.0f} s"}
         said = log.read_text() if log.exists() else ""
         found = Path(folder) / "check-small.json"
@@ -168,13 +181,31 @@ def sanitize(suite: Suite) -> bool:
         store.save(complete=False, skipped=reason)
         print(f"sanitize: skipped ({reason})")
         return True
-    for kind in ("memcheck", "racecheck", "synccheck"):
-        if store.done(kind) or suite.budget.left < 40:
-            continue
-        point = suite.run(store, kind, functools.partial(_sanitized, tool, kind, min(suite.budget.left, 120)))
-        print(f"sanitize: {kind}: {point.get('skipped') or ('nothing found' if point['ok'] else 'FINDINGS')}")
-    store.save(complete=len(store.points) == 3)
+    kinds = [kind for kind in SANITIZERS if not store.done(kind) and suite.budget.left >= 40]
+    seconds = min(suite.budget.left, 120)
+    # All at once: nothing is timed, and the last of them would get what the first leaves.
+    with ThreadPoolExecutor(len(SANITIZERS)) as pool:
+        found = {kind: pool.submit(_sanitized, tool, kind, seconds, suite.without) for kind in kinds}
+        for kind, result in found.items():
+            point = suite.run(store, kind, result.result)
+            print(f"sanitize: {kind}: {point.get('skipped') or ('nothing found' if point['ok'] else 'FINDINGS')}")
+    store.save(complete=len(store.points) == len(SANITIZERS))
     return not any(failed(point) for point in store.points.values())
+
+
+def _table_files(suite: Suite) -> tuple[Path, Path]:
+    """The GPU's table under ``--out``, and in the package."""
+    from taco_kernels.triton_kernels import config
+
+    name = f"{config.gpu_slug(suite.gpu)}.json"
+    return suite.out / name, config.TUNED_DIR / name
+
+
+def _adopt_table(suite: Suite) -> None:
+    """On a machine that starts bare what a former run found counts only once it is in the package."""
+    target, installed = _table_files(suite)
+    if target.exists() and not suite.dry:
+        shutil.copyfile(target, installed)
 
 
 def _install(suite: Suite, tuned: dict[str, Any], measured: dict[str, Any] | None = None) -> tuple[str, int]:
@@ -182,8 +213,7 @@ def _install(suite: Suite, tuned: dict[str, Any], measured: dict[str, Any] | Non
     from taco_kernels import _cuda, dispatch
     from taco_kernels.triton_kernels import config
 
-    name = f"{config.gpu_slug(suite.gpu)}.json"
-    target, installed = suite.out / name, config.TUNED_DIR / name
+    target, installed = _table_files(suite)
     if not suite.dry and installed.exists() and not target.exists():
         shutil.copyfile(installed, target)
     entries = tuning.write_table(target, suite.gpu, tuned, measured)
@@ -192,7 +222,7 @@ def _install(suite: Suite, tuned: dict[str, Any], measured: dict[str, Any] | Non
         config.forget_tables()
         dispatch.tuned_choice.cache_clear()
         _cuda.set_launch(None)
-    return name, entries
+    return target.name, entries
 
 
 def _tune_points(suite: Suite) -> list[shapes.Point]:
@@ -214,7 +244,7 @@ def tune(suite: Suite) -> bool:
         if suite.budget.spent:
             left += 1
             continue
-        suite.run(store, point.key, functools.partial(_tuned, suite, point))
+        suite.run(store, point.key, functools.partial(_tuned, suite, store, point))
     tuned = {key: point for key, point in store.points.items() if point.get("config")}
     name, entries = _install(suite, tuned)
     store.save(complete=left == 0, left=left)
@@ -226,9 +256,10 @@ def tune(suite: Suite) -> bool:
     return not any(failed(point) for point in store.points.values())
 
 
-def _tuned(suite: Suite, point: shapes.Point) -> dict[str, Any]:
+def _tuned(suite: Suite, store: Store, point: shapes.Point) -> dict[str, Any]:
     facts = {"op": point.op, "dtype": point.dtype, "table_shape": point.table_shape, "rows": point.rows}
-    result = tuning.tune_point(point, suite.device, suite.processors, suite.cache, suite.dry)
+    at = functools.partial(suite.within, store, point.key)
+    result = tuning.tune_point(point, suite.device, suite.processors, suite.cache, suite.dry, at)
     return {**facts, "ok": result["config"] is not None, **result}
 
 
@@ -254,6 +285,7 @@ def warm(suite: Suite) -> bool:
         return checks.draw(point.op, point.in_size, point.out_size, point.rank, point.rows, point.dtype, suite.device)
 
     def call(version: Callable[[checks.Inputs], Any], point: shapes.Point) -> Any:
+        bench.fresh_compiler()
         return version(inputs_of(point))
 
     def configurations(point: shapes.Point) -> None:
@@ -264,7 +296,7 @@ def warm(suite: Suite) -> bool:
 
     points = sorted(_bench_points(suite), key=lambda point: point.rows > 16)
     for point in points:
-        versions = bench.versions_for(point, suite.device, usable, _compiles(suite, point))
+        versions = bench.versions_for(point, suite.device, usable, _compiles(suite, point), suite.without)
         compiled = [versions[name] for name in ("taco triton", "compiled") if name in versions]
         work += [functools.partial(call, version, point) for version in compiled]
     if "triton" in usable:
@@ -276,9 +308,26 @@ def warm(suite: Suite) -> bool:
     return True
 
 
+def _eager_overheads(usable: list[str], without: list[str]) -> dict[str, Any]:
+    """Host time of an eager call, as the dispatcher makes it and by each backend; what one raises costs it alone."""
+    small = checks.draw("low_rank_linear", 1024, 1024, 64, 1, "bfloat16", "cuda")
+    bad = {*without, *(["auto"] if {"cuda", "cuda dependent"} <= set(without) else [])}
+    found: dict[str, Any] = {}
+    for name in ("auto", *usable):
+        if name in bad:
+            continue
+        try:
+            with contextlib.nullcontext() if name == "auto" else checks.using(name):
+                found[name] = timing.eager_overhead(checks.call, small)
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"[:300]
+    return found
+
+
 def run_bench(suite: Suite) -> bool:
     """Times and speed-ups; the ceilings are measured first, in the same process."""
     store = suite.store("bench")
+    _adopt_table(suite)
     machine = {} if suite.dry or suite.budget.spent else timing.ceilings()
     usable = suite.usable()
     left = 0
@@ -290,18 +339,15 @@ def run_bench(suite: Suite) -> bool:
             continue
 
         def measured(point: shapes.Point = point) -> dict[str, Any]:
-            compile_too = _compiles(suite, point)
-            result = bench.bench_point(point, suite.device, usable, machine, suite.cache, suite.dry, compile_too)
+            result = bench.bench_point(
+                point, suite.device, usable, machine, suite.cache, suite.dry, _compiles(suite, point), suite.without,
+                functools.partial(suite.within, store, point.key),
+            )  # fmt: skip
             return {**result, "machine": machine}
 
         suite.run(store, point.key, measured)
     if not suite.dry and not suite.budget.spent:
-        small = checks.draw("low_rank_linear", 1024, 1024, 64, 1, "bfloat16", "cuda")
-        overhead = {"auto": timing.eager_overhead(checks.call, small)}
-        for name in usable:
-            with checks.using(name):
-                overhead[name] = timing.eager_overhead(checks.call, small)
-        store.save(eager_us=overhead)
+        store.save(eager_us=_eager_overheads(usable, suite.without))
     timed = {key: point for key, point in store.points.items() if "us" in point}
     for key, version in bench.chosen(timed).items():
         timed[key]["chosen"] = version

@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Where a process says which point it is at: whoever started it knows then where it died.
+# Where a process says which point it is at, and which version within it: whoever started it knows then where it died.
 RUNNING = "TACO_SUITE_RUNNING"
 # A thousand small points need not be a thousand written files.
 SECONDS_BETWEEN_SAVES = 1.0
@@ -24,6 +24,27 @@ def write_json(path: Path, content: Any) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(partial, path)
+
+
+def say_running(part: str, key: str, within: str = "") -> None:
+    """Notes what this process is at, for the one that looks after it; no ``key`` between points."""
+    if os.environ.get(RUNNING):
+        Path(os.environ[RUNNING]).write_text("\t".join((part, key, within)))
+
+
+def what_ran(mark: Path) -> tuple[str, str, str]:
+    """(part, key, version within the point) that a process has said it is at; empty what it has not said."""
+    part, key, within, *_ = [*mark.read_text().split("\t"), "", "", ""]
+    return part, key, within
+
+
+# What must agree for points to count together: numbers of two machines in one file would be worse than none.
+IDENTITY = ("gpu", "torch", "triton", "sources", "dry_run")
+
+
+def same_run(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether the files of two processes tell of the same sources, on the same machine and versions."""
+    return all(one.get(name) == other.get(name) for name in IDENTITY)
 
 
 def failed(point: dict[str, Any]) -> bool:
@@ -69,10 +90,9 @@ class Store:
 
     def run(self, key: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Keeps what ``work`` gives, or that it raised: one broken point must not cost the others their run."""
-        if os.environ.get(RUNNING):
-            if not self.path.exists():
-                self.save()  # what this point is noted in should the process die of it
-            Path(os.environ[RUNNING]).write_text(f"{self.part} {key}")
+        if os.environ.get(RUNNING) and not self.path.exists():
+            self.save()  # what this point is noted in should the process die of it
+        say_running(self.part, key)
         try:
             point = work()
         except Exception as error:

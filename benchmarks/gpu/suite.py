@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .store import Budget, Store, error_of, sources
+from .store import Budget, Store, error_of, say_running, sources
 
 # Exit code of a process that can use its GPU no more, after an illegal access for example: another one goes on.
 LOST = 3
@@ -25,6 +25,8 @@ class Suite:
         self.small: bool = options.small
         self.quick: bool = options.quick
         self.only: list[str] = options.only or []
+        # versions of which a call has hung or killed its process before: the rest is measured without them
+        self.without: list[str] = options.without or []
         self.rows: str | None = options.rows
         number, _, of = (options.shard or "0/1").partition("/")
         self.shard, self.shards = int(number), int(of)
@@ -64,12 +66,28 @@ class Suite:
     def run(self, store: Store, key: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """One point; ends the process where the GPU is lost to it."""
         point = store.run(key, work)
-        if not self.dry:
-            try:
-                torch.cuda.synchronize()
-            except Exception as error:
-                if point.get("ok", True):
-                    store.add(key, error_of(error))
-                store.save()
-                sys.exit(LOST)
+        error = self.lost()
+        if error is not None:
+            if point.get("ok", True):
+                store.add(key, error_of(error))
+            store.save()
+            sys.exit(LOST)
+        say_running(store.part, "")  # what happens from here on is not this point's fault
         return point
+
+    def lost(self) -> Exception | None:
+        """Why the GPU is lost to this process, if it is: after an illegal access every call fails."""
+        try:
+            if not self.dry:
+                torch.cuda.synchronize()
+        except Exception as error:
+            return error
+        return None
+
+    def within(self, store: Store, key: str, version: str) -> None:
+        """Says which version of a point comes next. Ends the process where the one before lost it the GPU: what else
+        the point holds is then measured without that version, and not counted as wrong with it."""
+        if self.lost() is not None:
+            store.save()
+            sys.exit(LOST)
+        say_running(store.part, key, version)

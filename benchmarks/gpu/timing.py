@@ -50,23 +50,37 @@ def milliseconds(work: Callable[[], object]) -> float:
     return start.elapsed_time(end)
 
 
-def _captured(version: Call, sets: Sequence[Any], rounds: int) -> torch.cuda.CUDAGraph:
-    graph = torch.cuda.CUDAGraph()
+def _captured(version: Call, sets: Sequence[Any], rounds: int) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """The graph, replayed once, and what its last call gives, which every replay writes anew."""
+    graph, last = torch.cuda.CUDAGraph(), None
     with torch.cuda.graph(graph):
         for _ in range(rounds):
             for inputs in sets:
-                version(inputs)
+                last = version(inputs)
     graph.replay()
     torch.cuda.synchronize()
-    return graph
+    return graph, last
 
 
-def time_on_gpu(versions: dict[str, Version], replays: int = 25) -> dict[str, dict[str, float]]:
-    """Microseconds per call of each version. A version that fails to run or to be captured has only ``error``."""
+def nothing(name: str) -> None:
+    """For callers that need not know which version comes next."""
+
+
+def time_on_gpu(
+    versions: dict[str, Version], replays: int = 25, at: Callable[[str], None] = nothing
+) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+    """Microseconds per call of each version, and what the last call of each has given in the last timed replay, for the
+    last of its input sets: calls that follow each other without a pause can go wrong where a single one does not.
+
+    A version that fails to run or to be captured has only ``error``. ``at`` is told which version comes next, and ""
+    when all take turns.
+    """
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
     calls: dict[str, int] = {}
     results: dict[str, dict[str, Any]] = {}
+    last: dict[str, Any] = {}
     for name, (version, sets) in versions.items():
+        at(name)
         try:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -74,13 +88,16 @@ def time_on_gpu(versions: dict[str, Version], replays: int = 25) -> dict[str, di
                 for inputs in sets[:2]:
                     version(inputs)
             torch.cuda.current_stream().wait_stream(stream)
-            graph = _captured(version, sets, 1)
+            graph, last[name] = _captured(version, sets, 1)
             once = 1000 * min(milliseconds(graph.replay) for _ in range(3))
             rounds = max(1, min(20, math.ceil(LEAST_REPLAY_US / max(once, 1.0))))
-            graphs[name] = graph if rounds == 1 else _captured(version, sets, rounds)
-            calls[name] = rounds * len(sets)
+            if rounds > 1:
+                graph, last[name] = _captured(version, sets, rounds)
+            graphs[name], calls[name] = graph, rounds * len(sets)
         except Exception as error:
+            last.pop(name, None)
             results[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
+    at("")
     spent = 0.0
     while graphs and spent < WARM_MS:
         spent += sum(milliseconds(graph.replay) for graph in graphs.values())
@@ -89,21 +106,30 @@ def time_on_gpu(versions: dict[str, Version], replays: int = 25) -> dict[str, di
         for name, graph in graphs.items():
             samples[name].append(milliseconds(graph.replay) * 1000 / calls[name])
     results.update({name: percentiles(values) for name, values in samples.items()})
-    return results
+    return results, last
 
 
-def time_on_cpu(versions: dict[str, Version], replays: int = 3) -> dict[str, dict[str, float]]:
+def time_on_cpu(
+    versions: dict[str, Version], replays: int = 3, at: Callable[[str], None] = nothing
+) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
     """The dry run's stand-in for :func:`time_on_gpu`; its numbers mean nothing."""
     results: dict[str, dict[str, Any]] = {}
+    last: dict[str, Any] = {}
     for name, (version, sets) in versions.items():
+        at(name)
         samples = []
-        for _ in range(replays):
-            start = time.perf_counter()
-            for inputs in sets:
-                version(inputs)
-            samples.append((time.perf_counter() - start) * 1e6 / len(sets))
-        results[name] = percentiles(samples)
-    return results
+        try:
+            for _ in range(replays):
+                start = time.perf_counter()
+                for inputs in sets:
+                    last[name] = version(inputs)
+                samples.append((time.perf_counter() - start) * 1e6 / len(sets))
+            results[name] = percentiles(samples)
+        except Exception as error:
+            last.pop(name, None)
+            results[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
+    at("")
+    return results, last
 
 
 def ceilings() -> dict[str, float]:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -48,9 +49,11 @@ def test_dry_run_and_resume(tmp_path):
         assert "triton" in parts["check"]["backends"]
         assert "skipped" not in parts["svd"]["points"]["sketch"]
         assert parts["none-dry-run"]["entries"]
-    # Pictures come from the JSON alone.
+    # Pictures come from the JSON alone, and leave out what has no numbers.
+    broken = {**parts["bench"]["points"], "low_rank_linear/broken": {"ok": False, "error": "killed"}}
+    (tmp_path / "broken.json").write_text(json.dumps({**parts["bench"], "points": broken}))
     drawn = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "gpu_plots.py"), str(tmp_path / "bench.json")],
+        [sys.executable, str(ROOT / "benchmarks" / "gpu_plots.py"), str(tmp_path / "broken.json")],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if importlib.util.find_spec("matplotlib") is None:
@@ -114,6 +117,10 @@ def test_spent_budget_leaves_points_for_later(tmp_path):
     assert len(steps) == 2 and all(step["skipped"] for step in steps)
 
 
+def conducted(conductor, out, parts, seconds=100.0, workers=1):
+    return conductor.Conductor(out, parts, [], seconds, {"gpu": "none"}, workers, time.monotonic())
+
+
 # A part of the suite that has four points; what happens at the second is said by a file beside it.
 FAKE_PART = """
 import argparse, os, sys, time
@@ -153,7 +160,7 @@ def test_what_crashes_or_hangs_costs_its_point_only(conductor, tmp_path, monkeyp
     monkeypatch.setattr(conductor, "plan", lambda workers: [step])
     out = tmp_path / "out"
     conductor.prepare(out, ["check"], resume=False)
-    assert not conductor.Conductor(out, ["check"], [], 100.0, {"gpu": "none"}, workers).run() or "raise" in event
+    assert not conducted(conductor, out, ["check"], workers=workers).run() or "raise" in event
     content = json.loads((out / "check.json").read_text())
     assert content["complete"] and set(content["points"]) == set("abcd")
     assert [key for key, point in content["points"].items() if not point["ok"]] == ["b"]
@@ -164,9 +171,196 @@ def test_what_crashes_or_hangs_costs_its_point_only(conductor, tmp_path, monkeyp
     before = content["points"]["a"]["process"]
     script.write_text(FAKE_PART.format(benchmarks=str(ROOT / "benchmarks"), event="pass"))
     conductor.prepare(out, ["check"], resume=True)
-    assert conductor.Conductor(out, ["check"], [], 100.0, {"gpu": "none"}, workers).run()
+    assert conducted(conductor, out, ["check"], workers=workers).run()
     content = json.loads((out / "check.json").read_text())
     assert content["points"]["b"]["ok"] and content["points"]["a"]["process"] == before
+
+
+# A part whose versions, or backends, are run one after the other; one of them hangs, kills the process or breaks it.
+FAKE_VERSIONS = """
+import argparse, os, subprocess, sys, time
+from pathlib import Path
+sys.path.insert(0, {benchmarks!r})
+from gpu.store import Store, say_running
+parser = argparse.ArgumentParser()
+parser.add_argument("--out", type=Path)
+parser.add_argument("--part")
+parser.add_argument("--without", action="append", default=[])
+options, _ = parser.parse_known_args()
+store = Store(options.out, options.part, {{"gpu": "none"}})
+
+def run(name):
+    if name == "taco cuda" or name.startswith("cuda/"):
+        {event}
+
+def point(key):
+    ran = []
+    for name in ("taco cuda", "taco cuda dependent", "dense"):
+        if name.removeprefix("taco ") not in options.without:
+            say_running("bench", key, name)
+            run(name)
+            ran.append(name)
+    return {{"ran": ran, "launch": os.environ.get("TACO_CUDA_LAUNCH")}}
+
+keys = [f"{{b}}/{{n}}" for b in ("cuda", "cuda dependent") for n in range(3)] if options.part == "check" else ["a", "b"]
+for key in keys:
+    if store.done(key) or key.partition("/")[0] in options.without:
+        continue
+    store.run(key, (lambda: point(key)) if options.part == "bench" else (lambda: run(key) or {{"ok": True}}))
+    say_running(options.part, "")
+    store.save()
+{end}
+store.save(complete=True)
+"""
+
+
+def _with_versions(conductor, tmp_path, monkeypatch, part, event, end="pass"):
+    script = tmp_path / "suite.py"
+    script.write_text(FAKE_VERSIONS.format(benchmarks=str(ROOT / "benchmarks"), event=event, end=end))
+    monkeypatch.setattr(conductor, "SUITE", script)
+    monkeypatch.delenv("TACO_CUDA_LAUNCH", raising=False)
+    steps = [conductor.Step(part, 1.0, stall=3.0), conductor.Step("bench", 1.0, stall=3.0)]
+    monkeypatch.setattr(conductor, "plan", lambda workers: steps[: 1 if part == "bench" else 2])
+    monkeypatch.setattr(conductor, "WARM", conductor.WARM._replace(share=0.0))
+    out = tmp_path / "out"
+    conductor.prepare(out, ["check", "bench"], resume=False)
+    run = conducted(conductor, out, ["check", "bench"])
+    assert not run.run()
+    return {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
+
+
+@pytest.mark.parametrize("event", ["time.sleep(60)", "os._exit(3)"])
+def test_a_version_that_hangs_or_crashes_is_left_out_and_the_others_are_measured(
+    conductor, tmp_path, monkeypatch, event
+):
+    """A barrier that never opens must not take the time, and the numbers, of all other versions of every point."""
+    found = _with_versions(conductor, tmp_path, monkeypatch, "bench", event)
+    for key in "ab":
+        assert found["bench"]["points"][key] == {"ran": ["taco cuda dependent", "dense"], "launch": "dependent"}
+    assert list(found["suite"]["left_out"]) == ["cuda"] and len(found["suite"]["steps"][0]["deaths"]) == 1
+
+
+@pytest.mark.parametrize(("event", "deaths"), [("time.sleep(60)", 1), ("os._exit(3)", 2)])
+def test_a_backend_that_hangs_in_its_checks_is_left_out_of_all_that_follows(
+    conductor, tmp_path, monkeypatch, event, deaths
+):
+    found = _with_versions(conductor, tmp_path, monkeypatch, "check", event)
+    points = found["check"]["points"]
+    assert [key for key, point in points.items() if not point["ok"]] == [f"cuda/{n}" for n in range(deaths)]
+    assert sum(key.startswith("cuda dependent/") for key in points) == 3
+    assert all("taco cuda" not in point["ran"] for point in found["bench"]["points"].values())
+    assert found["suite"]["ok"] == {"check": False, "bench": True}
+
+
+def test_a_direct_call_that_hangs_is_one_of_the_cuda_kernels(conductor):
+    blame = conductor.Blame()
+    assert blame.of("check", "direct/low_rank_mlp", "", True, "hangs") == "cuda"
+    assert blame.arguments == ["--without", "cuda"] and blame.environment == {"TACO_CUDA_LAUNCH": "dependent"}
+    assert blame.of("tune", "low_rank_mlp", "3", True, "hangs") is None
+    assert blame.of("bench", "low_rank_mlp", "taco cuda dependent", False, "crashed") == "cuda dependent"
+    assert blame.environment == {}
+
+
+def test_an_end_that_breaks_costs_no_point(conductor, tmp_path, monkeypatch):
+    """What a part does behind its points is not the last point's fault, and is not tried again and again."""
+    found = _with_versions(conductor, tmp_path, monkeypatch, "bench", "pass", end="os._exit(4)")
+    assert all("error" not in point for point in found["bench"]["points"].values())
+    assert found["suite"]["steps"][0]["deaths"] == ["between points: died with exit code 4"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_part_that_cannot_even_begin_does_not_stop_the_rest(conductor, tmp_path, monkeypatch, workers):
+    script = tmp_path / "suite.py"
+    script.write_text("import sys\nif 'check' in sys.argv:\n    sys.exit(1)\n")
+    monkeypatch.setattr(conductor, "SUITE", script)
+    steps = [conductor.Step("check", 1.0, workers=workers), conductor.Step("svd", 1.0)]
+    monkeypatch.setattr(conductor, "plan", lambda workers: steps)
+    assert not conducted(conductor, tmp_path, ["check", "svd"], workers=workers).run()
+    suite = json.loads((tmp_path / "suite.json").read_text())
+    assert suite["ok"] == {"check": False, "svd": True}
+
+
+def test_an_error_in_the_conductor_itself_costs_one_step(conductor, tmp_path, monkeypatch):
+    script = tmp_path / "suite.py"
+    script.write_text("")
+    monkeypatch.setattr(conductor, "SUITE", script)
+    steps = [conductor.Step("check", 1.0, workers=2), conductor.Step("svd", 1.0)]
+    monkeypatch.setattr(conductor, "plan", lambda workers: steps)
+    monkeypatch.setattr(conductor, "merged", lambda *_: 1 / 0)
+    assert not conducted(conductor, tmp_path, ["check", "svd"]).run()
+    suite = json.loads((tmp_path / "suite.json").read_text())
+    assert suite["ok"] == {"check": False, "svd": True} and "ZeroDivisionError" in suite["steps"][0]["deaths"][0]
+
+
+def test_the_children_of_a_killed_process_end_with_it(conductor, tmp_path, monkeypatch):
+    """A compiler that runs on would be in the times of the steps behind it."""
+    script = tmp_path / "suite.py"
+    script.write_text(
+        "import subprocess, sys, time\nfrom pathlib import Path\n"
+        "child = subprocess.Popen(['sleep', '300'])\n"
+        f"Path({str(tmp_path / 'child')!r}).write_text(str(child.pid))\ntime.sleep(60)\n"
+    )
+    monkeypatch.setattr(conductor, "SUITE", script)
+    monkeypatch.setattr(conductor, "plan", lambda workers: [conductor.Step("build", 0.02, grace=0.0)])
+    assert not conducted(conductor, tmp_path, ["build"]).run()
+    state = Path("/proc") / (tmp_path / "child").read_text() / "stat"
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_a_process_that_does_not_die_is_not_waited_for(conductor, tmp_path, monkeypatch):
+    """SIGKILL waits for the driver, and the driver perhaps for a kernel that never ends."""
+    script = tmp_path / "suite.py"
+    script.write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setattr(conductor, "SUITE", script)
+    monkeypatch.setattr(conductor, "BURIAL_SECONDS", 0.2)
+    monkeypatch.setattr(conductor, "plan", lambda workers: [conductor.Step("build", 0.02, grace=0.0)])
+    killed = []
+    monkeypatch.setattr(conductor.os, "killpg", lambda group, number: killed.append(group))
+    began = time.monotonic()
+    assert not conducted(conductor, tmp_path, ["build"]).run()
+    assert time.monotonic() - began < 30 and killed
+    os.kill(killed[0], 9)
+
+
+def test_points_of_other_sources_are_not_merged(conductor, tmp_path):
+    def write(path, sources, key):
+        path.write_text(json.dumps({"sources": sources, "points": {key: {"ok": True}}, "left_of": {"library": 0}}))
+        return path
+
+    old, new = write(tmp_path / "check.json", "old", "a"), write(tmp_path / "part.json", "new", "b")
+    conductor.merged(old, [new])
+    content = json.loads(old.read_text())
+    assert set(content["points"]) == {"b"} and content["sources"] == "new"
+
+
+def test_what_is_not_timed_runs_side_by_side(conductor, tmp_path, monkeypatch):
+    script = tmp_path / "suite.py"
+    script.write_text(
+        "import sys, time\nfrom pathlib import Path\npart = sys.argv[sys.argv.index('--part') + 1]\n"
+        f"folder = Path({str(tmp_path)!r})\n"
+        "(folder / f'{part}.began').write_text(str(time.time()))\ntime.sleep(1.5)\n"
+        "(folder / f'{part}.ended').write_text(str(time.time()))\n"
+    )
+    monkeypatch.setattr(conductor, "SUITE", script)
+
+    def overlap(parts):
+        steps = [conductor.Step("sanitize", 1.0, beside_next=True), *(conductor.Step(part, 1.0) for part in parts)]
+        monkeypatch.setattr(conductor, "plan", lambda workers: steps)
+        monkeypatch.setattr(conductor, "WARM", conductor.WARM._replace(share=0.0))
+        assert conducted(conductor, tmp_path / "out", ["sanitize", *parts]).run()
+        began = float((tmp_path / f"{parts[0]}.began").read_text())
+        return began < float((tmp_path / "sanitize.ended").read_text())
+
+    (tmp_path / "out").mkdir()
+    assert overlap(["check", "tune"])
+    assert not overlap(["tune"]), "a step that is timed has the GPU to itself"
+
+
+def test_the_plan_covers_every_part_in_the_order_of_what_it_tells(conductor):
+    steps = conductor.plan(10)
+    assert [step.part for step in steps[:3]] == ["build", "check", "bench"]
+    assert {step.part for step in steps} == {"build", "check", "sanitize", "tune", "bench", "svd"}
+    assert next(step for step in steps if "cuda" in step.options).stall < conductor.STALL_SECONDS
 
 
 FAKE_WARMING = """
@@ -198,7 +392,7 @@ def test_what_compiles_ahead_is_waited_for_as_long_as_its_share_lasts(
     monkeypatch.setattr(conductor, "SUITE", script)
     monkeypatch.setattr(conductor, "plan", lambda workers: [conductor.Step("check", 1.0), conductor.Step("bench", 1.0)])
     conductor.prepare(tmp_path, ["check", "bench"], resume=False)
-    run = conductor.Conductor(tmp_path, ["check", "bench"], [], 120.0 if in_time else 16.0, {"gpu": "none"}, 1)
+    run = conducted(conductor, tmp_path, ["check", "bench"], 120.0 if in_time else 16.0)
     assert run.run() and run.warming == []
     assert not json.loads((tmp_path / "check.json").read_text())["points"]["a"]["warm"]
     assert json.loads((tmp_path / "bench.json").read_text())["points"]["a"]["warm"] == in_time
@@ -293,6 +487,55 @@ def test_wrong_version_gets_no_speedup(gpu, monkeypatch):
     result = gpu.bench.bench_point(point, "cpu", ["library"], {}, 1 << 20, few=True)
     assert "taco" in result["red"] and "taco" not in result["speedup"]
     assert result["us"]["taco"]["p50"] > 0
+
+
+@pytest.mark.parametrize("event", ["wrong", "raises"])
+def test_what_goes_wrong_only_when_it_is_timed_gets_no_speedup(gpu, monkeypatch, event):
+    """Calls that follow each other without a pause can share work space that a single call has for itself."""
+    calls = 0
+
+    def later(inputs):
+        nonlocal calls
+        calls += 1
+        if calls > 1 and event == "raises":
+            raise RuntimeError("not permitted when stream is capturing")
+        return right(inputs) * (1.5 if calls > 1 else 1.0)
+
+    right = gpu.bench.call
+    monkeypatch.setattr(gpu.bench, "call", later)
+    point = gpu.shapes.Point("low_rank_linear", 64, 64, 16, 2, "float32")
+    result = gpu.bench.bench_point(point, "cpu", [], {}, 1 << 20, few=True, without=["library"])
+    assert ("not permitted" if event == "raises" else "in the timed graph") in result["red"]["taco"]
+    assert "taco" not in result["speedup"] and "taco library" not in result["us"]
+
+
+def test_left_out_versions_take_the_dispatchers_choice_with_them(gpu):
+    point = gpu.shapes.Point("low_rank_linear", 64, 64, 16, 2, "bfloat16")
+
+    def names(*without):
+        return set(gpu.bench.versions_for(point, "cuda", ["cuda", "triton", "library"], False, list(without)))
+
+    everything = {"two calls", "taco", "taco library", "taco cuda", "taco cuda dependent", "taco triton"}
+    assert names() == everything
+    assert names("cuda") == everything - {"taco cuda"}
+    assert names("cuda", "cuda dependent") == {"two calls", "taco library", "taco triton"}
+
+
+def test_of_two_launches_the_one_that_works_is_chosen(gpu):
+    def point(red):
+        us = {"taco cuda": {"p50": 8.0}, "taco cuda dependent": {"p50": 9.0}, "taco library": {"p50": 20.0}}
+        shape = {"op": "low_rank_linear", "dtype": "bfloat16", "table_shape": (64, 64, 16), "rows": 1}
+        return {**shape, "us": us, "red": {red: "wrong"} if red else {}}
+
+    assert gpu.bench.launches({"a": point(None)})["faster"] == "cooperative"
+    bad = {"a": point("taco cuda")}
+    assert gpu.bench.launches(bad)["faster"] == "dependent" and gpu.bench.choices(bad)[0]["backend"] == "cuda"
+
+
+def test_a_part_that_raises_is_told_from_one_that_found_something(tmp_path):
+    (tmp_path / "bench.json").write_text("no JSON")
+    done = _run("--inside", "--dry-run", "--out", tmp_path, "--part", "bench", interpret=False)
+    assert done.returncode == 4 and "JSONDecodeError" in done.stderr
 
 
 def test_summary_of_known_numbers(gpu):
@@ -413,7 +656,9 @@ def test_times_are_per_call_whatever_the_number_of_sets(gpu, fake_cuda):
         "long": (call_of(5000), ["a", "b", "c"]),
         "broken": (broken, ["a", "b"]),
     }
-    found = timing.time_on_gpu(versions, replays=5)
+    told = []
+    found, last = timing.time_on_gpu(versions, replays=5, at=told.append)
+    assert told == ["one", "long", "broken", ""] and set(last) == {"one", "long"}
     assert found["one"] == {"p20": 3.0, "p50": 3.0, "p80": 3.0}
     assert found["long"]["p50"] == 5000.0
     assert "not permitted" in found["broken"]["error"] and "p50" not in found["broken"]
@@ -439,7 +684,7 @@ def test_what_is_timed_later_is_compiled_ahead(gpu, monkeypatch):
     for shard in ("0/2", "1/2"):
         number, of = map(int, shard.split("/"))
         suite = types.SimpleNamespace(
-            dry=False, quick=True, device="cpu", processors=4, usable=lambda: ["library"],
+            dry=False, quick=True, device="cpu", processors=4, usable=lambda: ["library"], without=[],
             budget=types.SimpleNamespace(spent=False), mine=lambda at, number=number, of=of: at % of == number,
         )  # fmt: skip
         assert parts.warm(suite)
@@ -462,7 +707,7 @@ def test_what_compute_sanitizer_says(gpu, tmp_path, tool, verdict):
     arguments = 'while [ $# -gt 0 ]; do case "$1" in --log-file) log=$2;; --out) out=$2;; esac; shift; done\n'
     script.write_text(f"#!/bin/bash\n{arguments}{tool}\n")
     script.chmod(0o755)
-    point = parts._sanitized(str(script), "memcheck", 5.0 if tool.startswith("sleep") else 60.0)
+    point = parts._sanitized(str(script), "memcheck", 5.0 if tool.startswith("sleep") else 60.0, ["cuda"])
     assert point["ok"] == (verdict != "FOUND")
     if verdict == "FOUND":
         assert "Invalid write" in point["log"]
@@ -470,3 +715,85 @@ def test_what_compute_sanitizer_says(gpu, tmp_path, tool, verdict):
         assert "skipped" not in point
     else:
         assert verdict in point["skipped"]
+
+
+def test_all_tools_of_compute_sanitizer_run_at_once_on_our_kernels(gpu, tmp_path, monkeypatch):
+    """One after the other, the last of them would get the seconds that the first leaves."""
+    parts, suite = importlib.import_module("gpu.parts"), importlib.import_module("gpu.suite")
+    script = tmp_path / "compute-sanitizer"
+    script.write_text(
+        f'#!/bin/bash\necho "$@" > {tmp_path}/$2.args\n'
+        'while [ $# -gt 0 ]; do case "$1" in --out) out=$2;; esac; shift; done\n'
+        'sleep 2\necho \'{"points": {"a": {}}}\' > $out/check-small.json\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(parts.shutil, "which", lambda name: str(script))
+    monkeypatch.setattr(suite.Suite, "lost", lambda self: None)
+    monkeypatch.setattr(parts, "Suite", suite.Suite)
+    options = types.SimpleNamespace(
+        out=tmp_path, dry_run=True, small=False, quick=True, only=None, without=["cuda"], rows=None, shard=None,
+        budget_seconds=60.0,
+    )  # fmt: skip
+    run = suite.Suite(options)
+    run.dry = False
+    began = time.monotonic()
+    assert parts.sanitize(run)
+    assert time.monotonic() - began < 5.0
+    content = json.loads((tmp_path / "sanitize.json").read_text())
+    assert content["complete"] and set(content["points"]) == set(parts.SANITIZERS)
+    for kind in parts.SANITIZERS:
+        said = (tmp_path / f"{kind}.args").read_text()
+        assert "--kernel-name kns=taco" in said and "--without cuda" in said
+        assert ("--report-api-errors no" in said) == (kind == "memcheck")
+
+
+@pytest.fixture
+def cpu_for_gpu(gpu, fake_cuda, monkeypatch):
+    """The checks that need a GPU, on the CPU: their tensors lie there, and a graph's replay changes nothing."""
+    checks = gpu.checks
+    draw = checks.draw
+    monkeypatch.setattr(checks, "draw", lambda *arguments, **more: draw(*arguments[:-1], "cpu", **more))
+    monkeypatch.setattr(checks, "using", lambda name: contextlib.nullcontext())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+    return checks
+
+
+@pytest.mark.parametrize("op", ["low_rank_linear", "low_rank_mlp", "low_rank_linear_group"])
+def test_checks_of_streams_run_and_see_a_graph_that_does_not_follow_its_inputs(cpu_for_gpu, monkeypatch, op):
+    assert cpu_for_gpu.check_streams("cuda", op) == {"ok": False}
+    monkeypatch.setattr(torch.Tensor, "normal_", lambda self: self)
+    assert cpu_for_gpu.check_streams("cuda", op) == {"ok": True}
+
+
+@pytest.mark.parametrize(
+    "op", ["low_rank_linear", "low_rank_bridge", "low_rank_linear_group", "pivoted_low_rank_linear"]
+)
+def test_checks_of_direct_calls_run_and_see_a_wrong_result(cpu_for_gpu, monkeypatch, op):
+    from taco_kernels import direct
+
+    if not direct.usable:
+        pytest.skip(f"direct calls: {direct.reason}")
+    monkeypatch.setattr(direct, "served", lambda *_: None)
+    assert cpu_for_gpu.check_direct(op) == {"ok": True}
+    joined = cpu_for_gpu.joined
+    monkeypatch.setattr(cpu_for_gpu, "joined", lambda inputs: joined(inputs) + 1)
+    assert cpu_for_gpu.check_direct(op) == {"ok": False}
+
+
+def test_ceilings_are_rates_per_second(gpu, fake_cuda, monkeypatch):
+    timing = importlib.import_module("gpu.timing")
+    empty, randn = torch.empty, torch.randn
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: empty(8, dtype=torch.uint8))
+    monkeypatch.setattr(torch, "randn", lambda *_, **__: randn(4, 4))
+    monkeypatch.setattr(timing, "milliseconds", lambda work: work() is None or 2.0)
+    assert timing.ceilings() == {"copy_gb_s": 0.0, "matmul_tflop_s": round(2 * 8192**3 / 2e-3 / 1e12, 1)}
+
+
+def test_host_times_of_backends_that_fail_cost_themselves_only(gpu, monkeypatch):
+    parts, timing = importlib.import_module("gpu.parts"), importlib.import_module("gpu.timing")
+    draw = gpu.checks.draw
+    monkeypatch.setattr(gpu.checks, "draw", lambda *arguments: draw(*arguments[:-1], "cpu"))
+    monkeypatch.setattr(timing, "eager_overhead", lambda call, inputs: call(inputs) is not None and 5.0)
+    found = parts._eager_overheads(["library", "cuda", "triton"], ["triton"])
+    assert found["auto"] == found["library"] == 5.0 and "RuntimeError" in found["cuda"] and "triton" not in found
+    assert "auto" not in parts._eager_overheads(["library"], ["cuda", "cuda dependent"])
