@@ -15,7 +15,7 @@ from typing import Any
 
 from gpu.shapes import OPS
 
-COLOURS = dict(zip(OPS, ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple"), strict=True))
+COLOURS = dict(zip(OPS, ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown"), strict=True))
 
 
 def rates(content: dict[str, Any]) -> list[tuple[str, float, float]]:

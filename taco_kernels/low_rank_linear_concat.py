@@ -133,10 +133,9 @@ def _compute(x: Tensor, vs: _Tensors, us: _Tensors, biases: _Optionals, pivots: 
     width = x.shape[-1]
     rows = x.numel() // width if width else x.shape[:-1].numel()
     rank = sum(u.shape[1] for u in us)
-    # the same products as of a group: its table serves
     shape = None
     if x.device.type != "cpu":
-        shape = ("low_rank_linear_group", width, sum(u.shape[0] for u in us), rank)
+        shape = ("low_rank_linear_concat", width, sum(u.shape[0] for u in us), rank)
     return BACKENDS[dispatch.choose(x.device.type, x.dtype, rows, False, shape, rank)](x, vs, us, biases, pivots)
 
 

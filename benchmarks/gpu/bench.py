@@ -26,7 +26,13 @@ def _together(members: tuple[Factors, ...]) -> Tensor:
 
 def _shared_input(x: Tensor, members: tuple[Factors, ...]) -> list[Tensor]:
     middles = F.linear(x, _together(members)).split([member.v.shape[0] for member in members], dim=1)
-    return [F.linear(middle, u, bias) for middle, (_, u, bias) in zip(middles, members, strict=True)]
+    return [F.linear(middle, member.u, member.bias) for middle, member in zip(middles, members, strict=True)]
+
+
+def _behind_pivot(x: Tensor, member: Factors) -> Tensor:
+    assert member.pivot is not None
+    gathered, rank = x.index_select(1, member.pivot), member.v.shape[0]
+    return F.linear(torch.addmm(gathered[:, :rank], gathered[:, rank:], member.v.T), member.u, member.bias)
 
 
 def separate(inputs: Inputs) -> Tensor | list[Tensor]:
@@ -36,24 +42,23 @@ def separate(inputs: Inputs) -> Tensor | list[Tensor]:
         return _shared_input(x, members)
     if inputs.op == "low_rank_mlp":
         gate, up = _shared_input(x, members[:2])
-        v, u, bias = members[2]
+        v, u, bias, _ = members[2]
         return F.linear(F.linear(F.silu(gate) * up, v), u, bias)
-    v, u, bias = members[0]
-    if inputs.pivot is not None:
-        gathered, rank = x.index_select(1, inputs.pivot), v.shape[0]
-        y = F.linear(torch.addmm(gathered[:, :rank], gathered[:, rank:], v.T), u, bias)
+    if inputs.op == "low_rank_linear_concat":
+        return torch.cat([_behind_pivot(x, member) for member in members], dim=-1)
+    if inputs.behind_pivot:
+        y = _behind_pivot(x, members[0])
         return y if residual is None else y + residual
+    v, u, bias, _ = members[0]
     if inputs.eps is not None:
         return F.linear(F.linear(F.rms_norm(x, x.shape[-1:], eps=inputs.eps), v), u, bias) + x
     y = F.linear(F.linear(x, v), u, bias)
     return y if residual is None else y + residual
 
 
-def _flat(
-    x: Tensor, tensors: list[Tensor | None], op: str, eps: float | None, pivot: Tensor | None
-) -> Tensor | list[Tensor]:
-    members = tuple(Factors(*tensors[i : i + 3]) for i in range(0, len(tensors), 3))  # type: ignore[arg-type]
-    return separate(Inputs(op, x, members, None, eps, pivot=pivot))
+def _flat(x: Tensor, tensors: list[Tensor | None], op: str, eps: float | None) -> Tensor | list[Tensor]:
+    members = tuple(Factors(*tensors[i : i + 4]) for i in range(0, len(tensors), 4))  # type: ignore[arg-type]
+    return separate(Inputs(op, x, members, None, eps))
 
 
 @functools.cache
@@ -62,7 +67,7 @@ def _compiled() -> Callable[..., Any]:
 
 
 def compiled(inputs: Inputs) -> Tensor | list[Tensor]:
-    return _compiled()(inputs.x, [t for member in inputs.members for t in member], inputs.op, inputs.eps, inputs.pivot)
+    return _compiled()(inputs.x, [t for member in inputs.members for t in member], inputs.op, inputs.eps)
 
 
 def forced(name: str, inputs: Inputs) -> Tensor | list[Tensor]:
@@ -90,7 +95,8 @@ def versions_for(
         found["compiled"] = compiled
     found["taco"] = call
     found["taco library"] = functools.partial(forced, "library")
-    pivoted = point.op == "pivoted_low_rank_linear"  # Triton's kernels for it serve few rows
+    # Triton's kernels for these serve few rows
+    pivoted = point.op in ("pivoted_low_rank_linear", "low_rank_linear_concat")
     if "cuda" in usable and point.rows <= 16:
         found["taco cuda"] = functools.partial(forced, "cuda")
         found["taco cuda dependent"] = functools.partial(forced, "cuda dependent")

@@ -16,18 +16,16 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 class Factors(NamedTuple):
-    """One factorised linear: v [rank, in], u [out, rank], bias [out] or None."""
+    """One factorised linear: v [rank, in], u [out, rank], bias [out] or None; with a pivot v is [rank, in - rank]."""
 
     v: Tensor
     u: Tensor
     bias: Tensor | None
+    pivot: Tensor | None = None
 
 
 class Inputs(NamedTuple):
-    """Arguments of one call. ``members`` are the factors (low_rank_mlp: gate, up, down); ``eps`` only of a bridge.
-
-    pivoted_low_rank_linear: the member's v is [rank, in - rank].
-    """
+    """Arguments of one call. ``members`` are the factors (low_rank_mlp: gate, up, down); ``eps`` only of a bridge."""
 
     op: str
     x: Tensor
@@ -35,7 +33,10 @@ class Inputs(NamedTuple):
     residual: Tensor | None = None
     eps: float | None = None
     act: str = "silu"
-    pivot: Tensor | None = None
+
+    @property
+    def behind_pivot(self) -> bool:
+        return any(member.pivot is not None for member in self.members)
 
     @property
     def results(self) -> tuple[Factors, ...]:
@@ -45,13 +46,13 @@ class Inputs(NamedTuple):
     @property
     def bytes(self) -> int:
         """The least that a call must move: every input read once, the output written once."""
-        tensors = [self.x, self.residual, *(t for member in self.members for t in member)]
+        tensors = [self.x, self.residual, *(t for member in self.members for t in member[:3])]
         moved = sum(t.numel() for t in tensors if t is not None)
         return self.x.element_size() * (moved + self.x.shape[0] * sum(member.u.shape[0] for member in self.results))
 
     @property
     def flops(self) -> int:
-        return 2 * self.x.shape[0] * sum(v.numel() + u.numel() for v, u, _ in self.members)
+        return 2 * self.x.shape[0] * sum(member.v.numel() + member.u.numel() for member in self.members)
 
 
 def draw(
@@ -79,13 +80,20 @@ def draw(
     if op == "low_rank_mlp":
         assert isinstance(out_size, int)
         return Inputs(op, x, (*projections(in_size, (out_size, out_size)), *projections(out_size, (in_size,))), act=act)
-    if op == "pivoted_low_rank_linear":
-        assert isinstance(out_size, int)
-        rank = min(rank, in_size)
-        u, added = matrix(out_size, rank, rank**-0.5), matrix(rows, out_size, 1.0) if residual else None
-        member = Factors(matrix(rank, in_size - rank, in_size**-0.5), u, matrix(1, out_size, 1.0)[0] if bias else None)
-        return Inputs(op, x, (member,), added, pivot=torch.randperm(in_size, device=device).to(torch.int32))
     outs = out_size if isinstance(out_size, tuple) else (out_size,)
+    if op in ("pivoted_low_rank_linear", "low_rank_linear_concat"):
+        members = []
+        for i, out in enumerate(outs):
+            if i > 2:  # a layer may have both
+                members += projections(in_size, (out,))
+                continue
+            kept = min(rank, in_size) if op == "pivoted_low_rank_linear" else min(rank, in_size, out)
+            v, u = matrix(kept, in_size - kept, in_size**-0.5), matrix(out, kept, kept**-0.5)
+            order = torch.randperm(in_size, device=device)  # both parts ascending, as taco_svd makes them
+            pivot = torch.cat([order[:kept].sort().values, order[kept:].sort().values]).to(torch.int32)
+            members.append(Factors(v, u, matrix(1, out, 1.0)[0] if bias else None, pivot))
+        added = matrix(rows, outs[0], 1.0) if residual and len(outs) == 1 else None
+        return Inputs(op, x, tuple(members), added)
     bridge = op == "low_rank_bridge"
     if bridge and outs != (in_size,):
         raise ValueError(f"low_rank_bridge maps a space to itself, not {in_size} to {out_size}")
@@ -99,16 +107,19 @@ def call(inputs: Inputs) -> Tensor | list[Tensor]:
 
     x, members = inputs.x, inputs.members
     if inputs.op == "low_rank_mlp":
-        return taco_kernels.low_rank_mlp(x, *members, inputs.act)
+        return taco_kernels.low_rank_mlp(x, *(member[:3] for member in members), inputs.act)
+    vs, us, biases, pivots = map(list, zip(*members, strict=True))
     if inputs.op == "low_rank_linear_group":
-        return taco_kernels.low_rank_linear_group(x, *map(list, zip(*members, strict=True)))
+        return taco_kernels.low_rank_linear_group(x, vs, us, biases)
+    if inputs.op == "low_rank_linear_concat":
+        return taco_kernels.low_rank_linear_concat(x, vs, us, biases, pivots)
+    v, u, bias, pivot = members[0]
     if inputs.op == "low_rank_bridge":
         assert inputs.eps is not None
-        return taco_kernels.low_rank_bridge(x, *members[0], inputs.eps)
-    if inputs.pivot is not None:
-        v, u, bias = members[0]
-        return taco_kernels.pivoted_low_rank_linear(x, v, u, inputs.pivot, bias, inputs.residual)
-    return taco_kernels.low_rank_linear(x, *members[0], inputs.residual)
+        return taco_kernels.low_rank_bridge(x, v, u, bias, inputs.eps)
+    if pivot is not None:
+        return taco_kernels.pivoted_low_rank_linear(x, v, u, pivot, bias, inputs.residual)
+    return taco_kernels.low_rank_linear(x, v, u, bias, inputs.residual)
 
 
 def forced_reference(inputs: Inputs) -> Tensor | list[Tensor]:
@@ -145,7 +156,7 @@ def _linear_and_error(
     info = torch.finfo(dtype)
     half_step = info.eps / 2
     tiny = info.smallest_normal * half_step
-    v, u, bias = (None if t is None else t.double() for t in factors)
+    v, u, bias = (None if t is None else t.double() for t in factors[:3])
     assert v is not None and u is not None
     scale = x.new_ones(()) if eps is None else torch.rsqrt(x.pow(2).mean(1, keepdim=True) + eps)
     middle = scale * (x @ v.T)
@@ -165,9 +176,11 @@ def _linear_and_error(
     return exact, error
 
 
-def _unpivoted(member: Factors, pivot: Tensor) -> Factors:
+def _unpivoted(member: Factors) -> Factors:
     """The member with its right factor in full, [rank, in]."""
-    rank = member.v.shape[0]
+    rank, pivot = member.v.shape[0], member.pivot
+    if pivot is None:
+        return member
     full = member.v.new_zeros(rank, len(pivot))
     full[:, pivot[:rank].long()] = torch.eye(rank, dtype=full.dtype, device=full.device)
     full[:, pivot[rank:].long()] = member.v
@@ -179,7 +192,7 @@ def _exact(inputs: Inputs, x: Tensor, residual: Tensor | None, backend: str) -> 
     dtype = inputs.x.dtype
     half_step = torch.finfo(dtype).eps / 2
     if inputs.op != "low_rank_mlp":
-        members = inputs.members if inputs.pivot is None else (_unpivoted(inputs.members[0], inputs.pivot),)
+        members = map(_unpivoted, inputs.members)
         found = [_linear_and_error(x, None, member, dtype, backend, inputs.eps) for member in members]
         residual = x if inputs.eps is not None else residual
         if residual is not None:
@@ -202,6 +215,13 @@ def _exact(inputs: Inputs, x: Tensor, residual: Tensor | None, backend: str) -> 
     return [_linear_and_error(hidden, error, down, dtype, backend)]
 
 
+def _results(y: Tensor | list[Tensor], inputs: Inputs) -> list[Tensor]:
+    """Each member's result."""
+    if inputs.op == "low_rank_linear_concat" and isinstance(y, Tensor):
+        return list(y.split([member.u.shape[0] for member in inputs.members], dim=-1))
+    return parts(y)
+
+
 # Beyond this many rows only some are compared: float64 copies of everything would fill the GPU.
 MOST_ROWS = 512
 
@@ -222,7 +242,7 @@ def worst_error(y: Tensor | list[Tensor], inputs: Inputs, backend: str) -> float
     info = torch.finfo(inputs.x.dtype)
     half_step = info.eps / 2
     worst = 0.0
-    for result, (right, error) in zip(parts(y), exact, strict=True):
+    for result, (right, error) in zip(_results(y, inputs), exact, strict=True):
         if result.numel() == 0:
             continue
         error = error + half_step * (right.abs() + error) + 2 * _SINGLE * right.abs()
@@ -296,6 +316,7 @@ def cases(small: bool, tiny: bool) -> list[Case]:
                 third = max(1, out_size // 3)
                 outs = (out_size, third, third) if m % 2 else (out_size, third, 1, 17, third)
                 found.append(Case("low_rank_linear_group", in_size, outs, rank, m, dtype, m % 4 < 2))
+                found.append(Case("low_rank_linear_concat", in_size, outs, rank, m, dtype, m % 4 < 2))
         found.append(Case("low_rank_linear", *sizes[0], 1, dtype, False, False, 1))
         # Massive activations: the product leaves float16's range before the scale brings it back.
         found.append(Case("low_rank_bridge", sizes[0][0], sizes[0][0], 32, 4, dtype, True, False, 0, 2000.0))
@@ -324,10 +345,10 @@ def check(case: Case, backend: str, device: str) -> dict[str, Any]:
     with using(backend), poisoned_memory():
         first, second = call(inputs), call(inputs)
     computed = backend.partition(" ")[0]
-    if inputs.pivot is not None:
+    if inputs.behind_pivot:
         # Behind a pivot Triton's kernels are for few rows, and where the identity is all of v there is one product.
         few = case.rows <= 16 or computed != "triton"
-        computed = computed if few and inputs.members[0].v.numel() else "library"
+        computed = computed if few and all(member.v.numel() for member in inputs.members) else "library"
     worst = worst_error(first, inputs, computed)
     same = all(torch.equal(a, b) for a, b in zip(parts(first), parts(second), strict=True))
     return {"ok": worst <= 1.0 and same, "worst": round(worst, 4) if worst < 1e9 else "inf", "same_bits": same}
@@ -351,9 +372,13 @@ def on_streams(inputs: Inputs) -> tuple[Tensor, Tensor, torch.cuda.CUDAGraph]:
     return aside, replayed, graph
 
 
+def _outs(op: str) -> int | tuple[int, ...]:
+    return (1024, 256, 256) if op in ("low_rank_linear_group", "low_rank_linear_concat") else 1024
+
+
 def check_streams(backend: str, op: str) -> dict[str, Any]:
     """On a GPU: on a side stream, and replayed from a CUDA graph with new input values, results must be the same."""
-    inputs = draw(op, 1024, (1024, 256, 256) if op == "low_rank_linear_group" else 1024, 128, 4, "bfloat16", "cuda")
+    inputs = draw(op, 1024, _outs(op), 128, 4, "bfloat16", "cuda")
     with using(backend):
         expected = joined(inputs)
         aside, replayed, graph = on_streams(inputs)
@@ -391,14 +416,14 @@ def check_direct(op: str) -> dict[str, Any]:
 
     if not direct.usable:
         return {"ok": True, "skipped": direct.reason}
-    inputs = draw(op, 1024, (1024, 256, 256) if op == "low_rank_linear_group" else 1024, 128, 4, "bfloat16", "cuda")
+    inputs = draw(op, 1024, _outs(op), 128, 4, "bfloat16", "cuda")
     entry = importlib.import_module(f"taco_kernels.{op}")._direct
-    x, (v, u, bias) = inputs.x, inputs.members[0]
+    x, (v, u, bias, pivot) = inputs.x, inputs.members[0]
     arguments: tuple[Any, ...] = {
         "low_rank_linear": (x, v, u, bias, inputs.residual),
         "low_rank_bridge": (x, v, u, bias, inputs.eps),
-        "low_rank_linear_group": (x, *map(list, zip(*inputs.members, strict=True))),
-        "pivoted_low_rank_linear": (x, v, u, inputs.pivot, bias, inputs.residual),
+        "low_rank_linear_group": (x, *map(list, list(zip(*inputs.members, strict=True))[:3])),
+        "pivoted_low_rank_linear": (x, v, u, pivot, bias, inputs.residual),
     }[op]
     with using("cuda"):
         expected = joined(inputs)

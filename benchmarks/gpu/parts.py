@@ -79,7 +79,7 @@ def _check_work(suite: Suite, backend: str) -> Iterator[tuple[str, Callable[[], 
     full = suite.dry or suite.small
     if not full and backend == "cuda":
         for op in shapes.OPS:
-            if op != "low_rank_mlp":
+            if op not in ("low_rank_mlp", "low_rank_linear_concat"):  # which have no direct calls
                 yield f"direct/{op}", functools.partial(checks.check_direct, op)
     if not full and backend.partition(" ")[0] in ("cuda", "triton"):
         for op in shapes.OPS:
@@ -228,7 +228,7 @@ def _install(suite: Suite, tuned: dict[str, Any], measured: dict[str, Any] | Non
 def _tune_points(suite: Suite) -> list[shapes.Point]:
     points = shapes.tiny_points() if suite.dry else (shapes.quick_tune_points if suite.quick else shapes.tune_points)()
     # a pivoted map takes the entries of a plain one of as many bytes
-    return [point for point in points if point.op != "pivoted_low_rank_linear"]
+    return [point for point in points if point.op not in ("pivoted_low_rank_linear", "low_rank_linear_concat")]
 
 
 def tune(suite: Suite) -> bool:

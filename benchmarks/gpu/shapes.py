@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-OPS = ("low_rank_linear", "low_rank_bridge", "low_rank_linear_group", "low_rank_mlp", "pivoted_low_rank_linear")
+OPS = (
+    "low_rank_linear",
+    "low_rank_bridge",
+    "low_rank_linear_group",
+    "low_rank_mlp",
+    "pivoted_low_rank_linear",
+    "low_rank_linear_concat",
+)
 # (in, out) of each distinct linear layer, from the models' published configurations.
 MODELS: dict[str, list[tuple[int, int]]] = {
     "Llama-2-7B": [(4096, 4096), (4096, 11008), (11008, 4096)],
@@ -43,7 +50,7 @@ CHOSEN_ROWS = {
 
 class Point(NamedTuple):
     """One measurement. low_rank_bridge: in = out = hidden. low_rank_linear_group: one ``out_size`` per member.
-    low_rank_mlp: ``in_size`` is hidden, ``out_size`` the width."""
+    low_rank_mlp: ``in_size`` is hidden, ``out_size`` the width. low_rank_linear_concat: a group behind pivots."""
 
     op: str
     in_size: int
@@ -65,7 +72,9 @@ class Point(NamedTuple):
     def table_shape(self) -> tuple[int, int, int]:
         """(in, out, rank) by which the tables know what runs: of several members the sums, of an MLP gate and up."""
         if isinstance(self.out_size, tuple):
-            return self.in_size, sum(self.out_size), len(self.out_size) * self.rank
+            cut = self.op == "low_rank_linear_concat"
+            ranks = [min(self.rank, self.in_size, out) if cut else self.rank for out in self.out_size]
+            return self.in_size, sum(self.out_size), sum(ranks)
         if self.op == "low_rank_mlp":
             return self.in_size, 2 * self.out_size, 2 * self.rank
         return self.in_size, self.out_size, self.rank
@@ -73,11 +82,13 @@ class Point(NamedTuple):
     @property
     def break_even_rank(self) -> int:
         """The rank at which the factors have as many elements as the dense matrices."""
+        if self.op in ("pivoted_low_rank_linear", "low_rank_linear_concat"):
+            # rank (in + out - rank) = in out at the smaller side; of several members the rank is cut to each one's
+            outs = self.out_size if isinstance(self.out_size, tuple) else (self.out_size,)
+            return min(self.in_size, max(outs))
         if isinstance(self.out_size, tuple):
             out = sum(self.out_size)
             return self.in_size * out // (len(self.out_size) * self.in_size + out)
-        if self.op == "pivoted_low_rank_linear":  # rank (in + out - rank) = in out at the smaller side
-            return min(self.in_size, self.out_size)
         return self.in_size * self.out_size // (self.in_size + self.out_size)
 
 
@@ -89,7 +100,7 @@ def shapes() -> list[tuple[int, int]]:
 
 def models_of(point: Point) -> list[str]:
     """The models that have this layer."""
-    if point.op == "low_rank_linear_group":
+    if isinstance(point.out_size, tuple):
         return [name for name, layer in QKV.items() if layer == (point.in_size, point.out_size)]
     if point.op == "low_rank_mlp":
         return [name for name, layer in MLP.items() if layer == (point.in_size, point.out_size)]
@@ -106,10 +117,13 @@ def bench_points() -> Iterator[Point]:
             for in_size, out_size in shapes():
                 yield Point("low_rank_linear", in_size, out_size, rank, rows)
                 behind = 4 * rank - 1024  # what a map keeps of itself behind a pivot is half of it and more
-                if rank >= 512 and rows <= 512 and behind < min(in_size, out_size):
+                if rank >= 512 and rows <= 2048 and behind < min(in_size, out_size):
                     yield Point("pivoted_low_rank_linear", in_size, out_size, behind, rows)
             for hidden, outs in groups:
                 yield Point("low_rank_linear_group", hidden, outs, rank, rows)
+                behind = 4 * rank - 1024
+                if rank >= 512 and rows <= 2048 and behind < hidden:
+                    yield Point("low_rank_linear_concat", hidden, outs, behind, rows)
             for hidden, width in mlps:
                 yield Point("low_rank_mlp", hidden, width, rank, rows)
 
@@ -118,7 +132,8 @@ def quick_points() -> Iterator[Point]:
     """One hidden size, three ranks, five row counts: what the first ten minutes on a GPU should answer."""
     for point in bench_points():
         first = point.in_size == 4096 and point.out_size in (4096, 11008, 14336, (4096, 1024, 1024))
-        ranks = (1024, 3072) if point.op == "pivoted_low_rank_linear" else (128, 512, 1024)
+        behind = point.op in ("pivoted_low_rank_linear", "low_rank_linear_concat")
+        ranks = (1024, 3072) if behind else (128, 512, 1024)
         if first and point.rank in ranks and point.rows in (1, 4, 16, 512, 2048):
             yield point
 
@@ -148,4 +163,5 @@ def tiny_points() -> Iterator[Point]:
         yield Point("pivoted_low_rank_linear", 40, 72, 24, rows, "bfloat16")
         if rows != 3:
             yield Point("low_rank_linear_group", 40, (48, 16, 16), 8, rows, "float16")
+            yield Point("low_rank_linear_concat", 40, (48, 16, 16), 24, rows, "bfloat16")
             yield Point("low_rank_mlp", 40, 56, 16, rows, "bfloat16")

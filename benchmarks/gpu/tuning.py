@@ -68,11 +68,12 @@ def run(config: Any, inputs: Inputs) -> torch.Tensor | list[torch.Tensor]:
     from taco_kernels.triton_kernels.launch import low_rank
 
     residual = inputs.x if inputs.eps is not None else inputs.residual
+    members = [member[:3] for member in inputs.members]  # none of these ops has pivots
     if inputs.op == "low_rank_mlp":
         from taco_kernels.triton_kernels.low_rank_mlp import low_rank_mlp
 
-        return low_rank_mlp(inputs.x, *inputs.members, inputs.act, config=config)
-    return low_rank(inputs.op, inputs.x, inputs.members, residual, inputs.eps, config)
+        return low_rank_mlp(inputs.x, *members, inputs.act, config=config)
+    return low_rank(inputs.op, inputs.x, members, residual, inputs.eps, config)
 
 
 def tune_point(
