@@ -33,7 +33,8 @@ def test_without_a_gpu_one_sentence(tmp_path):
 
 def test_dry_run_and_resume(tmp_path):
     interpret = importlib.util.find_spec("triton") is not None
-    done = _run("--dry-run", "--out", tmp_path, "--budget-seconds", 300, interpret=interpret)
+    # a budget that no share of is spent on a busy machine
+    done = _run("--dry-run", "--out", tmp_path, "--budget-seconds", 3000, interpret=interpret)
     assert done.returncode == 0, done.stdout + done.stderr
     parts = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     assert parts["suite"]["ok"] and all(parts["suite"]["ok"].values())
