@@ -25,8 +25,9 @@ from .store import RUNNING, failed, forget_failed, same_run, what_ran, write_jso
 SUITE = Path(__file__).resolve().parents[1] / "gpu_suite.py"
 FOREVER = float("inf")
 # A process that has not come to another point, or version of it, for so long hangs. Checks of CUDA kernels take
-# milliseconds, a full SVD to compare with may take minutes, and a process takes its time until it begins.
-STALL_SECONDS, SHORT_STALL_SECONDS, LONG_STALL_SECONDS = 75.0, 30.0, 180.0
+# milliseconds, a version that is timed may have to be compiled, a full SVD to compare with may take minutes, and a
+# process takes its time until it begins.
+STALL_SECONDS, SHORT_STALL_SECONDS, VERSION_STALL_SECONDS, LONG_STALL_SECONDS = 75.0, 30.0, 45.0, 180.0
 # What a process may take beyond its budget for the point that it is at.
 GRACE_SECONDS = 45.0
 MOST_DEATHS = 3
@@ -34,7 +35,8 @@ MOST_DEATHS = 3
 BURIAL_SECONDS = 15.0
 # A hang costs a stall's time, so the first is enough; a crash costs seconds and may be of one size only.
 DEATHS_OF_A_BACKEND = 2
-BACKENDS = ("cuda", "cuda dependent", "triton", "library", "cpp")
+# The CUDA kernels' launches, by the names of the backends that are checked.
+LAUNCHES = {"cuda": "cooperative", "cuda dependent": "dependent"}
 # Compilers and the like end with the process that started them. No session of its own: what runs this suite within a
 # limit ends the processes of its session.
 OWN_GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"preexec_fn": os.setpgrp}
@@ -70,45 +72,47 @@ def plan(workers: int) -> list[Step]:
     return [
         Step("build", 0.5, stall=FOREVER),
         Step("check", 0.2, ("--only", "cuda", "--only", "cuda dependent"), stall=SHORT_STALL_SECONDS),
-        Step("bench", 0.3, ("--rows", "decode")),
+        Step("bench", 0.3, ("--rows", "decode"), stall=VERSION_STALL_SECONDS),
         Step("sanitize", 0.2, stall=FOREVER, beside_next=True),
         Step("check", 0.25, ("--only", "triton", "--only", "cpp", "--only", "library"), workers),
         Step("tune", 0.2),
-        Step("bench", 0.3, ("--rows", "prefill")),
+        Step("bench", 0.3, ("--rows", "prefill"), stall=VERSION_STALL_SECONDS),
         Step("svd", 0.15, stall=LONG_STALL_SECONDS),
     ]
 
 
 class Blame:
-    """The backends, and versions of `bench`, that are left out because of what their calls did to a process."""
+    """What is left out because of what its calls did to a process: CUDA launches by `check`, versions by `bench`.
+
+    A hang of a check does not keep its launch out of the benchmark: it may be one of odd sizes, and those of models are
+    what the benchmark is there for.
+    """
 
     def __init__(self) -> None:
-        self.left_out: dict[str, str] = {}
+        self.left_out: dict[str, dict[str, str]] = {"check": {}, "bench": {}}
         self._deaths: dict[str, int] = {}
 
     def of(self, part: str, key: str, version: str, hung: bool, reason: str) -> str | None:
         """Notes a death; the name of what is left out because of it, if it is."""
         if part == "bench" and version:
             name = version.removeprefix("taco ")
-        elif part == "check" and (name := key.partition("/")[0].replace("direct", "cuda")) in BACKENDS:
+        elif part == "check" and (name := key.partition("/")[0].replace("direct", "cuda")) in LAUNCHES:
             self._deaths[name] = self._deaths.get(name, 0) + 1
             if not hung and self._deaths[name] < DEATHS_OF_A_BACKEND:
                 return None
         else:
             return None
-        self.left_out[name] = f"{key}: {reason}"
+        self.left_out[part][name] = f"{key}: {reason}"
         return name
 
-    @property
-    def arguments(self) -> list[str]:
-        return [word for name in self.left_out for word in ("--without", name)]
+    def arguments(self, part: str) -> list[str]:
+        names = self.left_out["check" if part in ("check", "sanitize") else "bench"]
+        return [word for name in names for word in ("--without", name)]
 
-    @property
-    def environment(self) -> dict[str, str]:
-        """The launch that still works, where one does not: the dispatcher's own choice may be the bad one."""
-        good = {"cuda": "cooperative", "cuda dependent": "dependent"}
-        names = [name for backend, name in good.items() if backend not in self.left_out]
-        return {"TACO_CUDA_LAUNCH": names[0]} if len(names) == 1 else {}
+    def environment(self, part: str) -> dict[str, str]:
+        """The launch that still works in the benchmark, where one does not: the dispatcher would take the bad one."""
+        good = [launch for backend, launch in LAUNCHES.items() if backend not in self.left_out["bench"]]
+        return {"TACO_CUDA_LAUNCH": good[0]} if part == "bench" and len(good) == 1 else {}
 
 
 class Worker:
@@ -128,8 +132,8 @@ class Worker:
         self.mark.write_text("")
         seconds = max(0.0, self.end - time.monotonic())
         command = [sys.executable, "-u", str(SUITE), "--inside", "--part", self.step.part, "--out", str(self.out)]
-        command += [*self.arguments, *self.blame.arguments, "--budget-seconds", f"{seconds:.1f}"]
-        environment = {**os.environ, **self.blame.environment, RUNNING: str(self.mark)}
+        command += [*self.arguments, *self.blame.arguments(self.step.part), "--budget-seconds", f"{seconds:.1f}"]
+        environment = {**os.environ, **self.blame.environment(self.step.part), RUNNING: str(self.mark)}
         if self.quiet:  # one of many: no compilers beside it
             environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
         silent = subprocess.DEVNULL if self.quiet else None

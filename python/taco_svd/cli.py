@@ -57,7 +57,8 @@ def compress(
         typer.Option(
             help="taco: one budget over all matrices, factors weighted by activations and gradients, re-fitted. "
             "paper: arXiv 2501.00339 as published. "
-            "svd: largest singular values. removal: layers out. bridge: layers out, one low-rank map per run of them."
+            "svd: largest singular values. removal: layers out. bridge: layers out, one low-rank map per run of them. "
+            "Or a published one to compare with, as in `compare --methods all`."
         ),
     ] = "taco",
     keep: Annotated[

@@ -52,7 +52,9 @@ def heal(
     batch: Annotated[int, typer.Option(help="Windows per step.")] = 8,
     seq_len: Annotated[int, typer.Option(help="Tokens per window; 0: as in calibration.")] = 0,
     norms: Annotated[bool, typer.Option("--norms", help="Also train the gains of the layers' norms.")] = False,
-    held_out: Annotated[int, typer.Option(help="Windows held out; the best parameters on them are kept.")] = 64,
+    held_out: Annotated[
+        int, typer.Option(help="Windows held out, at most a tenth of all; the best parameters on them are kept.")
+    ] = 64,
     evaluations: Annotated[int, typer.Option(help="How often the held-out windows are evaluated on the way.")] = 10,
     work: Annotated[Path | None, typer.Option(help="Where a killed run goes on from; default: OUT.healing.")] = None,
     dtype: DtypeOption = "float32",

@@ -54,7 +54,7 @@ class HealingOptions:
         batch: windows per step.
         seq_len: tokens per window; 0: as many as in calibration (filled in before the run).
         seed: of the draw and order of windows.
-        held_out: windows that are never trained on (at most a tenth of those that a short text has).
+        held_out: windows that are never trained on (at most a tenth of all that are drawn).
         evaluations: how often the held-out windows are evaluated on the way (and once before the first step).
         norms: also train the gains (and biases) of the kept layers' norms.
     """

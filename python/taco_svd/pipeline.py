@@ -486,6 +486,7 @@ def compress(
             latency (0.8) or milliseconds per decoded token ("12.5ms").
         one_shot: paper method only: one pass over the dense model attributes all maps, instead of one pass per block
             on the model compressed so far.
+        progress: is told of every step (`progress.Progress`); default: nobody is.
         workspace: statistics of the dense model, to be shared by calls on the same model and calibration.
         consistency: methods "taco" and "bridge" re-fit the maps that write to the residual stream (see `consistency`).
         plan: carries out this plan instead of making one (method, keep, layers ... are then not looked at).

@@ -33,7 +33,8 @@ def test_without_a_gpu_one_sentence(tmp_path):
 
 def test_dry_run_and_resume(tmp_path):
     interpret = importlib.util.find_spec("triton") is not None
-    done = _run("--dry-run", "--out", tmp_path, "--budget-seconds", 300, interpret=interpret)
+    # a budget that no share of is spent on a busy machine
+    done = _run("--dry-run", "--out", tmp_path, "--budget-seconds", 3000, interpret=interpret)
     assert done.returncode == 0, done.stdout + done.stderr
     parts = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     assert parts["suite"]["ok"] and all(parts["suite"]["ok"].values())
@@ -237,28 +238,35 @@ def test_a_version_that_hangs_or_crashes_is_left_out_and_the_others_are_measured
     found = _with_versions(conductor, tmp_path, monkeypatch, "bench", event)
     for key in "ab":
         assert found["bench"]["points"][key] == {"ran": ["taco cuda dependent", "dense"], "launch": "dependent"}
-    assert list(found["suite"]["left_out"]) == ["cuda"] and len(found["suite"]["steps"][0]["deaths"]) == 1
+    assert list(found["suite"]["left_out"]["bench"]) == ["cuda"] and len(found["suite"]["steps"][0]["deaths"]) == 1
 
 
 @pytest.mark.parametrize(("event", "deaths"), [("time.sleep(60)", 1), ("os._exit(3)", 2)])
-def test_a_backend_that_hangs_in_its_checks_is_left_out_of_all_that_follows(
+def test_a_launch_that_hangs_in_its_checks_is_left_out_of_the_others_and_still_timed(
     conductor, tmp_path, monkeypatch, event, deaths
 ):
+    """Its hang may be one of odd sizes; where it hangs in the benchmark as well, that finds out by itself."""
+    event = f"if options.part == 'check':\n            {event}"
     found = _with_versions(conductor, tmp_path, monkeypatch, "check", event)
     points = found["check"]["points"]
     assert [key for key, point in points.items() if not point["ok"]] == [f"cuda/{n}" for n in range(deaths)]
     assert sum(key.startswith("cuda dependent/") for key in points) == 3
-    assert all("taco cuda" not in point["ran"] for point in found["bench"]["points"].values())
+    assert all("taco cuda" in point["ran"] for point in found["bench"]["points"].values())
     assert found["suite"]["ok"] == {"check": False, "bench": True}
 
 
-def test_a_direct_call_that_hangs_is_one_of_the_cuda_kernels(conductor):
+def test_what_is_left_out_of_what(conductor):
     blame = conductor.Blame()
     assert blame.of("check", "direct/low_rank_mlp", "", True, "hangs") == "cuda"
-    assert blame.arguments == ["--without", "cuda"] and blame.environment == {"TACO_CUDA_LAUNCH": "dependent"}
+    assert blame.of("check", "triton/low_rank_mlp", "", True, "hangs") is None
     assert blame.of("tune", "low_rank_mlp", "3", True, "hangs") is None
+    assert blame.arguments("check") == blame.arguments("sanitize") == ["--without", "cuda"]
+    assert not blame.arguments("bench") and not blame.environment("bench")
     assert blame.of("bench", "low_rank_mlp", "taco cuda dependent", False, "crashed") == "cuda dependent"
-    assert blame.environment == {}
+    assert blame.arguments("bench") == ["--without", "cuda dependent"] and not blame.environment("check")
+    assert blame.environment("bench") == {"TACO_CUDA_LAUNCH": "cooperative"}
+    blame.of("bench", "low_rank_mlp", "taco cuda", True, "hangs")
+    assert not blame.environment("bench")
 
 
 def test_an_end_that_breaks_costs_no_point(conductor, tmp_path, monkeypatch):
@@ -518,6 +526,8 @@ def test_left_out_versions_take_the_dispatchers_choice_with_them(gpu):
     everything = {"two calls", "taco", "taco library", "taco cuda", "taco cuda dependent", "taco triton"}
     assert names() == everything
     assert names("cuda") == everything - {"taco cuda"}
+    in_order = list(gpu.bench.versions_for(point, "cuda", ["cuda", "triton", "library"], False, []))
+    assert in_order[-1] == "taco", "or the dispatcher's choice is blamed for what a launch does"
     assert names("cuda", "cuda dependent") == {"two calls", "taco library", "taco triton"}
 
 
