@@ -807,3 +807,27 @@ def test_host_times_of_backends_that_fail_cost_themselves_only(gpu, monkeypatch)
     found = parts._eager_overheads(["library", "cuda", "triton"], ["triton"])
     assert found["auto"] == found["library"] == 5.0 and "RuntimeError" in found["cuda"] and "triton" not in found
     assert "auto" not in parts._eager_overheads(["library"], ["cuda", "cuda dependent"])
+
+
+def test_a_version_that_loses_the_gpu_is_known_by_its_name(gpu, tmp_path, monkeypatch):
+    """An illegal access shows at the next call: the process ends before another version could be blamed for it, and
+    the point is not kept, so that it is measured again without that version."""
+    suite, store = importlib.import_module("gpu.suite"), importlib.import_module("gpu.store")
+    monkeypatch.setenv(store.RUNNING, str(tmp_path / "mark"))
+    options = types.SimpleNamespace(
+        out=tmp_path, dry_run=True, small=False, quick=True, only=None, without=None, rows=None, shard=None,
+        budget_seconds=60.0,
+    )  # fmt: skip
+    run = suite.Suite(options)
+    results = run.store("bench")
+
+    def point():
+        run.within(results, "a", "taco cuda")
+        monkeypatch.setattr(suite.Suite, "lost", lambda self: RuntimeError("an illegal memory access"))
+        run.within(results, "a", "taco triton")
+
+    with pytest.raises(SystemExit) as ended:
+        run.run(results, "a", point)
+    assert ended.value.code == suite.LOST
+    assert store.what_ran(tmp_path / "mark") == ("bench", "a", "taco cuda")
+    assert not json.loads((tmp_path / "bench.json").read_text())["points"]
