@@ -1,6 +1,7 @@
 """benchmarks/gpu_suite.py without a GPU: its whole path on tiny shapes, and that it can tell right from wrong."""
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import json
@@ -215,17 +216,17 @@ store.save(complete=True)
 """
 
 
-def _with_versions(conductor, tmp_path, monkeypatch, part, event, end="pass"):
+def _with_versions(conductor, tmp_path, monkeypatch, part, event, end="pass", seconds=100.0, stall=3.0):
     script = tmp_path / "suite.py"
     script.write_text(FAKE_VERSIONS.format(benchmarks=str(ROOT / "benchmarks"), event=event, end=end))
     monkeypatch.setattr(conductor, "SUITE", script)
     monkeypatch.delenv("TACO_CUDA_LAUNCH", raising=False)
-    steps = [conductor.Step(part, 1.0, stall=3.0), conductor.Step("bench", 1.0, stall=3.0)]
+    steps = [conductor.Step(part, 1.0, stall=stall), conductor.Step("bench", 1.0, stall=stall)]
     monkeypatch.setattr(conductor, "plan", lambda workers: steps[: 1 if part == "bench" else 2])
     monkeypatch.setattr(conductor, "WARM", conductor.WARM._replace(share=0.0))
     out = tmp_path / "out"
     conductor.prepare(out, ["check", "bench"], resume=False)
-    run = conducted(conductor, out, ["check", "bench"])
+    run = conducted(conductor, out, ["check", "bench"], seconds)
     assert not run.run()
     return {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
 
@@ -239,6 +240,13 @@ def test_a_version_that_hangs_or_crashes_is_left_out_and_the_others_are_measured
     for key in "ab":
         assert found["bench"]["points"][key] == {"ran": ["taco cuda dependent", "dense"], "launch": "dependent"}
     assert list(found["suite"]["left_out"]["bench"]) == ["cuda"] and len(found["suite"]["steps"][0]["deaths"]) == 1
+
+
+def test_a_version_that_the_end_of_the_time_meets_is_not_left_out(conductor, tmp_path, monkeypatch):
+    monkeypatch.setattr(conductor, "Step", functools.partial(conductor.Step, grace=0.0))
+    monkeypatch.setattr(conductor, "STALL_SECONDS", 90.0)
+    found = _with_versions(conductor, tmp_path, monkeypatch, "bench", "time.sleep(60)", seconds=4.0, stall=90.0)
+    assert not found["suite"]["left_out"]["bench"] and "beyond its time" in found["suite"]["steps"][0]["deaths"][0]
 
 
 @pytest.mark.parametrize(("event", "deaths"), [("time.sleep(60)", 1), ("os._exit(3)", 2)])
