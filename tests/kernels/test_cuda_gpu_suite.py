@@ -839,3 +839,28 @@ def test_a_version_that_loses_the_gpu_is_known_by_its_name(gpu, tmp_path, monkey
     assert ended.value.code == suite.LOST
     assert store.what_ran(tmp_path / "mark") == ("bench", "a", "taco cuda")
     assert not json.loads((tmp_path / "bench.json").read_text())["points"]
+
+
+def test_a_gpus_table_goes_into_the_package_and_comes_from_a_former_run(gpu, tmp_path, monkeypatch):
+    """What one machine found must count on the next, which starts with the repository and the files of --out alone."""
+    from taco_kernels.triton_kernels import config
+
+    parts = importlib.import_module("gpu.parts")
+    package, out = tmp_path / "tuned", tmp_path / "out"
+    package.mkdir()
+    out.mkdir()
+    monkeypatch.setattr(config, "TUNED_DIR", package)
+    suite = types.SimpleNamespace(gpu="Some GPU", out=out, dry=False)
+    point = {
+        "op": "low_rank_linear", "dtype": "bfloat16", "table_shape": (4096, 4096, 64), "rows": 16, "red": {},
+        "us": {"taco library": {"p50": 5.0}, "taco cuda": {"p50": 3.0}, "taco cuda dependent": {"p50": 2.0}},
+    }  # fmt: skip
+    try:
+        assert parts._install(suite, {}, {"a": point}) == ("some-gpu.json", 0)
+        assert config.content("Some GPU")["cuda_launch"] == "dependent"
+        assert (package / "some-gpu.json").read_text() == (out / "some-gpu.json").read_text()
+        (package / "some-gpu.json").unlink()
+        parts._adopt_table(suite)
+        assert (package / "some-gpu.json").read_text() == (out / "some-gpu.json").read_text()
+    finally:
+        config.forget_tables()
