@@ -138,28 +138,30 @@ class Worker:
             environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
         silent = subprocess.DEVNULL if self.quiet else None
         self.process = subprocess.Popen(command, env=environment, stdout=silent, **OWN_GROUP)
+        self.stopped = False
 
     def finished(self) -> bool:
         """Looks after the process; true once it came to an end, or died too often."""
         code = self.process.poll()
         if code is None:
             if time.monotonic() > self.end + self.step.grace:
-                return self._died("killed: far beyond its time")
+                return self._died("killed: far beyond its time", late=True)
             stall = self.step.stall if what_ran(self.mark)[1] else max(self.step.stall, STALL_SECONDS)
             if time.time() - self.mark.stat().st_mtime > stall:
                 return self._died(f"killed: no new point in {stall:.0f} s", hung=True)
             return False
         if code in (0, 1):
             self.code = code
+            self.stop()  # what it has left running
             return True
         return self._died(f"died with exit code {code}")
 
-    def _died(self, reason: str, hung: bool = False) -> bool:
-        """Notes what the process was at; whether it is not started again."""
+    def _died(self, reason: str, hung: bool = False, late: bool = False) -> bool:
+        """Notes what the process was at; whether it is not started again. The end of the time is nobody's fault."""
         self.stop()
         part, key, version = what_ran(self.mark)
         self.deaths.append(f"{', '.join(filter(None, (key, version))) or 'between points'}: {reason}")
-        left_out = self.blame.of(part, key, version, hung, reason)
+        left_out = None if late else self.blame.of(part, key, version, hung, reason)
         if left_out is not None:
             self.deaths[-1] += f"; {left_out} is left out from here on"
         path = self.out / f"{part}.json"
@@ -176,6 +178,9 @@ class Worker:
 
     def stop(self) -> None:
         """Ends the process and its children; gives up on one that the driver does not let go."""
+        if self.stopped:
+            return
+        self.stopped = True  # its number may soon be another's
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):

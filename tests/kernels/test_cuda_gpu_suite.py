@@ -1,6 +1,7 @@
 """benchmarks/gpu_suite.py without a GPU: its whole path on tiny shapes, and that it can tell right from wrong."""
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import json
@@ -215,17 +216,17 @@ store.save(complete=True)
 """
 
 
-def _with_versions(conductor, tmp_path, monkeypatch, part, event, end="pass"):
+def _with_versions(conductor, tmp_path, monkeypatch, part, event, end="pass", seconds=100.0, stall=3.0):
     script = tmp_path / "suite.py"
     script.write_text(FAKE_VERSIONS.format(benchmarks=str(ROOT / "benchmarks"), event=event, end=end))
     monkeypatch.setattr(conductor, "SUITE", script)
     monkeypatch.delenv("TACO_CUDA_LAUNCH", raising=False)
-    steps = [conductor.Step(part, 1.0, stall=3.0), conductor.Step("bench", 1.0, stall=3.0)]
+    steps = [conductor.Step(part, 1.0, stall=stall), conductor.Step("bench", 1.0, stall=stall)]
     monkeypatch.setattr(conductor, "plan", lambda workers: steps[: 1 if part == "bench" else 2])
     monkeypatch.setattr(conductor, "WARM", conductor.WARM._replace(share=0.0))
     out = tmp_path / "out"
     conductor.prepare(out, ["check", "bench"], resume=False)
-    run = conducted(conductor, out, ["check", "bench"])
+    run = conducted(conductor, out, ["check", "bench"], seconds)
     assert not run.run()
     return {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
 
@@ -239,6 +240,13 @@ def test_a_version_that_hangs_or_crashes_is_left_out_and_the_others_are_measured
     for key in "ab":
         assert found["bench"]["points"][key] == {"ran": ["taco cuda dependent", "dense"], "launch": "dependent"}
     assert list(found["suite"]["left_out"]["bench"]) == ["cuda"] and len(found["suite"]["steps"][0]["deaths"]) == 1
+
+
+def test_a_version_that_the_end_of_the_time_meets_is_not_left_out(conductor, tmp_path, monkeypatch):
+    monkeypatch.setattr(conductor, "Step", functools.partial(conductor.Step, grace=0.0))
+    monkeypatch.setattr(conductor, "STALL_SECONDS", 90.0)
+    found = _with_versions(conductor, tmp_path, monkeypatch, "bench", "time.sleep(60)", seconds=4.0, stall=90.0)
+    assert not found["suite"]["left_out"]["bench"] and "beyond its time" in found["suite"]["steps"][0]["deaths"][0]
 
 
 @pytest.mark.parametrize(("event", "deaths"), [("time.sleep(60)", 1), ("os._exit(3)", 2)])
@@ -807,3 +815,52 @@ def test_host_times_of_backends_that_fail_cost_themselves_only(gpu, monkeypatch)
     found = parts._eager_overheads(["library", "cuda", "triton"], ["triton"])
     assert found["auto"] == found["library"] == 5.0 and "RuntimeError" in found["cuda"] and "triton" not in found
     assert "auto" not in parts._eager_overheads(["library"], ["cuda", "cuda dependent"])
+
+
+def test_a_version_that_loses_the_gpu_is_known_by_its_name(gpu, tmp_path, monkeypatch):
+    """An illegal access shows at the next call: the process ends before another version could be blamed for it, and
+    the point is not kept, so that it is measured again without that version."""
+    suite, store = importlib.import_module("gpu.suite"), importlib.import_module("gpu.store")
+    monkeypatch.setenv(store.RUNNING, str(tmp_path / "mark"))
+    options = types.SimpleNamespace(
+        out=tmp_path, dry_run=True, small=False, quick=True, only=None, without=None, rows=None, shard=None,
+        budget_seconds=60.0,
+    )  # fmt: skip
+    run = suite.Suite(options)
+    results = run.store("bench")
+
+    def point():
+        run.within(results, "a", "taco cuda")
+        monkeypatch.setattr(suite.Suite, "lost", lambda self: RuntimeError("an illegal memory access"))
+        run.within(results, "a", "taco triton")
+
+    with pytest.raises(SystemExit) as ended:
+        run.run(results, "a", point)
+    assert ended.value.code == suite.LOST
+    assert store.what_ran(tmp_path / "mark") == ("bench", "a", "taco cuda")
+    assert not json.loads((tmp_path / "bench.json").read_text())["points"]
+
+
+def test_a_gpus_table_goes_into_the_package_and_comes_from_a_former_run(gpu, tmp_path, monkeypatch):
+    """What one machine found must count on the next, which starts with the repository and the files of --out alone."""
+    from taco_kernels.triton_kernels import config
+
+    parts = importlib.import_module("gpu.parts")
+    package, out = tmp_path / "tuned", tmp_path / "out"
+    package.mkdir()
+    out.mkdir()
+    monkeypatch.setattr(config, "TUNED_DIR", package)
+    suite = types.SimpleNamespace(gpu="Some GPU", out=out, dry=False)
+    point = {
+        "op": "low_rank_linear", "dtype": "bfloat16", "table_shape": (4096, 4096, 64), "rows": 16, "red": {},
+        "us": {"taco library": {"p50": 5.0}, "taco cuda": {"p50": 3.0}, "taco cuda dependent": {"p50": 2.0}},
+    }  # fmt: skip
+    try:
+        assert parts._install(suite, {}, {"a": point}) == ("some-gpu.json", 0)
+        assert config.content("Some GPU")["cuda_launch"] == "dependent"
+        assert (package / "some-gpu.json").read_text() == (out / "some-gpu.json").read_text()
+        (package / "some-gpu.json").unlink()
+        parts._adopt_table(suite)
+        assert (package / "some-gpu.json").read_text() == (out / "some-gpu.json").read_text()
+    finally:
+        config.forget_tables()
