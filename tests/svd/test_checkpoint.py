@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import json
+import math
 import pickle
 import shutil
 import subprocess
@@ -28,6 +29,7 @@ from transformers import (
 
 from taco_svd import Plan, Structure, TacoError, compress, save_compressed
 from taco_svd.checkpoint import check_output, describe, load_model, write_whole
+from taco_svd.untrusted import check_size
 
 from .conftest import Compressed
 from .tiny_models import VOCABULARY, tiny_model
@@ -364,6 +366,28 @@ def test_a_classifier_has_the_compressed_stack(
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "classifier").eval()
     with torch.no_grad():
         assert torch.equal(again(ids).logits, classifier(ids).logits)
+
+
+@pytest.mark.parametrize("packed", [2, 8])
+def test_quantised_weights_have_their_quantisers_shapes(
+    packed: int, compressed_tiny: Callable[..., Compressed]
+) -> None:
+    """Several weights in one stored number, as bitsandbytes' 4 bits have it; all others as the config says."""
+    _, model, _ = compressed_tiny("qwen3", "paper")
+    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    stored = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    quantised = {name: (math.prod(shape) // packed, 1) if name in linear else shape for name, shape in stored.items()}
+    with pytest.raises(TacoError, match="shape"):
+        check_size(model, quantised, "small")
+    model = copy.deepcopy(model)
+    model.config.quantization_config = {"quant_method": "bitsandbytes"}
+    check_size(model, quantised, "small")
+    check_size(model, stored, "small")
+    factor = next(name for name in stored if name.endswith(".u"))
+    with pytest.raises(TacoError, match=factor):
+        check_size(model, {**quantised, factor: (1, 1)}, "small")
+    with pytest.raises(TacoError, match="weights are missing"):
+        check_size(model, {"model.norm.weight": stored["model.norm.weight"]}, "small")
 
 
 def test_a_plain_config_can_be_made_of_the_file(checkpoint: Path) -> None:

@@ -161,3 +161,20 @@ def test_bitsandbytes_quantises_the_dense_maps_only(saved: tuple[PreTrainedModel
         # what it leaves alone it still casts to float16, its own default
         torch.testing.assert_close(loaded.get_parameter(name).to(tensor.dtype), tensor, rtol=2**-10, atol=1e-7)
     quantised_is_close(loaded(ids).logits.float(), model(ids).logits)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bitsandbytes_models_are_saved_and_loaded_again(
+    bits: int, saved: tuple[PreTrainedModel, Path], ids: torch.Tensor, tmp_path: Path
+) -> None:
+    """Quantise once, serve from the small file: 4-bit weights lie there in shapes of their own."""
+    needs("bitsandbytes")
+    needs("accelerate")
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    loaded = AutoModelForCausalLM.from_pretrained(saved[1], quantization_config=config, device_map="cpu")
+    loaded.save_pretrained(tmp_path / "quantised")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "quantised", device_map="cpu")
+    assert type(again.model.layers[0].mlp.up_proj).__name__ == f"Linear{bits}bit".replace("8bit", "8bitLt")
+    torch.testing.assert_close(again(ids).logits, loaded(ids).logits, rtol=1e-5, atol=1e-6)
