@@ -165,6 +165,7 @@ class CompressedModel:
             TacoError: the checkpoint is damaged, incomplete, or asks for what no checkpoint needs.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        new_head = bool(kwargs.get("ignore_mismatched_sizes"))
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise TacoError("Compressed models are stored as safetensors; use_safetensors=False cannot read them.")
         if isinstance(path, (str, os.PathLike)) and os.path.isdir(path) and kwargs.get("state_dict") is None:
@@ -175,7 +176,7 @@ class CompressedModel:
             if isinstance(config, CompressedConfig):
                 check_depth(config, len(stored), str(directory))
                 skeleton = cls._skeleton(config, directory)
-                required = cls._required(config, [key for key, _ in skeleton.named_parameters()])
+                required = cls._required(config, [key for key, _ in skeleton.named_parameters()], new_head)
                 check_size(skeleton, stored, str(directory), required)
             check_checksums(directory)
         try:
@@ -185,8 +186,10 @@ class CompressedModel:
                 raise
             lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
             raise TacoError(f"{path} cannot be loaded: {' '.join(lines[:3])[:400]}") from error
-        missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
-        required = cls._required(model.config, list(model.state_dict()))
+        # of a weight of another shape the loader tells the name and both shapes
+        mismatched = {key if isinstance(key, str) else str(key[0]) for key in info.get("mismatched_keys", ())}
+        missing = sorted({*info["missing_keys"], *mismatched})
+        required = cls._required(model.config, list(model.state_dict()), new_head)
         lost = [key for key in missing if key in required]
         if lost:
             raise TacoError(
@@ -202,12 +205,15 @@ class CompressedModel:
         return (model, info) if wants_info else model
 
     @classmethod
-    def _required(cls, config: Any, names: list[str]) -> set[str]:
-        """Which of the model's weights its checkpoint must hold: all but a classifier's head that was not saved."""
+    def _required(cls, config: Any, names: list[str], new_head: bool = False) -> set[str]:
+        """Which of the model's weights its checkpoint must hold: all but a classifier's head that was not saved.
+
+        `new_head`: nor one that was, since the caller has asked for another (``ignore_mismatched_sizes=True``).
+        """
         prefix = f"{cls.base_model_prefix}."  # type: ignore[attr-defined]
         inner = {name for name in names if name.startswith(prefix)}
         # a bare stack has nothing but itself, under no prefix; a language model without its head is none
-        saved = cls.__name__ in (config.architectures or ())
+        saved = cls.__name__ in (config.architectures or ()) and not new_head
         return set(names) if saved or not inner or cls.can_generate() else inner  # type: ignore[attr-defined]
 
     @classmethod

@@ -368,6 +368,26 @@ def test_a_classifier_has_the_compressed_stack(
         assert torch.equal(again(ids).logits, classifier(ids).logits)
 
 
+def test_a_classifier_takes_another_head_only_when_asked(checkpoint: Path, tmp_path: Path) -> None:
+    """As transformers has it: ``ignore_mismatched_sizes=True`` is for heads that are to be trained anew. The stack's
+    weights are never left at random values."""
+    AutoModelForSequenceClassification.from_pretrained(checkpoint, num_labels=3).save_pretrained(tmp_path / "three")
+    with pytest.raises(TacoError, match=r"score\.weight"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "three", num_labels=5)
+    options: dict[str, Any] = {"num_labels": 5, "ignore_mismatched_sizes": True}
+    five = AutoModelForSequenceClassification.from_pretrained(tmp_path / "three", **options)
+    assert five.score.weight.shape == (5, 32)
+    three = AutoModelForSequenceClassification.from_pretrained(tmp_path / "three")
+    assert all(torch.equal(tensor, three.model.state_dict()[key]) for key, tensor in five.model.state_dict().items())
+    (file,) = (tmp_path / "three").glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["model.norm.weight"] = torch.ones(7)
+    save_file(tensors, file, metadata={"format": "pt"})
+    (tmp_path / "three" / "taco_checksums.json").unlink()
+    with pytest.raises(TacoError, match=r"model\.norm\.weight"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "three", **options)
+
+
 @pytest.mark.parametrize("packed", [2, 8])
 def test_quantised_weights_have_their_quantisers_shapes(
     packed: int, compressed_tiny: Callable[..., Compressed]
