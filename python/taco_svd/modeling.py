@@ -16,7 +16,14 @@ from typing import Any, ClassVar
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .architectures import PER_LAYER_CONFIG_LISTS, copy_implementations
@@ -202,6 +209,10 @@ class CompressedModel:
                 raise TacoError(f"{path}: {name}.pivot is no permutation; the checkpoint is damaged.")
             if isinstance(module, NarrowLinear) and not module.index_is_valid():
                 raise TacoError(f"{path}: {name}.index names places that are not there; the checkpoint is damaged.")
+        generation = getattr(model, "generation_config", None)
+        if "generation_config" not in kwargs and getattr(generation, "_from_model_config", False):
+            # no generation_config.json: transformers has looked for token ids where config.json has none
+            model.generation_config = GenerationConfig.from_model_config(model.config)
         return (model, info) if wants_info else model
 
     @classmethod

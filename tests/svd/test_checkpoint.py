@@ -22,6 +22,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
@@ -386,6 +387,18 @@ def test_a_classifier_takes_another_head_only_when_asked(checkpoint: Path, tmp_p
     (tmp_path / "three" / "taco_checksums.json").unlink()
     with pytest.raises(TacoError, match=r"model\.norm\.weight"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path / "three", **options)
+
+
+def test_token_ids_come_from_the_config_where_no_generation_config_is(checkpoint: Path, damaged: Path) -> None:
+    """Without them `generate` would never stop."""
+    (damaged / "generation_config.json").unlink()
+    found = AutoModelForCausalLM.from_pretrained(damaged)
+    assert found.generation_config.eos_token_id == found.config.eos_token_id == 2
+    assert found.generation_config.pad_token_id == 0
+    own = GenerationConfig(eos_token_id=5)
+    given = AutoModelForCausalLM.from_pretrained(damaged, generation_config=own)
+    assert given.generation_config.eos_token_id == 5
+    assert AutoModel.from_pretrained(damaged).config.eos_token_id == 2
 
 
 @pytest.mark.parametrize("packed", [2, 8])
