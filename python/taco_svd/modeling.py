@@ -39,7 +39,10 @@ MODEL_TYPE = "taco_svd"
 # this package (LlamaForCausalLM.from_pretrained, say) fails its type check and shows this sentence. The real
 # fields are below "base_config", without a model_type, or transformers would read them as a nested config.
 GUARD_FIELD = "vocab_size"
-GUARD = "this is a Taco-SVD checkpoint: `import taco_svd` (pip install taco-kernels) before from_pretrained"
+GUARD = (
+    "this is a Taco-SVD checkpoint: `import taco_svd` (pip install taco-kernels) first, and load it by an Auto class "
+    "(AutoModelForCausalLM.from_pretrained)"
+)
 
 
 class CompressedConfig:
@@ -163,7 +166,7 @@ class CompressedModel:
             super()._init_weights(module)  # type: ignore[misc]
 
     @classmethod
-    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Like `PreTrainedModel.from_pretrained`, and raises where that would leave factors at random values.
 
         Safetensors only; a directory is checked before memory is taken for it (see `untrusted`).
@@ -171,6 +174,7 @@ class CompressedModel:
         Raises:
             TacoError: the checkpoint is damaged, incomplete, or asks for what no checkpoint needs.
         """
+        path = pretrained_model_name_or_path
         wants_info = kwargs.pop("output_loading_info", False)
         new_head = bool(kwargs.get("ignore_mismatched_sizes"))
         if kwargs.setdefault("use_safetensors", True) is not True:

@@ -401,6 +401,12 @@ def test_token_ids_come_from_the_config_where_no_generation_config_is(checkpoint
     assert AutoModel.from_pretrained(damaged).config.eos_token_id == 2
 
 
+def test_the_path_can_be_given_by_its_name(checkpoint: Path) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(checkpoint)
+    again = type(loaded).from_pretrained(pretrained_model_name_or_path=checkpoint)
+    assert type(again) is type(loaded)
+
+
 @pytest.mark.parametrize("packed", [2, 8])
 def test_quantised_weights_have_their_quantisers_shapes(
     packed: int, compressed_tiny: Callable[..., Compressed]
