@@ -172,7 +172,8 @@ class CompressedModel:
         Safetensors only; a directory is checked before memory is taken for it (see `untrusted`).
 
         Raises:
-            TacoError: the checkpoint is damaged, incomplete, or asks for what no checkpoint needs.
+            TacoError: the checkpoint is damaged, incomplete, or asks for what no checkpoint needs; or factorised maps
+                would be sharded by tensor parallelism.
         """
         path = pretrained_model_name_or_path
         wants_info = kwargs.pop("output_loading_info", False)
@@ -207,12 +208,7 @@ class CompressedModel:
                 f"{path}: {len(lost)} weights are missing or have the wrong shape (first: {lost[0]}); "
                 "the checkpoint is incomplete. Copy it again, or compress again."
             )
-        for name, module in model.named_modules():
-            # an index that is no permutation would read other inputs than were meant, or none at all
-            if isinstance(module, LowRankLinear) and not module.pivot_is_permutation():
-                raise TacoError(f"{path}: {name}.pivot is no permutation; the checkpoint is damaged.")
-            if isinstance(module, NarrowLinear) and not module.index_is_valid():
-                raise TacoError(f"{path}: {name}.index names places that are not there; the checkpoint is damaged.")
+        check_replacements(model, path)
         generation = getattr(model, "generation_config", None)
         if "generation_config" not in kwargs and getattr(generation, "_from_model_config", False):
             # no generation_config.json: transformers has looked for token ids where config.json has none
@@ -254,6 +250,26 @@ class CompressedModel:
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", True):
             write_checksums(Path(save_directory))
+
+
+def check_replacements(model: Any, path: Any) -> None:
+    """What only the loaded weights, and where they are, tell about the replacement modules.
+
+    Raises:
+        TacoError: an index reads inputs that are not there, or tensor parallelism has taken a map apart.
+    """
+    for name, module in model.named_modules():
+        # an index that is no permutation would read other inputs than were meant, or none at all
+        if isinstance(module, LowRankLinear) and not module.pivot_is_permutation():
+            raise TacoError(f"{path}: {name}.pivot is no permutation; the checkpoint is damaged.")
+        if isinstance(module, NarrowLinear) and not module.index_is_valid():
+            raise TacoError(f"{path}: {name}.index names places that are not there; the checkpoint is damaged.")
+        # transformers' plans are for one matrix per map: both factors would be cut where only one may be
+        if isinstance(module, (LowRankLinear, NarrowLinear)) and (getattr(model, "_tp_size", None) or 1) > 1:
+            raise TacoError(
+                f"{name} is factorised, and transformers' tensor parallelism knows no such maps. Serve it with vLLM "
+                "(docs/vllm.md), load it with a device_map, or compress with --method bridge."
+            )
 
 
 _config_classes: dict[type[PreTrainedConfig], type[PreTrainedConfig]] = {}

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from taco_svd import TacoError, save_compressed, with_lora_support
 from taco_svd.replacement import LowRankBridge, LowRankLinear
 
+from .conftest import run_two
 from .tiny_models import VOCABULARY
 
 METHODS = ("bridge", "taco", "paper")
@@ -178,3 +179,38 @@ def test_bitsandbytes_models_are_saved_and_loaded_again(
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "quantised", device_map="cpu")
     assert type(again.model.layers[0].mlp.up_proj).__name__ == f"Linear{bits}bit".replace("8bit", "8bitLt")
     torch.testing.assert_close(again(ids).logits, loaded(ids).logits, rtol=1e-5, atol=1e-6)
+
+
+TENSOR_PARALLEL = """
+import sys
+import torch
+from torch import distributed
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+import taco_svd
+
+torch.set_num_threads(1)
+distributed.init_process_group("gloo")
+ids = torch.arange(3, 21).view(2, 9)
+for directory in sys.argv[1:]:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(directory, distributed_config=DistributedConfig(tp_size=2)).eval()
+    except taco_svd.TacoError as error:
+        print("refused:", error, flush=True)
+    else:
+        plain = AutoModelForCausalLM.from_pretrained(directory).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-5)
+        print("same", flush=True)
+"""
+
+
+def test_tensor_parallelism_takes_bridges_and_refuses_factors(compressed_tiny: Callable, tmp_path: Path) -> None:
+    """transformers' plan would cut both factors of a map, and the first forward pass would fail."""
+    directories = []
+    for method in METHODS:
+        _, model, plan = compressed_tiny("llama", method)
+        save_compressed(model, plan, tmp_path / method)
+        directories.append(str(tmp_path / method))
+    said = run_two(TENSOR_PARALLEL, *directories)
+    assert said.count("same") == 2 and said.count("is factorised") == 4, said
