@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from .architectures import Architecture
 from .errors import TacoError
-from .replacement import LowRankLinear
+from .replacement import LowRankLinear, NarrowLinear
 
 
 @functools.cache
@@ -75,16 +77,37 @@ def _lora_class() -> type[nn.Module]:
     return LowRankLora
 
 
-def with_lora_support(config: Any) -> Any:
+def with_lora_support(config: Any, model: PreTrainedModel | None = None) -> Any:
     """A `peft.LoraConfig` that also takes factorised maps for targets; returns the same object.
 
-    Without it PEFT refuses a target that is factorised, or skips it (``target_modules="all-linear"``). To load a saved
-    adapter: ``PeftModel.from_pretrained(model, path, config=with_lora_support(LoraConfig.from_pretrained(path)))``.
+    Without it PEFT refuses a target that is factorised. To load a saved adapter:
+    ``PeftModel.from_pretrained(model, path, config=with_lora_support(LoraConfig.from_pretrained(path)))``.
+
+    Args:
+        model: the compressed model, needed for ``target_modules="all-linear"`` only: PEFT passes over factorised maps
+            there, so the names of all maps of its layers take the word's place.
 
     Raises:
-        TacoError: peft is missing, or too old to take other modules.
+        TacoError: peft is missing, or too old to take other modules; or "all-linear" without a model.
     """
     if not hasattr(config, "_register_custom_module"):
         raise TacoError(f"{type(config).__name__} cannot be told of other modules; a peft.LoraConfig is needed.")
+    if str(config.target_modules).lower() == "all-linear":
+        if model is None:
+            raise TacoError(
+                "For PEFT target_modules='all-linear' is dense maps only: with_lora_support(config, model) names both, "
+                "or name the maps yourself."
+            )
+        config.target_modules = _all_maps(model)
     config._register_custom_module({LowRankLinear: _lora_class()})
     return config
+
+
+def _all_maps(model: PreTrainedModel) -> set[str]:
+    """Names of the dense and factorised maps of a model's layers."""
+    architecture = Architecture(model, quantised=True)
+    return {
+        f"{architecture.stack_path}.{site.layer}.{site.path}"
+        for site in architecture.sites()
+        if not isinstance(architecture.module(site), NarrowLinear)
+    }

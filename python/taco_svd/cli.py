@@ -15,10 +15,34 @@ from .cli_compare import compare
 from .cli_eval import evaluate
 from .cli_heal import heal
 from .cli_report import report
-from .cli_shared import Bars, DeviceOption, DtypeOption, JsonOption, ModelArgument, SeedOption, stopped
+from .cli_shared import (
+    Bars,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    SeedOption,
+    on_command_line,
+    stopped,
+)
 from .cli_shared import load as _load
 from .cli_shared import out_console as _out
 from .cli_shared import print_json as _print_json
+
+# What a plan says, and would be passed over beside one.
+DECIDED_BY_PLAN = (
+    "method",
+    "keep",
+    "layers",
+    "compression_ratio",
+    "importance",
+    "bridge_rank",
+    "max_overhead",
+    "max_latency",
+    "consistency",
+    "one_shot",
+    "experts",
+)
 
 app = typer.Typer(
     name="taco-svd",
@@ -50,6 +74,7 @@ def common(
 
 @app.command()
 def compress(
+    context: typer.Context,
     model: ModelArgument = None,
     out: Annotated[Path, typer.Option(help="Directory to write; must not exist.")] = ...,  # type: ignore[assignment]
     method: Annotated[
@@ -149,17 +174,9 @@ def compress(
     as_json = as_json or team.rank > 0
     work_dir = work_dir or out.with_name(f"{out.name}.work")
     check_apart(work_dir, out, "--work-dir")
-    decided = {
-        "--keep": keep,
-        "--layers": layers,
-        "--compression-ratio": compression_ratio,
-        "--bridge-rank": bridge_rank,
-        "--max-overhead": max_overhead,
-        "--max-latency": max_latency,
-    }
-    given = [option for option, value in decided.items() if value is not None]
-    if plan is not None and given:
-        raise TacoError(f"--plan has decided how much is compressed; leave out {', '.join(given)}, or --plan.")
+    decided = on_command_line(context, *DECIDED_BY_PLAN)
+    if plan is not None and decided:
+        raise TacoError(f"--plan has decided what is compressed, how and how much; leave out {', '.join(decided)}.")
     if team.rank > 0:
         work_dir = work_dir.with_name(f"{work_dir.name}.{team.rank}")
     check_work_directory(work_dir, resume)

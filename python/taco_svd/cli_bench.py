@@ -14,6 +14,7 @@ from .cli_shared import (
     JsonOption,
     check_dtype,
     check_result_files,
+    on_command_line,
     out_console,
     print_json,
     save_json,
@@ -29,9 +30,12 @@ if TYPE_CHECKING:
 
 # What a compressed model is compared with, in this order.
 OTHERS = ("removal", "dense")
+# What makes the compressed model of a shape; a checkpoint is one already.
+SHAPE_OPTIONS = ("method", "layers", "share", "runs", "keep", "bridge_rank", "max_overhead")
 
 
 def bench(
+    context: typer.Context,
     directory: Annotated[Path | None, typer.Argument(help="Compressed model; or give --shape.")] = None,
     shape: Annotated[
         str | None, typer.Option(help="Random weights of a known model's shape, e.g. llama-2-7b; --shape list.")
@@ -117,6 +121,9 @@ def bench(
     else:
         if directory is None:
             raise TacoError("Give a compressed model's directory, or --shape (list shows the known ones).")
+        meant = on_command_line(context, *SHAPE_OPTIONS)
+        if meant:
+            raise TacoError(f"A checkpoint is measured as it is: {', '.join(meant)} only with --shape.")
         made = _from_directory(directory, others, against is not None, dtype, device)
 
     tell_slow_products(next(iter(made.models.values())))

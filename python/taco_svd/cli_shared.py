@@ -49,6 +49,14 @@ class Bars:
             yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
+def on_command_line(context: typer.Context, *names: str) -> list[str]:
+    """Which of a command's options, named as its parameters are, were given: a default is nobody's wish."""
+    sources = {name: context.get_parameter_source(name) for name in names}
+    return [
+        f"--{name.replace('_', '-')}" for name, source in sources.items() if source and source.name == "COMMANDLINE"
+    ]
+
+
 def quiet_libraries() -> None:
     import transformers
     from transformers.utils import logging as transformers_logging

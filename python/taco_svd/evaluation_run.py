@@ -107,6 +107,12 @@ def evaluate_model(
     wants_tasks = bool(asked) or pairs is not None
     if text is None and not wants_tasks:
         text = DEFAULT_TEXT
+    if limit is not None and not wants_tasks:
+        raise TacoError("--limit counts documents of tasks; a text takes --max-windows.")
+    of_text = {"--window": window, "--stride": stride, "--max-windows": max_windows, "--against": against}
+    unused = [option for option, value in of_text.items() if value is not None]
+    if text is None and unused:
+        raise TacoError(f"{', '.join(unused)}: only with --text.")
     if wants_tasks:
         require_harness()
     values: dict[str, Any] = {

@@ -157,7 +157,7 @@ def dense_stand_in(model: PreTrainedModel, source_config: dict[str, Any]) -> Pre
     architecture = Architecture(dense)
     like = _ordinary_layer(model)
     layers = [_densify(_without_bridge(layer), like, model.config) for layer in architecture.layers]
-    restored = []
+    restored: list[Any] = []
     for source in range(structure.source_layers):
         if source in structure.kept:
             restored.append(layers[structure.position(source)])

@@ -16,7 +16,14 @@ from typing import Any, ClassVar
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .architectures import PER_LAYER_CONFIG_LISTS, copy_implementations
@@ -32,7 +39,10 @@ MODEL_TYPE = "taco_svd"
 # this package (LlamaForCausalLM.from_pretrained, say) fails its type check and shows this sentence. The real
 # fields are below "base_config", without a model_type, or transformers would read them as a nested config.
 GUARD_FIELD = "vocab_size"
-GUARD = "this is a Taco-SVD checkpoint: `import taco_svd` (pip install taco-kernels) before from_pretrained"
+GUARD = (
+    "this is a Taco-SVD checkpoint: `import taco_svd` (pip install taco-kernels) first, and load it by an Auto class "
+    "(AutoModelForCausalLM.from_pretrained)"
+)
 
 
 class CompressedConfig:
@@ -156,15 +166,18 @@ class CompressedModel:
             super()._init_weights(module)  # type: ignore[misc]
 
     @classmethod
-    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Like `PreTrainedModel.from_pretrained`, and raises where that would leave factors at random values.
 
         Safetensors only; a directory is checked before memory is taken for it (see `untrusted`).
 
         Raises:
-            TacoError: the checkpoint is damaged, incomplete, or asks for what no checkpoint needs.
+            TacoError: the checkpoint is damaged, incomplete, or asks for what no checkpoint needs; or factorised maps
+                would be sharded by tensor parallelism.
         """
+        path = pretrained_model_name_or_path
         wants_info = kwargs.pop("output_loading_info", False)
+        new_head = bool(kwargs.get("ignore_mismatched_sizes"))
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise TacoError("Compressed models are stored as safetensors; use_safetensors=False cannot read them.")
         if isinstance(path, (str, os.PathLike)) and os.path.isdir(path) and kwargs.get("state_dict") is None:
@@ -175,7 +188,7 @@ class CompressedModel:
             if isinstance(config, CompressedConfig):
                 check_depth(config, len(stored), str(directory))
                 skeleton = cls._skeleton(config, directory)
-                required = cls._required(config, [key for key, _ in skeleton.named_parameters()])
+                required = cls._required(config, [key for key, _ in skeleton.named_parameters()], new_head)
                 check_size(skeleton, stored, str(directory), required)
             check_checksums(directory)
         try:
@@ -185,29 +198,33 @@ class CompressedModel:
                 raise
             lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
             raise TacoError(f"{path} cannot be loaded: {' '.join(lines[:3])[:400]}") from error
-        missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
-        required = cls._required(model.config, list(model.state_dict()))
+        # of a weight of another shape the loader tells the name and both shapes
+        mismatched = {key if isinstance(key, str) else str(key[0]) for key in info.get("mismatched_keys", ())}
+        missing = sorted({*info["missing_keys"], *mismatched})
+        required = cls._required(model.config, list(model.state_dict()), new_head)
         lost = [key for key in missing if key in required]
         if lost:
             raise TacoError(
                 f"{path}: {len(lost)} weights are missing or have the wrong shape (first: {lost[0]}); "
                 "the checkpoint is incomplete. Copy it again, or compress again."
             )
-        for name, module in model.named_modules():
-            # an index that is no permutation would read other inputs than were meant, or none at all
-            if isinstance(module, LowRankLinear) and not module.pivot_is_permutation():
-                raise TacoError(f"{path}: {name}.pivot is no permutation; the checkpoint is damaged.")
-            if isinstance(module, NarrowLinear) and not module.index_is_valid():
-                raise TacoError(f"{path}: {name}.index names places that are not there; the checkpoint is damaged.")
+        check_replacements(model, path)
+        generation = getattr(model, "generation_config", None)
+        if "generation_config" not in kwargs and getattr(generation, "_from_model_config", False):
+            # no generation_config.json: transformers has looked for token ids where config.json has none
+            model.generation_config = GenerationConfig.from_model_config(model.config)
         return (model, info) if wants_info else model
 
     @classmethod
-    def _required(cls, config: Any, names: list[str]) -> set[str]:
-        """Which of the model's weights its checkpoint must hold: all but a classifier's head that was not saved."""
+    def _required(cls, config: Any, names: list[str], new_head: bool = False) -> set[str]:
+        """Which of the model's weights its checkpoint must hold: all but a classifier's head that was not saved.
+
+        `new_head`: nor one that was, since the caller has asked for another (``ignore_mismatched_sizes=True``).
+        """
         prefix = f"{cls.base_model_prefix}."  # type: ignore[attr-defined]
         inner = {name for name in names if name.startswith(prefix)}
         # a bare stack has nothing but itself, under no prefix; a language model without its head is none
-        saved = cls.__name__ in (config.architectures or ())
+        saved = cls.__name__ in (config.architectures or ()) and not new_head
         return set(names) if saved or not inner or cls.can_generate() else inner  # type: ignore[attr-defined]
 
     @classmethod
@@ -233,6 +250,26 @@ class CompressedModel:
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", True):
             write_checksums(Path(save_directory))
+
+
+def check_replacements(model: Any, path: Any) -> None:
+    """What only the loaded weights, and where they are, tell about the replacement modules.
+
+    Raises:
+        TacoError: an index reads inputs that are not there, or tensor parallelism has taken a map apart.
+    """
+    for name, module in model.named_modules():
+        # an index that is no permutation would read other inputs than were meant, or none at all
+        if isinstance(module, LowRankLinear) and not module.pivot_is_permutation():
+            raise TacoError(f"{path}: {name}.pivot is no permutation; the checkpoint is damaged.")
+        if isinstance(module, NarrowLinear) and not module.index_is_valid():
+            raise TacoError(f"{path}: {name}.index names places that are not there; the checkpoint is damaged.")
+        # transformers' plans are for one matrix per map: both factors would be cut where only one may be
+        if isinstance(module, (LowRankLinear, NarrowLinear)) and (getattr(model, "_tp_size", None) or 1) > 1:
+            raise TacoError(
+                f"{name} is factorised, and transformers' tensor parallelism knows no such maps. Serve it with vLLM "
+                "(docs/vllm.md), load it with a device_map, or compress with --method bridge."
+            )
 
 
 _config_classes: dict[type[PreTrainedConfig], type[PreTrainedConfig]] = {}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from .errors import TacoError
 
@@ -30,6 +31,8 @@ MAX_JSON_DEPTH = 64
 MAX_BUFFER_BYTES = 1 << 28
 # For every label that a config counts, transformers makes entries in two dictionaries as soon as it reads it.
 MAX_LABELS = 1 << 20
+# A quantiser packs several weights into one stored number: at most 16, of two bits into an int32.
+PACKING = 16
 # Names and shapes of the tensors in a checkpoint's files.
 Shapes = dict[str, tuple[int, ...]]
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -297,7 +300,8 @@ def check_size(skeleton: Any, stored: Shapes, name: str, required: Collection[st
 
     Of tensors that go by the same name on both sides shapes are compared, of all others only how many numbers they
     have together: transformers renames and joins the tensors of some architectures as it reads them. What a model
-    without an output embedding has beside its stack may be missing, if it is no larger than the files.
+    without an output embedding has beside its stack may be missing, if it is no larger than the files. The linear maps
+    of a quantised model have shapes of their quantiser's, which holds several weights in one number.
 
     Args:
         skeleton: the model, built on the meta device.
@@ -309,7 +313,9 @@ def check_size(skeleton: Any, stored: Shapes, name: str, required: Collection[st
     """
     tied = set(getattr(skeleton, "all_tied_weights_keys", None) or ())
     shapes = {key: tuple(parameter.shape) for key, parameter in skeleton.named_parameters() if key not in tied}
-    wrong = [key for key, shape in shapes.items() if stored.get(key, shape) != shape]
+    packed = _packed(skeleton)
+    compared = {key for key in shapes if key not in packed and (required is None or key in required)}
+    wrong = [key for key, shape in shapes.items() if key in compared and stored.get(key, shape) != shape]
     if wrong:
         raise TacoError(
             f"{name}: the shape of {wrong[0]} is {stored[wrong[0]]} in the files and {shapes[wrong[0]]} by the config; "
@@ -319,7 +325,7 @@ def check_size(skeleton: Any, stored: Shapes, name: str, required: Collection[st
     needed, numbers, made = (sum(math.prod(shape) for shape in side.values()) for side in (shapes, stored, new))
     if made > numbers:
         raise TacoError(f"{name}: the config asks for a head of {made:,} parameters, the files hold {numbers:,}.")
-    if needed > numbers:
+    if needed > numbers * (PACKING if packed else 1):
         lost = [key for key in shapes if key not in stored]
         raise TacoError(
             f"{name}: the config describes a model of {needed:,} parameters, the files hold {numbers:,}; "
@@ -328,6 +334,13 @@ def check_size(skeleton: Any, stored: Shapes, name: str, required: Collection[st
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in skeleton.buffers())
     if buffers > MAX_BUFFER_BYTES + 4 * numbers:
         raise TacoError(f"{name}: the config asks for tables of {buffers / 1e9:.1f} GB; it is damaged.")
+
+
+def _packed(skeleton: Any) -> set[str]:
+    """The weights that the files of a quantised model may hold in another form; empty for any other model."""
+    if getattr(skeleton.config, "quantization_config", None) is None:
+        return set()
+    return {f"{path}.weight" for path, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
 
 
 def check_regular(path: Path, what: str) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +21,7 @@ Compressed = tuple[PreTrainedModel, PreTrainedModel, Plan]
 
 # One run of two layers in the middle (so that a bridge stands for more than one) and the lowest layer kept.
 REPLACED = [2, 3]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -63,3 +68,23 @@ def checkpoint(compressed_tiny: Callable[..., Compressed], tmp_path_factory: pyt
     directory = tmp_path_factory.mktemp("checkpoint") / "model"
     save_compressed(model, plan, directory, max_shard_size="20KB")
     return directory
+
+
+def run_two(script: str, *arguments: str) -> str:
+    """Runs a script in two processes that can find each other; what both have printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, *arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": path},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    return "\n".join(said)

@@ -736,6 +736,8 @@ def test_bench_of_a_shape_writes_json_and_a_picture(
         (["--shape", "qwen3-0.6b", "--layers", "x"], "--layers takes"),
         (["--shape", "qwen3-0.6b", "--device", "nonsense"], "Device"),
         (["DIR", "--threads", "0"], "--threads"),
+        (["DIR", "--keep", "0.8", "--method", "taco"], "--method, --keep only with --shape"),
+        (["DIR", "--max-overhead", "0.003"], "--max-overhead only with --shape"),
     ],
 )
 def test_bad_arguments_are_one_sentence(arguments: list[str], said: str, invoke: Callable) -> None:

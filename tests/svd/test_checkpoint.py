@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import json
+import math
 import pickle
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
@@ -28,6 +30,7 @@ from transformers import (
 
 from taco_svd import Plan, Structure, TacoError, compress, save_compressed
 from taco_svd.checkpoint import check_output, describe, load_model, write_whole
+from taco_svd.untrusted import check_size
 
 from .conftest import Compressed
 from .tiny_models import VOCABULARY, tiny_model
@@ -364,6 +367,66 @@ def test_a_classifier_has_the_compressed_stack(
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "classifier").eval()
     with torch.no_grad():
         assert torch.equal(again(ids).logits, classifier(ids).logits)
+
+
+def test_a_classifier_takes_another_head_only_when_asked(checkpoint: Path, tmp_path: Path) -> None:
+    """As transformers has it: ``ignore_mismatched_sizes=True`` is for heads that are to be trained anew. The stack's
+    weights are never left at random values."""
+    AutoModelForSequenceClassification.from_pretrained(checkpoint, num_labels=3).save_pretrained(tmp_path / "three")
+    with pytest.raises(TacoError, match=r"score\.weight"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "three", num_labels=5)
+    options: dict[str, Any] = {"num_labels": 5, "ignore_mismatched_sizes": True}
+    five = AutoModelForSequenceClassification.from_pretrained(tmp_path / "three", **options)
+    assert five.score.weight.shape == (5, 32)
+    three = AutoModelForSequenceClassification.from_pretrained(tmp_path / "three")
+    assert all(torch.equal(tensor, three.model.state_dict()[key]) for key, tensor in five.model.state_dict().items())
+    (file,) = (tmp_path / "three").glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["model.norm.weight"] = torch.ones(7)
+    save_file(tensors, file, metadata={"format": "pt"})
+    (tmp_path / "three" / "taco_checksums.json").unlink()
+    with pytest.raises(TacoError, match=r"model\.norm\.weight"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "three", **options)
+
+
+def test_token_ids_come_from_the_config_where_no_generation_config_is(checkpoint: Path, damaged: Path) -> None:
+    """Without them `generate` would never stop."""
+    (damaged / "generation_config.json").unlink()
+    found = AutoModelForCausalLM.from_pretrained(damaged)
+    assert found.generation_config.eos_token_id == found.config.eos_token_id == 2
+    assert found.generation_config.pad_token_id == 0
+    own = GenerationConfig(eos_token_id=5)
+    given = AutoModelForCausalLM.from_pretrained(damaged, generation_config=own)
+    assert given.generation_config.eos_token_id == 5
+    assert AutoModel.from_pretrained(damaged).config.eos_token_id == 2
+
+
+def test_the_path_can_be_given_by_its_name(checkpoint: Path) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(checkpoint)
+    again = type(loaded).from_pretrained(pretrained_model_name_or_path=checkpoint)
+    assert type(again) is type(loaded)
+
+
+@pytest.mark.parametrize("packed", [2, 8])
+def test_quantised_weights_have_their_quantisers_shapes(
+    packed: int, compressed_tiny: Callable[..., Compressed]
+) -> None:
+    """Several weights in one stored number, as bitsandbytes' 4 bits have it; all others as the config says."""
+    _, model, _ = compressed_tiny("qwen3", "paper")
+    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    stored = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    quantised = {name: (math.prod(shape) // packed, 1) if name in linear else shape for name, shape in stored.items()}
+    with pytest.raises(TacoError, match="shape"):
+        check_size(model, quantised, "small")
+    model = copy.deepcopy(model)
+    model.config.quantization_config = {"quant_method": "bitsandbytes"}
+    check_size(model, quantised, "small")
+    check_size(model, stored, "small")
+    factor = next(name for name in stored if name.endswith(".u"))
+    with pytest.raises(TacoError, match=factor):
+        check_size(model, {**quantised, factor: (1, 1)}, "small")
+    with pytest.raises(TacoError, match="weights are missing"):
+        check_size(model, {"model.norm.weight": stored["model.norm.weight"]}, "small")
 
 
 def test_a_plain_config_can_be_made_of_the_file(checkpoint: Path) -> None:

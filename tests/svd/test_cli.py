@@ -119,6 +119,15 @@ BAD = {
         ["compress", "DENSE", "--out", "OUT", "--plan", "OTHER", "--keep", "0.5"],
         "leave out --keep",
     ),
+    "a plan and a method": (
+        ["compress", "DENSE", "--out", "OUT", "--plan", "OTHER", "--method", "bridge", "--no-consistency"],
+        "leave out --method, --consistency",
+    ),
+    "a limit without tasks": (["eval", "MODEL", "--text", "self", "--limit", "5"], "--limit counts documents"),
+    "windows without a text": (
+        ["eval", "MODEL", "--tasks", "x", "--window", "32", "--stride", "8"],
+        "only with --text",
+    ),
     "no such text": (["eval", "MODEL", "--text", "missing.txt"], "No such text"),
     "text too short": (["eval", "MODEL", "--text", "TEXT"], "less than one window"),
     "stride": (["eval", "MODEL", "--text", "self", "--stride", "0"], "stride"),

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,9 +18,8 @@ from taco_svd.errors import DiskFullError
 from taco_svd.gathering import gathered, is_scattered
 from taco_svd.mapped import is_mapped
 
+from .conftest import run_two
 from .tiny_models import tiny_model
-
-ROOT = Path(__file__).resolve().parents[2]
 
 SHARDED = """
 import sys
@@ -68,24 +63,6 @@ save_file({key: tensor.clone() for key, tensor in compressed.state_dict().items(
 if team.rank == 0:
     taco_svd.save_compressed(compressed, plan, out / "saved")
 """
-
-
-def run_two(script: str, *arguments: str) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    path = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, *arguments],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": path},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    said = [process.communicate(timeout=240)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
 
 
 def whole_compressed(name: str) -> tuple[dict[str, torch.Tensor], PreTrainedModel]:
