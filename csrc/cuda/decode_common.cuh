@@ -3,7 +3,7 @@
 //
 //   u's tiles start travelling to shared memory
 //   t_partial[split] = x[:, slice] v[:, slice]^T        units of 16 ranks x one slice of `in`; float32, to work space
-//                                                       (with a pivot each block gathers its slice of x, gather.cuh)
+//                                                       (with a pivot the block gathers it, pivoted_inputs.cuh)
 //   ---- barrier over the whole grid, or the next kernel ----
 //   t = scale * sum over splits (+ x where v is 1)      every block, in a fixed order, into its shared memory
 //   y = t u^T + bias + residual                         tiles of 16 outputs
@@ -16,7 +16,7 @@
 #pragma once
 
 #include "device.cuh"
-#include "gather.cuh"
+#include "pivoted_inputs.cuh"
 #include "plan.h"
 
 namespace taco::cuda {
