@@ -9,6 +9,7 @@ says what was found.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -282,6 +283,9 @@ def slice_config(config: PreTrainedConfig, keep: list[int]) -> PreTrainedConfig:
     for key in PER_LAYER_CONFIG_LISTS:
         if isinstance(values.get(key), list):
             values[key] = [values[key][index] for index in keep]
+    if isinstance(values.get("scale_depth"), (int, float)):
+        # MiniCPM multiplies what its blocks add by scale_depth / sqrt(layers): layers that stay are to add the same
+        values["scale_depth"] *= math.sqrt(len(keep) / config.num_hidden_layers)
     # GPT-2 and others call it n_layer: write the name that the class serialises
     depth_key = (config.attribute_map or {}).get("num_hidden_layers", "num_hidden_layers")
     values[depth_key] = len(keep)
