@@ -175,10 +175,10 @@ class Architecture:
     @staticmethod
     def _linear_paths(layer: nn.Module) -> Iterator[str]:
         routed = {path.rpartition(".")[0] for path, module in layer.named_modules() if _is_experts(module)}
+        routers = {f"{parent}.{name}" for parent in routed for name in ROUTERS}
         for path, module in layer.named_modules():
-            parent, _, name = path.rpartition(".")
-            # a router beside experts, where it is a linear map: which experts are chosen must not change
-            if _is_map(module) and not (parent in routed and name in ROUTERS):
+            # a router beside experts, where it is a linear map or holds one: which experts are chosen must not change
+            if _is_map(module) and not any(f"{path}.".startswith(f"{router}.") for router in routers):
                 yield path
 
     def _check_linears(self) -> None:

@@ -295,6 +295,14 @@ def test_a_scale_that_follows_the_depth_stays_what_it_was(
     torch.testing.assert_close(again(calibration_tokens).logits, small(calibration_tokens).logits, rtol=1e-5, atol=1e-5)
 
 
+def test_a_router_that_is_a_module_of_its_own_is_no_map() -> None:
+    """HunYuan's reads its map's weight: a factor in its place ended in an AttributeError."""
+    config = transformers.HunYuanMoEV1Config(**_TINY, num_key_value_heads=2, head_dim=8, num_experts=4, moe_topk=2)
+    with torch.device("meta"):
+        paths = Architecture(transformers.HunYuanMoEV1ForCausalLM(config)).paths
+    assert "mlp.gate.wg" not in paths and "mlp.shared_mlp.down_proj" in paths
+
+
 def _diffllama() -> PreTrainedModel:
     config = transformers.DiffLlamaConfig(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=56, num_hidden_layers=4, num_attention_heads=4
