@@ -9,6 +9,7 @@ says what was found.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -174,10 +175,10 @@ class Architecture:
     @staticmethod
     def _linear_paths(layer: nn.Module) -> Iterator[str]:
         routed = {path.rpartition(".")[0] for path, module in layer.named_modules() if _is_experts(module)}
+        routers = {f"{parent}.{name}" for parent in routed for name in ROUTERS}
         for path, module in layer.named_modules():
-            parent, _, name = path.rpartition(".")
-            # a router beside experts, where it is a linear map: which experts are chosen must not change
-            if _is_map(module) and not (parent in routed and name in ROUTERS):
+            # a router beside experts, where it is a linear map or holds one: which experts are chosen must not change
+            if _is_map(module) and not any(f"{path}.".startswith(f"{router}.") for router in routers):
                 yield path
 
     def _check_linears(self) -> None:
@@ -282,6 +283,9 @@ def slice_config(config: PreTrainedConfig, keep: list[int]) -> PreTrainedConfig:
     for key in PER_LAYER_CONFIG_LISTS:
         if isinstance(values.get(key), list):
             values[key] = [values[key][index] for index in keep]
+    if isinstance(values.get("scale_depth"), (int, float)):
+        # MiniCPM multiplies what its blocks add by scale_depth / sqrt(layers): layers that stay are to add the same
+        values["scale_depth"] *= math.sqrt(len(keep) / config.num_hidden_layers)
     # GPT-2 and others call it n_layer: write the name that the class serialises
     depth_key = (config.attribute_map or {}).get("num_hidden_layers", "num_hidden_layers")
     values[depth_key] = len(keep)

@@ -16,14 +16,7 @@ from typing import Any, ClassVar
 import torch
 import transformers
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .architectures import PER_LAYER_CONFIG_LISTS, copy_implementations
@@ -43,6 +36,8 @@ GUARD = (
     "this is a Taco-SVD checkpoint: `import taco_svd` (pip install taco-kernels) first, and load it by an Auto class "
     "(AutoModelForCausalLM.from_pretrained)"
 )
+
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class CompressedConfig:
@@ -209,10 +204,8 @@ class CompressedModel:
                 "the checkpoint is incomplete. Copy it again, or compress again."
             )
         check_replacements(model, path)
-        generation = getattr(model, "generation_config", None)
-        if "generation_config" not in kwargs and getattr(generation, "_from_model_config", False):
-            # no generation_config.json: transformers has looked for token ids where config.json has none
-            model.generation_config = GenerationConfig.from_model_config(model.config)
+        if "generation_config" not in kwargs:
+            give_token_ids(model)
         return (model, info) if wants_info else model
 
     @classmethod
@@ -250,6 +243,18 @@ class CompressedModel:
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", True):
             write_checksums(Path(save_directory))
+
+
+def give_token_ids(model: Any) -> None:
+    """Fills in the token ids of generation where there was no generation_config.json.
+
+    transformers then looks for them on the first level of config.json, and they are one level down.
+    """
+    generation = getattr(model, "generation_config", None)
+    made_up = getattr(generation, "_from_model_config", False)  # also in a file, if the dense model had none
+    if made_up and all(getattr(generation, key) is None for key in TOKEN_IDS):
+        for key in TOKEN_IDS:
+            setattr(generation, key, getattr(model.config, key, None))
 
 
 def check_replacements(model: Any, path: Any) -> None:

@@ -260,6 +260,49 @@ def _bert() -> PreTrainedModel:
     )
 
 
+_TINY = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+
+
+def _minicpm3() -> transformers.MiniCPM3Config:
+    return transformers.MiniCPM3Config(
+        **_TINY, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
+        v_head_dim=8, scale_depth=1.4,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["removal", "bridge", "svd"])
+def test_a_scale_that_follows_the_depth_stays_what_it_was(
+    method: str, calibration_tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    """MiniCPM3 scales what its blocks add by the number of layers: a reloaded model added something else."""
+    torch.manual_seed(0)
+    model = transformers.MiniCPM3ForCausalLM(_minicpm3()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    small, plan = compress(model, method=method, layers=[1, 3], calibration=calibration_tokens)
+    save_compressed(small, plan, tmp_path / "small")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert again.model.layers[0].residual_scale == pytest.approx(model.model.layers[0].residual_scale, rel=1e-12)
+    torch.testing.assert_close(again(calibration_tokens).logits, small(calibration_tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_router_that_is_a_module_of_its_own_is_no_map() -> None:
+    """HunYuan's reads its map's weight: a factor in its place ended in an AttributeError."""
+    config = transformers.HunYuanMoEV1Config(**_TINY, num_key_value_heads=2, head_dim=8, num_experts=4, moe_topk=2)
+    with torch.device("meta"):
+        paths = Architecture(transformers.HunYuanMoEV1ForCausalLM(config)).paths
+    assert "mlp.gate.wg" not in paths and "mlp.shared_mlp.down_proj" in paths
+
+
 def _diffllama() -> PreTrainedModel:
     config = transformers.DiffLlamaConfig(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=56, num_hidden_layers=4, num_attention_heads=4

@@ -393,6 +393,7 @@ def test_token_ids_come_from_the_config_where_no_generation_config_is(checkpoint
     """Without them `generate` would never stop."""
     (damaged / "generation_config.json").unlink()
     found = AutoModelForCausalLM.from_pretrained(damaged)
+    assert found.generation_config._from_model_config
     assert found.generation_config.eos_token_id == found.config.eos_token_id == 2
     assert found.generation_config.pad_token_id == 0
     own = GenerationConfig(eos_token_id=5)
