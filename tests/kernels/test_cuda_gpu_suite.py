@@ -477,13 +477,14 @@ def test_separate_calls_compute_the_ops(gpu):
         "low_rank_linear_group": (40, 8),
         "low_rank_mlp": 56,
         "pivoted_low_rank_linear": 40,
+        "low_rank_linear_concat": (40, 8),
     }.items():
         inputs = gpu.checks.draw(op, 48, outs, 16, 3, "float32", "cpu", residual=True)
         assert gpu.checks.worst_error(gpu.bench.separate(inputs), inputs, "library") <= 1.0
         assert gpu.checks.worst_error(gpu.checks.call(inputs), inputs, "library") <= 1.0
         flat = [t for member in inputs.members for t in member]
         if inputs.residual is None:
-            again = gpu.bench._flat(inputs.x, flat, op, inputs.eps, inputs.pivot)
+            again = gpu.bench._flat(inputs.x, flat, op, inputs.eps)
             assert gpu.checks.worst_error(again, inputs, "library") <= 1.0
 
 
