@@ -255,7 +255,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_unusable", &taco::cuda::why_unusable, "why the current device cannot run the kernels; empty if it can",
         py::call_guard<py::gil_scoped_release>());
   m.def("cuda_low_rank_workspace_bytes", &cuda_low_rank_workspace_bytes,
-        "bytes for (members, rows, in, gate, dtype, pivot)");
+        "bytes for (members, rows, in, gate, dtype)");
   m.def("cuda_gather", &cuda_gather, "x[:, pivot] of elements of 2 or 4 bytes");
   m.def("cuda_low_rank", &cuda_low_rank,
         "y = scale * (x v^T) u^T + bias + residual of every member, gated, or behind a pivot");

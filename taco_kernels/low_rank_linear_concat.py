@@ -34,7 +34,7 @@ from taco_kernels.pivoted_low_rank_linear import (
     pivoted_low_rank_linear_reference,
 )
 
-__all__ = ["low_rank_linear_concat", "low_rank_linear_concat_reference"]
+__all__ = ["low_rank_linear_concat", "low_rank_linear_concat_reference", "separately"]
 
 _Tensors = Sequence[Tensor]
 _Optionals = Sequence["Tensor | None"]
@@ -73,8 +73,9 @@ def _check(x: Tensor, vs: _Tensors, us: _Tensors, biases: _Optionals, pivots: _O
 # --- backends --------------------------------------------------------------------------------------------------------
 
 
-def _apart(x: Tensor, vs: _Tensors, us: _Tensors, biases: _Optionals, pivots: _Optionals) -> Tensor:
-    """By the members' own ops; those without a pivot in one call."""
+def separately(x: Tensor, vs: _Tensors, us: _Tensors, biases: _Optionals, pivots: _Optionals) -> list[Tensor]:
+    """The members' results, by their own ops; those without a pivot in one call."""
+    _check_counts(vs, us, biases, pivots)  # these ops check the rest
     plain = [i for i, pivot in enumerate(pivots) if pivot is None]
     found: dict[int, Tensor] = {}
     if len(plain) == 1:
@@ -85,7 +86,12 @@ def _apart(x: Tensor, vs: _Tensors, us: _Tensors, biases: _Optionals, pivots: _O
     for i, pivot in enumerate(pivots):
         if pivot is not None:
             found[i] = pivoted_low_rank_linear(x, vs[i], us[i], pivot, biases[i])
-    return found[0] if len(found) == 1 else torch.cat([found[i] for i in range(len(vs))], dim=-1)
+    return [found[i] for i in range(len(vs))]
+
+
+def _apart(x: Tensor, vs: _Tensors, us: _Tensors, biases: _Optionals, pivots: _Optionals) -> Tensor:
+    results = separately(x, vs, us, biases, pivots)
+    return results[0] if len(results) == 1 else torch.cat(results, dim=-1)
 
 
 def _library(x: Tensor, vs: _Tensors, us: _Tensors, biases: _Optionals, pivots: _Optionals) -> Tensor:
@@ -149,21 +155,16 @@ def _fake(x: Tensor, vs: _Tensors, us: _Tensors, biases: _Optionals, pivots: _Op
     return x.new_empty((*x.shape[:-1], sum(u.shape[0] for u in us)))
 
 
-def _by_members(x: Tensor, vs: _Tensors, us: _Tensors, biases: _Optionals, pivots: _Optionals) -> Tensor:
-    _check_counts(vs, us, biases, pivots)  # the members' ops check the rest
-    return _apart(x, vs, us, biases, pivots)
-
-
 def _autograd(x: Tensor, vs: _Tensors, us: _Tensors, biases: _Optionals, pivots: _Optionals) -> Tensor:
     if needs_grad(x, *vs, *us, *biases) or transformed():
-        return _by_members(x, vs, us, biases, pivots)
+        return _apart(x, vs, us, biases, pivots)
     with below_autograd():
         return _op(x, vs, us, biases, pivots)
 
 
 library.impl("low_rank_linear_concat", _autograd, "Autograd")
 register_autocast("low_rank_linear_concat", _op)
-register_batched("low_rank_linear_concat", _by_members)
+register_batched("low_rank_linear_concat", _apart)
 
 
 # --- public function -------------------------------------------------------------------------------------------------
@@ -198,9 +199,9 @@ def low_rank_linear_concat(
         pivots = [None] * len(vs)
     if torch.compiler.is_compiling() and direct.exporting():  # for whatever device the program will run on
         return _op(x, vs, us, biases, pivots)
-    apart = x.device.type != "cuda" or needs_grad(x, *vs, *us, *biases) or transformed()
+    apart = len(vs) == 1 or x.device.type != "cuda" or needs_grad(x, *vs, *us, *biases) or transformed()
     if apart or torch._C._get_tracing_state() is not None:  # torch.jit.trace knows no lists of optional tensors
-        return _by_members(x, vs, us, biases, pivots)
+        return _apart(x, vs, us, biases, pivots)
     if any_autocast() or torch.compiler.is_compiling():
         return _op(x, vs, us, biases, pivots)
     with below_autograd():

@@ -95,7 +95,7 @@ def versions_for(
         found["compiled"] = compiled
     found["taco library"] = functools.partial(forced, "library")
     # Triton's kernels for these serve few rows
-    pivoted = point.op in ("pivoted_low_rank_linear", "low_rank_linear_concat")
+    pivoted = point.op in shapes.BEHIND_PIVOT
     if "cuda" in usable and point.rows <= 16:
         found["taco cuda"] = functools.partial(forced, "cuda")
         found["taco cuda dependent"] = functools.partial(forced, "cuda dependent")

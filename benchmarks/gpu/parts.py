@@ -228,7 +228,7 @@ def _install(suite: Suite, tuned: dict[str, Any], measured: dict[str, Any] | Non
 def _tune_points(suite: Suite) -> list[shapes.Point]:
     points = shapes.tiny_points() if suite.dry else (shapes.quick_tune_points if suite.quick else shapes.tune_points)()
     # a pivoted map takes the entries of a plain one of as many bytes
-    return [point for point in points if point.op not in ("pivoted_low_rank_linear", "low_rank_linear_concat")]
+    return [point for point in points if point.op not in shapes.BEHIND_PIVOT]
 
 
 def tune(suite: Suite) -> bool:

@@ -13,6 +13,7 @@ OPS = (
     "pivoted_low_rank_linear",
     "low_rank_linear_concat",
 )
+BEHIND_PIVOT = ("pivoted_low_rank_linear", "low_rank_linear_concat")
 # (in, out) of each distinct linear layer, from the models' published configurations.
 MODELS: dict[str, list[tuple[int, int]]] = {
     "Llama-2-7B": [(4096, 4096), (4096, 11008), (11008, 4096)],
@@ -82,7 +83,7 @@ class Point(NamedTuple):
     @property
     def break_even_rank(self) -> int:
         """The rank at which the factors have as many elements as the dense matrices."""
-        if self.op in ("pivoted_low_rank_linear", "low_rank_linear_concat"):
+        if self.op in BEHIND_PIVOT:
             # rank (in + out - rank) = in out at the smaller side; of several members the rank is cut to each one's
             outs = self.out_size if isinstance(self.out_size, tuple) else (self.out_size,)
             return min(self.in_size, max(outs))
@@ -111,18 +112,18 @@ def bench_points() -> Iterator[Point]:
     """The most telling first, since a run may be cut short: ranks 512 and 128, decode, then the rest."""
     groups, mlps = dict.fromkeys(QKV.values()), dict.fromkeys(MLP.values())
     for rank in (512, 128, 1024, 256, 64, 16):
+        behind = 4 * rank - 1024  # what a map keeps of itself behind a pivot is half of it and more
         for rows in ROWS:
+            pivoted = rank >= 512 and rows <= 2048
             for size in (4096, 8192):
                 yield Point("low_rank_bridge", size, size, rank, rows)
             for in_size, out_size in shapes():
                 yield Point("low_rank_linear", in_size, out_size, rank, rows)
-                behind = 4 * rank - 1024  # what a map keeps of itself behind a pivot is half of it and more
-                if rank >= 512 and rows <= 2048 and behind < min(in_size, out_size):
+                if pivoted and behind < min(in_size, out_size):
                     yield Point("pivoted_low_rank_linear", in_size, out_size, behind, rows)
             for hidden, outs in groups:
                 yield Point("low_rank_linear_group", hidden, outs, rank, rows)
-                behind = 4 * rank - 1024
-                if rank >= 512 and rows <= 2048 and behind < hidden:
+                if pivoted and behind < hidden:
                     yield Point("low_rank_linear_concat", hidden, outs, behind, rows)
             for hidden, width in mlps:
                 yield Point("low_rank_mlp", hidden, width, rank, rows)
@@ -132,8 +133,7 @@ def quick_points() -> Iterator[Point]:
     """One hidden size, three ranks, five row counts: what the first ten minutes on a GPU should answer."""
     for point in bench_points():
         first = point.in_size == 4096 and point.out_size in (4096, 11008, 14336, (4096, 1024, 1024))
-        behind = point.op in ("pivoted_low_rank_linear", "low_rank_linear_concat")
-        ranks = (1024, 3072) if behind else (128, 512, 1024)
+        ranks = (1024, 3072) if point.op in BEHIND_PIVOT else (128, 512, 1024)
         if first and point.rank in ranks and point.rows in (1, 4, 16, 512, 2048):
             yield point
 

@@ -123,21 +123,13 @@ TACO_DEVICE int range_of(const int (&starts)[kMaxMembers + 1], int count, int at
   return found;
 }
 
-// The units of the first product that are this block's: neighbours, so that what it has of x often serves the next too.
-struct UnitRange {
-  int first, end;
-};
-TACO_DEVICE UnitRange block_units(const DecodePlan& plan, int units) {
-  return {int(int64_t(units) * block_index() / plan.blocks), int(int64_t(units) * (block_index() + 1) / plan.blocks)};
-}
-
-// The tiles of the second product that are this block's: neighbours, so that few blocks need two members' intermediates.
-struct TileRange {
+// What of so many units (of the first product) or tiles (of the second) is this block's: neighbours, so that what it has
+// of x often serves the next unit too, and few blocks need two members' intermediates.
+struct Range {
   int first, count;
 };
-TACO_DEVICE TileRange block_tiles(const DecodePlan& plan) {
-  const int64_t tiles = plan.tile_start[plan.phases];
-  const int first = int(tiles * block_index() / plan.blocks), end = int(tiles * (block_index() + 1) / plan.blocks);
+TACO_DEVICE Range block_share(const DecodePlan& plan, int64_t all) {
+  const int first = int(all * block_index() / plan.blocks), end = int(all * (block_index() + 1) / plan.blocks);
   return {first, end - first};
 }
 

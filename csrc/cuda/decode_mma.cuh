@@ -16,8 +16,8 @@ TACO_DEVICE void first_product_mma(const DecodeArgs& a, const Shared& shared) {
   T* const staged = reinterpret_cast<T*>(shared.t);
   int staged_index = -1;  // whose inputs are there, and from which column on
   int64_t staged_begin = 0;
-  const UnitRange mine = block_units(a.plan, rank_tiles * a.plan.splits);
-  for (int unit = mine.first; unit < mine.end; ++unit) {
+  const Range mine = block_share(a.plan, int64_t(rank_tiles) * a.plan.splits);
+  for (int unit = mine.first; unit < mine.first + mine.count; ++unit) {
     const int tile = unit % rank_tiles, split = unit / rank_tiles;
     const int index = range_of(a.plan.unit_start, call.count, tile);
     const Factors& member = call.members[index];
@@ -137,7 +137,7 @@ TACO_DEVICE void load_t_mma(const DecodeArgs& a, const Shared& shared, T* high, 
 template <class T>
 TACO_DEVICE void prefetch_u(const DecodeArgs& a, const Shared& shared, char* u_shared) {
   const DecodePlan& plan = a.plan;
-  const TileRange mine = block_tiles(plan);
+  const Range mine = block_share(plan, plan.tile_start[plan.phases]);
   const int slots = mine.count * plan.width < plan.prefetched_tiles ? mine.count * plan.width : plan.prefetched_tiles;
   copy_begin(shared.barrier);
   copy_rows(shared.barrier, u_shared, plan.u_pitch, slots * kTile, plan.u_pitch, [&](int row) -> Row {
@@ -158,7 +158,7 @@ TACO_DEVICE void second_product_mma(const DecodeArgs& a, const Shared& shared, c
   const DecodePlan& plan = a.plan;
   const int lane = thread_index() % 32, warp = thread_index() / 32, g = lane / 4, q = lane % 4;
   const int rank_warps = kWarps / plan.tile_warps, rows = int(a.call.rows);
-  const TileRange mine = block_tiles(plan);
+  const Range mine = block_share(plan, plan.tile_start[plan.phases]);
   const uint4 zero = {0, 0, 0, 0};
 
   for (int phase = 0; phase < plan.phases; ++phase) {

@@ -3,6 +3,7 @@
 #define TACO_EMULATE 1
 #include "cuda/decode_mma.cuh"
 #include "cuda/decode_plain.cuh"
+#include "cuda/emulation/calls_file.h"
 
 namespace taco::cuda {
 
@@ -44,26 +45,13 @@ struct MemberHeader {
   int64_t pivot;  // bytes of an index, 0 without one
 };
 
-// A tensor's bytes in memory of exactly that size, so that the sanitizer sees one byte too many.
-struct Bytes {
-  char* data = nullptr;
-  ~Bytes() { free(data); }
-};
-
-bool read(FILE* file, Bytes& to, int64_t rows, int64_t stride, int64_t columns, int64_t element) {
-  const size_t bytes = size_t(((rows - 1) * stride + columns) * element);
-  if (posix_memalign(reinterpret_cast<void**>(&to.data), 16, bytes) != 0) return false;
-  return fread(to.data, 1, bytes, file) == bytes;
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
   using namespace taco::cuda;
-  if (argc != 3) return fprintf(stderr, "usage: %s CALLS RESULTS\n", argv[0]), 2;
-  FILE* in = fopen(argv[1], "rb");
-  FILE* out = fopen(argv[2], "wb");
-  if (in == nullptr || out == nullptr) return fprintf(stderr, "cannot open the files\n"), 2;
+  Files files;
+  if (!files.open(argc, argv)) return 2;
+  FILE *const in = files.in, *const out = files.out;
   Header h;
   while (fread(&h, sizeof(h), 1, in) == 1) {
     const int64_t element = h.dtype == 0 ? 4 : 2;
@@ -111,6 +99,5 @@ int main(int argc, char** argv) {
       fwrite(y[i].data, 1, size_t(((h.rows - 1) * f.y_stride + f.out) * element), out);
     }
   }
-  fclose(in);
-  return fclose(out) == 0 ? 0 : 2;
+  return files.close();
 }

@@ -20,6 +20,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.model_executor.utils import set_weight_attrs
 
 import taco_kernels
+from taco_kernels.low_rank_linear_concat import separately
 
 from ..errors import TacoError
 from ..structure import Structure
@@ -298,38 +299,16 @@ class FactorsMethod(LinearMethodBase):
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``x`` [..., in on this rank] through all maps of the layer: [..., sum of its partitions on this rank]."""
-        factors = self._factors(layer)
-        if self.dense_method is None and len(factors) > 1:
-            vs, us, pivots = map(list, zip(*factors, strict=True))
-            biases = [self._bias(bias, member) for member in self.factorised]
-            return taco_kernels.low_rank_linear_concat(x, vs, us, biases, pivots)
-        outputs: dict[int, torch.Tensor] = {}
-        plain: list[tuple[Member, torch.Tensor, torch.Tensor]] = []
-        for member, (v, u, pivot) in zip(self.factorised, factors, strict=True):
-            if pivot is None:
-                plain.append((member, v, u))
-            else:
-                outputs[member.first] = taco_kernels.pivoted_low_rank_linear(x, v, u, pivot, self._bias(bias, member))
-        if len(plain) == 1:
-            member, v, u = plain[0]
-            outputs[member.first] = taco_kernels.low_rank_linear(x, v, u, self._bias(bias, member))
-        elif plain:
-            group = taco_kernels.low_rank_linear_group(
-                x,
-                [v for _, v, _ in plain],
-                [u for _, _, u in plain],
-                [self._bias(bias, member) for member, _, _ in plain],
-            )
-            for (member, _, _), output in zip(plain, group, strict=True):
-                outputs[member.first] = output
-        if self.dense_method is not None:
-            together = self.dense_method.apply(layer, x, None)
-            parts = together.split([member.rows(self.partitions) for member in self.dense], dim=-1)
-            for member, output in zip(self.dense, parts, strict=True):
-                share = self._bias(bias, member)
-                outputs[member.first] = output if share is None else output + share
-        if len(outputs) == 1:
-            return next(iter(outputs.values()))
+        vs, us, pivots = map(list, zip(*self._factors(layer), strict=True))
+        maps = vs, us, [self._bias(bias, member) for member in self.factorised], pivots
+        if self.dense_method is None:
+            return taco_kernels.low_rank_linear_concat(x, *maps)
+        outputs = {member.first: y for member, y in zip(self.factorised, separately(x, *maps), strict=True)}
+        together = self.dense_method.apply(layer, x, None)
+        parts = together.split([member.rows(self.partitions) for member in self.dense], dim=-1)
+        for member, output in zip(self.dense, parts, strict=True):
+            share = self._bias(bias, member)
+            outputs[member.first] = output if share is None else output + share
         return torch.cat([outputs[first] for first in sorted(outputs)], dim=-1)
 
     def _factors(self, layer: Any) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
