@@ -43,9 +43,9 @@ def check(actual: torch.Tensor, exact: torch.Tensor, size: torch.Tensor, terms: 
     assert bool(((actual.double() - exact).abs() <= bound).all()), "wrong result: not timed"
 
 
-def one_rounding(dtype: torch.dtype, rank: int, rows: int) -> bool:
-    """Whether rows are few enough for an intermediate in float32 (csrc/cpu/isa.h: kFewRows, kLoneRows, kManyRanks)."""
-    return rows <= (4 if dtype == torch.bfloat16 and rank >= 256 else 16)
+def one_rounding(dtype: torch.dtype, rows: int) -> bool:
+    """Whether rows are few enough for an intermediate in float32 (csrc/cpu/taco_cpu.h)."""
+    return rows <= (4 if dtype == torch.bfloat16 else 16)
 
 
 def measure(name, dtype, shape, rows, ours, library, dense, read, size):
@@ -91,7 +91,7 @@ def test_low_rank_linear(benchmark, request, arenas, report, dtype, in_features,
         v, u = (t.double() for t in pairs[0])
         wide = x.double()
         exact, magnitude = wide @ v.T @ u.T, wide.abs() @ v.abs().T @ u.abs().T
-        check(ours(0), exact, magnitude, in_features + rank, one_rounding(dtype, rank, rows))
+        check(ours(0), exact, magnitude, in_features + rank, one_rounding(dtype, rows))
         size = (in_features + out_features) * rank * dtype.itemsize
         shape = (in_features, out_features, rank)
         row = measure("linear", dtype, shape, rows, ours, two_calls, dense, read_cold(arena, size), size)
@@ -127,7 +127,7 @@ def test_low_rank_bridge(benchmark, arenas, report, dtype, rows, rank):
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
         exact = wide + normed @ v.T @ u.T + bias.double()
         magnitude = wide.abs() + normed.abs() @ v.abs().T @ u.abs().T + bias.double().abs()
-        check(ours(0), exact, magnitude, 2 * hidden + rank, one_rounding(dtype, rank, rows))
+        check(ours(0), exact, magnitude, 2 * hidden + rank, one_rounding(dtype, rows))
         size = 2 * hidden * rank * dtype.itemsize
         row = measure("bridge", dtype, (hidden, hidden, rank), rows, ours, library, dense, read_cold(arena, size), size)
         report(row)

@@ -240,7 +240,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_isa", &set_cpu_isa, "chooses an instruction set, for tests; \"auto\" is the best");
   m.def(
       "cpu_many_rows_from",
-      [](int dtype, std::int64_t ranks) { return taco::many_rows_from(dtype_of(dtype), ranks); },
+      [](int dtype) { return taco::many_rows_from(dtype_of(dtype)); },
       "from how many rows on there are kernels for many rows");
   m.def("omp_threads", &taco::omp_threads, "threads of the OpenMP runtime; 0 when built without OpenMP");
   m.def("read_memory", &read_memory, "reads memory as fast as it goes, for benchmarks");

@@ -92,11 +92,11 @@ def _composed(two: Callable[..., list[Tensor]], one: Callable[..., Tensor], x: T
     return one(ACTIVATIONS[act](opened).mul_(raised), *down, None)
 
 
-# Where a CPU has kernels for many rows, which the one for a whole MLP does not use, its three maps are better computed
-# one by one: ((ranks of gate and up, rows), ...), beyond so many rows from so large ranks on.
-COMPOSED_ROWS: dispatch.RowLimits = ((256, 4), (0, 8))
-if dispatch.isa == "avx2":  # its kernels for many rows begin at one number of them, whatever the ranks and the dtype
-    COMPOSED_ROWS = ((0, native.module.cpu_many_rows_from(0, 0) - 1),)  # type: ignore[union-attr]
+# Where a CPU has kernels for more rows than a few, which the one for a whole MLP does not use, its three maps are
+# better computed one by one: ((ranks of gate and up, rows), ...), beyond so many rows from so large ranks on.
+COMPOSED_ROWS: dispatch.RowLimits = ((0, 4),)
+if dispatch.isa == "avx2":  # one number of rows, whatever the dtype
+    COMPOSED_ROWS = ((0, native.module.cpu_many_rows_from(0) - 1),)  # type: ignore[union-attr]
 
 
 def _fused_rows(dtype: torch.dtype) -> dispatch.RowLimits:

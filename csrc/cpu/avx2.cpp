@@ -105,12 +105,11 @@ struct Arch {
 
 const CpuKernels kAvx2Kernels = {
     "avx2",
-    0,
     {{first_product<Converted<float>, float>, second_product<float>, sum_of_squares<float>, gating<float>,
-      attribution<float>, &kManyRowsFloat<float>},
+      attribution<float>, false, 0, &kManyRowsFloat<float>},
      {first_product<Converted<F16>, F16>, second_product<F16>, sum_of_squares<F16>, gating<F16>,
-      attribution<F16>, &kManyRowsFloat<F16>},
+      attribution<F16>, false, 0, &kManyRowsFloat<F16>},
      {first_product<Converted<BF16>, BF16>, second_product<BF16>, sum_of_squares<BF16>, gating<BF16>,
-      attribution<BF16>, &kManyRowsFloat<BF16>}}};
+      attribution<BF16>, false, 0, &kManyRowsFloat<BF16>}}};
 
 }  // namespace taco

@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "isa.h"
 
@@ -12,7 +13,9 @@ namespace {
 
 #include "avx512.inl"
 #include "panel.inl"
+#include "tile.inl"
 #include "staged.inl"
+#include "few_rows.inl"
 #include "gating.inl"
 #include "attribution.inl"
 
@@ -20,12 +23,11 @@ namespace {
 
 const CpuKernels kAvx512Kernels = {
     "avx512",
-    16,
-    {{first_product<Converted<float>, float>, second_product_either<float>, sum_of_squares<float>, gating<float>,
-      attribution<float>},
-     {first_product<Converted<F16>, F16>, second_product_either<F16>, sum_of_squares<F16>, gating<F16>,
-      attribution<F16>},
-     {first_product<Converted<BF16>, BF16>, second_product_either<BF16>, sum_of_squares<BF16>, gating<BF16>,
-      attribution<BF16>}}};
+    {{first_product<Converted<float>, float>, second_product_any<float, BroadcastF32>, sum_of_squares<float>, gating<float>,
+      attribution<float>, true, 9},
+     {first_product<Converted<F16>, F16>, second_product_any<F16>, sum_of_squares<F16>, gating<F16>,
+      attribution<F16>, true},
+     {first_product<Converted<BF16>, BF16>, second_product_any<BF16>, sum_of_squares<BF16>, gating<BF16>,
+      attribution<BF16>, true}}};
 
 }  // namespace taco

@@ -133,14 +133,6 @@ struct Arch {
       a[j + 12] = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
     }
   }
-  // `fold` neighbouring floats, repeated over the vector
-  template <int kFold>
-  static inline Vec broadcast(const float* p) {
-    if constexpr (kFold == 1) return _mm512_set1_ps(*p);
-    static_assert(kFold == 1 || kFold == 2, "one or two");
-    double two;
-    __builtin_memcpy(&two, p, 8);
-    return _mm512_castpd_ps(_mm512_set1_pd(two));
-  }
+  static inline Vec broadcast(const float* p) { return _mm512_set1_ps(*p); }
   static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 };

@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "isa.h"
 
@@ -12,14 +13,16 @@ namespace {
 
 #include "avx512.inl"
 #include "panel.inl"
+#include "tile.inl"
 #include "staged.inl"
+#include "few_rows.inl"
 #include "gating.inl"
 #include "attribution.inl"
 #include "many_rows.inl"
 
 // bf16 weights against bf16 vectors: one instruction multiplies 32 pairs and adds them to 16 fp32 sums, nothing to
-// widen. For few rows only for the first product: the second one's vector stays fp32, since rounding it would cost
-// accuracy, and splitting it into two bf16 parts as many instructions as FMAs need (staged.inl).
+// widen. Up to four rows, which wait for memory either way, only for the first product: the second one's vector stays
+// fp32. More rows wait for arithmetic; their vectors are rounded, as between two library products.
 struct DotBf16 {
   using W = __m512bh;
   using X = __m512bh;
@@ -33,16 +36,35 @@ struct DotBf16 {
   static inline __m512 mac(__m512 sum, W w, X x) { return _mm512_dpbf16_ps(sum, w, x); }
 };
 
+struct BroadcastBf16 {  // see BroadcastF32
+  using T = BF16;
+  using Rows = __m512bh;
+  static constexpr int kColumns = 2;
+  static constexpr bool kFolds = true;
+  template <int kFold>
+  static inline __m512bh weights(const BF16* p) {
+    if constexpr (kFold == 1) {
+      int two;
+      __builtin_memcpy(&two, p, 4);
+      return reinterpret_cast<__m512bh>(_mm512_set1_epi32(two));
+    }
+    long long four;
+    __builtin_memcpy(&four, p, 8);
+    return reinterpret_cast<__m512bh>(_mm512_set1_epi64(four));
+  }
+  static inline Rows rows(const void* t) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(t)); }
+  static inline __m512 mac(__m512 sum, Rows rows, __m512bh weights) { return _mm512_dpbf16_ps(sum, rows, weights); }
+};
+
 }  // namespace
 
 const CpuKernels kAvx512Bf16Kernels = {
     "avx512bf16",
-    16,
-    {{first_product<Converted<float>, float>, second_product_either<float>, sum_of_squares<float>, gating<float>,
-      attribution<float>},
-     {first_product<Converted<F16>, F16>, second_product_either<F16>, sum_of_squares<F16>, gating<F16>,
-      attribution<F16>},
-     {first_product<DotBf16, BF16>, second_product_either<BF16>, sum_of_squares<BF16>, gating<BF16>,
-      attribution<BF16>, &kManyRowsBf16}}};
+    {{first_product<Converted<float>, float>, second_product_any<float, BroadcastF32>, sum_of_squares<float>, gating<float>,
+      attribution<float>, true, 9},
+     {first_product<Converted<F16>, F16>, second_product_any<F16>, sum_of_squares<F16>, gating<F16>,
+      attribution<F16>, true},
+     {first_product<DotBf16, BF16>, second_product_any<BF16, BroadcastBf16>, sum_of_squares<BF16>, gating<BF16>,
+      attribution<BF16>, true, 5, &kManyRowsBf16}}};
 
 }  // namespace taco

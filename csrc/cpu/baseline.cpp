@@ -118,7 +118,6 @@ struct Arch {
 
 const CpuKernels kBaselineKernels = {
     "baseline",
-    0,
     {{first_product<Converted<float>, float>, second_product<float>, sum_of_squares<float>, gating<float>,
       attribution<float>},
      {first_product<Converted<F16>, F16>, second_product<F16>, sum_of_squares<F16>, gating<F16>,

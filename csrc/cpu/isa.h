@@ -13,30 +13,45 @@ struct F16 {
   std::uint16_t bits;
 };
 
-// How the rank-sized intermediate t lies in memory, chosen by the driver for both products of a call. Column j of t
-// sits at place p = position(j), an order within each step that suits the unpacking of 16-bit weights.
-//   lanes == 0: rows of `stride` floats, t[r * stride + p]; the second product is a sweep of dot products.
-//   lanes > 0:  batch rows are the lanes of a vector. Groups of lanes / fold rows; in a group each vector holds `fold`
-//               consecutive places of every row: t[group * stride * (lanes / fold) + p / fold * lanes + row * fold
-//               + p % fold]. The second product multiplies such vectors by broadcast weights and needs no sums across
-//               a vector, which cost more than the products themselves when the rank is small.
+// How the rank-sized intermediate t lies in memory, chosen by the driver for both products of a call.
 struct Layout {
-  std::int64_t stride;  // places per row: the rank, rounded up to whole steps, filled up with zeros
-  int lanes, fold;
+  enum Kind {
+    // rows of `stride` floats: the second product is a sweep of dot products
+    kRows,
+    // Batch rows in the lanes of a vector, kLanes rows to a group: place p of row r is
+    // t[r / kLanes * kLanes * stride + p * kLanes + r % kLanes]. The second product multiplies such vectors by broadcast
+    // weights and needs no sums across a vector, which cost more than the products themselves when the rank is small.
+    kGroups,
+    // The same for one group of rows, elements of the weights' type (bf16 is rounded), columns in their order: a vector
+    // holds a few neighbours of each of `lanes` rows.
+    kPlaces,
+  };
+  static constexpr std::int64_t kLanes = 16, kHalfLanes = 8;
 
-  std::int64_t rows_per_group() const { return lanes ? lanes / fold : 1; }
-  std::int64_t floats(std::int64_t rows) const {
+  // Places per row: the rank, rounded up to whole steps. The filling is zeros. In kRows and kGroups column j sits at place
+  // position(j), an order within each step that suits the unpacking of 16-bit weights.
+  std::int64_t stride;
+  Kind kind;
+  std::int64_t lanes = 0;  // of kPlaces: kLanes or kHalfLanes
+
+  std::int64_t rows_per_group() const { return kind == kRows ? 1 : kind == kPlaces ? lanes : kLanes; }
+  std::int64_t floats(std::int64_t rows) const {  // bf16 needs half of that
     const std::int64_t group = rows_per_group();
     return (rows + group - 1) / group * group * stride;
   }
-  std::int64_t index(std::int64_t row, std::int64_t place) const {
-    if (lanes == 0) return row * stride + place;
-    const std::int64_t group = rows_per_group();
-    return row / group * group * stride + place / fold * lanes + row % group * fold + place % fold;
+  // Place p of a row is at start(row) + p * step(), but in kPlaces.
+  std::int64_t start(std::int64_t row) const {
+    return kind == kGroups ? row / kLanes * kLanes * stride + row % kLanes : row * stride;
+  }
+  std::int64_t step() const { return kind == kGroups ? kLanes : 1; }
+  // Of kPlaces: where column j of a row is, with a vector's kAcross neighbours of each row
+  template <int kAcross>
+  std::int64_t place(std::int64_t row, std::int64_t j) const {
+    return j / kAcross * kAcross * lanes + row * kAcross + j % kAcross;
   }
 };
 
-// t = x v^T + direct for rows [begin, end) of v; t is fp32.
+// t = x v^T + direct for rows [begin, end) of v
 struct FirstProduct {
   const void* x;
   std::int64_t x_stride;
@@ -136,8 +151,7 @@ struct ManySecond {
 struct ManyRows {
   int width;             // columns of a packed vector that share 32 bits
   std::int64_t columns;  // of packed vectors, that go through all weight rows together: the second cache holds them
-  std::int64_t few;      // calls of more rows than this are for these kernels,
-  std::int64_t lone;     // and of more than this where the ranks of a call are kManyRanks or more in all
+  std::int64_t few;      // calls of more rows than this are for these kernels
   void (*pack)(const Packing&, std::int64_t begin, std::int64_t end);  // places [begin, end)
   void (*first)(const ManyFirst&, std::int64_t begin, std::int64_t end);
   void (*second)(const ManySecond&, std::int64_t begin, std::int64_t end);
@@ -149,6 +163,10 @@ struct DtypeKernels {
   float (*sum_of_squares)(const void* x, std::int64_t n);
   void (*gating)(const Gating&, std::int64_t begin, std::int64_t end);
   void (*attribution)(const AttributionBlock&, std::int64_t begin, std::int64_t end);
+  // Kinds of Layout beside kRows that `first` and `second` know: kGroups; kPlaces, and from how many rows on it is faster
+  // (0: never; on two Zen 4 cores fp32 breaks even at 9, and bf16, whose vector is rounded for it, below 5).
+  bool groups = false;
+  std::int64_t places = 0;
   const ManyRows* many = nullptr;  // where the instruction set has something better for many rows than the others above
 };
 
@@ -158,12 +176,9 @@ constexpr std::int64_t kStepMultiple = 32;
 constexpr std::int64_t kTile = 16;
 // Batch rows that go through a sweep together at most.
 constexpr std::int64_t kRowBlock = 64;
-// See ManyRows::lone.
-constexpr std::int64_t kManyRanks = 256;
 
 struct CpuKernels {
   const char* name;
-  int lanes;  // for Layout; 0 where the second product knows dot products only
   DtypeKernels by_dtype[3];  // indexed by Dtype
 };
 

@@ -230,5 +230,4 @@ inline void many_second(const ManySecond& p, std::int64_t begin, std::int64_t en
   }
 }
 
-// The intermediate is rounded here, and is not for fewer rows: 16 rows of small ranks keep it in fp32, and so do four rows.
-constexpr ManyRows kManyRowsBf16 = {2, kManyColumns, 16, 4, pack_bf16, many_first, many_second};
+constexpr ManyRows kManyRowsBf16 = {2, kManyColumns, 16, pack_bf16, many_first, many_second};

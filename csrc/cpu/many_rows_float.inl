@@ -193,4 +193,4 @@ inline void many_second_float(const ManySecond& p, std::int64_t begin, std::int6
 }
 
 template <class T>
-constexpr ManyRows kManyRowsFloat = {1, kFloatColumns, 12, 12, pack_float<T>, many_first_float<T>, many_second_float<T>};
+constexpr ManyRows kManyRowsFloat = {1, kFloatColumns, 12, pack_float<T>, many_first_float<T>, many_second_float<T>};

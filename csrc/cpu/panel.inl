@@ -44,30 +44,38 @@ static_assert(kStepMultiple % kStep == 0, "t's padding must cover a whole step")
 // what is asked for is still in the first cache when it is used.
 constexpr std::int64_t kAheadBytes = 2048;
 
+// Every loop over sums is unrolled by hand, that of the tail included: where one is not, the sums lie in memory.
 template <class Ops, int R, bool kPrefetch, class T>
 inline void panel(const T* const (&w)[4], const typename Ops::Source* x, std::int64_t x_stride, std::int64_t k,
                   typename Arch::Vec (&sum)[R][4]) {
   constexpr std::int64_t ahead = kAheadBytes / static_cast<std::int64_t>(sizeof(T));
+  typename Ops::X xs[R];
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
     for (int m = 0; m < 4; ++m) sum[r][m] = Arch::zero();
   std::int64_t j = 0;
   for (; j + kStep <= k; j += kStep) {
-    typename Ops::X xs[R];
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) xs[r] = Ops::load_x(x + r * x_stride + j);
+#pragma GCC unroll 4
     for (int m = 0; m < 4; ++m) {
       if (kPrefetch && Arch::kAsksAhead) {
         Arch::prefetch(w[m] + ahead + j);
         if (kStep * sizeof(T) > 64) Arch::prefetch(w[m] + ahead + j + kStep / 2);
       }
       const typename Ops::W weight = Ops::load_w(w[m] + j);
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) sum[r][m] = Ops::mac(sum[r][m], weight, xs[r]);
     }
   }
   if (j < k) {
-    typename Ops::X xs[R];
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) xs[r] = Ops::load_x_tail(x + r * x_stride + j, k - j);
+#pragma GCC unroll 4
     for (int m = 0; m < 4; ++m) {
       const typename Ops::W weight = Ops::load_w_tail(w[m] + j, k - j);
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) sum[r][m] = Ops::mac(sum[r][m], weight, xs[r]);
     }
   }
@@ -177,17 +185,6 @@ inline void sweep(const T* weights, std::int64_t stride, std::int64_t begin, std
   }
 }
 
-template <class Ops, class T>
-void first_product(const FirstProduct& p, std::int64_t begin, std::int64_t end) {
-  sweep<Ops>(static_cast<const T*>(p.v), p.v_stride, begin, end, static_cast<const T*>(p.x), p.x_stride, p.rows, p.in,
-             [&](std::int64_t r, std::int64_t m, const float* values, int count) {
-               const T* direct = p.direct ? static_cast<const T*>(p.direct) + r * p.direct_stride + m : nullptr;
-               for (int i = 0; i < count; ++i)
-                 p.t[p.layout.index(r, Arch::position(static_cast<const T*>(nullptr), m + i))] =
-                     direct ? values[i] + to_float(direct[i]) : values[i];
-             });
-}
-
 // y = values * scale + bias + residual, `count` of them; nothing beyond them is touched.
 template <class T, class Y, class A = Arch>  // a parameter, so that finish16 is looked up only where it exists
 inline void finish_run(Y* y, const float* values, int count, float scale, const T* bias, const T* residual) {
@@ -236,6 +233,43 @@ inline void finish(const SecondProduct& p, std::int64_t r, std::int64_t m, const
   const T* residual = p.residual ? static_cast<const T*>(p.residual) + r * p.residual_stride + m : nullptr;
   T* y = static_cast<T*>(p.y) + r * p.y_stride + m;
   finish_run<T, T>(y, values, count, p.scale ? p.scale[r] : 1.0f, bias, residual);
+}
+
+// Columns m to m + count of row r of t go to their places, by whole neighbourhoods where m begins one.
+template <int kAcross, class T>
+inline void put(const FirstProduct& p, std::int64_t r, std::int64_t m, const T* values, int count) {
+  T* const t = reinterpret_cast<T*>(p.t);
+  int i = 0;
+  if (m % kAcross == 0)
+    for (; i + kAcross <= count; i += kAcross)
+      __builtin_memcpy(t + p.layout.place<kAcross>(r, m + i), values + i, kAcross * sizeof(T));
+  for (; i < count; ++i) t[p.layout.place<kAcross>(r, m + i)] = values[i];
+}
+
+// What a first product does with its sums, of columns m to m + count of row r of t
+template <class T>
+inline void keep(const FirstProduct& p, std::int64_t r, std::int64_t m, const float* values, int count) {
+  const T* const direct = p.direct ? static_cast<const T*>(p.direct) + r * p.direct_stride + m : nullptr;
+  if (p.layout.kind == Layout::kPlaces) {
+    T rounded[kTile];
+    finish_run<T, T>(rounded, values, count, 1.0f, direct, nullptr);
+    constexpr int kAcross = static_cast<int>(64 / sizeof(T) / Layout::kLanes);
+    if (p.layout.lanes == Layout::kLanes)
+      put<kAcross>(p, r, m, rounded, count);
+    else
+      put<2 * kAcross>(p, r, m, rounded, count);
+    return;
+  }
+  float* const t = p.t + p.layout.start(r);
+  const std::int64_t step = p.layout.step();
+  for (int i = 0; i < count; ++i)
+    t[Arch::position(static_cast<const T*>(nullptr), m + i) * step] = direct ? values[i] + to_float(direct[i]) : values[i];
+}
+
+template <class Ops, class T>
+void first_product(const FirstProduct& p, std::int64_t begin, std::int64_t end) {
+  sweep<Ops>(static_cast<const T*>(p.v), p.v_stride, begin, end, static_cast<const T*>(p.x), p.x_stride, p.rows, p.in,
+             [&](std::int64_t r, std::int64_t m, const float* values, int count) { keep<T>(p, r, m, values, count); });
 }
 
 template <class T>

@@ -1,4 +1,4 @@
-// The second product for five rows of x and more, on AVX-512: batch rows are the lanes of a vector (Layout in isa.h).
+// The second product for more rows of x than a few, on AVX-512: batch rows are the lanes of a vector (Layout in isa.h).
 // Included by avx512.cpp and avx512bf16.cpp after panel.inl.
 //
 // A dot product of `rank` terms ends in additions across a vector; at rank 64 these cost as much as the products. Here
@@ -33,92 +33,49 @@ inline void stage(const T* weights, std::int64_t stride, int count, std::int64_t
 
 // sums += t * buffer over `places` places. The next panel, `next`, is asked for a little at every step: all of it at
 // once would wait for the few places that a core has for lines on their way.
-template <class T, int kFold>
+template <class T>
 inline void multiply(const float* t, const float* buffer, std::int64_t places, const T* next,
                      typename Arch::Vec (&sums)[kStageRows]) {
-  constexpr std::int64_t kGroupRows = Arch::kWidth / kFold;
   constexpr std::int64_t kLine = 64 / static_cast<std::int64_t>(sizeof(T));
-  for (std::int64_t j = 0; j < places; j += kFold) {
-    const typename Arch::Vec rows = Arch::load16(t + j * kGroupRows);
-    if (next && j * kStageRows % kLine == 0) {
-      Arch::prefetch(next + j * kStageRows);
-      if (kFold * kStageRows > kLine) Arch::prefetch(next + j * kStageRows + kLine);
-    }
+  // Copies of its own, which stay in registers: of sums that lie in an array of the caller's, compilers write every one
+  // back at every step.
+  typename Arch::Vec own[kStageRows];
+  for (int i = 0; i < kStageRows; ++i) own[i] = sums[i];
+  for (std::int64_t j = 0; j < places; ++j) {
+    const typename Arch::Vec rows = Arch::load16(t + j * Layout::kLanes);
+    if (next && j * kStageRows % kLine == 0) Arch::prefetch(next + j * kStageRows);
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC unroll 16
 #endif
     for (int i = 0; i < kStageRows; ++i)
-      sums[i] = Arch::fma(rows, Arch::template broadcast<kFold>(buffer + i * (kStage + kStagePad) + j), sums[i]);
+      own[i] = Arch::fma(rows, Arch::broadcast(buffer + i * (kStage + kStagePad) + j), own[i]);
   }
+  for (int i = 0; i < kStageRows; ++i) sums[i] = own[i];
 }
 
-template <class T, int kFold>
-inline void store_tile(const SecondProduct& p, std::int64_t first_row, std::int64_t m, int count,
-                       typename Arch::Vec (&sums)[kStageRows]) {
-  Arch::transpose(sums);
-  const T* bias = p.bias ? static_cast<const T*>(p.bias) + m : nullptr;
-  for (int i = 0; i < Arch::kWidth / kFold && first_row + i < p.rows; ++i) {
-    const std::int64_t r = first_row + i;
-    typename Arch::Vec row = sums[i * kFold];
-    if constexpr (kFold == 2) row = Arch::add(row, sums[i * kFold + 1]);
-    if (count == kStageRows && !p.wide) {
-      const T* residual = p.residual ? static_cast<const T*>(p.residual) + r * p.residual_stride + m : nullptr;
-      Arch::finish16(static_cast<T*>(p.y) + r * p.y_stride + m, row, p.scale ? p.scale[r] : 1.0f, bias, residual);
-    } else {
-      alignas(64) float values[kStageRows];
-      Arch::store16(values, row);
-      finish<T>(p, r, m, values, count);
-    }
-  }
-}
-
-template <class T, int kFold>
+template <class T>
 void staged_product(const SecondProduct& p, std::int64_t begin, std::int64_t end) {
   using Vec = typename Arch::Vec;
-  constexpr int kGroupRows = Arch::kWidth / kFold;
-  constexpr int kGroups = static_cast<int>(kRowBlock) / kGroupRows;
+  constexpr int kGroups = static_cast<int>(kRowBlock / Layout::kLanes);
   alignas(64) float buffer[kStageRows * (kStage + kStagePad)];
-  const int groups = static_cast<int>((p.rows + kGroupRows - 1) / kGroupRows);
+  const int groups = static_cast<int>((p.rows + Layout::kLanes - 1) / Layout::kLanes);
   const T* const u = static_cast<const T*>(p.u);
-  const std::int64_t group_stride = p.layout.stride * kGroupRows;
+  const std::int64_t group_stride = p.layout.stride * Layout::kLanes;
 
   for (std::int64_t m = begin; m < end; m += kStageRows) {
     const int count = static_cast<int>(end - m < kStageRows ? end - m : kStageRows);
     const T* const panel = u + m * p.u_stride;
     const T* const next = panel + kStageRows * p.u_stride;
-    const auto columns_from = [&](std::int64_t start) { return p.rank - start < kStage ? p.rank - start : kStage; };
-    const auto places_of = [](std::int64_t columns) { return (columns + kStep - 1) / kStep * kStep; };
-    if (groups == 1) {  // the sums stay in registers
-      Vec sums[kStageRows];
-      for (int i = 0; i < kStageRows; ++i) sums[i] = Arch::zero();
-      for (std::int64_t start = 0; start < p.rank; start += kStage) {
-        const std::int64_t columns = columns_from(start);
-        stage(panel + start, p.u_stride, count, columns, buffer);
-        multiply<T, kFold>(p.t + start * kGroupRows, buffer, places_of(columns), next + start * kStageRows, sums);
-      }
-      store_tile<T, kFold>(p, 0, m, count, sums);
-      continue;
-    }
     Vec sums[kGroups][kStageRows];
     for (int g = 0; g < groups; ++g)
       for (int i = 0; i < kStageRows; ++i) sums[g][i] = Arch::zero();
     for (std::int64_t start = 0; start < p.rank; start += kStage) {
-      const std::int64_t columns = columns_from(start);
+      const std::int64_t columns = p.rank - start < kStage ? p.rank - start : kStage;
       stage(panel + start, p.u_stride, count, columns, buffer);
       for (int g = 0; g < groups; ++g)
-        multiply<T, kFold>(p.t + g * group_stride + start * kGroupRows, buffer, places_of(columns),
-                           g == 0 ? next + start * kStageRows : nullptr, sums[g]);
+        multiply(p.t + g * group_stride + start * Layout::kLanes, buffer, (columns + kStep - 1) / kStep * kStep,
+                 g == 0 ? next + start * kStageRows : nullptr, sums[g]);
     }
-    for (int g = 0; g < groups; ++g) store_tile<T, kFold>(p, g * kGroupRows, m, count, sums[g]);
+    for (int g = 0; g < groups; ++g) store_tile<T, 1>(p, g * Layout::kLanes, m, count, sums[g]);
   }
-}
-
-template <class T>
-void second_product_either(const SecondProduct& p, std::int64_t begin, std::int64_t end) {
-  if (p.layout.lanes == 0)
-    second_product<T>(p, begin, end);
-  else if (p.layout.fold == 2)
-    staged_product<T, 2>(p, begin, end);
-  else
-    staged_product<T, 1>(p, begin, end);
 }

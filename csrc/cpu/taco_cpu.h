@@ -26,9 +26,8 @@ struct LowRankMap {
 };
 
 struct LowRankInput {
-  // Of every tensor of the call; sums are fp32. So is the rank-sized intermediate, but for many rows of bf16 on a CPU with dot
-  // products of it (more than 16, or more than 4 where the ranks are 256 or more in all): there it is rounded, as between
-  // two library products.
+  // Of every tensor of the call; sums are fp32. So is the rank-sized intermediate, but for more than four rows of bf16 on a
+  // CPU with dot products of it: there it is rounded, as between two library products (but not within low_rank_mlp).
   Dtype dtype;
   const void* x;  // [rows, in], rows x_stride apart, elements contiguous
   std::int64_t x_stride;
@@ -41,8 +40,8 @@ enum class Activation : int { kSilu = 0, kGeluTanh = 1, kGelu = 2, kRelu = 3 };
 
 // All of these compute on at most `threads` threads of the OpenMP runtime that the process already has, in one parallel
 // region for each 64 rows. A problem too small to pay for waking a thread runs on fewer. The bits of the result depend
-// on the instruction set, and on whether the rows are 1 to 4, 5 to 8, more, or so many that the kernels for many rows have
-// them (many_rows_from), but not on the threads.
+// on the instruction set, and on whether the rows are 1 to 4, 5 to 8, 9 or 10, 11 to 16, more, or so many that the kernels
+// for many rows have them (many_rows_from), but not on the threads.
 
 // y = (x v^T) u^T + bias + residual for each of `count` maps of the same input
 void low_rank(const LowRankInput& input, const LowRankMap* maps, int count, int threads);
@@ -105,9 +104,9 @@ std::vector<std::string> compiled_cpu_isas();
 std::string cpu_isa();
 // Chooses one of cpu_isas(), or the best for "auto". False if it is not among them.
 bool set_cpu_isa(const std::string& name);
-// From how many rows on the instruction set in use has kernels for many rows of a dtype, with ranks of so many in all;
-// the largest number there is where it has none.
-std::int64_t many_rows_from(Dtype dtype, std::int64_t ranks);
+// From how many rows on the instruction set in use has kernels for many rows of a dtype; the largest number there is where
+// it has none.
+std::int64_t many_rows_from(Dtype dtype);
 
 // Threads OpenMP would use by itself; 0 when this binary was compiled without OpenMP.
 int omp_threads();

@@ -65,8 +65,8 @@ def bound(exact: Tensor, magnitude: Tensor, terms: int, dtype: torch.dtype, back
 
     ``magnitude`` is the same expression with every factor replaced by its absolute value; a sum of n fp32 products in
     any order is off by at most n u32 of it (u: unit roundoff). One rounding to ``dtype`` at the end; two library calls
-    round the input's norm, the intermediate, the second product and each addition as well, the kernels for many rows of
-    bfloat16 only the intermediate.
+    round the input's norm, the intermediate, the second product and each addition as well, the CPU kernels for more
+    than four rows of bfloat16 only the intermediate.
     """
     u32 = torch.finfo(torch.float32).eps / 2
     u = torch.finfo(dtype).eps / 2
@@ -81,9 +81,9 @@ def bound(exact: Tensor, magnitude: Tensor, terms: int, dtype: torch.dtype, back
 
 
 def rounds_intermediate(backend: str, dtype: torch.dtype, rows: int) -> bool:
-    """Whether a backend of :func:`cpu_backends` has the kernels for many rows, and so many come."""
+    """Whether a backend of :func:`cpu_backends` rounds the intermediate of so many rows (csrc/cpu/taco_cpu.h)."""
     has = backend == "cpp:avx512bf16" or (backend == "cpp" and native.module.cpu_isa() == "avx512bf16")
-    return has and dtype == torch.bfloat16 and rows > 16
+    return has and dtype == torch.bfloat16 and rows > 4
 
 
 def assert_within(actual: Tensor, exact: Tensor, limit: Tensor) -> None:

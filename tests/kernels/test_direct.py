@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import os
 import subprocess
 import sys
@@ -96,6 +97,9 @@ def test_the_bits_of_the_ordinary_way(
 ) -> None:
     args = arguments(op, lead, dtype, optional, rank)
     ours = entry(op)(*args)
+    if op == "low_rank_mlp" and math.prod(lead) > dispatch.most_rows(_fused_rows(dtype), 2 * rank):
+        assert ours is None  # so many are for other kernels, whose calls are not direct
+        return
     with taco_kernels.use_backend("cpp"):
         ordinary = call(op, *args)
     assert isinstance(ours, list if op == "low_rank_linear_group" else torch.Tensor)

@@ -71,7 +71,9 @@ def test_gates_at_the_ends_of_the_range(backend, dtype, act):
                 (torch.ones((1, size), dtype=dtype), one, None),
                 act,
             )
-        torch.testing.assert_close(y[0, 0], ACTIVATIONS[act](alone[i]), rtol=0, atol=1e-30, equal_nan=True)
+        # torch's own gelu of 3e38 is infinite in a whole vector of AVX-512, and is not alone
+        expected = ACTIVATIONS[act](alone[i]) if backend.startswith("cpp") else ACTIVATIONS[act](alone)[i]
+        torch.testing.assert_close(y[0, 0], expected, rtol=0, atol=1e-30, equal_nan=True)
 
 
 @pytest.mark.parametrize("backend", cpu_backends())

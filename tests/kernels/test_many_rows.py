@@ -41,21 +41,12 @@ def dtype(kind: tuple[str, torch.dtype]) -> torch.dtype:
     return kind[1]
 
 
-def rounded(exact: torch.Tensor, magnitude: torch.Tensor, terms: int) -> torch.Tensor:
-    """The bound of so many rows that the intermediate is rounded."""
-    rows = (17, exact.shape[-1])
-    extra = bound(exact.new_zeros(rows), exact.new_ones(rows), terms, BF16, "cpp")
-    plain = bound(exact.new_zeros((1, 1)), exact.new_ones((1, 1)), terms, BF16, "cpp")
-    return bound(exact, magnitude, terms, BF16, "cpp") + (extra[0, 0] - plain[0, 0]) * magnitude
-
-
 def test_where_they_begin(kind: tuple[str, torch.dtype]) -> None:
     isa, dtype = kind
     code = dispatch.CPP_DTYPES[dtype]
-    expected = {"avx512bf16": (17, 5), "avx2": (13, 13)}[isa]
-    assert tuple(native.module.cpu_many_rows_from(code, ranks) for ranks in (255, 256)) == expected
+    assert native.module.cpu_many_rows_from(code) == {"avx512bf16": 17, "avx2": 13}[isa]
     native.module.set_cpu_isa("baseline")
-    assert native.module.cpu_many_rows_from(code, 256) == 2**63 - 1
+    assert native.module.cpu_many_rows_from(code) == 2**63 - 1
 
 
 # a lone row in the last group, whole groups, all numbers of groups in a block, uneven blocks
@@ -72,22 +63,6 @@ def test_any_number_of_rows(sizes: tuple[int, int, int], rows: int, dtype: torch
         y = low_rank_linear(x, v, u, *more)
         exact, magnitude = linear_exact(x, v, u, *more)
         assert_within(y, exact, bound(exact, magnitude, width + rank, dtype, "cpp"))
-
-
-@pytest.mark.skipif(HERE[0][0] != "avx512bf16", reason="only avx512bf16 has kernels that round for so few rows")
-@pytest.mark.parametrize("rows", [5, 8, 9, 15, 16])
-@pytest.mark.parametrize("sizes", [(70, 256, 95), (1, 300, 64), (401, 257, 38)], ids=str)
-def test_fewer_rows_of_large_ranks(sizes: tuple[int, int, int], rows: int) -> None:
-    width, rank, out = sizes
-    x, v, u = random((rows, width), BF16), random((rank, width), BF16), random((out, rank), BF16)
-    bias, residual = random((out,), BF16), random((rows, out), BF16)
-    with using("cpp:avx512bf16"):
-        y = low_rank_linear(x, v, u, bias, residual)
-        few = low_rank_linear(x[:4], v, u, bias, residual[:4])  # whose intermediate is not rounded
-        assert torch.equal(low_rank_linear(x[rows - 5 :], v, u, bias, residual[rows - 5 :]), y[rows - 5 :])
-    exact, magnitude = linear_exact(x, v, u, bias, residual)
-    assert_within(y, exact, rounded(exact, magnitude, width + rank))
-    assert_within(few, exact[:4], bound(exact[:4], magnitude[:4], width + rank, BF16, "cpp"))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -147,7 +122,7 @@ def test_an_mlp_is_composed_of_its_maps(
     rows: int, rank: int, kind: tuple[str, torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     isa, dtype = kind
-    begins = {"avx512bf16": ((256, 4), (0, 8)), "avx2": ((0, 12),)}[isa]
+    begins = {"avx512bf16": ((0, 4),), "avx2": ((0, 12),)}[isa]
     monkeypatch.setattr(dispatch, "_many_rows", frozenset([dtype]))
     monkeypatch.setattr(importlib.import_module("taco_kernels.low_rank_mlp"), "COMPOSED_ROWS", begins)
     x = random((rows, 90), dtype) / 4

@@ -1,0 +1,99 @@
+"""The CPU kernels' second product for up to 16 rows, and beside it (csrc/cpu/few_rows.inl, staged.inl, panel.inl)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from kernel_cases import DTYPES, assert_within, bound, bridge_exact, linear_exact, random, using
+
+from taco_kernels import low_rank_bridge, low_rank_linear, low_rank_linear_group, native
+from taco_kernels.pivoted_low_rank_linear import pivoted_low_rank_linear, pivoted_low_rank_linear_reference
+
+pytestmark = pytest.mark.skipif(native.module is None, reason=f"cpp backend: {native.reason}")
+ISAS = [] if native.module is None else native.module.cpu_isas()
+# (in, rank, out): fewer columns than a broadcast brings, odd ends of it, of a tile and of its half, a rank on either
+# side of where small ones are handled otherwise, and shares of threads that begin within a neighbourhood
+SIZES = [(3, 1, 2), (70, 6, 9), (65, 33, 17), (40, 127, 31), (129, 128, 24), (33, 301, 40), (600, 258, 700)]
+
+
+@pytest.fixture(params=ISAS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with using(f"cpp:{request.param}"):
+        yield f"cpp:{request.param}"
+
+
+@pytest.mark.parametrize("rows", range(3, 19))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_number_of_rows(backend: str, dtype: torch.dtype, rows: int) -> None:
+    for width, rank, out in SIZES:
+        x, v, u = random((rows, width), dtype), random((rank, width), dtype), random((out, rank), dtype)
+        bias, residual = random((out,), dtype), random((rows, out), dtype)
+        for more in ((None, None), (bias, residual)):
+            exact, magnitude = linear_exact(x, v, u, *more)
+            assert_within(low_rank_linear(x, v, u, *more), exact, bound(exact, magnitude, width + rank, dtype, backend))
+
+
+@pytest.mark.parametrize("rows", [5, 8, 9, 11, 16])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norm_and_pivot(backend: str, dtype: torch.dtype, rows: int) -> None:
+    h, v, u, bias = random((rows, 90), dtype), random((135, 90), dtype), random((90, 135), dtype), random((90,), dtype)
+    exact, magnitude = bridge_exact(h, v, u, bias, 1e-5)
+    assert_within(low_rank_bridge(h, v, u, bias, 1e-5), exact, bound(exact, magnitude, 2 * 90 + 135, dtype, backend))
+
+    pivot, residual = torch.randperm(90).int(), random((rows, 61), dtype)
+    v, u = random((37, 53), dtype), random((61, 37), dtype)
+    y = pivoted_low_rank_linear(h, v, u, pivot, None, residual)
+    wide = [t.double() for t in (h, v, u)]
+    exact = pivoted_low_rank_linear_reference(*wide, pivot, None, residual.double())
+    magnitude = pivoted_low_rank_linear_reference(*[t.abs() for t in wide], pivot, None, residual.double().abs())
+    assert_within(y, exact, bound(exact, magnitude, 90 + 37, dtype, backend))
+
+
+@pytest.mark.parametrize("rows", [5, 8, 9, 16])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_threads_and_company_do_not_change_a_bit(backend: str, dtype: torch.dtype, rows: int) -> None:
+    x = random((rows, 700), dtype)
+    maps = [
+        (random((rank, 700), dtype), random((out, rank), dtype)) for rank, out in ((301, 515), (40, 77), (129, 300))
+    ]
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(low_rank_linear_group(x, *zip(*maps, strict=True)))
+    finally:
+        torch.set_num_threads(before)
+    alone = [low_rank_linear(x, v, u) for v, u in maps]
+    for group in found:
+        assert all(torch.equal(y, other) for y, other in zip(group, alone, strict=True))
+
+
+@pytest.mark.parametrize("rows", [6, 8, 13])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strides_and_what_lies_beyond(backend: str, dtype: torch.dtype, rows: int) -> None:
+    """Windows of tensors that are NaN everywhere else: nothing of it comes in, nothing outside y is written."""
+    width, rank, out = 45, 131, 39
+
+    def window(height: int, across: int) -> torch.Tensor:
+        whole = torch.full((height + 2, across + 5), float("nan"), dtype=dtype)
+        whole[1:-1, 2 : 2 + across] = random((height, across), dtype)
+        return whole[1:-1, 2 : 2 + across]
+
+    x, v, u, residual = window(rows, width), window(rank, width), window(out, rank), window(rows, out)
+    exact, magnitude = linear_exact(x, v, u, None, residual)
+    y = low_rank_linear(x, v, u, None, residual)
+    assert_within(y, exact, bound(exact, magnitude, width + rank, dtype, backend))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("rows", [7, 8, 12])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_not_finite_stays_in_its_row(backend: str, dtype: torch.dtype, rows: int, value: float) -> None:
+    x, v, u = random((rows, 64), dtype), random((33, 64), dtype), random((48, 33), dtype)
+    clean = low_rank_linear(x, v, u)
+    x[2, 3] = value
+    y = low_rank_linear(x, v, u)
+    others = torch.arange(rows) != 2
+    assert torch.equal(y[others], clean[others]) and not torch.isfinite(y[2]).any()
