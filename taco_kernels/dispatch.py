@@ -47,18 +47,18 @@ def library_multiplies(dtype: torch.dtype) -> bool:
 
 isa: str = "" if native.module is None else native.module.cpu_isas()[0]
 
-# Rows up to which the native kernels win over two library calls, as benchmarks/cpu_suite.py measures them (two cores
-# with AVX-512-BF16: bf16 breaks even near 16 rows, fp32 beyond 64; two with AVX2: fp32 beyond 64). Where torch has no
-# fast products of a 16-bit dtype, ours are several times faster for any number of rows.
+# Rows up to which the native kernels win over two library calls, as benchmarks/cpu_suite.py measures them (two Zen 4
+# cores with AVX-512: fp32 x1.1 to x1.8 at 128 rows; two with AVX2: even beyond 64). Where torch has no fast products of
+# a 16-bit dtype, ours are several times faster for any number of rows.
 CPU_MAX_ROWS = {
-    torch.float32: 64,
+    torch.float32: 128 if isa.startswith("avx512") else 64,
     torch.float16: 16 if library_multiplies(torch.float16) else 2**62,
     torch.bfloat16: 16 if library_multiplies(torch.bfloat16) or isa == "baseline" else 2**62,
 }
 # Ranks from which the kernels for many rows win over two fast library products, and up to how many rows: bfloat16 on
 # cores with AVX-512-BF16, whose weights they read where they lie. Below, packing and unpacking rows costs too much of
 # the call. Matrix units (AMX) are several times faster than any of this, and the library's.
-MANY_ROWS: dict[str, RowLimits] = {"avx512bf16": ((1280, 2**62), (768, 256), (256, 64))}
+MANY_ROWS: dict[str, RowLimits] = {"avx512bf16": ((1280, 2**62), (768, 256), (256, 64), (128, 32))}
 
 
 def _dtypes_of_many_rows() -> frozenset[torch.dtype]:
