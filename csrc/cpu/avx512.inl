@@ -134,5 +134,7 @@ struct Arch {
     }
   }
   static inline Vec broadcast(const float* p) { return _mm512_set1_ps(*p); }
-  static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  // Into the second cache: the first one has places for fewer lines on their way. Two Zen 4 cores read 1.05 to 1.3 times as
+  // fast as with the first cache asked, 1.0 to 1.15 times as fast as without.
+  static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 };

@@ -23,13 +23,17 @@ struct BroadcastF32 {
 
 constexpr int kFewOutputs = 16, kFewHalf = 8;  // twice as many sums as kFewHalf hide the latency of a product
 
-// sums[i] = products of t with weight row i. `next`, as many bytes as these rows, is asked for meanwhile, a line at a time.
+// Bytes ahead of the rows that are multiplied, which lie one behind the other, that are asked for
+constexpr std::int64_t kFewAheadBytes = 16384;
+
+// sums[i] = products of t with weight row i
 template <class Ops, int kFold>
 inline void few_products(const typename Ops::T* t, const typename Ops::T* const (&w)[kFewHalf], std::int64_t columns,
-                         const typename Ops::T* next, typename Arch::Vec* sums) {
+                         typename Arch::Vec* sums) {
   using T = typename Ops::T;
   constexpr std::int64_t kAcross = Ops::kColumns * kFold;                    // columns of a vector of t
   constexpr std::int64_t kVector = 64 / static_cast<std::int64_t>(sizeof(T));  // its elements, and those of a line
+  const T* const ahead = w[0] + kFewAheadBytes / static_cast<std::int64_t>(sizeof(T));
   Arch::Vec even[kFewHalf], odd[kFewHalf];
 #pragma GCC unroll 8
   for (int i = 0; i < kFewHalf; ++i) even[i] = odd[i] = Arch::zero();
@@ -37,7 +41,7 @@ inline void few_products(const typename Ops::T* t, const typename Ops::T* const 
   for (; j + 2 * kAcross <= columns; j += 2 * kAcross, t += 2 * kVector) {
 #pragma GCC unroll 2
     for (std::int64_t line = 0; line < 2 * kAcross * kFewHalf; line += kVector)
-      Arch::prefetch(next + j * kFewHalf + line);
+      Arch::prefetch(ahead + j * kFewHalf + line);
     const typename Ops::Rows first = Ops::rows(t), second = Ops::rows(t + kVector);
 #pragma GCC unroll 8
     for (int i = 0; i < kFewHalf; ++i) {
@@ -70,7 +74,7 @@ inline void few_rows_product(const SecondProduct& p, std::int64_t begin, std::in
       const T* w[kFewHalf];
       for (int i = 0; i < kFewHalf; ++i)  // rows that are not there: the last one again
         w[i] = u + (m + (half + i < count ? half + i : count - 1)) * p.u_stride;
-      few_products<Ops, kFold>(t, w, p.rank, w[0] + kFewHalf * p.u_stride, sums + half);
+      few_products<Ops, kFold>(t, w, p.rank, sums + half);
     }
     store_tile<T, kFold>(p, 0, m, count, sums);
   }

@@ -40,8 +40,7 @@ struct AgainstF32 : Converted<T> {  // weights of type T against an fp32 vector 
 constexpr std::int64_t kStep = 2 * Arch::kWidth;
 static_assert(kStepMultiple % kStep == 0, "t's padding must cover a whole step");
 
-// Bytes ahead of its stream that a sweep asks for. Half a page: far enough to hide memory's latency, near enough that
-// what is asked for is still in the first cache when it is used.
+// Bytes ahead of its stream that a sweep asks for: enough to hide memory's latency.
 constexpr std::int64_t kAheadBytes = 2048;
 
 // Every loop over sums is unrolled by hand, that of the tail included: where one is not, the sums lie in memory.
