@@ -82,9 +82,10 @@ void cpu_pivoted_low_rank_linear(std::uintptr_t x, std::int64_t x_stride, std::u
 
 void cpu_gather(std::uintptr_t x, std::int64_t x_stride, std::uintptr_t pivot, std::uintptr_t first,
                 std::int64_t first_stride, std::uintptr_t rest, std::int64_t rest_stride, std::int64_t rows,
-                std::int64_t width, std::int64_t rank, bool long_index, int threads) {
+                std::int64_t width, std::int64_t rank, std::int64_t element, bool long_index, int threads) {
+  if (element != 2 && element != 4) throw py::value_error("elements have 2 or 4 bytes");
   const taco::GatherArgs args = {pointer(x), x_stride, pointer(pivot), pointer<void>(first), first_stride,
-                                 pointer<void>(rest), rest_stride, rows, width, rank, 2};
+                                 pointer<void>(rest), rest_stride, rows, width, rank, element};
   py::gil_scoped_release released;
   taco::gather(args, long_index, threads);
 }
@@ -229,7 +230,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_sketch", &cpu_sketch, "rows of the randomized SVD's test matrix, out of Philox");
   m.def("cpu_pivoted_low_rank_linear", &cpu_pivoted_low_rank_linear,
         "y = (x[:, :rank] + x[:, rank:] v^T) u^T + bias + residual");
-  m.def("cpu_gather", &cpu_gather, "x[:, pivot] of 2-byte elements in two pieces; IndexError");
+  m.def("cpu_gather", &cpu_gather, "x[:, pivot] of elements of 2 or 4 bytes in two pieces; IndexError");
   m.def("cpu_low_rank_linear_group", &cpu_low_rank_linear_group, "several low-rank linears of one x");
   m.def("cpu_low_rank_mlp", &cpu_low_rank_mlp, "down(act(gate(x)) * up(x)), three low-rank linears");
   m.def("cpu_attribution", &cpu_attribution, "per-direction sums of a * b: signed, absolute, squares");

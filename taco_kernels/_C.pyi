@@ -55,6 +55,7 @@ def cpu_gather(
     rows: int,
     width: int,
     rank: int,
+    element: int,
     long_index: bool,
     threads: int,
     /,

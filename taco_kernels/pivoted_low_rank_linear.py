@@ -100,9 +100,10 @@ def check(
 def gathered(x: Tensor, pivot: Tensor, rank: int, together: bool = False) -> tuple[Tensor, Tensor]:
     """(x[..., pivot[:rank]], x[..., pivot[rank:]]) with the leading dimensions flattened.
 
-    Several rows of 16 bits on a CPU, and any on a GPU, by the extension, where it is there: on a CPU torch's gather of
-    those takes ten times as long, a quarter of the whole op, and on a GPU it is bound by its index arithmetic. It reads
-    memory past torch's dispatcher, so this is for tensors that have some. Both results are new memory.
+    Several rows on a CPU, and any on a GPU, by the extension, where it is there: on a CPU torch's gather of 16 bits takes
+    ten times as long, a quarter of the whole op, and that of 32 bits twice from 16 rows on; on a GPU it is bound by its
+    index arithmetic. It reads memory past torch's dispatcher, so this is for tensors that have some. Both results are
+    new memory.
     ``together``: one after the other in each row.
 
     Raises IndexError or RuntimeError, as torch does, for an index out of range (on a GPU it asserts).
@@ -111,8 +112,8 @@ def gathered(x: Tensor, pivot: Tensor, rank: int, together: bool = False) -> tup
     if x.is_cuda and x.numel() and x.dtype in dispatch.CPP_DTYPES and not dispatch.why_not("cuda", "cuda"):
         both = gather_on_gpu(x, pivot)
         return both[:, :rank], both[:, rank:]
-    ours = x.dtype.itemsize == 2 and x.numel() > width and x.device.type == "cpu" and native.module is not None
-    if not ours:
+    few = {2: 1, 4: 8}.get(x.dtype.itemsize)  # rows; torch serves all of float64
+    if few is None or x.numel() <= few * width or x.device.type != "cpu" or native.module is None:
         return _selected(x, pivot, rank)
     x, rows, stride = rows_of(x)
     pivot = pivot.contiguous()
@@ -121,9 +122,9 @@ def gathered(x: Tensor, pivot: Tensor, rank: int, together: bool = False) -> tup
         first, rest = both[:, :rank], both[:, rank:]
     else:
         first, rest = x.new_empty((rows, rank)), x.new_empty((rows, width - rank))
-    native.module.cpu_gather(  # type: ignore[union-attr]
+    native.module.cpu_gather(
         x.data_ptr(), stride, pivot.data_ptr(), first.data_ptr(), first.stride(0), rest.data_ptr(), rest.stride(0),
-        rows, width, rank, pivot.dtype == torch.int64, torch.get_num_threads(),
+        rows, width, rank, x.element_size(), pivot.dtype == torch.int64, torch.get_num_threads(),
     )  # fmt: skip
     return first, rest
 

@@ -12,6 +12,7 @@ namespace {
 #include "scalar.inl"
 
 #include "avx512.inl"
+#include "split.inl"
 #include "panel.inl"
 #include "tile.inl"
 #include "staged.inl"
@@ -28,6 +29,8 @@ const CpuKernels kAvx512Kernels = {
      {first_product<Converted<F16>, F16>, second_product_any<F16>, sum_of_squares<F16>, gating<F16>,
       attribution<F16>, true},
      {first_product<Converted<BF16>, BF16>, second_product_any<BF16>, sum_of_squares<BF16>, gating<BF16>,
-      attribution<BF16>, true}}};
+      attribution<BF16>, true}},
+    split_rows<std::uint16_t>,
+    split_rows<std::uint32_t>};
 
 }  // namespace taco

@@ -12,6 +12,7 @@ namespace {
 #include "scalar.inl"
 
 #include "avx512.inl"
+#include "split.inl"
 #include "panel.inl"
 #include "tile.inl"
 #include "staged.inl"
@@ -65,6 +66,8 @@ const CpuKernels kAvx512Bf16Kernels = {
      {first_product<Converted<F16>, F16>, second_product_any<F16>, sum_of_squares<F16>, gating<F16>,
       attribution<F16>, true},
      {first_product<DotBf16, BF16>, second_product_any<BF16, BroadcastBf16>, sum_of_squares<BF16>, gating<BF16>,
-      attribution<BF16>, true, 5, &kManyRowsBf16}}};
+      attribution<BF16>, true, 5, &kManyRowsBf16}},
+    split_rows<std::uint16_t>,
+    split_rows<std::uint32_t>};
 
 }  // namespace taco

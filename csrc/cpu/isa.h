@@ -80,6 +80,18 @@ struct SecondProduct {
   std::int64_t rows, rank;
 };
 
+// Columns of rows of x, those that a mask names to `first`, the others to `rest`, both in their order.
+struct Split {
+  const void* x;
+  std::int64_t x_stride;
+  const std::uint16_t* masks;  // bit i of masks[j]: whether column 16 j + i goes to first
+  void* first;
+  std::int64_t first_stride;
+  void* rest;
+  std::int64_t rest_stride;
+  std::int64_t width, rank;  // columns of x and of first
+};
+
 // hidden = act(gate) * up, columns [begin, end), rounded to the dtype
 struct Gating {
   const float* gate;
@@ -180,6 +192,9 @@ constexpr std::int64_t kRowBlock = 64;
 struct CpuKernels {
   const char* name;
   DtypeKernels by_dtype[3];  // indexed by Dtype
+  // Rows [begin, end), of elements of 2 and of 4 bytes; null where an instruction set has nothing better than a loop.
+  void (*split_2)(const Split&, std::int64_t begin, std::int64_t end) = nullptr;
+  void (*split_4)(const Split&, std::int64_t begin, std::int64_t end) = nullptr;
 };
 
 // The instruction set in use.
