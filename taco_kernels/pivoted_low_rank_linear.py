@@ -100,10 +100,10 @@ def check(
 def gathered(x: Tensor, pivot: Tensor, rank: int, together: bool = False) -> tuple[Tensor, Tensor]:
     """(x[..., pivot[:rank]], x[..., pivot[rank:]]) with the leading dimensions flattened.
 
-    Several rows on a CPU, and any on a GPU, by the extension, where it is there: on a CPU torch's gather of 16 bits takes
-    ten times as long, a quarter of the whole op, and that of 32 bits twice from 16 rows on; on a GPU it is bound by its
-    index arithmetic. It reads memory past torch's dispatcher, so this is for tensors that have some. Both results are
-    new memory.
+    Several rows on a CPU, and any on a GPU, by the extension, where it is there: on a CPU torch's gather of 16 bits
+    takes ten times as long, a quarter of the whole op, and that of 32 bits twice from 16 rows on; on a GPU it is bound
+    by its index arithmetic. It reads memory past torch's dispatcher, so this is for tensors that have some. Both
+    results are new memory.
     ``together``: one after the other in each row.
 
     Raises IndexError or RuntimeError, as torch does, for an index out of range (on a GPU it asserts).

@@ -178,7 +178,7 @@ def test_no_backend_reads_beyond_the_inputs(rows, dtype, index_dtype, wrong):
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gather_is_torchs(dtype, index_dtype, threads):
-    """Values are moved, not computed: the same bits, from rows with gaps between them too, in any order of the pivot."""
+    """Values are moved, not computed: the same bits, from rows with gaps between them too, for any pivot."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
