@@ -154,14 +154,18 @@ Layout layout_for(std::int64_t rank, std::int64_t rows, const DtypeKernels& kern
 }
 
 // The filling behind the last column of t must be zero: it meets what stands for missing weights. Positions are permuted
-// only within a step, so the last step holds all of it.
+// only within a step, so the last step holds all of it. Lanes without a row are multiplied as well: whatever was there
+// before could be denormal, which is slow on some CPUs.
 void zero_filling(float* t, const Layout& layout, std::int64_t rank, std::int64_t rows, std::int64_t element) {
-  if (layout.stride == rank) return;
-  const std::int64_t group = layout.rows_per_group();
+  const std::int64_t group = layout.rows_per_group(), groups = (rows + group - 1) / group;
+  const bool whole = rows == groups * group;
+  if (layout.stride == rank && whole) return;
   const std::int64_t size = layout.kind == Layout::kPlaces ? element : static_cast<std::int64_t>(sizeof(float));
-  const std::int64_t last = group * kStepMultiple * size;
-  for (std::int64_t r = 0; r < rows; r += group)
-    std::memset(reinterpret_cast<char*>(t) + (r + group) * layout.stride * size - last, 0, static_cast<std::size_t>(last));
+  const std::int64_t all = group * layout.stride * size, last = group * kStepMultiple * size;
+  for (std::int64_t g = 0; g < groups; ++g) {
+    const std::int64_t zeros = !whole && g == groups - 1 ? all : last;
+    std::memset(reinterpret_cast<char*>(t) + (g + 1) * all - zeros, 0, static_cast<std::size_t>(zeros));
+  }
 }
 
 // What one more output costs beside its dot products, in columns of weights: small ranks are not free.
