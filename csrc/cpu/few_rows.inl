@@ -87,10 +87,16 @@ inline void few_rows(const SecondProduct& p, std::int64_t begin, std::int64_t en
   few_rows_product<Ops, 1>(p, begin, end);
 }
 
+struct NoPlaces {};
+template <class Ops>
+constexpr bool kHasPlaces = true;
+template <>
+constexpr bool kHasPlaces<NoPlaces> = false;
+
 // Ops: how t in places is multiplied, where the driver chooses that for T
-template <class T, class Ops = void>
+template <class T, class Ops = NoPlaces>
 void second_product_any(const SecondProduct& p, std::int64_t begin, std::int64_t end) {
-  if constexpr (!std::is_void_v<Ops>)
+  if constexpr (kHasPlaces<Ops>)
     if (p.layout.kind == Layout::kPlaces) return few_rows<Ops>(p, begin, end);
   if (p.layout.kind == Layout::kGroups)
     staged_product<T>(p, begin, end);
