@@ -113,11 +113,12 @@ def _cpp(x: Tensor, grad: Tensor, u: Tensor, v: Tensor) -> _Sums:
 def _multiplied_here(x: Tensor, grad: Tensor, u: Tensor, v: Tensor, totals: Tensor) -> bool:
     """Adds to ``totals`` by a kernel that multiplies as well; False, and nothing done, where that does not pay.
 
-    It does for 16-bit inputs on a CPU whose library multiplies them slowly (AVX2: by a factor of thirty and more). They
-    are widened on the way, so that all is float32 or better; float32 inputs are the library's.
+    It does for 16-bit inputs: nothing is rounded between, where the library's products have the inputs' dtype, in about
+    the same time (AVX-512) or a thirtieth of it (AVX2, where the library multiplies them slowly). Not on matrix units
+    (AMX), which are several times faster. float32 inputs are the library's.
     """
     alike = x.dtype == grad.dtype == u.dtype == v.dtype
-    if not alike or x.dtype == torch.float32 or native.module.cpu_isa() != "avx2":  # type: ignore[union-attr]
+    if not alike or x.dtype == torch.float32 or rounds_products(x.dtype):
         return False
     x, grad, sequences, tokens = _rows(x, grad)
     x, grad, right, left = (t if t.stride(1) == 1 else t.contiguous() for t in (x, grad, v, u.T))
@@ -126,6 +127,11 @@ def _multiplied_here(x: Tensor, grad: Tensor, u: Tensor, v: Tensor, totals: Tens
         left.stride(0), totals.data_ptr(), sequences * tokens, x.shape[1], grad.shape[1], right.shape[0],
         max(1, tokens), dispatch.CPP_DTYPES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
+
+
+def rounds_products(dtype: torch.dtype) -> bool:
+    """Whether ``cpp`` leaves products of that dtype to the library, and so to its rounding, on this CPU."""
+    return dtype == torch.bfloat16 and dispatch.isa == "avx512bf16" and not dispatch.multiplies_many_rows(dtype)
 
 
 def _multiplied_by_the_library(x: Tensor, grad: Tensor, u: Tensor, v: Tensor, totals: Tensor) -> None:
@@ -248,9 +254,10 @@ def singular_attribution(x: Tensor, grad: Tensor, u: Tensor, v: Tensor) -> Singu
     Returns:
         Four vectors [k], float32 (float64 where any input is float64). Inputs of different dtypes are allowed:
         activations may be half precision while the singular vectors are float32; they are then multiplied in float32.
-        Where all four are bfloat16, backends other than ``reference`` may round the two products to it once before
-        they go into the sums, which are float32 or better in any case. For a 2-D ``x`` each token is a sequence of
-        its own; otherwise the last but one dimension runs over a sequence's tokens. No gradient flows through.
+        Where all four are bfloat16, ``library`` and ``triton`` may round the two products to it once before they go
+        into the sums (as may ``cpp`` on a CPU without AVX2 or with AMX), which are float32 or better in any case.
+        For a 2-D ``x`` each token is a sequence of its own; otherwise the last but one dimension runs over a
+        sequence's tokens. No gradient flows through.
 
     Raises:
         TypeError: a dtype that is not a supported float.

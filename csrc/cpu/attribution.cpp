@@ -37,15 +37,18 @@ void attribution(const AttributionArgs& args, int threads) {
 
 bool singular_attribution(const SingularAttribution& p, int threads) {
   const CpuKernels& isa = active_kernels();
-  const ManyRows* const many = isa.by_dtype[static_cast<int>(p.dtype)].many;
-  if (many == nullptr || many->width != 1) return false;
+  const DtypeKernels& kernels = isa.by_dtype[static_cast<int>(p.dtype)];
+  // Those for many rows have products in fp32 on some instruction sets. Elsewhere dot products along the columns are as
+  // fast, of those that take the results of several rows together.
+  const ManyRows* const many = kernels.many && kernels.many->width == 1 ? kernels.many : nullptr;
+  if (!many && !kernels.groups) return false;
   if (p.rows <= 0 || p.directions <= 0) return true;
   const auto reduce = isa.by_dtype[static_cast<int>(Dtype::kF32)].attribution;
   const std::int64_t element = p.dtype == Dtype::kF32 ? 4 : 2;
   const int team = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, steps_of(p.directions))));
   // of a block of rows: both inputs packed, both products, and the sums of columns that wait for others
   const std::int64_t most = std::min(kRowBlock, (p.rows + kGroup - 1) / kGroup * kGroup);
-  const std::int64_t packed = most * (p.in + p.out), products = most * p.directions;
+  const std::int64_t packed = many ? most * (p.in + p.out) : 0, products = most * p.directions;
   const std::unique_ptr<float[]> work(new float[static_cast<std::size_t>(packed + 3 * products)]);
   std::uint32_t* const x = reinterpret_cast<std::uint32_t*>(work.get());
   std::uint32_t* const g = x + most * p.in;
@@ -60,6 +63,21 @@ bool singular_attribution(const SingularAttribution& p, int threads) {
     };
     AttributionBlock block = {a, p.directions, b, p.directions, rows, p.tokens, start % p.tokens};
     block.add_to(p.totals, p.directions);
+    if (!many) {
+      on_team(team, [&](int index, int members) {
+        on_share(p.directions, index, members, [&](std::int64_t begin, std::int64_t end) {
+          const auto multiply = [&](const void* input, std::int64_t input_stride, std::int64_t width,
+                                    const void* directions, std::int64_t stride, float* to) {
+            kernels.first({static_cast<const char*>(input) + start * input_stride * element, input_stride, directions, stride,
+                           to, {p.directions, Layout::kInOrder}, rows, width}, begin, end);
+          };
+          multiply(p.x, p.x_stride, p.in, p.v, p.v_stride, a);
+          multiply(p.grad, p.grad_stride, p.out, p.u, p.u_stride, b);
+          reduce(block, begin, end);
+        });
+      });
+      continue;
+    }
     on_team(team, [&](int index, int members) {
       pack_share(*many, packing(p.x, p.x_stride, p.in, x), index, members);
       pack_share(*many, packing(p.grad, p.grad_stride, p.out, g), index, members);

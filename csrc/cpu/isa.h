@@ -25,6 +25,8 @@ struct Layout {
     // The same for one group of rows, elements of the weights' type (bf16 is rounded), columns in their order: a vector
     // holds a few neighbours of each of `lanes` rows.
     kPlaces,
+    // rows of `stride` floats, columns in their order: not for a second product
+    kInOrder,
   };
   static constexpr std::int64_t kLanes = 16, kHalfLanes = 8;
 
@@ -34,7 +36,7 @@ struct Layout {
   Kind kind;
   std::int64_t lanes = 0;  // of kPlaces: kLanes or kHalfLanes
 
-  std::int64_t rows_per_group() const { return kind == kRows ? 1 : kind == kPlaces ? lanes : kLanes; }
+  std::int64_t rows_per_group() const { return kind == kPlaces ? lanes : kind == kGroups ? kLanes : 1; }
   std::int64_t floats(std::int64_t rows) const {  // bf16 needs half of that
     const std::int64_t group = rows_per_group();
     return (rows + group - 1) / group * group * stride;
@@ -175,7 +177,7 @@ struct DtypeKernels {
   float (*sum_of_squares)(const void* x, std::int64_t n);
   void (*gating)(const Gating&, std::int64_t begin, std::int64_t end);
   void (*attribution)(const AttributionBlock&, std::int64_t begin, std::int64_t end);
-  // Kinds of Layout beside kRows that `first` and `second` know: kGroups; kPlaces, and from how many rows on it is faster
+  // Kinds of Layout beside kRows and kInOrder that `first` and `second` know: kGroups; kPlaces, and from how many rows on it is faster
   // (0: never; on two Zen 4 cores fp32 breaks even at 9, and bf16, whose vector is rounded for it, below 5).
   bool groups = false;
   std::int64_t places = 0;

@@ -260,6 +260,10 @@ inline void keep(const FirstProduct& p, std::int64_t r, std::int64_t m, const fl
     return;
   }
   float* const t = p.t + p.layout.start(r);
+  if (p.layout.kind == Layout::kInOrder) {
+    for (int i = 0; i < count; ++i) t[m + i] = values[i];  // there is no `direct`
+    return;
+  }
   const std::int64_t step = p.layout.step();
   for (int i = 0; i < count; ++i)
     t[Arch::position(static_cast<const T*>(nullptr), m + i) * step] = direct ? values[i] + to_float(direct[i]) : values[i];

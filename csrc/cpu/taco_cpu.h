@@ -93,8 +93,8 @@ struct SingularAttribution {
   double* totals;  // [5, directions]: signed, absolute, squares, token squares, the open sequence's sum; added to
 };
 
-// False, and nothing done, where the instruction set in use has no products of its own for many rows in fp32. The bits of
-// the result do not depend on the threads.
+// False, and nothing done, where the instruction set in use has no fast products of many rows with fp32 results (baseline).
+// The bits of the result do not depend on the threads.
 bool singular_attribution(const SingularAttribution& p, int threads);
 
 // Instruction sets this binary holds and this CPU has, best first.
