@@ -158,10 +158,10 @@ Layout layout_for(std::int64_t rank, std::int64_t rows, const DtypeKernels& kern
 // before could be denormal, which is slow on some CPUs.
 void zero_filling(float* t, const Layout& layout, std::int64_t rank, std::int64_t rows, std::int64_t element) {
   const std::int64_t group = layout.rows_per_group(), groups = (rows + group - 1) / group;
-  const bool whole = rows == groups * group;
-  if (layout.stride == rank && whole) return;
+  const bool whole = rows == groups * group, filled = layout.stride == rank;  // without directions, too
+  if (filled && whole) return;
   const std::int64_t size = layout.kind == Layout::kPlaces ? element : static_cast<std::int64_t>(sizeof(float));
-  const std::int64_t all = group * layout.stride * size, last = group * kStepMultiple * size;
+  const std::int64_t all = group * layout.stride * size, last = filled ? 0 : group * kStepMultiple * size;
   for (std::int64_t g = 0; g < groups; ++g) {
     const std::int64_t zeros = !whole && g == groups - 1 ? all : last;
     std::memset(reinterpret_cast<char*>(t) + (g + 1) * all - zeros, 0, static_cast<std::size_t>(zeros));

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(native.module is None, reason=f"cpp backend: {na
 ISAS = [] if native.module is None else native.module.cpu_isas()
 # (in, rank, out): fewer columns than a broadcast brings, odd ends of it, of a tile and of its half, a rank on either
 # side of where small ones are handled otherwise, and shares of threads that begin within a neighbourhood
-SIZES = [(3, 1, 2), (70, 6, 9), (65, 33, 17), (40, 127, 31), (129, 128, 24), (33, 301, 40), (600, 258, 700)]
+SIZES = [(3, 1, 2), (7, 0, 5), (70, 6, 9), (65, 33, 17), (40, 127, 31), (129, 128, 24), (33, 301, 40), (600, 258, 700)]
 
 
 @pytest.fixture(params=ISAS)
