@@ -63,34 +63,25 @@ bool singular_attribution(const SingularAttribution& p, int threads) {
     };
     AttributionBlock block = {a, p.directions, b, p.directions, rows, p.tokens, start % p.tokens};
     block.add_to(p.totals, p.directions);
-    if (!many) {
-      on_team(team, [&](int index, int members) {
-        on_share(p.directions, index, members, [&](std::int64_t begin, std::int64_t end) {
-          const auto multiply = [&](const void* input, std::int64_t input_stride, std::int64_t width,
-                                    const void* directions, std::int64_t stride, float* to) {
-            kernels.first({static_cast<const char*>(input) + start * input_stride * element, input_stride, directions, stride,
-                           to, {p.directions, Layout::kInOrder}, rows, width}, begin, end);
-          };
-          multiply(p.x, p.x_stride, p.in, p.v, p.v_stride, a);
-          multiply(p.grad, p.grad_stride, p.out, p.u, p.u_stride, b);
-          reduce(block, begin, end);
-        });
-      });
-      continue;
-    }
     on_team(team, [&](int index, int members) {
-      pack_share(*many, packing(p.x, p.x_stride, p.in, x), index, members);
-      pack_share(*many, packing(p.grad, p.grad_stride, p.out, g), index, members);
-      meet();
+      if (many) {
+        pack_share(*many, packing(p.x, p.x_stride, p.in, x), index, members);
+        pack_share(*many, packing(p.grad, p.grad_stride, p.out, g), index, members);
+        meet();
+      }
       on_share(p.directions, index, members, [&](std::int64_t begin, std::int64_t end) {
-        const auto multiply = [&](const std::uint32_t* input, std::int64_t width, const void* directions,
-                                  std::int64_t stride, float* to) {
-          const SecondProduct product = {nullptr, {}, directions, stride, nullptr, nullptr, nullptr, 0, nullptr,
-                                         to, p.directions, rows, width};
-          many->second({input, lanes, product, waiting}, begin, end);
+        const auto multiply = [&](const Packing& input, const void* directions, std::int64_t stride, float* to) {
+          if (many) {
+            const SecondProduct product = {nullptr, {}, directions, stride, nullptr, nullptr, nullptr, 0, nullptr,
+                                           to, p.directions, rows, input.columns};
+            many->second({input.places, lanes, product, waiting}, begin, end);
+          } else {
+            kernels.first({input.x, input.x_stride, directions, stride, to, {p.directions, Layout::kInOrder}, rows,
+                           input.columns}, begin, end);
+          }
         };
-        multiply(x, p.in, p.v, p.v_stride, a);
-        multiply(g, p.out, p.u, p.u_stride, b);
+        multiply(packing(p.x, p.x_stride, p.in, x), p.v, p.v_stride, a);
+        multiply(packing(p.grad, p.grad_stride, p.out, g), p.u, p.u_stride, b);
         reduce(block, begin, end);
       });
     });

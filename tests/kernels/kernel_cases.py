@@ -11,6 +11,7 @@ from torch import Tensor
 import taco_kernels
 from taco_kernels import native
 from taco_kernels.low_rank_mlp import ACTIVATIONS, Projection
+from taco_kernels.pivoted_low_rank_linear import pivoted_low_rank_linear_reference
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALF)
@@ -170,3 +171,17 @@ def mlp_bound(x: Tensor, gate: Projection, up: Projection, down: Projection, act
     _, error = _linear_and_error(hidden, hidden_error, *down, middle_step, u)
     reach = 1 + down[1].double().abs().sum(-1) * (1 + down[0].double().abs().sum(-1).amax() if down[0].numel() else 1)
     return error + u * error + kind.tiny * kind.eps * reach
+
+
+def pivoted_exact(x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """float64 result of pivoted_low_rank_linear and the magnitude for :func:`bound`."""
+    wide = [t.double() for t in (x, v, u)]
+    exact = pivoted_low_rank_linear_reference(*wide, pivot, None, residual.double())
+    return exact, pivoted_low_rank_linear_reference(*[t.abs() for t in wide], pivot, None, residual.double().abs())
+
+
+def window(height: int, across: int, dtype: torch.dtype) -> Tensor:
+    """[height, across] within a larger tensor that is NaN everywhere else: whatever of it comes in shows."""
+    whole = torch.full((height + 2, across + 5), float("nan"), dtype=dtype)
+    whole[1:-1, 2 : 2 + across] = random((height, across), dtype)
+    return whole[1:-1, 2 : 2 + across]

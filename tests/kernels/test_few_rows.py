@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from kernel_cases import DTYPES, assert_within, bound, bridge_exact, linear_exact, random, using
+from kernel_cases import DTYPES, assert_within, bound, bridge_exact, linear_exact, pivoted_exact, random, using, window
 
 from taco_kernels import low_rank_bridge, low_rank_linear, low_rank_linear_group, native
-from taco_kernels.pivoted_low_rank_linear import pivoted_low_rank_linear, pivoted_low_rank_linear_reference
+from taco_kernels.pivoted_low_rank_linear import pivoted_low_rank_linear
 
 pytestmark = pytest.mark.skipif(native.module is None, reason=f"cpp backend: {native.reason}")
 ISAS = [] if native.module is None else native.module.cpu_isas()
@@ -45,9 +45,7 @@ def test_norm_and_pivot(backend: str, dtype: torch.dtype, rows: int) -> None:
     pivot, residual = torch.randperm(90).int(), random((rows, 61), dtype)
     v, u = random((37, 53), dtype), random((61, 37), dtype)
     y = pivoted_low_rank_linear(h, v, u, pivot, None, residual)
-    wide = [t.double() for t in (h, v, u)]
-    exact = pivoted_low_rank_linear_reference(*wide, pivot, None, residual.double())
-    magnitude = pivoted_low_rank_linear_reference(*[t.abs() for t in wide], pivot, None, residual.double().abs())
+    exact, magnitude = pivoted_exact(h, v, u, pivot, residual)
     assert_within(y, exact, bound(exact, magnitude, 90 + 37, dtype, backend))
 
 
@@ -76,12 +74,8 @@ def test_strides_and_what_lies_beyond(backend: str, dtype: torch.dtype, rows: in
     """Windows of tensors that are NaN everywhere else: nothing of it comes in, nothing outside y is written."""
     width, rank, out = 45, 131, 39
 
-    def window(height: int, across: int) -> torch.Tensor:
-        whole = torch.full((height + 2, across + 5), float("nan"), dtype=dtype)
-        whole[1:-1, 2 : 2 + across] = random((height, across), dtype)
-        return whole[1:-1, 2 : 2 + across]
-
-    x, v, u, residual = window(rows, width), window(rank, width), window(out, rank), window(rows, out)
+    sizes = (rows, width), (rank, width), (out, rank), (rows, out)
+    x, v, u, residual = (window(*size, dtype) for size in sizes)
     exact, magnitude = linear_exact(x, v, u, None, residual)
     y = low_rank_linear(x, v, u, None, residual)
     assert_within(y, exact, bound(exact, magnitude, width + rank, dtype, backend))

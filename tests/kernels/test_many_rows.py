@@ -7,7 +7,18 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from kernel_cases import assert_within, bound, bridge_exact, linear_exact, mlp_bound, mlp_exact, random, using
+from kernel_cases import (
+    assert_within,
+    bound,
+    bridge_exact,
+    linear_exact,
+    mlp_bound,
+    mlp_exact,
+    pivoted_exact,
+    random,
+    using,
+    window,
+)
 
 from taco_kernels import (
     dispatch,
@@ -19,7 +30,7 @@ from taco_kernels import (
     use_backend,
 )
 from taco_kernels.low_rank_mlp import _compute
-from taco_kernels.pivoted_low_rank_linear import pivoted_low_rank_linear, pivoted_low_rank_linear_reference
+from taco_kernels.pivoted_low_rank_linear import pivoted_low_rank_linear
 
 BF16 = torch.bfloat16
 KERNELS = [("avx512bf16", BF16), ("avx2", torch.float32), ("avx2", torch.float16), ("avx2", BF16)]
@@ -111,9 +122,7 @@ def test_bridge_and_pivot(rows: int, dtype: torch.dtype) -> None:
     v, u = random((35, 55), dtype), random((61, 35), dtype)
     residual = random((rows, 61), dtype)
     y = pivoted_low_rank_linear(h, v, u, pivot, None, residual)
-    wide = [t.double() for t in (h, v, u)]
-    exact = pivoted_low_rank_linear_reference(*wide, pivot, None, residual.double())
-    magnitude = pivoted_low_rank_linear_reference(*[t.abs() for t in wide], pivot, None, residual.double().abs())
+    exact, magnitude = pivoted_exact(h, v, u, pivot, residual)
     assert_within(y, exact, bound(exact, magnitude, 90 + 35, dtype, "cpp"))
 
 
@@ -144,12 +153,8 @@ def test_strides_and_what_lies_beyond(dtype: torch.dtype) -> None:
     """Windows of tensors that are NaN everywhere else: nothing of it comes in, nothing outside y is written."""
     rows, width, rank, out = 37, 45, 21, 39
 
-    def window(height: int, across: int) -> torch.Tensor:
-        whole = torch.full((height + 2, across + 5), float("nan"), dtype=dtype)
-        whole[1:-1, 2 : 2 + across] = random((height, across), dtype)
-        return whole[1:-1, 2 : 2 + across]
-
-    x, v, u, residual = window(rows, width), window(rank, width), window(out, rank), window(rows, out)
+    sizes = (rows, width), (rank, width), (out, rank), (rows, out)
+    x, v, u, residual = (window(*size, dtype) for size in sizes)
     y = low_rank_linear(x, v, u, None, residual)
     exact, magnitude = linear_exact(x, v, u, None, residual)
     assert_within(y, exact, bound(exact, magnitude, width + rank, dtype, "cpp"))
