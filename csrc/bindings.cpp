@@ -67,17 +67,16 @@ taco::LowRankMap map_of(const py::handle& numbers) {
 }
 
 // x is gathered: its first `rank` columns are those on which v is the identity.
-void cpu_pivoted_low_rank_linear(std::uintptr_t x, std::int64_t x_stride, std::uintptr_t v, std::int64_t v_stride,
-                                 std::uintptr_t u, std::int64_t u_stride, std::uintptr_t bias, std::uintptr_t residual,
-                                 std::int64_t residual_stride, std::uintptr_t y, std::int64_t rows, std::int64_t in,
-                                 std::int64_t rank, std::int64_t out, int dtype, int threads) {
-  const taco::Dtype type = dtype_of(dtype);
-  const std::uintptr_t rest = x + static_cast<std::uintptr_t>(rank) * (type == taco::Dtype::kF32 ? 4 : 2);
-  const taco::LowRankInput input = {type, pointer(rest), x_stride, rows, in - rank, false, 0.0f};
+void cpu_pivoted_low_rank_linear(std::uintptr_t x, std::int64_t x_stride, std::uintptr_t pivot, bool long_index,
+                                 std::uintptr_t v, std::int64_t v_stride, std::uintptr_t u, std::int64_t u_stride,
+                                 std::uintptr_t bias, std::uintptr_t residual, std::int64_t residual_stride,
+                                 std::uintptr_t y, std::int64_t rows, std::int64_t in, std::int64_t rank,
+                                 std::int64_t out, int dtype, int threads) {
+  const taco::LowRankInput input = {dtype_of(dtype), pointer(x), x_stride, rows, in, false, 0.0f};
   const taco::LowRankMap map = {pointer(v), v_stride, pointer(u), u_stride, pointer(bias), pointer<void>(y), rank, out,
-                                pointer(residual), residual_stride, pointer(x), x_stride};
+                                pointer(residual), residual_stride};
   py::gil_scoped_release released;
-  taco::low_rank(input, &map, 1, threads);
+  taco::pivoted_low_rank(input, pointer(pivot), long_index, map, threads);
 }
 
 void cpu_gather(std::uintptr_t x, std::int64_t x_stride, std::uintptr_t pivot, std::uintptr_t first,
@@ -229,7 +228,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_low_rank_bridge", &cpu_low_rank_bridge, "y = h + (rmsnorm(h) v^T) u^T + bias");
   m.def("cpu_sketch", &cpu_sketch, "rows of the randomized SVD's test matrix, out of Philox");
   m.def("cpu_pivoted_low_rank_linear", &cpu_pivoted_low_rank_linear,
-        "y = (x[:, :rank] + x[:, rank:] v^T) u^T + bias + residual");
+        "y = (x[:, pivot[:rank]] + x[:, pivot[rank:]] v^T) u^T + bias + residual; IndexError");
   m.def("cpu_gather", &cpu_gather, "x[:, pivot] of elements of 2 or 4 bytes in two pieces; IndexError");
   m.def("cpu_low_rank_linear_group", &cpu_low_rank_linear_group, "several low-rank linears of one x");
   m.def("cpu_low_rank_mlp", &cpu_low_rank_mlp, "down(act(gate(x)) * up(x)), three low-rank linears");

@@ -29,8 +29,12 @@ __all__ = ["BACKENDS", "CPP_DTYPES", "backends", "choose", "get_backend", "set_b
 
 BACKENDS = ("reference", "library", "cpp", "triton", "cuda")
 
-RowLimits = tuple[tuple[int, int], ...]
-"""((rank, rows), ...), ranks falling to 0: from this rank on, up to so many rows"""
+RowLimits = tuple[tuple[int, int, int], ...]
+"""((rank, rows, rows per thread), ...), ranks falling to 0: from this rank on, up to so many rows, and again where each
+thread has so many"""
+
+ANY = 2**62
+"""As a number of rows: however many there are; per thread: never"""
 
 CPP_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """dtypes of the native kernels and their codes in ``csrc/``"""
@@ -52,13 +56,14 @@ isa: str = "" if native.module is None else native.module.cpu_isas()[0]
 # a 16-bit dtype, ours are several times faster for any number of rows.
 CPU_MAX_ROWS = {
     torch.float32: 128 if isa.startswith("avx512") else 64,
-    torch.float16: 16 if library_multiplies(torch.float16) else 2**62,
-    torch.bfloat16: 16 if library_multiplies(torch.bfloat16) or isa == "baseline" else 2**62,
+    torch.float16: 16 if library_multiplies(torch.float16) else ANY,
+    torch.bfloat16: 16 if library_multiplies(torch.bfloat16) or isa == "baseline" else ANY,
 }
 # Ranks from which the kernels for many rows win over two fast library products, and up to how many rows: bfloat16 on
 # cores with AVX-512-BF16, whose weights they read where they lie. Below, packing and unpacking rows costs too much of
-# the call. Matrix units (AMX) are several times faster than any of this, and the library's.
-MANY_ROWS: dict[str, RowLimits] = {"avx512bf16": ((1280, 2**62), (768, 256), (256, 64), (128, 32))}
+# the call. Where each thread has rows enough to take blocks of them on its own, there is no upper limit. Matrix units
+# (AMX) are several times faster than any of this, and the library's.
+MANY_ROWS: dict[str, RowLimits] = {"avx512bf16": ((768, 256, 48), (192, 64, 48), (128, 32, ANY))}
 
 
 def _dtypes_of_many_rows() -> frozenset[torch.dtype]:
@@ -77,14 +82,15 @@ def multiplies_many_rows(dtype: torch.dtype) -> bool:
 
 
 def cpu_rows(dtype: torch.dtype) -> RowLimits:
-    """From which rank on up to how many rows the native kernels serve a CPU."""
-    few = ((0, CPU_MAX_ROWS[dtype]),)
+    """From which rank on how many rows the native kernels serve on a CPU."""
+    few = ((0, CPU_MAX_ROWS[dtype], ANY),)
     return MANY_ROWS.get(isa, ()) + few if multiplies_many_rows(dtype) else few
 
 
-def most_rows(limits: RowLimits, rank: int) -> int:
-    """Up to how many rows, with factors of that rank."""
-    return next(rows for least, rows in limits if rank >= least)
+def within(limits: RowLimits, rank: int, rows: int) -> bool:
+    """Whether so many rows, with factors of that rank, are within the limits."""
+    most, each = next(limit[1:] for limit in limits if rank >= limit[0])
+    return rows <= most or (each < ANY and rows >= each * torch.get_num_threads())
 
 
 # On a GPU a decode kernel serves few rows, and cuBLAS the rest.
@@ -253,7 +259,7 @@ def choose(
     if dtype not in CPP_DTYPES:
         return "reference"
     if device_type == "cpu":
-        ours = not turned and native.module is not None and rows <= most_rows(cpu_rows(dtype), rank)
+        ours = not turned and native.module is not None and within(cpu_rows(dtype), rank, rows)
         return "cpp" if ours else "library"
     if device_type == "cuda":
         if shape is not None and not turned:

@@ -93,14 +93,14 @@ def _composed(two: Callable[..., list[Tensor]], one: Callable[..., Tensor], x: T
 
 
 # Where a CPU has kernels for more rows than a few, which the one for a whole MLP does not use, its three maps are
-# better computed one by one: ((ranks of gate and up, rows), ...), beyond so many rows from so large ranks on.
-COMPOSED_ROWS: dispatch.RowLimits = ((0, 4),)
+# better computed one by one: beyond so many rows, from so large ranks of gate and up on.
+COMPOSED_ROWS: dispatch.RowLimits = ((0, 4, dispatch.ANY),)
 if dispatch.isa == "avx2":  # one number of rows, whatever the dtype
-    COMPOSED_ROWS = ((0, native.module.cpu_many_rows_from(0) - 1),)  # type: ignore[union-attr]
+    COMPOSED_ROWS = ((0, native.module.cpu_many_rows_from(0) - 1, dispatch.ANY),)  # type: ignore[union-attr]
 
 
 def _fused_rows(dtype: torch.dtype) -> dispatch.RowLimits:
-    """From which ranks of gate and up on up to how many rows one kernel does all of an MLP on a CPU."""
+    """From which ranks of gate and up on how many rows one kernel does all of an MLP of on a CPU."""
     return COMPOSED_ROWS if dispatch.multiplies_many_rows(dtype) else dispatch.cpu_rows(dtype)
 
 
@@ -200,7 +200,7 @@ def _compute(x: Tensor, *arguments: Any) -> Tensor:
     elif (
         dispatch.get_backend() is None
         and dispatch.multiplies_many_rows(x.dtype)
-        and rows > dispatch.most_rows(_fused_rows(x.dtype), ranks)
+        and not dispatch.within(_fused_rows(x.dtype), ranks, rows)
     ):
         two = GROUP[dispatch.choose(device, x.dtype, rows, rank=ranks)]
         one = LINEAR[dispatch.choose(device, x.dtype, rows, rank=down[1].shape[1])]

@@ -97,14 +97,13 @@ def check(
 # --- backends --------------------------------------------------------------------------------------------------------
 
 
-def gathered(x: Tensor, pivot: Tensor, rank: int, together: bool = False) -> tuple[Tensor, Tensor]:
+def gathered(x: Tensor, pivot: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """(x[..., pivot[:rank]], x[..., pivot[rank:]]) with the leading dimensions flattened.
 
     Several rows on a CPU, and any on a GPU, by the extension, where it is there: on a CPU torch's gather of 16 bits
     takes ten times as long, a quarter of the whole op, and that of 32 bits twice from 16 rows on; on a GPU it is bound
     by its index arithmetic. It reads memory past torch's dispatcher, so this is for tensors that have some. Both
     results are new memory.
-    ``together``: one after the other in each row.
 
     Raises IndexError or RuntimeError, as torch does, for an index out of range (on a GPU it asserts).
     """
@@ -117,11 +116,7 @@ def gathered(x: Tensor, pivot: Tensor, rank: int, together: bool = False) -> tup
         return _selected(x, pivot, rank)
     x, rows, stride = rows_of(x)
     pivot = pivot.contiguous()
-    if together:
-        both = x.new_empty((rows, width))
-        first, rest = both[:, :rank], both[:, rank:]
-    else:
-        first, rest = x.new_empty((rows, rank)), x.new_empty((rows, width - rank))
+    first, rest = x.new_empty((rows, rank)), x.new_empty((rows, width - rank))
     native.module.cpu_gather(
         x.data_ptr(), stride, pivot.data_ptr(), first.data_ptr(), first.stride(0), rest.data_ptr(), rest.stride(0),
         rows, width, rank, x.element_size(), pivot.dtype == torch.int64, torch.get_num_threads(),
@@ -160,13 +155,10 @@ def _library(
 
 
 def _cpp(x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    # every index is checked here, so that no pivot can make the kernel read elsewhere
-    first, rest = gathered(x, pivot, v.shape[0], together=True)
-    # where both begin: torch gives a view without elements no address
-    gathered_ptr = first.data_ptr() or rest.data_ptr()
-    width = x.shape[-1]
-    rows = x.shape[:-1].numel()
+    # every index is checked there, so that no pivot can make the kernel read elsewhere
     y = x.new_empty((*x.shape[:-1], u.shape[0]))
+    x, rows, stride = rows_of(x)
+    pivot = pivot.contiguous()
     keep: list[Tensor] = []  # copies that must outlive the call
     v_ptr, v_stride, u_ptr, u_stride, bias_ptr, y_ptr, rank, out_features = map_of(v, u, bias, y, keep)
     residual_ptr = residual_stride = 0
@@ -174,8 +166,9 @@ def _cpp(x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None, re
         residual, _, residual_stride = rows_of(residual)
         residual_ptr = residual.data_ptr()
     native.module.cpu_pivoted_low_rank_linear(  # type: ignore[union-attr]
-        gathered_ptr, width, v_ptr, v_stride, u_ptr, u_stride, bias_ptr, residual_ptr, residual_stride, y_ptr,
-        rows, width, rank, out_features, dispatch.CPP_DTYPES[x.dtype], torch.get_num_threads(),
+        x.data_ptr(), stride, pivot.data_ptr(), pivot.dtype == torch.int64, v_ptr, v_stride, u_ptr, u_stride, bias_ptr,
+        residual_ptr, residual_stride, y_ptr, rows, x.shape[-1], rank, out_features, dispatch.CPP_DTYPES[x.dtype],
+        torch.get_num_threads(),
     )  # fmt: skip
     return y
 

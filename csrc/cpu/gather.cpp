@@ -1,12 +1,12 @@
 // Inputs of a pivoted map, reordered: what the identity takes first, then what goes through v. Loads from anywhere are a loop
 // in every instruction set (of two bytes there is nothing else, of four hardly better); but where both parts of a pivot
 // ascend, as those of our checkpoints do, they split a row in its own order, which some do by whole vectors.
-#include "taco_cpu.h"
+#include "gather.h"
 
 #include <stdexcept>
-#include <vector>
 
 #include "isa.h"
+#include "taco_cpu.h"
 #include "team.h"
 
 namespace taco {
@@ -55,43 +55,57 @@ bool masks_of(const Index* pivot, std::int64_t rank, std::int64_t width, std::ve
 }
 
 template <class Element, class Index>
-void row(const Element* x, const Index* pivot, Element* out, std::int64_t count) {
-  for (std::int64_t i = 0; i < count; ++i) out[i] = x[pivot[i]];
+void gather_rows(const GatherRows& a, const Index* pivot, std::int64_t width, std::int64_t rank, std::int64_t begin,
+                 std::int64_t end) {
+  for (std::int64_t r = begin; r < end; ++r) {
+    const Element* const x = static_cast<const Element*>(a.x) + r * a.x_stride;
+    Element* const first = static_cast<Element*>(a.first) + r * a.first_stride;
+    Element* const rest = static_cast<Element*>(a.rest) + r * a.rest_stride;
+    for (std::int64_t i = 0; i < rank; ++i) first[i] = x[pivot[i]];
+    for (std::int64_t i = rank; i < width; ++i) rest[i - rank] = x[pivot[i]];
+  }
 }
 
-template <class Element, class Index>
-void rows(const GatherArgs& a, int threads) {
-  const Index* const pivot = static_cast<const Index*>(a.pivot);
-  check(pivot, a.width);
-  const CpuKernels& isa = active_kernels();
-  const auto split = sizeof(Element) == 2 ? isa.split_2 : isa.split_4;
-  std::vector<std::uint16_t> masks;
-  const bool whole = split && a.rows >= kSplitRows && masks_of(pivot, a.rank, a.width, masks);
-  const std::int64_t useful = a.rows * a.width / kPerThread;
-  on_team(static_cast<int>(useful < 1 ? 1 : useful < threads ? useful : threads), [&](int index, int members) {
-    const std::int64_t begin = a.rows * index / members, end = a.rows * (index + 1) / members;
-    if (whole) {
-      split({a.x, a.x_stride, masks.data(), a.first, a.first_stride, a.rest, a.rest_stride, a.width, a.rank}, begin, end);
-      return;
-    }
-    for (std::int64_t r = begin; r < end; ++r) {
-      const Element* const x = static_cast<const Element*>(a.x) + r * a.x_stride;
-      row(x, pivot, static_cast<Element*>(a.first) + r * a.first_stride, a.rank);
-      row(x, pivot + a.rank, static_cast<Element*>(a.rest) + r * a.rest_stride, a.width - a.rank);
-    }
-  });
-}
-
-template <class Element>
-void gather_of(const GatherArgs& args, bool long_index, int threads) {
-  long_index ? rows<Element, std::int64_t>(args, threads) : rows<Element, std::int32_t>(args, threads);
+// f(the indices, of their type)
+template <class Body>
+void with_indices(const void* pivot, bool is_long, const Body& body) {
+  is_long ? body(static_cast<const std::int64_t*>(pivot)) : body(static_cast<const std::int32_t*>(pivot));
 }
 
 }  // namespace
 
+Gatherer::Gatherer(const void* pivot, bool is_long, std::int64_t width, std::int64_t rank, std::int64_t element,
+                   std::int64_t rows)
+    : pivot_(pivot), is_long_(is_long), width_(width), rank_(rank), element_(element) {
+  const CpuKernels& isa = active_kernels();
+  const auto split = element == 2 ? isa.split_2 : isa.split_4;
+  with_indices(pivot, is_long, [&](const auto* indices) {
+    check(indices, width);
+    if (split && rows >= kSplitRows && masks_of(indices, rank, width, masks_)) split_ = split;
+  });
+}
+
+void Gatherer::rows(const GatherRows& a, std::int64_t begin, std::int64_t end) const {
+  if (split_) {
+    split_({a.x, a.x_stride, masks_.data(), a.first, a.first_stride, a.rest, a.rest_stride, width_, rank_}, begin, end);
+    return;
+  }
+  with_indices(pivot_, is_long_, [&](const auto* indices) {
+    element_ == 4 ? gather_rows<std::uint32_t>(a, indices, width_, rank_, begin, end)
+                  : gather_rows<std::uint16_t>(a, indices, width_, rank_, begin, end);
+  });
+}
+
+void Gatherer::all(const GatherRows& a, std::int64_t count, int threads) const {
+  const std::int64_t useful = count * width_ / kPerThread;
+  on_team(static_cast<int>(useful < 1 ? 1 : useful < threads ? useful : threads), [&](int index, int members) {
+    rows(a, count * index / members, count * (index + 1) / members);
+  });
+}
+
 void gather(const GatherArgs& args, bool long_index, int threads) {
-  args.element == 4 ? gather_of<std::uint32_t>(args, long_index, threads)
-                    : gather_of<std::uint16_t>(args, long_index, threads);
+  const Gatherer gatherer(args.pivot, long_index, args.width, args.rank, args.element, args.rows);
+  gatherer.all({args.x, args.x_stride, args.first, args.first_stride, args.rest, args.rest_stride}, args.rows, threads);
 }
 
 }  // namespace taco

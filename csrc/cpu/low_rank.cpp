@@ -1,14 +1,10 @@
 // The driver: which instruction set, how many threads, who computes what. Compiled for every CPU.
 #include "taco_cpu.h"
 
-#include <algorithm>
 #include <atomic>
-#include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <limits>
-#include <new>
 
+#include "driver.h"
 #include "isa.h"
 #include "team.h"
 
@@ -71,78 +67,11 @@ std::atomic<const CpuKernels*>& active() {
   return kernels;
 }
 
-// Scratch memory of the calling thread, kept from call to call: a decode step must not pay for the allocator.
-class Scratch {
- public:
-  ~Scratch() { std::free(data_); }
-  // Small, and of the driver's own: kept for the same reason.
-  std::vector<FirstProduct> first;
-  std::vector<SecondProduct> second;
-
-  float* get(std::size_t floats) {
-    if (floats > size_) {
-      std::free(data_);
-      data_ = nullptr;
-      size_ = 0;
-      void* p = nullptr;
-      if (posix_memalign(&p, 64, floats * sizeof(float)) != 0) throw std::bad_alloc();
-      data_ = static_cast<float*>(p);
-      size_ = floats;
-    }
-    return data_;
-  }
-
- private:
-  float* data_ = nullptr;
-  std::size_t size_ = 0;
-};
-thread_local Scratch scratch;
-
-// Bytes of weights (times the work the rows add) that make one more thread worth waking.
-constexpr std::int64_t kBytesPerThread = 96 * 1024;
 // Rows of x from which the second product has the batch rows as lanes and widens weights first (Layout::kGroups), where the
 // instruction set offers that. Of many rows every widened weight serves several vectors; of fewer that pays only where the
 // rank is so small that additions across vectors cost as much as the products (two Zen 4 cores, fp16: 9% less time at rank
 // 64 and 12 rows, 40% more at rank 512).
 constexpr std::int64_t kGroupedRows = 17, kGroupedRowsOfSmallRanks = 11, kSmallRank = 128;
-
-struct Range {
-  std::int64_t begin, end;
-};
-
-// Shares several ranges among threads, in proportion to cost. Each thread gets consecutive pieces, in whole tiles (so
-// that no two threads write to one line of the cache) while there are tiles enough.
-class Shares {
- public:
-  Shares(int index, int threads) : index_(index), threads_(threads) {}
-  void expect(std::int64_t rows, std::int64_t cost) { total_ += rows * cost; }
-  // To be called in the order of expect(), after all of them.
-  Range next(std::int64_t rows, std::int64_t cost) {
-    const std::int64_t unit = rows >= 4 * kTile * threads_ ? kTile : 4;
-    const Range range = {cut(index_, rows, cost, unit), cut(index_ + 1, rows, cost, unit)};
-    passed_ += rows * cost;
-    return range;
-  }
-
- private:
-  std::int64_t cut(int index, std::int64_t rows, std::int64_t cost, std::int64_t unit) const {
-    if (index <= 0) return 0;
-    if (index >= threads_) return rows;
-    const std::int64_t at = total_ * index / threads_ - passed_;
-    return at <= 0 ? 0 : std::min(rows, (at / cost + unit / 2) / unit * unit);
-  }
-  int index_, threads_;
-  std::int64_t total_ = 0, passed_ = 0;
-};
-
-std::int64_t size_of(Dtype dtype) { return dtype == Dtype::kF32 ? 4 : 2; }
-
-const void* offset(const void* p, std::int64_t elements, std::int64_t size) {
-  return p ? static_cast<const char*>(p) + elements * size : nullptr;
-}
-void* offset(void* p, std::int64_t elements, std::int64_t size) {
-  return p ? static_cast<char*>(p) + elements * size : nullptr;
-}
 
 // By all rows of the call, not by those of a block: a row's bits must not depend on where it stands.
 Layout layout_for(std::int64_t rank, std::int64_t rows, const DtypeKernels& kernels, bool may_round = true) {
@@ -167,9 +96,6 @@ void zero_filling(float* t, const Layout& layout, std::int64_t rank, std::int64_
     std::memset(reinterpret_cast<char*>(t) + (g + 1) * all - zeros, 0, static_cast<std::size_t>(zeros));
   }
 }
-
-// What one more output costs beside its dot products, in columns of weights: small ranks are not free.
-constexpr std::int64_t kOutputCost = 16;
 
 // One input block and the maps that share it, between two barriers each.
 struct Stage {
@@ -197,92 +123,6 @@ struct Stage {
   }
 };
 
-int threads_for(std::int64_t weights, const LowRankInput& input, int threads) {
-  const std::int64_t work = weights * size_of(input.dtype) * (1 + std::min(input.rows, kRowBlock) / 4);
-  return static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, work / kBytesPerThread)));
-}
-
-// 1 / sqrt(mean(x^2) + eps) of a thread's share of `rows` rows, which begin at x.
-void norm_scales(const DtypeKernels& kernels, const LowRankInput& input, const void* x, std::int64_t rows, int index,
-                 int members, float* scale) {
-  for (std::int64_t r = index; r < rows; r += members) {
-    const float squares = kernels.sum_of_squares(offset(x, r * input.x_stride, size_of(input.dtype)), input.in);
-    scale[r] = 1.0f / std::sqrt(squares / static_cast<float>(input.in) + input.eps);
-  }
-}
-
-std::int64_t rows_from(const ManyRows* many) {
-  return many == nullptr ? std::numeric_limits<std::int64_t>::max() : many->few + 1;
-}
-
-// As low_rank, for many rows on an instruction set that has kernels for them.
-void low_rank_many(const DtypeKernels& kernels, const ManyRows& many, const LowRankInput& input, const LowRankMap* maps,
-                   int count, int threads) {
-  const std::int64_t element = size_of(input.dtype);
-  // Blocks of at most kRowBlock rows, of as equal numbers of groups as can be: a lone group costs nearly as much as two.
-  const std::int64_t groups = (input.rows + kGroup - 1) / kGroup;
-  const std::int64_t blocks = (groups * kGroup + kRowBlock - 1) / kRowBlock;
-  const std::int64_t most = (groups + blocks - 1) / blocks * kGroup;
-  const auto places_of = [&](std::int64_t columns) { return (columns + many.width - 1) / many.width; };
-  std::int64_t weights = 0, floats = most * (1 + places_of(input.in)), waiting = 0;
-  for (int i = 0; i < count; ++i) {
-    weights += maps[i].rank * (input.in + maps[i].out);
-    floats += most * places_of(maps[i].rank);
-    // sums of one map wait at a time, but threads need not work on the same one
-    if (input.in > many.columns) waiting += maps[i].rank;
-    if (maps[i].rank > many.columns) waiting += maps[i].out;
-  }
-  const int team = threads_for(weights, input, threads);
-  float* const scales = scratch.get(static_cast<std::size_t>(floats + most * waiting));
-  float* const scale = input.normalise && input.in > 0 ? scales : nullptr;
-  float* const waits = scales + floats;
-  std::uint32_t* const packed = reinterpret_cast<std::uint32_t*>(scales + most);
-
-  for (std::int64_t block = 0; block < blocks; ++block) {
-    const std::int64_t start = groups * block / blocks * kGroup, end = groups * (block + 1) / blocks * kGroup;
-    const std::int64_t rows = std::min(end, input.rows) - start, lanes = end - start;
-    const Packing x = {offset(input.x, start * input.x_stride, element), input.x_stride, rows, input.in, packed, lanes};
-    on_team(team, [&](int index, int members) {
-      const auto each_map = [&](const auto& body) {
-        std::uint32_t* t = packed + lanes * places_of(input.in);
-        float* partial = waits;
-        for (int i = 0; i < count; ++i) {
-          float* const of_first = partial;
-          if (input.in > many.columns) partial += lanes * maps[i].rank;
-          float* const of_second = partial;
-          if (maps[i].rank > many.columns) partial += lanes * maps[i].out;
-          body(maps[i], t, of_first, of_second);
-          t += lanes * places_of(maps[i].rank);
-        }
-      };
-      pack_share(many, x, index, members);
-      each_map([&](const LowRankMap& map, std::uint32_t* t, float*, float*) {
-        const void* const direct = offset(map.direct, start * map.direct_stride, element);
-        if (direct) pack_share(many, {direct, map.direct_stride, rows, map.rank, t, lanes}, index, members);
-      });
-      if (scale) norm_scales(kernels, input, x.x, rows, index, members, scale);
-      meet();
-      Shares of_ranks(index, members);
-      for (int i = 0; i < count; ++i) of_ranks.expect(maps[i].rank, 1);
-      each_map([&](const LowRankMap& map, std::uint32_t* t, float* partial, float*) {
-        const Range mine = of_ranks.next(map.rank, 1);
-        const ManyFirst first = {packed, lanes, input.in, map.rank, map.v, map.v_stride, t, map.direct != nullptr, partial};
-        if (mine.begin < mine.end) many.first(first, mine.begin, mine.end);
-      });
-      meet();
-      Shares of_outputs(index, members);
-      for (int i = 0; i < count; ++i) of_outputs.expect(maps[i].out, maps[i].rank + kOutputCost);
-      each_map([&](const LowRankMap& map, std::uint32_t* t, float*, float* partial) {
-        const Range mine = of_outputs.next(map.out, map.rank + kOutputCost);
-        const SecondProduct product = {nullptr, {}, map.u, map.u_stride, scale, map.bias,
-                                       offset(map.residual, start * map.residual_stride, element), map.residual_stride,
-                                       offset(map.y, start * map.out, element), nullptr, map.out, rows, map.rank};
-        if (mine.begin < mine.end) many.second({t, lanes, product, partial}, mine.begin, mine.end);
-      });
-    });
-  }
-}
-
 }  // namespace
 
 void low_rank(const LowRankInput& input, const LowRankMap* maps, int count, int threads) {
@@ -290,7 +130,7 @@ void low_rank(const LowRankInput& input, const LowRankMap* maps, int count, int 
   const CpuKernels* isa = active().load(std::memory_order_relaxed);
   const DtypeKernels* kernels = &isa->by_dtype[static_cast<int>(input.dtype)];
   if (input.rows >= rows_from(kernels->many)) {
-    low_rank_many(*kernels, *kernels->many, input, maps, count, threads);
+    low_rank_many(*kernels, input, maps, count, threads);
     return;
   }
   const std::int64_t element = size_of(input.dtype), most = std::min(input.rows, kRowBlock);

@@ -39,12 +39,16 @@ struct LowRankInput {
 enum class Activation : int { kSilu = 0, kGeluTanh = 1, kGelu = 2, kRelu = 3 };
 
 // All of these compute on at most `threads` threads of the OpenMP runtime that the process already has, in one parallel
-// region for each 64 rows. A problem too small to pay for waking a thread runs on fewer. The bits of the result depend
+// region for each 64 rows, or in one for all. A problem too small to pay for waking a thread runs on fewer. The bits of the result depend
 // on the instruction set, and on whether the rows are 1 to 4, 5 to 8, 9 or 10, 11 to 16, more, or so many that the kernels
 // for many rows have them (many_rows_from), but not on the threads.
 
 // y = (x v^T) u^T + bias + residual for each of `count` maps of the same input
 void low_rank(const LowRankInput& input, const LowRankMap* maps, int count, int threads);
+
+// y = (x[:, pivot[:rank]] + x[:, pivot[rank:]] v^T) u^T + bias + residual: map.v is [rank, in - rank], `pivot` [in] of indices
+// of 4 or 8 bytes. Throws std::out_of_range, before anything is computed, where an index is.
+void pivoted_low_rank(const LowRankInput& input, const void* pivot, bool long_index, LowRankMap map, int threads);
 
 // down(act(gate(x)) * up(x)); the product in the middle is rounded to the dtype. `gate` and `up` have the same `out`,
 // which is down's `in`; only down has a y, and none has a residual.

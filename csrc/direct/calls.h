@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 
 #include "cpu/taco_cpu.h"
 #include "direct/tensors.h"
@@ -16,7 +15,7 @@ enum class Way {
   kDirect,
 };
 
-inline Way way_of(bool few) { return few ? Way::kDirect : Way::kLibrary; }
+inline Way way_of(bool within) { return within ? Way::kDirect : Way::kLibrary; }
 
 inline LowRankInput input_of(const Rows& x) { return {x.dtype, x.tensor.data, x.stride, x.rows, x.width, false, 0.0f}; }
 
@@ -49,7 +48,7 @@ struct Linear {
   Way read(Object x_, Object v, Object u, Object bias, Object residual) {
     if (!read_rows(x_, x) || !read_map(v, u, bias, x, x.width, map)) return Way::kOrdinary;
     if (!read_residual(residual, x, map)) return Way::kOrdinary;
-    return way_of(few_enough(kLinear, x, map.rank));
+    return way_of(within_limits(kLinear, x, map.rank));
   }
 
   std::int64_t width() const { return map.out; }  // of the result's rows
@@ -71,7 +70,7 @@ struct Bridge {
     if (!read_rows(h, x) || !read_map(v, u, bias, x, x.width, map) || map.out != x.width) return Way::kOrdinary;
     map.residual = x.tensor.data, map.residual_stride = x.stride;
     eps = static_cast<float>(eps_);
-    return way_of(few_enough(kBridge, x, map.rank));
+    return way_of(within_limits(kBridge, x, map.rank));
   }
 
   std::int64_t width() const { return map.out; }  // of the result's rows
@@ -102,7 +101,7 @@ struct Pivoted {
     if (!read_rows(x_, x) || !read_matrix(u, x, left) || left.columns >= x.width) return Way::kOrdinary;
     if (!read_map(v, u, bias, x, x.width - left.columns, map)) return Way::kOrdinary;
     if (!read_index(pivot_, x, x.width, pivot, is_long) || !read_residual(residual, x, map)) return Way::kOrdinary;
-    return way_of(few_enough(kPivoted, x, map.rank));
+    return way_of(within_limits(kPivoted, x, map.rank));
   }
 
   std::int64_t width() const { return map.out; }  // of the result's rows
@@ -116,14 +115,8 @@ struct Pivoted {
 
   // Throws std::out_of_range for an index that is.
   void compute(void* y, int threads) {
-    const std::int64_t element = x.dtype == Dtype::kF32 ? 4 : 2;
-    const std::unique_ptr<char[]> gathered(new char[static_cast<std::size_t>(x.rows * x.width * element)]);
-    char* const behind = gathered.get() + map.rank * element;
-    gather({x.tensor.data, x.stride, pivot, gathered.get(), x.width, behind, x.width, x.rows, x.width, map.rank, element},
-           is_long, threads);
     map.y = y;
-    map.direct = gathered.get(), map.direct_stride = x.width;
-    low_rank({x.dtype, behind, x.width, x.rows, x.width - map.rank, false, 0.0f}, &map, 1, threads);
+    pivoted_low_rank(input_of(x), pivot, is_long, map, threads);
   }
 };
 
@@ -141,7 +134,7 @@ struct Group {
     return true;
   }
 
-  Way way() const { return members == 0 ? Way::kOrdinary : way_of(few_enough(kGroup, x, ranks)); }
+  Way way() const { return members == 0 ? Way::kOrdinary : way_of(within_limits(kGroup, x, ranks)); }
 
   // into maps[i].y
   void compute(int threads) { low_rank(input_of(x), maps, members, threads); }
@@ -159,7 +152,7 @@ struct Mlp {
     if (!read_map(maps[6], maps[7], maps[8], x, gate.out, down)) return Way::kOrdinary;
     act = act_;
     // with more rows it is composed of its maps, each by its own rank
-    return few_enough(kMlp, x, gate.rank + up.rank) ? Way::kDirect : Way::kOrdinary;
+    return within_limits(kMlp, x, gate.rank + up.rank) ? Way::kDirect : Way::kOrdinary;
   }
 
   std::int64_t width() const { return down.out; }  // of the result's rows

@@ -226,27 +226,27 @@ PyObject* enable(PyObject*, PyObject* flag) {
   return PyBool_FromLong(state.enabled);
 }
 
-// op, dtype code, tuple of (rank, rows)
+// op, dtype code, tuple of (rank, rows, rows per thread)
 PyObject* limit(PyObject*, PyObject* args) {
   const char* name = nullptr;
   int dtype = 0;
-  PyObject* pairs = nullptr;
-  if (!PyArg_ParseTuple(args, "siO!", &name, &dtype, &PyTuple_Type, &pairs)) return nullptr;
+  PyObject* given = nullptr;
+  if (!PyArg_ParseTuple(args, "siO!", &name, &dtype, &PyTuple_Type, &given)) return nullptr;
   const int op = op_named(name);
   if (op == kOps || dtype < 0 || dtype > 2) {
     PyErr_SetString(PyExc_ValueError, "direct_limit: there is no such op or dtype");
     return nullptr;
   }
   std::vector<Limit> limits;
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(pairs); ++i) {
-    long long rank = 0, rows = 0;
-    PyObject* const pair = PyTuple_GET_ITEM(pairs, i);
-    if (!PyTuple_Check(pair)) {
-      PyErr_SetString(PyExc_TypeError, "direct_limit: pairs are tuples (rank, rows)");
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(given); ++i) {
+    long long rank = 0, rows = 0, each = 0;
+    PyObject* const item = PyTuple_GET_ITEM(given, i);
+    if (!PyTuple_Check(item)) {
+      PyErr_SetString(PyExc_TypeError, "direct_limit: limits are tuples (rank, rows, rows per thread)");
       return nullptr;
     }
-    if (!PyArg_ParseTuple(pair, "LL", &rank, &rows)) return nullptr;
-    limits.push_back({rank, rows});
+    if (!PyArg_ParseTuple(item, "LLL", &rank, &rows, &each)) return nullptr;
+    limits.push_back({rank, rows, each});
   }
   state.limits[op][dtype] = limits;
   Py_RETURN_NONE;
@@ -265,7 +265,7 @@ PyMethodDef kMethods[] = {
     {"direct_low_rank_linear_group", as_method(group), METH_FASTCALL, "(x, vs, us, biases)"},
     {"direct_setup", as_method(setup), METH_FASTCALL, "(capsule, Tensor, Parameter, guards, get_num_threads, forward_ad)"},
     {"direct_enable", as_method(enable), METH_O, "whether direct calls are made; returns whether they are"},
-    {"direct_limit", as_method(limit), METH_VARARGS, "(op, dtype, pairs): from which rank on up to how many rows"},
+    {"direct_limit", as_method(limit), METH_VARARGS, "(op, dtype, limits): from which rank on how many rows"},
     {"direct_remember", as_method(remember_call), METH_FASTCALL,
      "(op, launch, ...): the ordinary way serves calls like this one on a GPU by CUDA, or by the library (launch < 0)"},
     {"direct_forget", forget_calls, METH_NOARGS, "forgets what direct_remember was told"},

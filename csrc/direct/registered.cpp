@@ -227,6 +227,7 @@ torch_c::Library library() {
 }  // namespace
 
 PyObject* register_op(PyObject*, PyObject* name) {
+  state.threads_of_handles = threads_of_torch;
   if (!PyUnicode_Check(name)) {
     PyErr_SetString(PyExc_TypeError, "direct_register: the name of an op");
     return nullptr;

@@ -159,9 +159,15 @@ bool same_leading(const Rows& a, const Rows& b) {
   return true;
 }
 
-bool few_enough(Op op, const Rows& x, std::int64_t rank) {
-  for (const Limit& limit : state.limits[op][static_cast<int>(x.dtype)])
-    if (rank >= limit.rank) return x.rows <= limit.rows;
+bool within_limits(Op op, const Rows& x, std::int64_t rank) {
+  for (const Limit& limit : state.limits[op][static_cast<int>(x.dtype)]) {
+    if (rank < limit.rank) continue;
+    if (x.rows <= limit.rows) return true;
+    if (limit.each >= kAny) return false;
+    const int threads = x.object != nullptr ? thread_count() : state.threads_of_handles();
+    if (threads < 0) PyErr_Clear();  // the ordinary way will meet it again
+    return threads > 0 && x.rows >= limit.each * threads;
+  }
   return false;
 }
 

@@ -16,10 +16,11 @@
 
 namespace taco::direct {
 
-// "From this rank on, up to so many rows": first that fits counts.
+// "From this rank on, up to so many rows, and again where each thread has so many": the first whose rank fits counts.
 struct Limit {
-  std::int64_t rank, rows;
+  std::int64_t rank, rows, each;
 };
+constexpr std::int64_t kAny = std::int64_t{1} << 62;  // dispatch.ANY
 
 enum Op { kLinear, kBridge, kGroup, kMlp, kPivoted, kOps };
 constexpr const char* kOpNames[kOps] = {"low_rank_linear", "low_rank_bridge", "low_rank_linear_group", "low_rank_mlp",
@@ -31,6 +32,7 @@ struct State {
   PyTypeObject* parameter = nullptr;  // torch.nn.Parameter
   std::vector<PyObject*> guards;      // functions without arguments; what is true in one of them asks for the dispatcher
   PyObject* threads = nullptr;        // torch.get_num_threads
+  int (*threads_of_handles)() = nullptr;  // the same, for calls with torch's handles, which have no interpreter
   PyObject* forward_ad = nullptr;     // the names of torch.autograd.forward_ad: no function tells its level
   std::atomic<bool> enabled{false};    // read without the interpreter's lock
   std::vector<Limit> limits[kOps][3];  // by op and dtype
@@ -109,7 +111,7 @@ bool read_like(Object object, const Rows& like, std::int64_t width, Rows& out) {
 }
 
 // Whether the CPU's kernels are the better choice for so many rows.
-bool few_enough(Op op, const Rows& x, std::int64_t rank);
+bool within_limits(Op op, const Rows& x, std::int64_t rank);
 
 // The shape [leading dimensions of like, width]; false where it has more dimensions than fit.
 constexpr int kDimensions = 8;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import math
 import os
 import subprocess
@@ -97,7 +98,7 @@ def test_the_bits_of_the_ordinary_way(
 ) -> None:
     args = arguments(op, lead, dtype, optional, rank)
     ours = entry(op)(*args)
-    if op == "low_rank_mlp" and math.prod(lead) > dispatch.most_rows(_fused_rows(dtype), 2 * rank):
+    if op == "low_rank_mlp" and not dispatch.within(_fused_rows(dtype), 2 * rank, math.prod(lead)):
         assert ours is None  # so many are for other kernels, whose calls are not direct
         return
     with taco_kernels.use_backend("cpp"):
@@ -138,10 +139,38 @@ def test_rows_as_the_dispatcher_counts_them(rows: str) -> None:
     for op in OPS:
         limit = dispatch.CPU_MAX_ROWS[torch.float32]
         if op == "low_rank_mlp":
-            limit = dispatch.most_rows(_fused_rows(torch.float32), 0)
+            limit = _fused_rows(torch.float32)[-1][1]
         found = entry(op)(*arguments(op, (limit + (rows == "many"),), torch.float32))
         many = None if op == "low_rank_mlp" else False  # an MLP of many rows is composed of its maps
         assert found is many if rows == "many" else isinstance(found, list | torch.Tensor)
+
+
+@pytest.mark.parametrize("way", ["object", "handle"])
+def test_rows_count_by_the_thread(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the limit they are ours again where each thread has enough; asked from Python and from compiled code."""
+    if way == "handle" and not direct._registered.get("low_rank_linear"):
+        pytest.skip("this torch does not offer what kernels registered from C++ need")
+    limits = dispatch.cpu_rows(torch.float32)
+    handed_on: list[torch.Tensor] = []  # by the kernel that compiled code calls, to the ordinary one
+    module = importlib.import_module("taco_kernels.low_rank_linear")
+    monkeypatch.setattr(module, "_direct", lambda x, *_: handed_on.append(x))
+    code, before = dispatch.CPP_DTYPES[torch.float32], torch.get_num_threads()
+    try:
+        native.module.direct_limit("low_rank_linear", code, ((6, 4, 10), (0, 2, dispatch.ANY)))
+        for threads, rows, rank in itertools.product((1, 2, 3), (4, 5, 9, 10, 19, 20, 29, 30, 31), (5, 6)):
+            torch.set_num_threads(threads)
+            ours = rank == 6 and (rows <= 4 or rows >= 10 * threads)
+            args = arguments("low_rank_linear", (rows,), torch.float32, rank=rank)
+            if way == "object":
+                found = native.module.direct_low_rank_linear(*args)
+                assert isinstance(found, torch.Tensor) if ours else found is False
+            else:
+                torch.ops.taco_kernels.low_rank_linear_native(*args)
+                assert len(handed_on) == (0 if ours else 1)
+                handed_on.clear()
+    finally:
+        torch.set_num_threads(before)
+        native.module.direct_limit("low_rank_linear", code, limits)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -438,6 +467,8 @@ def test_setup_refuses_nonsense() -> None:
         native.module.direct_limit("low_rank_mlp", 3, ())
     with pytest.raises(TypeError):
         native.module.direct_limit("low_rank_linear", 0, (1,))
+    with pytest.raises(TypeError):
+        native.module.direct_limit("low_rank_linear", 0, ((1, 2),))
 
 
 def test_without_the_extension_or_the_interface_everything_is_ordinary(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,17 +98,55 @@ def test_more_columns_than_go_through_at_once(sizes: tuple[int, int, int], threa
         assert_within(y, exact, bound(exact, magnitude, width + v.shape[0], dtype, "cpp"))
 
 
-def test_threads_do_not_change_a_bit(dtype: torch.dtype) -> None:
-    x, v, u = random((100, 700), dtype), random((301, 700), dtype), random((515, 301), dtype)
-    bias, residual = random((515,), dtype), random((100, 515), dtype)
+@pytest.mark.parametrize("rows", [63, 100, 161, 256, 300])
+def test_threads_do_not_change_a_bit(rows: int, dtype: torch.dtype) -> None:
+    """Blocks of rows go through by one thread each, or by all together, and in blocks of other sizes."""
+    x, v, u = random((rows, 700), dtype), random((301, 700), dtype), random((515, 301), dtype)
+    bias, residual = random((515,), dtype), random((rows, 515), dtype)
+    behind, pivot = random((301, 399), dtype), torch.randperm(700)
+    ascending = torch.cat([pivot[:301].sort().values, pivot[301:].sort().values])
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 4):
             torch.set_num_threads(threads)
-            found.append(low_rank_linear(x, v, u, bias, residual))
+            found.append(
+                [
+                    low_rank_linear(x, v, u, bias, residual),
+                    *low_rank_linear_group(x, [v, v[:50]], [u, u[:, :50]]),
+                    pivoted_low_rank_linear(x, behind, u, pivot, bias, residual),
+                    pivoted_low_rank_linear(x, behind, u, ascending),
+                ]
+            )
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(other, found[0]) for other in found[1:])
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(other, found[0], strict=True))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("rows, width, rank", [(17, 90, 35), (200, 301, 150), (129, 64, 64), (97, 33, 1)])
+@pytest.mark.parametrize("ascending", [False, True])
+def test_gathered_on_the_way(
+    ascending: bool, rows: int, width: int, rank: int, threads: int, dtype: torch.dtype
+) -> None:
+    """A pivot's inputs are gathered block by block, whatever its order and type, from rows with gaps between them."""
+    x = random((rows, width + 5), dtype)[:, :width]
+    pivot = torch.randperm(width)
+    if ascending:
+        pivot = torch.cat([pivot[:rank].sort().values, pivot[rank:].sort().values])
+    v, u, residual = random((rank, width - rank), dtype), random((61, rank), dtype), random((rows, 61), dtype)
+    exact, magnitude = pivoted_exact(x, v, u, pivot, residual)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for index in (pivot, pivot.int()):
+            y = pivoted_low_rank_linear(x, v, u, index, None, residual)
+            assert_within(y, exact, bound(exact, magnitude, width + rank, dtype, "cpp"))
+        wrong = pivot.clone()
+        wrong[width // 2] = width
+        with pytest.raises(IndexError):
+            pivoted_low_rank_linear(x, v, u, wrong)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("rows", [17, 64, 130])
@@ -131,7 +169,7 @@ def test_an_mlp_is_composed_of_its_maps(
     rows: int, rank: int, kind: tuple[str, torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     isa, dtype = kind
-    begins = {"avx512bf16": ((0, 4),), "avx2": ((0, 12),)}[isa]
+    begins = {"avx512bf16": ((0, 4, dispatch.ANY),), "avx2": ((0, 12, dispatch.ANY),)}[isa]
     monkeypatch.setattr(dispatch, "_many_rows", frozenset([dtype]))
     monkeypatch.setattr(importlib.import_module("taco_kernels.low_rank_mlp"), "COMPOSED_ROWS", begins)
     x = random((rows, 90), dtype) / 4
@@ -142,7 +180,7 @@ def test_an_mlp_is_composed_of_its_maps(
     exact = mlp_exact(x, gate, up, down, "silu")
     assert_within(y, exact, mlp_bound(x, gate, up, down, "silu", "library"))
     fused = low_rank_mlp(x, gate, up, down)
-    composed = rows > dispatch.most_rows(begins, 2 * rank)
+    composed = not dispatch.within(begins, 2 * rank, rows)
     if composed:  # another way of rounding: it did not go through the kernel for a whole MLP
         assert not torch.equal(y, fused)
     else:
@@ -178,9 +216,11 @@ def test_dispatch_goes_by_rank_where_there_are_many_rows(monkeypatch: pytest.Mon
     monkeypatch.setattr(dispatch, "CPU_MAX_ROWS", limits)
     monkeypatch.setattr(dispatch, "isa", "avx512bf16")
     monkeypatch.setattr(dispatch, "_many_rows", frozenset([BF16]))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     for rows, rank, backend in (
-        (16, 64, "cpp"), (17, 64, "library"), (64, 256, "cpp"), (65, 256, "library"), (256, 768, "cpp"),
-        (257, 768, "library"), (10**6, 1280, "cpp"),
+        (16, 64, "cpp"), (17, 64, "library"), (32, 128, "cpp"), (33, 128, "library"), (64, 192, "cpp"),
+        (65, 192, "library"), (256, 768, "cpp"), (257, 768, "library"), (383, 1280, "library"),
+        (384, 192, "cpp"), (10**6, 1280, "cpp"), (10**6, 128, "library"),
     ):  # fmt: skip
         assert chosen(rows, rank) == backend
     assert chosen(65, 4096, torch.float32) == "library"

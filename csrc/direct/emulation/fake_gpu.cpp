@@ -22,7 +22,7 @@ void low_rank(const LowRankInput&, const LowRankMap*, int, int) { std::abort(); 
 void low_rank_mlp(const LowRankInput&, const LowRankMap&, const LowRankMap&, const LowRankMap&, Activation, int) {
   std::abort();
 }
-void gather(const GatherArgs&, bool, int) { std::abort(); }
+void pivoted_low_rank(const LowRankInput&, const void*, bool, LowRankMap, int) { std::abort(); }
 
 }  // namespace taco
 

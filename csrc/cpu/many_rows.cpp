@@ -1,0 +1,162 @@
+// The driver for many rows (ManyRows in isa.h): blocks of rows, and who takes them. Compiled for every CPU.
+#include <memory>
+
+#include "driver.h"
+#include "gather.h"
+#include "team.h"
+
+namespace taco {
+namespace {
+
+// Where each thread has at least this share of the groups of rows that the busiest one has, every block of rows is one
+// thread's: packed rows stay in the cache of the core that packed them, and nobody waits. With all threads in each block,
+// a core fetches the others' parts of x from their caches. Two Zen 4 cores, bf16, 4096 x 4096: 27% faster at rank 256 and
+// 512 rows, 2% at rank 1024 and 256 rows. The more threads, the dearer is sharing (not measured beyond two).
+constexpr double kFilledByTwo = 15.0 / 16.0, kFilledByMore = 3.0 / 4.0;
+
+struct ManyCall {
+  const DtypeKernels& kernels;
+  const LowRankInput& input;
+  const LowRankMap* maps;
+  int count;
+  const Gatherer* gatherer;
+
+  std::int64_t element() const { return size_of(input.dtype); }
+  std::int64_t columns() const { return kernels.many->columns; }
+  std::int64_t places_of(std::int64_t columns) const {
+    return (columns + kernels.many->width - 1) / kernels.many->width;
+  }
+  std::int64_t width() const { return input.in + (gatherer ? maps[0].rank : 0); }
+
+  // Floats of work space for a block of so many lanes, whole lines of the cache.
+  std::int64_t floats(std::int64_t lanes) const {
+    std::int64_t per_lane = 1 + places_of(input.in);
+    for (int i = 0; i < count; ++i) per_lane += places_of(maps[i].rank) + waiting_first(i) + waiting_second(i);
+    const std::int64_t gathered = gatherer ? (lanes * width() * element() + 3) / 4 : 0;
+    return (lanes * per_lane + gathered + kGroup - 1) / kGroup * kGroup;
+  }
+
+  // Rows [start, end) by `members` threads, of which this is one; `work` is theirs in common.
+  void block(std::int64_t start, std::int64_t end, float* work, int index, int members) const {
+    const ManyRows& many = *kernels.many;
+    const std::int64_t rows = std::min(end, input.rows) - start, lanes = end - start;
+    const auto together = [&] {
+      if (members > 1) meet();
+    };
+    float* const scale = input.normalise && input.in > 0 ? work : nullptr;
+    std::uint32_t* const packed = reinterpret_cast<std::uint32_t*>(work + lanes);
+    std::uint32_t* const behind = packed + lanes * places_of(input.in);  // the intermediates
+    std::int64_t places = 0, waits = 0;
+    for (int i = 0; i < count; ++i) {
+      places += lanes * places_of(maps[i].rank);
+      waits += lanes * (waiting_first(i) + waiting_second(i));
+    }
+    float* const waiting = reinterpret_cast<float*>(behind + places);
+
+    Packing x = {offset(input.x, start * input.x_stride, element()), input.x_stride, rows, input.in, packed, lanes};
+    const void* gathered = nullptr;
+    if (gatherer) {
+      char* const to = reinterpret_cast<char*>(waiting + waits);
+      char* const rest = to + maps[0].rank * element();
+      gatherer->rows({x.x, x.x_stride, to, width(), rest, width()}, rows * index / members, rows * (index + 1) / members);
+      gathered = to;
+      x.x = rest, x.x_stride = width();
+      together();
+    }
+    // body(map, its intermediate, where its sums wait in the first and in the second product)
+    const auto each_map = [&](const auto& body) {
+      std::uint32_t* t = behind;
+      float* wait = waiting;
+      for (int i = 0; i < count; ++i) {
+        float* const of_second = wait + lanes * waiting_first(i);
+        body(maps[i], t, wait, of_second);
+        t += lanes * places_of(maps[i].rank);
+        wait = of_second + lanes * waiting_second(i);
+      }
+    };
+    pack_share(many, x, index, members);
+    each_map([&](const LowRankMap& map, std::uint32_t* t, float*, float*) {
+      const void* const direct = gathered ? gathered : offset(map.direct, start * map.direct_stride, element());
+      const std::int64_t stride = gathered ? width() : map.direct_stride;
+      if (direct) pack_share(many, {direct, stride, rows, map.rank, t, lanes}, index, members);
+    });
+    if (scale) norm_scales(kernels, input, x.x, rows, index, members, scale);
+    together();
+    Shares of_ranks(index, members);
+    for (int i = 0; i < count; ++i) of_ranks.expect(maps[i].rank, 1);
+    each_map([&](const LowRankMap& map, std::uint32_t* t, float* wait, float*) {
+      const Range mine = of_ranks.next(map.rank, 1);
+      const bool onto = gathered || map.direct;
+      if (mine.begin < mine.end)
+        many.first({packed, lanes, input.in, map.rank, map.v, map.v_stride, t, onto, wait}, mine.begin, mine.end);
+    });
+    together();
+    Shares of_outputs(index, members);
+    for (int i = 0; i < count; ++i) of_outputs.expect(maps[i].out, maps[i].rank + kOutputCost);
+    each_map([&](const LowRankMap& map, std::uint32_t* t, float*, float* wait) {
+      const Range mine = of_outputs.next(map.out, map.rank + kOutputCost);
+      const SecondProduct product = {nullptr, {}, map.u, map.u_stride, scale, map.bias,
+                                     offset(map.residual, start * map.residual_stride, element()), map.residual_stride,
+                                     offset(map.y, start * map.out, element()), nullptr, map.out, rows, map.rank};
+      if (mine.begin < mine.end) many.second({t, lanes, product, wait}, mine.begin, mine.end);
+    });
+  }
+
+ private:
+  // Columns of sums that wait: those of one map at a time, but threads need not work on the same one.
+  std::int64_t waiting_first(int i) const { return input.in > columns() ? maps[i].rank : 0; }
+  std::int64_t waiting_second(int i) const { return maps[i].rank > columns() ? maps[i].out : 0; }
+};
+
+}  // namespace
+
+void low_rank_many(const DtypeKernels& kernels, const LowRankInput& input, const LowRankMap* maps, int count, int threads,
+                   const Gatherer* gatherer) {
+  const ManyCall call = {kernels, input, maps, count, gatherer};
+  std::int64_t weights = 0;
+  for (int i = 0; i < count; ++i) weights += maps[i].rank * (input.in + maps[i].out);
+  const int team = threads_for(weights, input, threads);
+  const std::int64_t groups = (input.rows + kGroup - 1) / kGroup;
+  const std::int64_t most_groups = (groups + team - 1) / team;  // of a thread, on its own
+  const double filled = static_cast<double>(groups) / static_cast<double>(team * most_groups);
+  // two groups each at least: the weights are read by all
+  const bool alone = groups >= 2 * team && filled >= (team > 2 ? kFilledByMore : kFilledByTwo);
+  // Blocks of at most kRowBlock rows, of as equal numbers of groups as can be: a lone group costs nearly as much as two.
+  std::int64_t blocks = (groups * kGroup + kRowBlock - 1) / kRowBlock;
+  if (alone) blocks = (blocks + team - 1) / team * team;
+  const std::int64_t floats = call.floats((groups + blocks - 1) / blocks * kGroup);
+  float* const work = scratch.get(static_cast<std::size_t>(floats * (alone ? team : 1)));
+  const auto block = [&](std::int64_t number, float* own, int index, int members) {
+    call.block(groups * number / blocks * kGroup, groups * (number + 1) / blocks * kGroup, own, index, members);
+  };
+  if (alone) {
+    on_team(team, [&](int index, int members) {
+      for (std::int64_t b = blocks * index / members; b < blocks * (index + 1) / members; ++b)
+        block(b, work + floats * index, 0, 1);
+    });
+    return;
+  }
+  for (std::int64_t b = 0; b < blocks; ++b)
+    on_team(team, [&](int index, int members) { block(b, work, index, members); });
+}
+
+void pivoted_low_rank(const LowRankInput& input, const void* pivot, bool long_index, LowRankMap map, int threads) {
+  const std::int64_t element = size_of(input.dtype), width = input.in;
+  const Gatherer gatherer(pivot, long_index, width, map.rank, element, input.rows);
+  if (input.rows <= 0) return;
+  LowRankInput behind = input;
+  behind.in = width - map.rank;
+  const DtypeKernels& kernels = active_kernels().by_dtype[static_cast<int>(input.dtype)];
+  if (input.rows >= rows_from(kernels.many)) {
+    low_rank_many(kernels, behind, &map, 1, threads, &gatherer);
+    return;
+  }
+  const std::unique_ptr<char[]> gathered(new char[static_cast<std::size_t>(input.rows * width * element)]);
+  char* const rest = gathered.get() + map.rank * element;
+  gatherer.all({input.x, input.x_stride, gathered.get(), width, rest, width}, input.rows, threads);
+  behind.x = rest, behind.x_stride = width;
+  map.direct = gathered.get(), map.direct_stride = width;
+  low_rank(behind, &map, 1, threads);
+}
+
+}  // namespace taco
