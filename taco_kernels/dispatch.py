@@ -52,10 +52,10 @@ def library_multiplies(dtype: torch.dtype) -> bool:
 isa: str = "" if native.module is None else native.module.cpu_isas()[0]
 
 # Rows up to which the native kernels win over two library calls, as benchmarks/cpu_suite.py measures them (two Zen 4
-# cores with AVX-512: fp32 x1.1 to x1.8 at 128 rows; two with AVX2: even beyond 64). Where torch has no fast products of
-# a 16-bit dtype, ours are several times faster for any number of rows.
+# cores with AVX-512: fp32 x1.1 to x1.8 at 128 rows, x1.0 to x1.6 at 256; two with AVX2: even beyond 64). Where torch
+# has no fast products of a 16-bit dtype, ours are several times faster for any number of rows.
 CPU_MAX_ROWS = {
-    torch.float32: 128 if isa.startswith("avx512") else 64,
+    torch.float32: 256 if isa.startswith("avx512") else 64,
     torch.float16: 16 if library_multiplies(torch.float16) else ANY,
     torch.bfloat16: 16 if library_multiplies(torch.bfloat16) or isa == "baseline" else ANY,
 }

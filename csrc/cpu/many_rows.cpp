@@ -13,6 +13,9 @@ namespace {
 // a core fetches the others' parts of x from their caches. Two Zen 4 cores, bf16, 4096 x 4096: 27% faster at rank 256 and
 // 512 rows, 2% at rank 1024 and 256 rows. The more threads, the dearer is sharing (not measured beyond two).
 constexpr double kFilledByTwo = 15.0 / 16.0, kFilledByMore = 3.0 / 4.0;
+// ... and where each has so many groups, since all threads then read all weights: fewer of 16 bits than of 32 (AVX2, two
+// Zen 4 cores, fp32: 64 rows a fifth slower, 128 a twentieth, 256 rows 7% faster).
+constexpr std::int64_t kGroupsAlone[2] = {2, 8};
 
 struct ManyCall {
   const DtypeKernels& kernels;
@@ -119,8 +122,8 @@ void low_rank_many(const DtypeKernels& kernels, const LowRankInput& input, const
   const std::int64_t groups = (input.rows + kGroup - 1) / kGroup;
   const std::int64_t most_groups = (groups + team - 1) / team;  // of a thread, on its own
   const double filled = static_cast<double>(groups) / static_cast<double>(team * most_groups);
-  // two groups each at least: the weights are read by all
-  const bool alone = groups >= 2 * team && filled >= (team > 2 ? kFilledByMore : kFilledByTwo);
+  const std::int64_t least = kGroupsAlone[input.dtype == Dtype::kF32];
+  const bool alone = groups >= least * team && filled >= (team > 2 ? kFilledByMore : kFilledByTwo);
   // Blocks of at most kRowBlock rows, of as equal numbers of groups as can be: a lone group costs nearly as much as two.
   std::int64_t blocks = (groups * kGroup + kRowBlock - 1) / kRowBlock;
   if (alone) blocks = (blocks + team - 1) / team * team;
