@@ -126,9 +126,10 @@ def is_current(path: Path, device: str, threads: int) -> bool:
 def report(folder: Path) -> str:
     """Both tables in markdown, of what is in the folder."""
     overhead = [
-        "| shape | phase | batch | threads | bridges | removal | overhead (95%) | rounds | predicted | <= 0.3% |"
+        "| shape | phase | batch | threads | bridges | removal | overhead (95%) | rounds | inside the bridges (95%) "
+        "| predicted | <= 0.3% |"
     ]
-    overhead += ["|" + "---|" * 10]
+    overhead += ["|" + "---|" * 11]
     factors = [
         "| shape | method | phase | batch | threads | dense | against dense (95%) | bytes or operations | within 5% |"
     ]
@@ -165,11 +166,13 @@ def _overhead_row(result: dict[str, Any], row: dict[str, Any], pair: str, compar
     # an interval of a few rounds is narrow by chance
     judged = not pair.startswith("control") and compared["rounds"] >= LEAST_ROUNDS
     met = "-" if not judged else "yes" if compared["overhead"]["high"] <= TARGET_OVERHEAD else "no"
+    inside = _interval(compared["bridges"]) if "bridges" in compared else "-"
     milliseconds = row["models"]["removal"]["seconds"]["p50"] * 1e3
     return (
         f"| {result['shape']} | {row['phase']} {row['prompt']} | {row['batch']} | {result['threads']} | {what} "
         f"| {milliseconds:.1f} ms "
-        f"| {_interval(compared['overhead'])} | {compared['rounds']} ({compared['stopped']}) | {shown} | {met} |"
+        f"| {_interval(compared['overhead'])} | {compared['rounds']} ({compared['stopped']}) | {inside} "
+        f"| {shown} | {met} |"
     )
 
 

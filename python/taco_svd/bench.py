@@ -27,12 +27,14 @@ import taco_kernels
 from .bench_memory import cache_bytes, check_memory, tokens_seen, working_bytes
 from .bench_models import BenchModels
 from .bench_runner import MODES, PHASES, Runner, check_mode
+from .bridge_share import bridge_share
 from .calibration import context_length
 from .energy import energy_counter
 from .errors import TacoError
 from .experts import is_of_expert, share_of_experts
 from .latency import Ratio, bootstrap
 from .progress import Progress, Silent
+from .replacement import LowRankBridge
 from .wide_products import needs_wide_products
 
 FORMAT = 1
@@ -52,6 +54,8 @@ class Comparison:
         stopped: "interval" (as narrow as asked for), "time" or "rounds" (a limit was reached first).
         bytes: weights and cache that a decode step reads, over the other's; decode only.
         flops: of a prefill, over the other's; prefill only.
+        bridges: time inside the bridges over the rest of a step's (`bridge_share`), and of how many samples: of a
+            bridged model over removal, eagerly on a CPU.
     """
 
     overhead: Ratio
@@ -59,6 +63,7 @@ class Comparison:
     stopped: str
     bytes: float | None = None
     flops: float | None = None
+    bridges: dict[str, float] | None = None
 
 
 @dataclass
@@ -275,6 +280,7 @@ def _measure(
             samples[name], peak = with_peak(prepare, models[name], device)
             if peak is not None:
                 memory[name] = peak
+        steps = 1
         if phase == "decode":
             steps = _steps_of_a_sample(list(samples.values()), settings.window)
             samples = {name: partial(decode, steps) for name, decode in samples.items()}
@@ -296,6 +302,7 @@ def _measure(
             stopped,
             bytes=share if phase == "decode" else None,
             flops=share if phase == "prefill" else None,
+            bridges=_inside_bridges(models[one], other, samples[one], steps, mode, settings),
         )
         compared[f"{one}/{other}"] = {
             **{key: value for key, value in asdict(comparison).items() if value is not None},
@@ -322,6 +329,17 @@ def _measure(
         "comparisons": compared,
         "energy": energy_source,
     }
+
+
+def _inside_bridges(
+    model: PreTrainedModel, other: str, sample: Callable[[], float], steps: int, mode: str, settings: BenchSettings
+) -> dict[str, float] | None:
+    bridged = any(isinstance(module, LowRankBridge) for module in model.modules())
+    if not bridged or other != "removal" or mode != "eager" or model.device.type != "cpu":
+        return None
+    with no_collections():
+        ratio, samples = bridge_share(model, sample, steps, settings.seconds / 4, settings.rounds)
+    return {**asdict(ratio), "samples": samples}
 
 
 def _ready_sample(

@@ -26,18 +26,26 @@ def bench_table(result: dict[str, Any]) -> Table:
             table.add_row(*place, name, seconds, f"{values['tokens_per_second']:,.1f}", "", "")
             place = ("", "", "")
         for name, values in row["comparisons"].items():
-            ratio = values["overhead"]
-            text = f"{ratio['median']:+.2%} ({ratio['low']:+.2%} to {ratio['high']:+.2%})"
+            text = _interval(values["overhead"])
             share = values.get("bytes") or values.get("flops")
             one, other = name.split("/")
             what = f"{one} over {other}"
             if share is not None and other == "dense":
                 what += f" ({'bytes' if 'bytes' in values else 'operations'} {share - 1:+.1%})"
             table.add_row("", "", "", what, "", "", text, f"{values['rounds']}, {values['stopped']}", style="bold")
+            if "bridges" in values:
+                alone = values["bridges"]
+                table.add_row(
+                    "", "", "", "bridges, timed inside", "", "", _interval(alone), f"{alone['samples']}, samples"
+                )
         table.add_section()
     sizes = ", ".join(f"{name} {size / 1e9:.3f} GB" for name, size in result["weight_bytes"].items())
     table.caption = f"Weights: {sizes}. Energy: {_energy(result)}.{_predicted(result)}"
     return table
+
+
+def _interval(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:+.2%} ({ratio['low']:+.2%} to {ratio['high']:+.2%})"
 
 
 def _predicted(result: dict[str, Any]) -> str:
