@@ -23,6 +23,7 @@ import transformers
 
 import taco_kernels
 from taco_svd.bench import LEAST_ROUNDS, device_name
+from taco_svd.bench_report import interval_text
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "deployment.md"
@@ -154,10 +155,6 @@ def write_docs(tables: str, path: Path, begin: str = BEGIN, end: str = END) -> N
     path.write_text(f"{before}{begin}\n{tables}\n{end}{after}")
 
 
-def _interval(ratio: dict[str, float]) -> str:
-    return f"{ratio['median']:+.2%} ({ratio['low']:+.2%} to {ratio['high']:+.2%})"
-
-
 def _overhead_row(result: dict[str, Any], row: dict[str, Any], pair: str, compared: dict[str, Any]) -> str:
     bridges = result["structure"]["bridges"]
     what = "removal again" if pair.startswith("control") else f"{len(bridges)} of rank {bridges[0]['rank']}"
@@ -166,12 +163,12 @@ def _overhead_row(result: dict[str, Any], row: dict[str, Any], pair: str, compar
     # an interval of a few rounds is narrow by chance
     judged = not pair.startswith("control") and compared["rounds"] >= LEAST_ROUNDS
     met = "-" if not judged else "yes" if compared["overhead"]["high"] <= TARGET_OVERHEAD else "no"
-    inside = _interval(compared["bridges"]) if "bridges" in compared else "-"
+    inside = interval_text(compared["bridges"]) if "bridges" in compared else "-"
     milliseconds = row["models"]["removal"]["seconds"]["p50"] * 1e3
     return (
         f"| {result['shape']} | {row['phase']} {row['prompt']} | {row['batch']} | {result['threads']} | {what} "
         f"| {milliseconds:.1f} ms "
-        f"| {_interval(compared['overhead'])} | {compared['rounds']} ({compared['stopped']}) | {inside} "
+        f"| {interval_text(compared['overhead'])} | {compared['rounds']} ({compared['stopped']}) | {inside} "
         f"| {shown} | {met} |"
     )
 
@@ -184,7 +181,7 @@ def _factor_row(result: dict[str, Any], row: dict[str, Any], pair: str, compared
     return (
         f"| {result['shape']} | {result['method']} | {row['phase']} | {row['batch']} | {result['threads']} "
         f"| {milliseconds:.1f} ms "
-        f"| {_interval(ratio)} | {share - 1:+.1%} | {met} |"
+        f"| {interval_text(ratio)} | {share - 1:+.1%} | {met} |"
     )
 
 

@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/gather.h"
 #include "cpu/isa.h"
 #include "cpu/sketch.h"
 #include "cpu/taco_cpu.h"
@@ -66,7 +67,6 @@ taco::LowRankMap map_of(const py::handle& numbers) {
           pointer<void>(address(5)), number(6), number(7), nullptr, 0};
 }
 
-// x is gathered: its first `rank` columns are those on which v is the identity.
 void cpu_pivoted_low_rank_linear(std::uintptr_t x, std::int64_t x_stride, std::uintptr_t pivot, bool long_index,
                                  std::uintptr_t v, std::int64_t v_stride, std::uintptr_t u, std::int64_t u_stride,
                                  std::uintptr_t bias, std::uintptr_t residual, std::int64_t residual_stride,
@@ -83,10 +83,9 @@ void cpu_gather(std::uintptr_t x, std::int64_t x_stride, std::uintptr_t pivot, s
                 std::int64_t first_stride, std::uintptr_t rest, std::int64_t rest_stride, std::int64_t rows,
                 std::int64_t width, std::int64_t rank, std::int64_t element, bool long_index, int threads) {
   if (element != 2 && element != 4) throw py::value_error("elements have 2 or 4 bytes");
-  const taco::GatherArgs args = {pointer(x), x_stride, pointer(pivot), pointer<void>(first), first_stride,
-                                 pointer<void>(rest), rest_stride, rows, width, rank, element};
   py::gil_scoped_release released;
-  taco::gather(args, long_index, threads);
+  const taco::Gatherer gatherer(pointer(pivot), long_index, width, rank, element, rows);
+  gatherer.all({pointer(x), x_stride, pointer<void>(first), first_stride, pointer<void>(rest), rest_stride}, rows, threads);
 }
 
 void cpu_low_rank_linear_group(std::uintptr_t x, std::int64_t x_stride, std::int64_t rows, std::int64_t in,

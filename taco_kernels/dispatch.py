@@ -90,7 +90,7 @@ def cpu_rows(dtype: torch.dtype) -> RowLimits:
 def within(limits: RowLimits, rank: int, rows: int) -> bool:
     """Whether so many rows, with factors of that rank, are within the limits."""
     most, each = next(limit[1:] for limit in limits if rank >= limit[0])
-    return rows <= most or (each < ANY and rows >= each * torch.get_num_threads())
+    return rows <= most or rows >= each * torch.get_num_threads()
 
 
 # On a GPU a decode kernel serves few rows, and cuBLAS the rest.

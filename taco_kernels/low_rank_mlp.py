@@ -100,7 +100,7 @@ if dispatch.isa == "avx2":  # one number of rows, whatever the dtype
 
 
 def _fused_rows(dtype: torch.dtype) -> dispatch.RowLimits:
-    """From which ranks of gate and up on how many rows one kernel does all of an MLP of on a CPU."""
+    """For how many rows one kernel does all of an MLP on a CPU, by the ranks of gate and up."""
     return COMPOSED_ROWS if dispatch.multiplies_many_rows(dtype) else dispatch.cpu_rows(dtype)
 
 

@@ -6,7 +6,6 @@
 #include <stdexcept>
 
 #include "isa.h"
-#include "taco_cpu.h"
 #include "team.h"
 
 namespace taco {
@@ -101,11 +100,6 @@ void Gatherer::all(const GatherRows& a, std::int64_t count, int threads) const {
   on_team(static_cast<int>(useful < 1 ? 1 : useful < threads ? useful : threads), [&](int index, int members) {
     rows(a, count * index / members, count * (index + 1) / members);
   });
-}
-
-void gather(const GatherArgs& args, bool long_index, int threads) {
-  const Gatherer gatherer(args.pivot, long_index, args.width, args.rank, args.element, args.rows);
-  gatherer.all({args.x, args.x_stride, args.first, args.first_stride, args.rest, args.rest_stride}, args.rows, threads);
 }
 
 }  // namespace taco

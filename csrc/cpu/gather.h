@@ -1,4 +1,5 @@
-// Inputs of a pivoted map, reordered, some rows at a time.
+// x [rows, width] -> first [rows, rank] = x[:, pivot[:rank]] and rest [rows, width - rank] = x[:, pivot[rank:]], some rows at
+// a time.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +9,7 @@
 
 namespace taco {
 
-// Rows of x, and where the columns that a pivot names first and the others go. Strides count elements.
+// Strides count elements.
 struct GatherRows {
   const void* x;
   std::int64_t x_stride;

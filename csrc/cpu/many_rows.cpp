@@ -78,20 +78,15 @@ struct ManyCall {
       }
     };
     pack_share(many, x, index, members);
-    each_map([&](const LowRankMap& map, std::uint32_t* t, float*, float*) {
-      const void* const direct = gathered ? gathered : offset(map.direct, start * map.direct_stride, element());
-      const std::int64_t stride = gathered ? width() : map.direct_stride;
-      if (direct) pack_share(many, {direct, stride, rows, map.rank, t, lanes}, index, members);
-    });
+    if (gathered) pack_share(many, {gathered, width(), rows, maps[0].rank, behind, lanes}, index, members);
     if (scale) norm_scales(kernels, input, x.x, rows, index, members, scale);
     together();
     Shares of_ranks(index, members);
     for (int i = 0; i < count; ++i) of_ranks.expect(maps[i].rank, 1);
     each_map([&](const LowRankMap& map, std::uint32_t* t, float* wait, float*) {
       const Range mine = of_ranks.next(map.rank, 1);
-      const bool onto = gathered || map.direct;
-      if (mine.begin < mine.end)
-        many.first({packed, lanes, input.in, map.rank, map.v, map.v_stride, t, onto, wait}, mine.begin, mine.end);
+      const ManyFirst first = {packed, lanes, input.in, map.rank, map.v, map.v_stride, t, gathered != nullptr, wait};
+      if (mine.begin < mine.end) many.first(first, mine.begin, mine.end);
     });
     together();
     Shares of_outputs(index, members);

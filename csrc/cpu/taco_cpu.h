@@ -21,7 +21,8 @@ struct LowRankMap {
   std::int64_t rank, out;
   const void* residual;  // [rows, out] or null
   std::int64_t residual_stride;
-  const void* direct = nullptr;  // [rows, rank], added to the intermediate x v^T, or null
+  // [rows, rank], added to the intermediate x v^T, or null; for pivoted_low_rank, which sets it where rows are few
+  const void* direct = nullptr;
   std::int64_t direct_stride = 0;
 };
 
@@ -54,22 +55,6 @@ void pivoted_low_rank(const LowRankInput& input, const void* pivot, bool long_in
 // which is down's `in`; only down has a y, and none has a residual.
 void low_rank_mlp(const LowRankInput& input, const LowRankMap& gate, const LowRankMap& up, const LowRankMap& down,
                   Activation activation, int threads);
-
-// x [rows, width] -> first [rows, rank] = x[:, pivot[:rank]] and rest [rows, width - rank] = x[:, pivot[rank:]].
-struct GatherArgs {
-  const void* x;
-  std::int64_t x_stride;
-  const void* pivot;
-  void* first;
-  std::int64_t first_stride;
-  void* rest;
-  std::int64_t rest_stride;
-  std::int64_t rows, width, rank;
-  std::int64_t element;  // bytes: 2 or 4
-};
-
-// Indices of 4 or 8 bytes. Throws std::out_of_range before it reads where there is no input.
-void gather(const GatherArgs& args, bool long_index, int threads);
 
 struct AttributionBlock;
 struct AttributionArgs {

@@ -26,7 +26,7 @@ def bench_table(result: dict[str, Any]) -> Table:
             table.add_row(*place, name, seconds, f"{values['tokens_per_second']:,.1f}", "", "")
             place = ("", "", "")
         for name, values in row["comparisons"].items():
-            text = _interval(values["overhead"])
+            text = interval_text(values["overhead"])
             share = values.get("bytes") or values.get("flops")
             one, other = name.split("/")
             what = f"{one} over {other}"
@@ -36,7 +36,7 @@ def bench_table(result: dict[str, Any]) -> Table:
             if "bridges" in values:
                 alone = values["bridges"]
                 table.add_row(
-                    "", "", "", "bridges, timed inside", "", "", _interval(alone), f"{alone['samples']}, samples"
+                    "", "", "", "bridges, timed inside", "", "", interval_text(alone), f"{alone['samples']}, samples"
                 )
         table.add_section()
     sizes = ", ".join(f"{name} {size / 1e9:.3f} GB" for name, size in result["weight_bytes"].items())
@@ -44,7 +44,8 @@ def bench_table(result: dict[str, Any]) -> Table:
     return table
 
 
-def _interval(ratio: dict[str, float]) -> str:
+def interval_text(ratio: dict[str, float]) -> str:
+    """Median and interval of a ratio minus one, in percent."""
     return f"{ratio['median']:+.2%} ({ratio['low']:+.2%} to {ratio['high']:+.2%})"
 
 

@@ -185,3 +185,8 @@ def window(height: int, across: int, dtype: torch.dtype) -> Tensor:
     whole = torch.full((height + 2, across + 5), float("nan"), dtype=dtype)
     whole[1:-1, 2 : 2 + across] = random((height, across), dtype)
     return whole[1:-1, 2 : 2 + across]
+
+
+def ascending(pivot: torch.Tensor, rank: int) -> torch.Tensor:
+    """The same split of the inputs with both parts in their order, as checkpoints have it."""
+    return torch.cat([pivot[:rank].sort().values, pivot[rank:].sort().values])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, assert_within, bound, cpu_backends, linear_exact, random, using
+from kernel_cases import DTYPES, ascending, assert_within, bound, cpu_backends, linear_exact, random, using
 
 from taco_kernels import native, pivoted_low_rank_linear
 from taco_kernels.pivoted_low_rank_linear import gathered, pivoted_low_rank_linear_reference
@@ -195,10 +195,10 @@ def test_gather_is_torchs(dtype, index_dtype, threads):
         for (rows, inputs, rank), backend in itertools.product(sizes, cpu_backends()):
             x = random((rows, inputs + 3), dtype)[:, :inputs]
             mixed = torch.randperm(inputs).to(index_dtype)
-            ascending = torch.cat([mixed[:rank].sort().values, mixed[rank:].sort().values])
-            twice = ascending.clone()  # both parts ascend, but one input is in both
+            in_order = ascending(mixed, rank)
+            twice = in_order.clone()  # both parts ascend, but one input is in both
             twice[-1] = twice[:rank].max() if rank and rank < inputs else twice[-1]
-            for pivot in (mixed, ascending, twice):
+            for pivot in (mixed, in_order, twice):
                 with using(backend):
                     first, rest = gathered(x, pivot, rank)
                 assert torch.equal(torch.cat([first, rest], 1), x.index_select(1, pivot))
