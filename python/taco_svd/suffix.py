@@ -33,8 +33,9 @@ CPU_BATCH_TOKENS = 1024
 GPU_BATCH_TOKENS = 4096
 # Logits of a run and their gradients may take this share of the model's bytes: large vocabularies get fewer tokens.
 LOGITS_SHARE, LOGITS_BYTES = 0.03, 64 << 20
-# Kept hidden states of further layers may take this share of the model's bytes; beyond it they are computed again.
-KEPT_SHARE = 0.05
+# Kept hidden states of further layers may take this share of the model's bytes, or so many of a small model (whose runs
+# are short of everything but memory); beyond it they are computed again.
+KEPT_SHARE, KEPT_BYTES = 0.05, 64 << 20
 # On a CPU and in 16 bits, explicit attention beats the flash kernel on short windows (its backward pass takes three
 # times as long: bfloat16, 256 tokens, 4 heads of 32), as long as the probabilities that it keeps are few.
 EAGER_SEQ_LEN = 512
@@ -55,7 +56,7 @@ class SuffixRunner:
         batch_tokens: at most this many tokens are run at once (never less than one window); by default what suits
             the model's device.
         starts: further layers at which `backward` may begin, provided that nothing below the layer is replaced before
-            its last run. Their hidden states are kept as far as memory allows (`KEPT_SHARE`).
+            its last run. Their hidden states are kept as far as memory allows (`KEPT_SHARE`, `KEPT_BYTES`).
         recompute: whether a layer's activations are computed again in the backward pass instead of kept; by default
             where they would exceed `ACTIVATION_BYTES` (of a small model `SMALL_MODEL_ACTIVATIONS`).
     """
@@ -83,7 +84,7 @@ class SuffixRunner:
         self.samples, self.seq_len = tokens.shape
         self.recompute = recompute
         kept = tokens.numel() * weight.shape[1] * weight.element_size()
-        allowed = KEPT_SHARE * size
+        allowed = max(KEPT_BYTES, KEPT_SHARE * size)
         further = sorted({layer for layer in starts if layer > first_layer})
         # from the top: a run that begins there saves the most layers
         self._starts = [first_layer, *further[max(0, len(further) - int(allowed // kept)) :]]

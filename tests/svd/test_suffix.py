@@ -91,12 +91,13 @@ def test_activations_decide_whether_layers_run_twice(
     assert len(calls) == LAYERS - 1
 
 
-@pytest.mark.parametrize("share", [0.0, 10.0])
+@pytest.mark.parametrize(("share", "size"), [(0.0, 0), (10.0, 0), (0.0, 1 << 20)])
 def test_runs_begin_at_the_highest_kept_layer(
-    share: float, calibration_tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    share: float, size: int, calibration_tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What lies between the lowest and the wanted layer is run only where its hidden states could not be kept."""
     monkeypatch.setattr(suffix, "KEPT_SHARE", share)
+    monkeypatch.setattr(suffix, "KEPT_BYTES", size)
     architecture = Architecture(tiny_model("llama"))
     runner = SuffixRunner(architecture, calibration_tokens, 1, 24, starts=[1, 3])
     runner.mean_loss()  # captures
@@ -104,7 +105,7 @@ def test_runs_begin_at_the_highest_kept_layer(
     for index, layer in enumerate(architecture.layers):
         layer.mlp.register_forward_pre_hook(lambda *_, index=index: ran.append(index))
     value, seen = everything(runner, [3])
-    assert set(ran) == ({3, 4} if share else {1, 2, 3, 4})
+    assert set(ran) == ({3, 4} if share or size else {1, 2, 3, 4})
     reference = everything(SuffixRunner(architecture, calibration_tokens, 0, 24), [3])
     assert value == reference[0]
     for key, pair in seen.items():
