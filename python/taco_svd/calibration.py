@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .bench_memory import cache_bytes
@@ -32,6 +33,8 @@ NAMED_TEST_CORPORA = {
 PTB_FILES = "hf://datasets/{path}@refs%2Fconvert%2Fparquet/{subset}/{split}/*.parquet"
 # c4 is 800 GB: read only as much as calibration can use
 C4_DOCUMENTS = 4096
+# How types begin whose models read noise where a text has no begin-of-text token (lm-evaluation-harness adds it, too)
+NEED_BEGIN_TOKEN = "gemma"
 # Beyond these something else was meant: tokens of one run, and bytes of one text file.
 MAX_TOKENS = 1 << 31
 MAX_TEXT_BYTES = 16 << 30
@@ -193,6 +196,27 @@ def corpus_text(name: str, *, test: bool) -> str:
     return (" " if name == "ptb" else "\n\n").join(rows)
 
 
+def needed_begin_token(model: PreTrainedModel) -> int | None:
+    """The begin-of-text token of a model that reads nothing well without it (`NEED_BEGIN_TOKEN`), else None."""
+    token = getattr(model.config, "bos_token_id", None)
+    kind: str = getattr(model.config, "base_class", model.config).model_type  # a compressed model's: of its source
+    return token if kind.startswith(NEED_BEGIN_TOKEN) and isinstance(token, int) else None
+
+
+def begin_token(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int | None:
+    """The token that each text begins with when the model is used, or None.
+
+    It is the begin-of-text token that the tokenizer adds by itself, or the one that the model needs.
+    """
+    begun, bare = (tokenizer("a", add_special_tokens=added)["input_ids"][:1] for added in (True, False))
+    return begun[0] if begun == [tokenizer.bos_token_id] != bare else needed_begin_token(model)
+
+
+def begun_with(token: int | None, windows: torch.Tensor) -> torch.Tensor:
+    """[count, length] -> [count, 1 + length], each behind the token; as they are without one."""
+    return windows if token is None else functional.pad(windows, (1, 0), value=token)
+
+
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """All tokens of a text, without special tokens: int64 [tokens]."""
     # verbose=False: the warning that the text is longer than the context is no news here
@@ -298,9 +322,15 @@ LONG_TEXT_FACTOR = 4
 
 
 def text_windows(
-    text: str, tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int, seed: int, source: str
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    source: str,
+    begin: int | None = None,
 ) -> torch.Tensor:
-    """`samples` random windows of a text: int64 [samples, seq_len].
+    """`samples` random windows of a text: int64 [samples, seq_len], each behind the token `begin` where there is one.
 
     A long text is cut into as many excerpts as windows, at random places, and only those are tokenised: calibration
     on a 12 MB file takes a fraction of a second instead of many.
@@ -309,6 +339,7 @@ def text_windows(
         TacoError: when the text is shorter than one window.
     """
     length = seq_len * CHARACTERS_PER_TOKEN
+    wanted = seq_len - (begin is not None)
     slots = len(text) // length
     if slots >= LONG_TEXT_FACTOR * samples:
         generator = torch.Generator().manual_seed(seed)
@@ -317,11 +348,11 @@ def text_windows(
             # from the first word that begins inside the slot: a word cut in two is no text
             excerpt = text[slot * length : (slot + 1) * length].partition(" ")[2]
             ids = tokenize(excerpt, tokenizer)
-            if len(ids) >= seq_len:  # less only where the text is made of very long tokens
-                windows.append(ids[:seq_len])
+            if len(ids) >= wanted:  # less only where the text is made of very long tokens
+                windows.append(ids[:wanted])
             if len(windows) == samples:
-                return torch.stack(windows)
-    return random_windows(tokenize(text, tokenizer), samples, seq_len, seed, source)
+                return begun_with(begin, torch.stack(windows))
+    return begun_with(begin, random_windows(tokenize(text, tokenizer), samples, wanted, seed, source))
 
 
 def load_calibration(
@@ -333,7 +364,9 @@ def load_calibration(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
-    """Calibration windows from ``"self"``, ``"wikitext2"``, ``"c4"``, a text file, or ready tokens.
+    """Calibration windows from ``"self"``, ``"wikitext2"``, ``"ptb"``, ``"c4"``, a text file, or ready tokens.
+
+    Each window begins as texts do when the model is used: see `begin_token`.
 
     Args:
         source: what to draw from; an int64 tensor [samples, seq_len] is taken as it is.
@@ -372,4 +405,5 @@ def load_calibration(
         text, name = corpus_text(str(source), test=False), str(source)
     else:
         text, name = read_text(source), Path(source).name
-    return Calibration(text_windows(text, tokenizer, samples, seq_len, seed, name), name, seed)
+    begin = begin_token(tokenizer, model)
+    return Calibration(text_windows(text, tokenizer, samples, seq_len, seed, name, begin), name, seed)

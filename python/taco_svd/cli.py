@@ -23,7 +23,7 @@ from .cli_shared import (
     ModelArgument,
     SeedOption,
     on_command_line,
-    stopped,
+    told_when_stopped,
 )
 from .cli_shared import load as _load
 from .cli_shared import out_console as _out
@@ -73,6 +73,7 @@ def common(
 
 
 @app.command()
+@told_when_stopped
 def compress(
     context: typer.Context,
     model: ModelArgument = None,
@@ -95,7 +96,7 @@ def compress(
         typer.Option(help="The paper's c: an m x n matrix of a redundant layer keeps floor(mn(1-c)/(m+n)) directions."),
     ] = None,
     calibration: Annotated[
-        str, typer.Option(help="FILE.txt, self (text the model writes itself), wikitext2 or c4.")
+        str, typer.Option(help="FILE.txt, self (text the model writes itself), wikitext2, ptb or c4.")
     ] = "self",
     samples: Annotated[int, typer.Option(help="Number of calibration windows.")] = 64,
     seq_len: Annotated[int | None, typer.Option(help="Tokens per window; default: the context, at most 2048.")] = None,
@@ -188,38 +189,35 @@ def compress(
         )
     dense, tokenizer = _load(model, dtype, local_device(device), stream)
     check_output(out, force, needed_bytes=int(1.05 * weight_bytes(dense)))
-    try:
-        with finished_steps_kept(work_dir):
-            compressed, made = run(
-                dense,
-                tokenizer,
-                method=method,
-                keep=keep,
-                layers=layers,
-                compression_ratio=compression_ratio,
-                calibration=calibration,
-                samples=samples,
-                seq_len=seq_len,
-                seed=seed,
-                importance=importance,
-                bridge_rank=bridge_rank,
-                one_shot=one_shot,
-                consistency=consistency,
-                plan=loaded_plan,
-                progress=Bars(as_json),
-                max_overhead=max_overhead,
-                max_latency=max_latency,
-                work_dir=work_dir,
-                resume=resume,
-                team=team,
-                experts=experts,
-            )
-            if team.rank == 0:
-                save_compressed(compressed, made, out, tokenizer, force)
-            # whoever is first must not take its finished steps away before the model is there
-            team.all(True)
-    except KeyboardInterrupt as stop:
-        raise stopped(stop) from stop
+    with finished_steps_kept(work_dir):
+        compressed, made = run(
+            dense,
+            tokenizer,
+            method=method,
+            keep=keep,
+            layers=layers,
+            compression_ratio=compression_ratio,
+            calibration=calibration,
+            samples=samples,
+            seq_len=seq_len,
+            seed=seed,
+            importance=importance,
+            bridge_rank=bridge_rank,
+            one_shot=one_shot,
+            consistency=consistency,
+            plan=loaded_plan,
+            progress=Bars(as_json),
+            max_overhead=max_overhead,
+            max_latency=max_latency,
+            work_dir=work_dir,
+            resume=resume,
+            team=team,
+            experts=experts,
+        )
+        if team.rank == 0:
+            save_compressed(compressed, made, out, tokenizer, force)
+        # whoever is first must not take its finished steps away before the model is there
+        team.all(True)
     if team.rank > 0:
         return
     if as_json:
@@ -229,14 +227,15 @@ def compress(
         _out().print(f"Saved to {out}. Load it: import taco_svd; AutoModelForCausalLM.from_pretrained({str(out)!r})")
 
 
-app.command("eval")(evaluate)
-app.command()(bench)
-app.command()(heal)
-app.command()(compare)
-app.command("report")(report)
+app.command("eval")(told_when_stopped(evaluate))
+app.command("bench")(told_when_stopped(bench))
+app.command("heal")(told_when_stopped(heal))
+app.command("compare")(told_when_stopped(compare))
+app.command("report")(told_when_stopped(report))
 
 
 @app.command()
+@told_when_stopped
 def info(directory: Annotated[Path, typer.Argument(help="Compressed model.")], as_json: JsonOption = False) -> None:
     """What was removed, what stands there now, ranks, sizes, and how it was calibrated."""
     from .checkpoint import describe
@@ -250,6 +249,7 @@ def info(directory: Annotated[Path, typer.Argument(help="Compressed model.")], a
 
 
 @app.command()
+@told_when_stopped
 def export(
     directory: Annotated[Path, typer.Argument(help="Compressed model.")],
     dense: Annotated[Path, typer.Option(help="Directory for the ordinary checkpoint.")],

@@ -128,11 +128,17 @@ def bench(
 
     tell_slow_products(next(iter(made.models.values())))
 
+    saved: list[str] = []
+
     def write(so_far: dict[str, Any]) -> None:
         if save is not None:  # minutes of measuring are not lost to an interruption
             save_json(save, so_far)
+            saved[:] = [f"what was measured so far is in {save}."]
 
-    result = run_bench(made, settings, progress, write)
+    try:
+        result = run_bench(made, settings, progress, write)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(*saved) from stop
     write(result)
     if plot is not None:
         plot_bench(result, plot)

@@ -17,7 +17,6 @@ from .cli_shared import (
     out_console,
     print_json,
     quiet_libraries,
-    stopped,
 )
 
 
@@ -76,10 +75,7 @@ def heal(
     check_dtype(dtype)
     quiet_libraries()
     options = HealingOptions(token_count(tokens), objective, lr, batch, seq_len, seed, held_out, evaluations, norms)
-    try:
-        record = heal_checkpoint(directory, out, text, options, dense, work, dtype, device, force, Bars(as_json))
-    except KeyboardInterrupt as stop:
-        raise stopped(stop) from stop
+    record = heal_checkpoint(directory, out, text, options, dense, work, dtype, device, force, Bars(as_json))
     if as_json:
         print_json({"directory": str(out), **record})
     else:

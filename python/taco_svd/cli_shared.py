@@ -7,10 +7,11 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
@@ -67,11 +68,23 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore")
 
 
-def stopped(stop: KeyboardInterrupt) -> typer.Exit:
-    """What a command ends with on Ctrl-C: a line, plain since paths are no markup, and exit code 130."""
-    # typer would end with no word
-    print(f"taco-svd: stopped; {str(stop) or 'nothing was written.'}", file=sys.stderr)
-    return typer.Exit(130)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def told_when_stopped(command: Callable[P, R]) -> Callable[P, R]:
+    """A command that ends with a line and exit code 130 on Ctrl-C; typer's own end has no word."""
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except KeyboardInterrupt as stop:
+            # plain, since paths are no markup
+            print(f"taco-svd: stopped; {str(stop) or 'nothing was written.'}", file=sys.stderr)
+            raise typer.Exit(130) from stop
+
+    return run
 
 
 def check_dtype(dtype: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from .calibration import context_length, embedding_weight
+from .calibration import begun_with, context_length, embedding_weight, needed_begin_token
 from .errors import TacoError
 from .predictions import Predictions
 from .wide_products import in_wide_products
@@ -28,6 +28,7 @@ class Perplexity:
         standard_error: the same carried over to the perplexity (delta method).
         tokens: number of tokens predicted and counted.
         windows, window, stride: how the text was cut.
+        begin_token: the token that every window begins with, of a model that needs one (`needed_begin_token`).
     """
 
     perplexity: float
@@ -38,6 +39,7 @@ class Perplexity:
     windows: int
     window: int
     stride: int
+    begin_token: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -82,7 +84,8 @@ class WindowBatches:
     """A text cut into windows for evaluation; iterates over batches of them.
 
     Windows of `window` tokens start every `stride` tokens. Each token is counted once: in every window but the
-    first, only the last `stride` predictions are.
+    first, only the last `stride` predictions are. Models that need a begin-of-text token have it before each window, as
+    one of its tokens, and the token behind it is counted; others get the text alone, as compression papers do it.
 
     Raises:
         TacoError: text shorter than one window, or what `resolve_windows` refuses.
@@ -98,11 +101,14 @@ class WindowBatches:
         batch_tokens: int,
     ) -> None:
         self.window, self.stride = resolve_windows(model, window, stride, max_windows)
-        if len(tokens) < self.window:
+        self.begin_token = needed_begin_token(model)
+        self._of_text = self.window - (self.begin_token is not None)
+        self.stride = min(self.stride, self._of_text)
+        if len(tokens) < self._of_text:
             raise TacoError(
                 f"The text has {len(tokens)} tokens, less than one window of {self.window}; pass a longer text."
             )
-        starts = list(range(0, len(tokens) - self.window + 1, self.stride))
+        starts = list(range(0, len(tokens) - self._of_text + 1, self.stride))
         if max_windows is not None and max_windows < len(starts):
             starts = [starts[i * len(starts) // max_windows] for i in range(max_windows)]
         self._starts, self._tokens = starts, tokens
@@ -115,10 +121,11 @@ class WindowBatches:
     def __iter__(self) -> Iterator[WindowBatch]:
         whole = slice(None)
         # overlapping windows after the first count only what no earlier window has counted
-        rest = whole if self.stride == self.window else slice(-self.stride, None)
+        rest = whole if self.stride == self._of_text else slice(-self.stride, None)
         for first in range(0, len(self._starts), self._rows):
             chunk = self._starts[first : first + self._rows]
-            ids = torch.stack([self._tokens[start : start + self.window] for start in chunk])
+            ids = torch.stack([self._tokens[start : start + self._of_text] for start in chunk])
+            ids = begun_with(self.begin_token, ids)
             yield WindowBatch(ids, [whole if start == 0 else rest for start in chunk], first + len(chunk))
 
 
@@ -187,4 +194,5 @@ def perplexity(
         raise TacoError("The model's logits are not finite on this text; its perplexity is undefined.")
     mean, error = ratio_mean(sums, counts)
     value = math.exp(mean) if mean < 700 else float("inf")
-    return Perplexity(value, mean, error, value * error, sum(counts), batches.windows, batches.window, batches.stride)
+    cut = (batches.windows, batches.window, batches.stride, batches.begin_token)
+    return Perplexity(value, mean, error, value * error, sum(counts), *cut)

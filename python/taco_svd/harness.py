@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .calibration import needed_begin_token
 from .errors import TacoError
 
 # Task files of this package, for the harness's `include_path`.
@@ -116,7 +117,9 @@ def run_tasks(
     unknown = [name for name in names if not manager.match_tasks([name])]
     if unknown:
         raise TacoError(f"lm-evaluation-harness has no task {', '.join(unknown)}; `lm_eval ls tasks` lists them.")
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+    # what the harness does for such models itself, where it knows them: a compressed model's type is our own
+    begins = {} if needed_begin_token(model) is None else {"add_bos_token": True}
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, **begins)
     try:
         results = lm_eval.simple_evaluate(
             model=wrapped,

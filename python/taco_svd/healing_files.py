@@ -23,6 +23,8 @@ from .calibration import (
     CHARACTERS_PER_TOKEN,
     LONG_TEXT_FACTOR,
     NAMED_CORPORA,
+    begin_token,
+    begun_with,
     check_vocabulary,
     corpus_text,
     random_windows,
@@ -51,8 +53,9 @@ def healing_windows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(training, held-out) windows, int64 [count, seq_len], drawn with the run's seed; no token is in both.
 
-    Held out is what was drawn last. Calibration on the same text with the same seed draws the same windows first, and a
-    model that was fitted on those would look better before healing than it is.
+    Each begins as in calibration (`calibration.begin_token`). Held out is what was drawn last. Calibration on the same
+    text with the same seed draws the same windows first, and a model that was fitted on those would look better before
+    healing than it is.
 
     Args:
         text: a file, "wikitext2", "c4", or "self" for text that the dense model writes.
@@ -69,15 +72,18 @@ def healing_windows(
         if tokenizer is None:
             raise TacoError("Healing on text needs the model's tokenizer, and the checkpoint has none.")
         check_vocabulary(tokenizer, dense)
+        begin = begin_token(tokenizer, dense)
         if len(raw) // (length * CHARACTERS_PER_TOKEN) >= LONG_TEXT_FACTOR * wanted:
-            windows = text_windows(raw, tokenizer, wanted, length, seed, text)
+            windows = text_windows(raw, tokenizer, wanted, length, seed, text, begin)
         else:
             tokens = tokenize(raw, tokenizer)
-            slots = len(tokens) // length
+            of_text = length - (begin is not None)
+            slots = len(tokens) // of_text
             if slots < 2:
                 raise TacoError(f"{Path(text).name} has fewer than two windows of {length} tokens; pass a longer text.")
             # no more windows than fit side by side: an overlap would show held-out tokens to the training
-            windows = random_windows(tokens, min(wanted, slots), length, seed, Path(text).name)
+            windows = random_windows(tokens, min(wanted, slots), of_text, seed, Path(text).name)
+            windows = begun_with(begin, windows)
     held_out = max(1, min(options.held_out, len(windows) // 10))
     return windows[:-held_out].contiguous(), windows[-held_out:].contiguous()
 

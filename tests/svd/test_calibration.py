@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import taco_svd.calibration
@@ -19,12 +19,18 @@ from taco_svd.sequential import held_out_windows
 from .tiny_models import VOCABULARY, tiny_model
 
 
-def tokenizer(size: int = VOCABULARY) -> PreTrainedTokenizerFast:
-    """One token per word: "w0", "w1" ..."""
-    words = models.WordLevel({f"w{index}": index for index in range(size)}, unk_token="w0")
+def tokenizer(size: int = VOCABULARY, begin: int | None = None, end: int | None = None) -> PreTrainedTokenizerFast:
+    """One token per word: "w0", "w1" ...; `begin` and `end` are special tokens that are put around every text."""
+    special = {number: f"<{number}>" for number in (begin, end) if number is not None}
+    words = models.WordLevel({special.get(index, f"w{index}"): index for index in range(size)}, unk_token="w0")
     made = Tokenizer(words)
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=made)
+    if special:
+        template = [special.get(begin, ""), "$A", special.get(end, "")]
+        made.post_processor = processors.TemplateProcessing(
+            single=" ".join(template).strip(), special_tokens=[(word, number) for number, word in special.items()]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token=special.get(begin), eos_token=special.get(end))
 
 
 def test_self_sampling_is_reproducible_and_full() -> None:
@@ -64,6 +70,31 @@ def test_windows_come_from_the_text_without_overlap(tmp_path: Path) -> None:
         assert any(numbers[start : start + 16] == row for start in range(185))
     places = random_windows(torch.arange(200), 12, 16, 5, "counting")
     assert len(places.unique()) == 12 * 16
+
+
+@pytest.mark.parametrize(
+    ("kind", "made", "begin"),
+    [
+        ("llama", tokenizer(), None),
+        ("llama", tokenizer(begin=1), 1),
+        ("llama", tokenizer(begin=1, end=2), 1),
+        ("llama", tokenizer(end=2), None),
+        ("gemma2", tokenizer(), 1),  # its models read nothing well without
+        ("gemma3", tokenizer(begin=1), 1),
+    ],
+)
+@pytest.mark.parametrize("words", [200, 20_000])  # whole, and long enough that excerpts are drawn
+def test_windows_begin_as_texts_do_when_the_model_is_used(
+    kind: str, made: PreTrainedTokenizerFast, begin: int | None, words: int, tmp_path: Path
+) -> None:
+    numbers = [3 + index % 90 for index in range(words)]
+    (tmp_path / "text.txt").write_text(" ".join(f"w{number}" for number in numbers))
+    tokens = load_calibration(tmp_path / "text.txt", tiny_model(kind), made, 6, 16).tokens
+    assert tokens.shape == (6, 16)
+    of_text = tokens if begin is None else tokens[:, 1:]
+    assert begin is None or bool((tokens[:, 0] == begin).all())
+    for row in of_text.tolist():
+        assert row == [3 + (row[0] - 3 + index) % 90 for index in range(len(row))]
 
 
 @pytest.mark.parametrize("length", [32, 47, 200, 1023])

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import taco_kernels
+from taco_svd import bench, checkpoint, healing_run, report_data, shapes
 from taco_svd.checkpoint import DEFAULT_MODEL
 
 from .tiny_models import tiny_model
@@ -186,6 +187,51 @@ def test_force_replaces_a_model_and_nothing_else(dense, tmp_path, invoke):
         )
         assert code == 0 and json.loads(stdout)["method"] == method
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["compress", "DENSE", "--out", "OUT", "--layers", "1"],
+        ["eval", "DENSE", "--text", "self"],
+        ["bench", "--shape", "tinyllama-1.1b"],
+        ["heal", "DENSE", "--out", "OUT", "--text", "self"],
+        ["compare", "DENSE", "--layers", "1", "--text", "self"],
+        ["report", "DENSE", "--out", "OUT"],
+        ["export", "DENSE", "--dense", "OUT"],
+        ["info", "DENSE"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_stopped_command_says_so(arguments, dense, tmp_path, invoke, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    for place, name in (
+        (checkpoint, "load_model"),
+        (checkpoint, "describe"),
+        (healing_run, "heal_checkpoint"),
+        (report_data, "gather"),
+        (shapes, "shape_config"),
+    ):
+        monkeypatch.setattr(place, name, stop)
+    places = {"DENSE": dense, "OUT": tmp_path / "out"}
+    code, stdout, stderr = invoke(*[places.get(argument, argument) for argument in arguments])
+    assert (code, stdout, stderr) == (130, "", "taco-svd: stopped; nothing was written.\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stopped_bench_says_where_its_figures_are(tmp_path, invoke, monkeypatch):
+    def stop(made, settings, progress, write):
+        write({"so": "far"})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "run_bench", stop)
+    monkeypatch.setattr(shapes, "shape_config", lambda name: tiny_model("llama").config)
+    saved = tmp_path / "saved.json"
+    code, _, stderr = invoke("bench", "--shape", "tiny", "--method", "paper", "--keep", "0.8", "--save", saved)
+    assert (code, stderr) == (130, f"taco-svd: stopped; what was measured so far is in {saved}.\n")
+    assert json.loads(saved.read_text()) == {"so": "far"}
 
 
 def test_version(invoke):

@@ -36,6 +36,28 @@ def test_equals_a_loop_that_counts_each_token_once(window: int, stride: int, bat
     assert found.windows == (101 - window) // stride + 1
 
 
+@pytest.mark.parametrize("window, stride", [(16, None), (16, 16), (16, 5), (16, 1), (2, None), (64, 64)])
+@torch.no_grad()
+def test_models_that_need_a_begin_token_get_one_before_every_window(window: int, stride: int | None) -> None:
+    """Every window is the token and `window - 1` of text, whose first is predicted, too; each token counts once."""
+    model = tiny_model("gemma2")
+    begin = model.config.bos_token_id
+    text = torch.randint(3, VOCABULARY, (101,))
+    of_text = window - 1
+    step = min(stride or window, of_text)
+    counted: dict[int, float] = {}
+    for start in range(0, len(text) - of_text + 1, step):
+        ids = torch.cat([torch.tensor([begin]), text[start : start + of_text]])
+        logits = model(ids[None]).logits[0].double().log_softmax(-1)
+        for place in range(of_text):
+            counted.setdefault(start + place, -float(logits[place, text[start + place]]))
+    found = perplexity(model, text, window, stride)
+    assert (found.begin_token, found.window, found.stride) == (begin, window, step)
+    assert found.tokens == len(counted)
+    assert found.nll == pytest.approx(math.fsum(counted.values()) / len(counted), rel=1e-5)
+    assert perplexity(tiny_model("llama"), text, window, stride).begin_token is None
+
+
 def test_standard_error_shrinks_with_the_text() -> None:
     model = tiny_model("llama")
     text = torch.randint(3, VOCABULARY, (1600,))

@@ -10,9 +10,11 @@ import sys
 import pytest
 import torch
 
-from taco_svd import TacoError
+from taco_svd import TacoError, compress
 from taco_svd.checkpoint import DEFAULT_MODEL, load_model
 from taco_svd.harness import PAIRS_TASK, TASKS, read_pairs, run_tasks
+
+from .tiny_models import tiny_model
 
 PAIRS = [
     {"UID": "order", "sentence_good": "He went to the house.", "sentence_bad": "House the to went he."},
@@ -82,6 +84,28 @@ def test_the_harness_agrees_with_plain_log_likelihoods(pairs_file):
     assert values["phenomena"]["agreement"] == {"value": sum(plain[2:4]) / 2, "count": 2}
     assert set(values["phenomena"]) == {"", "agreement", "order"}
     assert {"lm_eval", "datasets"} <= set(values["versions"]) and values["seed"] == 0
+
+
+@pytest.mark.parametrize("kind, begins", [("gemma3", True), ("llama", False)])
+def test_models_that_need_a_begin_token_get_one(kind, begins, pairs_file, monkeypatch):
+    """Compressed ones too, whose type the harness does not know: it would add none."""
+    needs_harness()
+    from lm_eval.models import huggingface
+
+    seen = {}
+
+    class Enough(Exception):
+        pass
+
+    def made(**options):
+        seen.update(options)
+        raise Enough
+
+    monkeypatch.setattr(huggingface, "HFLM", made)
+    compressed, _ = compress(tiny_model(kind), method="bridge", layers=1, calibration=torch.randint(3, 90, (8, 16)))
+    with pytest.raises(Enough):
+        run_tasks(compressed, object(), [], pairs_file)
+    assert seen.get("add_bos_token", False) is begins
 
 
 def test_a_model_without_tokenizer_is_refused(pairs_file):
