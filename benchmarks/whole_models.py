@@ -5,7 +5,7 @@ what it tells; rows that this machine has measured already are left out. Nothing
 
     python benchmarks/whole_models.py --budget-seconds 1500      # ends between rows
     python benchmarks/whole_models.py --report                   # prints the tables again
-    python benchmarks/whole_models.py --report --docs            # ... and writes them into docs/deployment.md
+    python benchmarks/whole_models.py --docs                     # ... and writes them into docs/deployment.md
 """
 
 from __future__ import annotations
@@ -64,14 +64,15 @@ def main() -> int:
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--restart", action="store_true", help="measures again what is there")
     parser.add_argument("--report", action="store_true", help="prints what is there, measures nothing")
-    parser.add_argument("--docs", action="store_true", help="writes the tables into docs/deployment.md as well")
+    parser.add_argument("--docs", action="store_true", help="--report, and writes the tables into docs/deployment.md")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="folder; default results/cpu or results/gpu")
     arguments = parser.parse_args()
     folder: Path = arguments.out or RESULTS / ("cpu" if arguments.device == "cpu" else "gpu")
     folder.mkdir(parents=True, exist_ok=True)
     began, failed = time.monotonic(), 0
-    for name, command in {} if arguments.report else rows(arguments.seconds).items():
+    wanted = {} if arguments.report or arguments.docs else rows(arguments.seconds)
+    for name, command in wanted.items():
         path = folder / f"whole-model-{name}.json"
         if arguments.only not in name or (
             not arguments.restart and is_current(path, arguments.device, threads_of(command))
