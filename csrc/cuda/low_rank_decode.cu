@@ -68,8 +68,13 @@ struct Device {
   int processors = 0;
   int shared_limit = 0;
   bool cooperative = false;
+  bool dependent = false;
   std::atomic<int> compiled_for[kKernels] = {};  // of kernels that are prepared: the __CUDA_ARCH__ of their code, / 10
 };
+
+// The first CUDA, of driver and runtime, whose graphs know dependent launches (its release notes). With an older one the
+// second kernel never starts early: what a capture makes of such a launch there is not told anywhere.
+constexpr int kGraphsDependFrom = 12030;
 
 constexpr int kMaxDevices = 64;
 Device g_devices[kMaxDevices];
@@ -93,6 +98,10 @@ cudaError_t current_device(Device** found) {
       if (failed != cudaSuccess) device.error = failed;
     }
     device.cooperative = cooperative != 0;
+    int driver = 0;
+    const cudaError_t failed = cudaDriverGetVersion(&driver);
+    if (failed != cudaSuccess) device.error = failed;
+    device.dependent = std::min(driver, CUDART_VERSION) >= kGraphsDependFrom;
   });
   *found = &device;
   return device.error;
@@ -133,7 +142,7 @@ cudaError_t prepare(Device& device, const Choice& choice) {
   cudaFuncAttributes attributes = {};
   error = cudaFuncGetAttributes(&attributes, kernel);
   if (error != cudaSuccess) return error;
-  if (choice.slot / kKinds == int(Part::kFirst) && attributes.ptxVersion >= kDependsFrom) {
+  if (choice.slot / kKinds == int(Part::kFirst) && device.dependent && attributes.ptxVersion >= kDependsFrom) {
     // By default a multiprocessor is set up with the little shared memory that this kernel's blocks need, the rest as
     // L1; a block of the second kernel, which needs much, would have to wait until all of them have left.
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
@@ -145,7 +154,7 @@ cudaError_t prepare(Device& device, const Choice& choice) {
 }
 
 bool can_depend(const Device& device, const Choice& choice) {
-  return device.compiled_for[choice.slot].load(std::memory_order_acquire) >= kDependsFrom;
+  return device.dependent && device.compiled_for[choice.slot].load(std::memory_order_acquire) >= kDependsFrom;
 }
 
 cudaError_t start(const Choice& choice, DecodeArgs& args, std::int64_t shared_bytes, cudaLaunchAttributeID attribute,

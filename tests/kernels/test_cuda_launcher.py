@@ -49,6 +49,11 @@ def test_the_first_kernel_leaves_shared_memory_for_the_second(launched):
     assert launched("dependent", "code=80") == ["plain", "plain"], "L1 given up for nothing"
 
 
+def test_no_early_start_before_graphs_know_it(launched):
+    assert launched("dependent", "driver=12030") == ["plain carveout", "dependent"]
+    assert launched("dependent", "driver=12020") == ["plain", "plain"]
+
+
 def test_one_kernel_with_a_barrier(launched):
     assert launched() == ["cooperative"]
     assert launched("code=80") == ["cooperative"]
