@@ -109,12 +109,13 @@ cudaError_t current_device(Device** found) {
 
 bool sizes_are_sane(const LowRankCall& call) {
   constexpr std::int64_t kMost = std::int64_t(1) << 28;  // four members' sizes still add up to an int
+  constexpr std::int64_t kMostRank = kMost / kMaxDecodeRows;  // and so do the partial sums of all rows
   bool sane = call.rows >= 1 && call.rows <= kMaxDecodeRows && call.in >= 1 && call.in < kMost && call.dtype >= 0 &&
               call.dtype <= 2 && call.count >= 1 && call.count <= kMaxMembers && call.gate >= kNoGate &&
               call.gate <= kRelu;
   for (int i = 0; sane && i < call.count; ++i) {
     const Factors& member = call.members[i];
-    sane = member.rank >= 1 && member.rank < kMost && member.out >= 1 && member.out < kMost;
+    sane = member.rank >= 1 && member.rank < kMostRank && member.out >= 1 && member.out < kMost;
     if (sane && member.pivot != nullptr) sane = member.rank < call.in && !call.norm;
   }
   if (sane && call.gate != kNoGate) {
