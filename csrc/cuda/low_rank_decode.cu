@@ -67,7 +67,7 @@ struct Device {
   cudaError_t error = cudaSuccess;
   int processors = 0;
   int shared_limit = 0;
-  bool cooperative = false;
+  std::atomic<bool> cooperative{false};  // until such a launch is refused
   bool dependent = false;
   std::atomic<int> compiled_for[kKernels] = {};  // of kernels that are prepared: the __CUDA_ARCH__ of their code, / 10
 };
@@ -232,8 +232,10 @@ int low_rank_decode(const LowRankCall& call, Launch launch, void* workspace, std
     error = start(both, args, args.plan.shared_bytes, cudaLaunchAttributeCooperative, on);
     if (error != cudaErrorCooperativeLaunchTooLarge) return error;
     // A process may have a part of the multiprocessors only (MPS, green contexts), which does not hold all blocks at
-    // once. Two kernels do without; their plan divides the work space in the same way.
+    // once. Two kernels do without; their plan divides the work space in the same way. Refused once is enough: the next
+    // call may be captured, and an error may end a capture.
     cudaGetLastError();
+    device->cooperative = false;
     args.plan = plan_with(beside);
   }
   const Choice first = choose<Part::kFirst>(args.plan, call.dtype);
