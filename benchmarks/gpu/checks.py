@@ -390,6 +390,32 @@ def check_streams(backend: str, op: str) -> dict[str, Any]:
     return {"ok": same}
 
 
+def check_together(backend: str, op: str) -> dict[str, Any]:
+    """On a GPU: what streams compute at the same time, each call right behind another, is what each gives alone.
+
+    A grid-wide barrier needs all of its blocks on the GPU at once: none may wait there for half of another's.
+    """
+    sets = [draw(op, 1024, _outs(op), 128, 4, "bfloat16", "cuda") for _ in range(3)]
+    graphs, found = [], []
+    with using(backend):
+        expected = [joined(inputs) for inputs in sets]
+        for inputs in sets:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                found.append([joined(inputs) for _ in range(50)])
+            graphs.append(graph)
+    streams = [torch.cuda.Stream() for _ in sets]
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+    for _ in range(10):
+        for stream, graph in zip(streams, graphs, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    pairs = zip(found, expected, strict=True)
+    return {"ok": all(torch.equal(result, right) for results, right in pairs for result in results)}
+
+
 def kept_for_stream(result: Callable[[], Tensor]) -> bool:
     """Whether a result that a busy side stream still reads (`record_stream`) keeps its memory once it is let go."""
     y = result()

@@ -94,6 +94,9 @@ def _check_work(suite: Suite, backend: str) -> Iterator[tuple[str, Callable[[], 
         if backend == "library" and (suite.small or case.scale != 1.0):
             continue
         yield f"{backend}/{case.key}", functools.partial(checks.check, case, backend, suite.device)
+    if not full and backend.partition(" ")[0] == "cuda":  # last: should it hang, nothing else is left out
+        for op in shapes.OPS:
+            yield f"{backend}/together/{op}", functools.partial(checks.check_together, backend, op)
 
 
 def _kernels_of(key: str) -> str:

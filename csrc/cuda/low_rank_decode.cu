@@ -67,9 +67,14 @@ struct Device {
   cudaError_t error = cudaSuccess;
   int processors = 0;
   int shared_limit = 0;
-  bool cooperative = false;
+  std::atomic<bool> cooperative{false};  // until such a launch is refused
+  bool dependent = false;
   std::atomic<int> compiled_for[kKernels] = {};  // of kernels that are prepared: the __CUDA_ARCH__ of their code, / 10
 };
+
+// The first CUDA, of driver and runtime, whose graphs know dependent launches (its release notes). With an older one the
+// second kernel never starts early: what a capture makes of such a launch there is not told anywhere.
+constexpr int kGraphsDependFrom = 12030;
 
 constexpr int kMaxDevices = 64;
 Device g_devices[kMaxDevices];
@@ -93,6 +98,10 @@ cudaError_t current_device(Device** found) {
       if (failed != cudaSuccess) device.error = failed;
     }
     device.cooperative = cooperative != 0;
+    int driver = 0;
+    const cudaError_t failed = cudaDriverGetVersion(&driver);
+    if (failed != cudaSuccess) device.error = failed;
+    device.dependent = std::min(driver, CUDART_VERSION) >= kGraphsDependFrom;
   });
   *found = &device;
   return device.error;
@@ -100,12 +109,13 @@ cudaError_t current_device(Device** found) {
 
 bool sizes_are_sane(const LowRankCall& call) {
   constexpr std::int64_t kMost = std::int64_t(1) << 28;  // four members' sizes still add up to an int
+  constexpr std::int64_t kMostRank = kMost / kMaxDecodeRows;  // and so do the partial sums of all rows
   bool sane = call.rows >= 1 && call.rows <= kMaxDecodeRows && call.in >= 1 && call.in < kMost && call.dtype >= 0 &&
               call.dtype <= 2 && call.count >= 1 && call.count <= kMaxMembers && call.gate >= kNoGate &&
               call.gate <= kRelu;
   for (int i = 0; sane && i < call.count; ++i) {
     const Factors& member = call.members[i];
-    sane = member.rank >= 1 && member.rank < kMost && member.out >= 1 && member.out < kMost;
+    sane = member.rank >= 1 && member.rank < kMostRank && member.out >= 1 && member.out < kMost;
     if (sane && member.pivot != nullptr) sane = member.rank < call.in && !call.norm;
   }
   if (sane && call.gate != kNoGate) {
@@ -133,7 +143,7 @@ cudaError_t prepare(Device& device, const Choice& choice) {
   cudaFuncAttributes attributes = {};
   error = cudaFuncGetAttributes(&attributes, kernel);
   if (error != cudaSuccess) return error;
-  if (choice.slot / kKinds == int(Part::kFirst) && attributes.ptxVersion >= kDependsFrom) {
+  if (choice.slot / kKinds == int(Part::kFirst) && device.dependent && attributes.ptxVersion >= kDependsFrom) {
     // By default a multiprocessor is set up with the little shared memory that this kernel's blocks need, the rest as
     // L1; a block of the second kernel, which needs much, would have to wait until all of them have left.
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
@@ -145,7 +155,7 @@ cudaError_t prepare(Device& device, const Choice& choice) {
 }
 
 bool can_depend(const Device& device, const Choice& choice) {
-  return device.compiled_for[choice.slot].load(std::memory_order_acquire) >= kDependsFrom;
+  return device.dependent && device.compiled_for[choice.slot].load(std::memory_order_acquire) >= kDependsFrom;
 }
 
 cudaError_t start(const Choice& choice, DecodeArgs& args, std::int64_t shared_bytes, cudaLaunchAttributeID attribute,
@@ -222,8 +232,10 @@ int low_rank_decode(const LowRankCall& call, Launch launch, void* workspace, std
     error = start(both, args, args.plan.shared_bytes, cudaLaunchAttributeCooperative, on);
     if (error != cudaErrorCooperativeLaunchTooLarge) return error;
     // A process may have a part of the multiprocessors only (MPS, green contexts), which does not hold all blocks at
-    // once. Two kernels do without; their plan divides the work space in the same way.
+    // once. Two kernels do without; their plan divides the work space in the same way. Refused once is enough: the next
+    // call may be captured, and an error may end a capture.
     cudaGetLastError();
+    device->cooperative = false;
     args.plan = plan_with(beside);
   }
   const Choice first = choose<Part::kFirst>(args.plan, call.dtype);

@@ -64,10 +64,10 @@ std::int64_t low_rank_decode_workspace_bytes(const LowRankCall& call);
 
 // Launches one call on `stream` (a cudaStream_t) of the current device; returns a cudaError (0 is success). May be
 // captured into a CUDA graph, and sums in a fixed order: the same input gives the same bits, with either launch. Calls
-// that may run at the same time need work spaces of their own. Where the device, or the code that it runs (PTX of an
-// earlier architecture), has no dependent launch, kDependent launches its two kernels one after the other; where a
-// cooperative launch is not supported or is refused, as of more blocks than this process's share of the device holds,
-// kCooperative does what kDependent does.
+// that may run at the same time need work spaces of their own. Where the device, the code that it runs (PTX of an
+// earlier architecture) or the driver (before CUDA 12.3) has no dependent launch, or none in graphs, kDependent launches
+// its two kernels one after the other; where a cooperative launch is not supported or has been refused, as of more blocks
+// than this process's share of the device holds, kCooperative does what kDependent does.
 int low_rank_decode(const LowRankCall& call, Launch launch, void* workspace, std::size_t workspace_bytes, void* stream);
 
 // y[:, c] = x[:, pivot[c]]; zero where x has no such column. x [rows, width] and y of the same shape have strided rows and

@@ -81,6 +81,20 @@ def test_instructions(listings, arch):
     )
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_partial_sums_are_read_behind_the_wait(listings, arch):
+    """In the code as it is issued, and from L2: the emulation runs the source, and its memory knows no order."""
+    for name, sass in ((name, sass) for (of, name), sass in listings.items() if of == arch):
+        part = int(re.search(r"PartE(\d)", name).group(1))
+        reads = [match.start() for match in re.finditer(r"\bLDG\.E\S*\.STRONG\.GPU", sass)]
+        assert bool(reads) == (part != 1), f"{name}: the first kernel reads nothing that others write"
+        if part == 0:
+            fence, arrival = re.search(r"MEMBAR\S*\.GPU", sass), re.search(r"\bATOM\S*\.GPU", sass)
+            assert fence.start() < arrival.start() < reads[0], f"{name}: the barrier is not in between"
+        if part == 2 and arch == "sm_90a":
+            assert sass.index("ACQBULK") < reads[0], f"{name} reads before it waits"
+
+
 def test_the_gather_of_many_rows(tmp_path):
     _, report = compiled("gather_rows", tmp_path)
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)

@@ -784,6 +784,14 @@ def test_checks_of_streams_run_and_see_a_graph_that_does_not_follow_its_inputs(c
     assert cpu_for_gpu.check_streams("cuda", op) == {"ok": True}
 
 
+@pytest.mark.parametrize("op", ["low_rank_linear", "low_rank_linear_concat"])
+def test_checks_of_streams_at_the_same_time_run_and_see_a_call_that_another_disturbs(cpu_for_gpu, monkeypatch, op):
+    assert cpu_for_gpu.check_together("cuda", op) == {"ok": True}
+    joined, calls = cpu_for_gpu.joined, []
+    monkeypatch.setattr(cpu_for_gpu, "joined", lambda inputs: joined(inputs) + (calls.append(0) or len(calls) == 90))
+    assert cpu_for_gpu.check_together("cuda", op) == {"ok": False}
+
+
 @pytest.mark.parametrize(
     "op", ["low_rank_linear", "low_rank_bridge", "low_rank_linear_group", "pivoted_low_rank_linear"]
 )

@@ -12,6 +12,8 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 
+#define CUDART_VERSION 13000
+
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
@@ -61,6 +63,7 @@ struct cudaLaunchConfig_t {
 // The device; a test sets it.
 struct FakeDevice {
   int processors = 3, shared_limit = 232448;
+  int driver = 13000;       // the CUDA that it knows
   int code = 90;            // the virtual architecture that the kernels' code was compiled for
   int cooperative = 1;      // whether it has such launches
   int most_blocks = 1000;   // of a cooperative launch
@@ -90,6 +93,10 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 inline cudaError_t cudaGetDevice(int* index) {
   *index = 0;
   return fail(g_fake.driver_error);
+}
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = g_fake.driver;
+  return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) {
   switch (what) {

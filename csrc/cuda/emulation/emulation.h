@@ -3,7 +3,8 @@
 // device.cuh only.
 //
 // What it shows: wrong indices, reads or writes out of bounds, missing barriers that matter under round-robin order,
-// barriers not reached by every thread, reads of copies not waited for. What it cannot: timing, memory ordering.
+// barriers not reached by every thread, reads of copies not waited for, or of what the kernel before has yet to write.
+// What it cannot: timing, memory ordering.
 #pragma once
 
 #include <ucontext.h>
@@ -70,6 +71,7 @@ struct Machine {
   ucontext_t scheduler;
   Fiber* current = nullptr;
   std::function<void()> body;
+  std::function<bool()> previous;  // the kernel before, while this one runs ahead of it
   uint64_t progress = 0;
 #if defined(__SANITIZE_ADDRESS__)
   const void* main_stack = nullptr;
@@ -126,11 +128,14 @@ inline void wait(Barrier& barrier) {
 }
 
 // Runs `body` in blocks x threads fibers with `shared_bytes` of shared memory each. Returns false where the launch
-// hangs: some threads wait at a barrier that the others never reach.
-inline bool run(int blocks, int threads, int64_t shared_bytes, std::function<void()> body) {
+// hangs: some threads wait at a barrier that the others never reach. `previous` runs the kernel that a dependent launch
+// depends on: as late as can be, when every thread here has ended or waits for it.
+inline bool run(int blocks, int threads, int64_t shared_bytes, std::function<void()> body,
+                std::function<bool()> previous = nullptr) {
   Machine machine;
   g_machine = &machine;
   machine.body = std::move(body);
+  machine.previous = std::move(previous);
   machine.grid.size = blocks * threads;
   machine.blocks.resize(size_t(blocks));
   machine.fibers = std::vector<Fiber>(size_t(blocks) * size_t(threads));
@@ -154,7 +159,7 @@ inline bool run(int blocks, int threads, int64_t shared_bytes, std::function<voi
     }
   }
   bool alive = true;
-  while (alive) {
+  while (alive || machine.previous != nullptr) {
     const uint64_t before = machine.progress;
     alive = false;
     for (Fiber& f : machine.fibers) {
@@ -162,7 +167,14 @@ inline bool run(int blocks, int threads, int64_t shared_bytes, std::function<voi
       alive = true;
       enter_fiber(f);
     }
-    if (alive && machine.progress == before) return false;
+    if (machine.progress != before) continue;
+    if (machine.previous == nullptr) return !alive;
+    const std::function<bool()> now = std::move(machine.previous);
+    machine.previous = nullptr;
+    const bool done = now();
+    g_machine = &machine;
+    if (!done) return false;
+    alive = true;
   }
   return true;
 }
@@ -280,9 +292,10 @@ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint
 
 inline void block_barrier() { wait(this_block().barrier); }
 inline void grid_barrier() { wait(g_machine->grid); }
-// The emulation runs kernels one after the other, each to its end.
 inline void let_next_kernel_start() {}
-inline void wait_for_previous_kernel() {}
+inline void wait_for_previous_kernel() {
+  while (g_machine->previous != nullptr) leave_fiber();
+}
 
 inline void copy_begin(void*) {
   block_barrier();

@@ -17,8 +17,8 @@ int main(int argc, char** argv) {
       return true;
     };
     const bool known = number("code=", g_fake.code) || number("cooperative=", g_fake.cooperative) ||
-                       number("most_blocks=", g_fake.most_blocks) || number("driver_error=", g_fake.driver_error) ||
-                       number("code_error=", g_fake.code_error);
+                       number("most_blocks=", g_fake.most_blocks) || number("driver=", g_fake.driver) ||
+                       number("driver_error=", g_fake.driver_error) || number("code_error=", g_fake.code_error);
     if (std::strcmp(argv[i], "dependent") == 0) how = kDependent;
     else if (std::strcmp(argv[i], "unusable") == 0) ask = true;
     else if (!known) return std::fprintf(stderr, "what is %s?\n", argv[i]), 2;

@@ -8,10 +8,10 @@
 namespace taco::cuda {
 
 template <class T, Part part>
-bool launch_part(const DecodeArgs& args) {
+bool launch_part(const DecodeArgs& args, std::function<bool()> previous = nullptr) {
   const DecodePlan& p = args.plan;
   const int64_t shared = part == Part::kFirst ? p.first_shared_bytes : p.shared_bytes;
-  const auto go = [&](auto body) { return run(p.blocks, kThreads, shared, body); };
+  const auto go = [&](auto body) { return run(p.blocks, kThreads, shared, body, previous); };
   if constexpr (sizeof(T) == 2) {
     if (p.matrix_unit && p.rows_padded == 8) return go([&] { decode_mma<T, 1, part>(args); });
     if (p.matrix_unit) return go([&] { decode_mma<T, 2, part>(args); });
@@ -28,7 +28,7 @@ bool launch_part(const DecodeArgs& args) {
 template <class T>
 bool launch(const DecodeArgs& args, Launch how) {
   if (how == kCooperative) return launch_part<T, Part::kBoth>(args);
-  return launch_part<T, Part::kFirst>(args) && launch_part<T, Part::kSecond>(args);
+  return launch_part<T, Part::kSecond>(args, [&] { return launch_part<T, Part::kFirst>(args); });
 }
 
 }  // namespace taco::cuda
