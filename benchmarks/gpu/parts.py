@@ -101,8 +101,17 @@ def _kernels_of(key: str) -> str:
     return "/".join(part for part in key.split("/") if not re.fullmatch(r"m\d+|p\d+|[br-]+", part))
 
 
+def _load_libraries(device: str) -> None:
+    """torch's first products: a bare machine reads cuBLAS, hundreds of megabytes, from a cold disk for them."""
+    for dtype in (torch.float64, *checks.DTYPES.values()):
+        one = torch.ones(64, 64, dtype=dtype, device=device)
+        (one @ one).sum().item()
+
+
 def check(suite: Suite) -> bool:
     """Every op on every backend that is usable here, against float64."""
+    if not (suite.dry or suite.small):
+        _load_libraries(suite.device)  # before any point has begun, or a slow disk would count as a call that hangs
     store = suite.store("check-small" if suite.small else "check")
     usable = suite.usable()
     order = ("cuda", "cuda dependent", "triton", "cpp", "library")

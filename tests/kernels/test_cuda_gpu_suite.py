@@ -557,6 +557,33 @@ def test_a_part_that_raises_is_told_from_one_that_found_something(tmp_path):
     assert done.returncode == 4 and "JSONDecodeError" in done.stderr
 
 
+def test_what_torch_loads_at_first_is_no_points_fault(gpu, tmp_path, monkeypatch):
+    """A check that shows no new point for half a minute counts as hanging; reading cuBLAS may take as long."""
+    parts, store = importlib.import_module("gpu.parts"), importlib.import_module("gpu.store")
+    mark = tmp_path / "mark"
+    mark.write_text("")
+    monkeypatch.setenv(store.RUNNING, str(mark))
+    load, found = parts._load_libraries, []
+    monkeypatch.setattr(parts, "_load_libraries", lambda device: (load(device), found.append(store.what_ran(mark))))
+    monkeypatch.setattr(parts, "_check_work", lambda suite, backend: [("library/a", lambda: {"ok": True})])
+    monkeypatch.setattr(parts, "_with_cuda", lambda suite: {"ok": True})
+    suite = types.SimpleNamespace(
+        dry=False, small=False, device="cpu", shard=0, shards=1, only=[], without=[], usable=lambda: ["library"],
+        store=lambda part: store.Store(tmp_path, part, {}), mine=lambda number: True,
+        budget=types.SimpleNamespace(spent=False), run=lambda kept, key, work: kept.run(key, work),
+    )  # fmt: skip
+    assert parts.check(suite)
+    assert found == [("", "", "")] and store.what_ran(mark)[1] == "library/a"
+
+
+@pytest.mark.parametrize("rows, columns", [(40, 70), (70, 40)])
+def test_least_error_of_a_rank(gpu, rows, columns):
+    svd = importlib.import_module("gpu.svd")
+    a = svd.matrix(rows, columns, svd.SPECTRA["power law"](40), "cpu").bfloat16()
+    exact = float(torch.linalg.svdvals(a.double())[12:].norm())
+    assert svd.least_error(a, 12) == pytest.approx(exact, rel=1e-10)
+
+
 def test_summary_of_known_numbers(gpu):
     ours = ("taco library", "taco cuda", "taco cuda dependent", "taco triton")
 
