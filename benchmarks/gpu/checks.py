@@ -354,6 +354,55 @@ def check(case: Case, backend: str, device: str) -> dict[str, Any]:
     return {"ok": worst <= 1.0 and same, "worst": round(worst, 4) if worst < 1e9 else "inf", "same_bits": same}
 
 
+# Sizes of the statistics' kernels: (rows, columns), and (sequences, tokens, in, out, directions). Of whole tiles, of
+# none, and with a few rows more than a tile.
+MOMENTS = ((3000, 4096), (500, 300), (70, 131))
+ATTRIBUTIONS = ((4, 512, 4096, 4096, 512), (300, 1, 264, 136, 40), (3, 65, 131, 71, 19))
+TINY_MOMENTS, TINY_ATTRIBUTIONS = ((70, 40),), ((2, 5, 12, 9, 7),)
+
+
+def check_moment(rows: int, columns: int, dtype: str, device: str) -> dict[str, Any]:
+    """Second moments by the Triton kernel, in two calls of which the second adds to the first, twice."""
+    from taco_kernels import second_moment_, second_moment_dense, second_moment_zeros
+
+    x = torch.randn(rows, columns, device=device).to(DTYPES[dtype])
+    found = [second_moment_zeros(columns, device=device) for _ in range(2)]
+    with using("triton"):
+        for moment in found:
+            for part in (x[: rows // 3], x[rows // 3 :]):
+                second_moment_(moment, part)
+    wide = x.double()
+    error = (second_moment_dense(found[0]).double() - wide.T @ wide).abs()
+    worst = (error / ((rows + 16) * _SINGLE * (wide.abs().T @ wide.abs()))).max().item()
+    same = bool(torch.equal(*found))
+    return {"ok": worst <= 1.0 and same, "worst": round(worst, 4), "same_bits": same}
+
+
+def check_attribution(
+    sequences: int, tokens: int, in_size: int, out_size: int, directions: int, dtype: str, device: str
+) -> dict[str, Any]:
+    """The four sums by the Triton kernel, twice, each within what roundoff explains (see test_singular_attribution)."""
+    from taco_kernels import singular_attribution
+
+    shapes = (sequences, tokens, in_size), (sequences, tokens, out_size), (out_size, directions), (directions, in_size)
+    inputs = [torch.randn(shape, device=device).to(DTYPES[dtype]) for shape in shapes]
+    with using("triton"):
+        found, again = singular_attribution(*inputs), singular_attribution(*inputs)
+    x, grad, u, v = (t.double() for t in inputs)
+    terms = (grad @ u) * (x @ v.T)
+    off = (in_size + out_size + 4) * _SINGLE * (grad.abs() @ u.abs()) * (x.abs() @ v.abs().T)
+    added = (sequences * tokens + 4) * _SINGLE
+    of_sequence, error = terms.sum(1), off.sum(1) + added * terms.abs().sum(1)
+    exact = (of_sequence.sum(0), terms.abs().sum((0, 1)), of_sequence.square().sum(0), terms.square().sum((0, 1)))
+    squares = ((2 * of_sequence.abs() + error) * error).sum(0) + added * exact[2]
+    token_squares = ((2 * terms.abs() + off) * off).sum((0, 1)) + added * exact[3]
+    bounds = (error.sum(0), error.sum(0), squares, token_squares)
+    ratios = [(got.double() - want).abs() / bound for got, want, bound in zip(found, exact, bounds, strict=True)]
+    worst = torch.stack(ratios).max().item()
+    same = all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    return {"ok": worst <= 1.0 and same, "worst": round(worst, 4), "same_bits": same}
+
+
 def joined(inputs: Inputs) -> Tensor:
     """All results of a call, one after the other."""
     return torch.cat([part.flatten() for part in parts(call(inputs))])

@@ -84,6 +84,15 @@ def _check_work(suite: Suite, backend: str) -> Iterator[tuple[str, Callable[[], 
     if not full and backend.partition(" ")[0] in ("cuda", "triton"):
         for op in shapes.OPS:
             yield f"{backend}/streams/{op}", functools.partial(checks.check_streams, backend, op)
+    if backend == "triton":  # statistics of the compression, which have no CUDA kernel
+        for dtype in ("bfloat16", "float16"):
+            for sizes in checks.TINY_MOMENTS if suite.dry else checks.MOMENTS:
+                key = f"triton/second_moment/{dtype}/{'x'.join(map(str, sizes))}"
+                yield key, functools.partial(checks.check_moment, *sizes, dtype, suite.device)
+        for dtype in ("bfloat16", "float32"):
+            for sizes in checks.TINY_ATTRIBUTIONS if suite.dry else checks.ATTRIBUTIONS:
+                key = f"triton/singular_attribution/{dtype}/{'x'.join(map(str, sizes))}"
+                yield key, functools.partial(checks.check_attribution, *sizes, dtype, suite.device)
     for case in checks.cases(suite.small, suite.dry):
         # Triton compiles for every dtype, path and alignment: a part of the grid reaches every kernel.
         if backend == "triton" and not full:

@@ -826,6 +826,28 @@ def test_checks_of_direct_calls_run_and_see_a_wrong_result(cpu_for_gpu, monkeypa
     assert cpu_for_gpu.check_direct(op) == {"ok": False}
 
 
+def test_checks_of_statistics_let_right_sums_through_and_wrong_ones_not(gpu, monkeypatch):
+    import taco_kernels
+
+    checks = gpu.checks
+    monkeypatch.setattr(checks, "using", lambda name: contextlib.nullcontext())
+
+    def verdicts():
+        yield checks.check_moment(70, 131, "bfloat16", "cpu")["ok"]
+        for sizes in ((3, 65, 131, 71, 19), (40, 1, 30, 20, 8)):
+            yield checks.check_attribution(*sizes, "float32", "cpu")["ok"]
+
+    assert all(verdicts())
+    for name in ("second_moment_dense", "singular_attribution"):
+        right = getattr(taco_kernels, name)
+        monkeypatch.setattr(taco_kernels, name, lambda *given, right=right: wrong(right(*given)))
+
+    def wrong(found):
+        return found * 1.1 if torch.is_tensor(found) else [t * 1.1 for t in found]
+
+    assert not any(verdicts())
+
+
 def test_ceilings_are_rates_per_second(gpu, fake_cuda, monkeypatch):
     timing = importlib.import_module("gpu.timing")
     empty, randn = torch.empty, torch.randn
