@@ -281,6 +281,7 @@ class Case(NamedTuple):
     pad: int = 0
     scale: float = 1.0
     act: str = "silu"
+    turned: bool = False  # factors are transposed views, as in the gradient towards x
 
     @property
     def key(self) -> str:
@@ -289,7 +290,7 @@ class Case(NamedTuple):
         act = f"/{self.act}" if self.op == "low_rank_mlp" else ""
         outs = "+".join(map(str, self.out_size if isinstance(self.out_size, tuple) else (self.out_size,)))
         base = f"{self.op}/{self.dtype}/{self.in_size}x{outs}/r{self.rank}/m{self.rows}"
-        return f"{base}/{flags or '-'}/p{self.pad}{act}{scale}"
+        return f"{base}/{flags or '-'}/p{self.pad}{act}{scale}{'/turned' if self.turned else ''}"
 
 
 def cases(small: bool, tiny: bool) -> list[Case]:
@@ -318,6 +319,10 @@ def cases(small: bool, tiny: bool) -> list[Case]:
                 found.append(Case("low_rank_linear_group", in_size, outs, rank, m, dtype, m % 4 < 2))
                 found.append(Case("low_rank_linear_concat", in_size, outs, rank, m, dtype, m % 4 < 2))
         found.append(Case("low_rank_linear", *sizes[0], 1, dtype, False, False, 1))
+        in_size, out_size, rank = sizes[0]
+        for m in (1, 7, 64):
+            found.append(Case("low_rank_linear", in_size, out_size, rank, m, dtype, turned=True))
+            found.append(Case("low_rank_linear_group", in_size, (out_size, 17), rank, m, dtype, turned=True))
         # Massive activations: the product leaves float16's range before the scale brings it back.
         found.append(Case("low_rank_bridge", sizes[0][0], sizes[0][0], 32, 4, dtype, True, False, 0, 2000.0))
     return found
@@ -342,6 +347,9 @@ def check(case: Case, backend: str, device: str) -> dict[str, Any]:
     inputs = draw(
         *case[:6], device, bias=case.bias, residual=case.residual, pad=case.pad, scale=case.scale, act=case.act
     )
+    if case.turned:
+        members = (m._replace(v=m.v.T.contiguous().T, u=m.u.T.contiguous().T) for m in inputs.members)
+        inputs = inputs._replace(members=tuple(members))
     with using(backend), poisoned_memory():
         first, second = call(inputs), call(inputs)
     computed = backend.partition(" ")[0]
