@@ -55,6 +55,17 @@ class Inputs(NamedTuple):
         return 2 * self.x.shape[0] * sum(member.v.numel() + member.u.numel() for member in self.members)
 
 
+@functools.cache
+def generator(device: str) -> torch.Generator | None:
+    """Where random inputs come from. On a GPU not torch's own generator: a graph whose capture fails leaves that one in
+    the state of capturing, and every later draw of the process would raise."""
+    if device == "cpu":
+        return None
+    made = torch.Generator(device)
+    made.seed()
+    return made
+
+
 def draw(
     op: str, in_size: int, out_size: int | tuple[int, ...], rank: int, rows: int, dtype: str, device: str,
     *, bias: bool = True, residual: bool = False, pad: int = 0, scale: float = 1.0, act: str = "silu",
@@ -66,8 +77,8 @@ def draw(
     kind = DTYPES[dtype]
 
     def matrix(rows: int, columns: int, factor: float) -> Tensor:
-        wide = torch.randn(rows, columns + pad, device=device, dtype=torch.float32).mul_(factor).to(kind)
-        return wide[:, :columns]
+        wide = torch.randn(rows, columns + pad, device=device, dtype=torch.float32, generator=generator(device))
+        return wide.mul_(factor).to(kind)[:, :columns]
 
     def projections(columns: int, outs: tuple[int, ...]) -> list[Factors]:
         vs = matrix(len(outs) * rank, columns, columns**-0.5).split(rank)
@@ -89,7 +100,8 @@ def draw(
                 continue
             kept = min(rank, in_size) if op == "pivoted_low_rank_linear" else min(rank, in_size, out)
             v, u = matrix(kept, in_size - kept, in_size**-0.5), matrix(out, kept, kept**-0.5)
-            order = torch.randperm(in_size, device=device)  # both parts ascending, as taco_svd makes them
+            order = torch.randperm(in_size, device=device, generator=generator(device))
+            # both parts ascending, as taco_svd makes them
             pivot = torch.cat([order[:kept].sort().values, order[kept:].sort().values]).to(torch.int32)
             members.append(Factors(v, u, matrix(1, out, 1.0)[0] if bias else None, pivot))
         added = matrix(rows, outs[0], 1.0) if residual and len(outs) == 1 else None
@@ -373,7 +385,7 @@ def check_moment(rows: int, columns: int, dtype: str, device: str) -> dict[str, 
     """Second moments by the Triton kernel, in two calls of which the second adds to the first, twice."""
     from taco_kernels import second_moment_, second_moment_dense, second_moment_zeros
 
-    x = torch.randn(rows, columns, device=device).to(DTYPES[dtype])
+    x = torch.randn(rows, columns, device=device, generator=generator(device)).to(DTYPES[dtype])
     found = [second_moment_zeros(columns, device=device) for _ in range(2)]
     with using("triton"):
         for moment in found:
@@ -393,7 +405,7 @@ def check_attribution(
     from taco_kernels import singular_attribution
 
     shapes = (sequences, tokens, in_size), (sequences, tokens, out_size), (out_size, directions), (directions, in_size)
-    inputs = [torch.randn(shape, device=device).to(DTYPES[dtype]) for shape in shapes]
+    inputs = [torch.randn(shape, device=device, generator=generator(device)).to(DTYPES[dtype]) for shape in shapes]
     with using("triton"):
         found, again = singular_attribution(*inputs), singular_attribution(*inputs)
     x, grad, u, v = (t.double() for t in inputs)
@@ -441,7 +453,7 @@ def check_streams(backend: str, op: str) -> dict[str, Any]:
         aside, replayed, graph = on_streams(inputs)
         same = bool(torch.equal(aside, expected))
         for _ in range(3):
-            inputs.x.normal_()
+            inputs.x.normal_(generator=generator(inputs.x.device.type))
             graph.replay()
             same = same and bool(torch.equal(replayed, joined(inputs)))
     return {"ok": same}

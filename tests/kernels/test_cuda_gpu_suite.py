@@ -693,6 +693,22 @@ def call_of(microseconds):
     return version
 
 
+def test_inputs_on_a_gpu_come_from_a_generator_of_their_own(gpu, monkeypatch):
+    """A capture that fails ends torch's own for the rest of the process."""
+    made, seen, randn = object(), [], torch.randn
+    monkeypatch.setattr(gpu.checks, "generator", lambda device: made)
+
+    def own(*sizes, generator=None, **options):
+        seen.append(generator)
+        return randn(*sizes, **options)
+
+    monkeypatch.setattr(torch, "randn", own)
+    gpu.checks.draw("low_rank_linear", 24, 40, 8, 3, "bfloat16", "cpu")
+    assert seen and all(one is made for one in seen)
+    monkeypatch.undo()
+    assert gpu.checks.generator("cpu") is None
+
+
 def test_times_are_per_call_whatever_the_number_of_sets(gpu, fake_cuda):
     def broken(inputs):
         if FakeGraph.capturing is not None:
@@ -809,7 +825,7 @@ def cpu_for_gpu(gpu, fake_cuda, monkeypatch):
 @pytest.mark.parametrize("op", ["low_rank_linear", "low_rank_mlp", "low_rank_linear_group"])
 def test_checks_of_streams_run_and_see_a_graph_that_does_not_follow_its_inputs(cpu_for_gpu, monkeypatch, op):
     assert cpu_for_gpu.check_streams("cuda", op) == {"ok": False}
-    monkeypatch.setattr(torch.Tensor, "normal_", lambda self: self)
+    monkeypatch.setattr(torch.Tensor, "normal_", lambda self, generator: self)
     assert cpu_for_gpu.check_streams("cuda", op) == {"ok": True}
 
 
