@@ -234,13 +234,13 @@ def low_rank_linear(
 
     All tensors share one device and one dtype of float32, float16, bfloat16 (accumulated in float32) or float64.
     The backends ``reference``, ``cpp`` and ``cuda`` keep the rank-sized intermediate ``x @ v.T`` in float32 and round
-    once, at the end; ``library`` rounds the intermediate to the dtype as well, and so do ``triton`` for many rows and
-    ``cpp`` for more than 4 rows of bfloat16 where the CPU multiplies them (AVX-512-BF16). Where a GPU's matrix units
-    multiply few rows (``triton``; ``cuda`` if 16-bit rows are multiples of 16 bytes), the intermediate is the sum of
-    two numbers of the dtype: twice its precision, but float16 is infinite beyond 131008, where float32 is not. The same
-    input gives the same bits on every call with the same backend and thread count. Differentiable in every tensor
-    argument, any number of times; forward-mode derivatives and ``torch.func``'s transforms are computed by plain torch
-    operations, whatever backend is forced.
+    once, at the end; ``library`` rounds the intermediate to the dtype as well, and so do ``triton`` for more than 16
+    rows, or fewer of a small rank, and ``cpp`` for more than 4 rows of bfloat16 where the CPU multiplies them
+    (AVX-512-BF16). Where a GPU's matrix units multiply few rows (``cuda`` if 16-bit rows are multiples of 16 bytes;
+    ``triton`` otherwise), the intermediate is the sum of two numbers of the dtype: twice its precision, but float16 is
+    infinite beyond 131008, where float32 is not. The same input gives the same bits on every call with the same backend
+    and thread count. Differentiable in every tensor argument, any number of times; forward-mode derivatives and
+    ``torch.func``'s transforms are computed by plain torch operations, whatever backend is forced.
 
     Raises:
         TypeError: a dtype that is not supported, or tensors of different dtypes.

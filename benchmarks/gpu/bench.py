@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import shapes
-from .checks import Factors, Inputs, call, draw, using, worst_error
+from .checks import Factors, Inputs, call, draw, generator, using, worst_error
 from .timing import Version, nothing, sets_needed, time_on_cpu, time_on_gpu
 
 # Compiling takes seconds per shape; these rows stand for decode, a batch and prefill.
@@ -193,7 +193,7 @@ def _dense(point: shapes.Point, device: str, cache: int, few: bool) -> Version:
         sizes = [(2 * out, point.in_size), (point.in_size, out)]
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device, dtype=kind)
+        return torch.randn(*shape, device=device, dtype=kind, generator=generator(device))
 
     def one() -> _Dense:
         weights = tuple(normal(*size).mul_(size[1] ** -0.5) for size in sizes)

@@ -55,6 +55,17 @@ class Inputs(NamedTuple):
         return 2 * self.x.shape[0] * sum(member.v.numel() + member.u.numel() for member in self.members)
 
 
+@functools.cache
+def generator(device: str) -> torch.Generator | None:
+    """Where random inputs come from. On a GPU not torch's own generator: a graph whose capture fails leaves that one in
+    the state of capturing, and every later draw of the process would raise."""
+    if device == "cpu":
+        return None
+    made = torch.Generator(device)
+    made.seed()
+    return made
+
+
 def draw(
     op: str, in_size: int, out_size: int | tuple[int, ...], rank: int, rows: int, dtype: str, device: str,
     *, bias: bool = True, residual: bool = False, pad: int = 0, scale: float = 1.0, act: str = "silu",
@@ -66,8 +77,8 @@ def draw(
     kind = DTYPES[dtype]
 
     def matrix(rows: int, columns: int, factor: float) -> Tensor:
-        wide = torch.randn(rows, columns + pad, device=device, dtype=torch.float32).mul_(factor).to(kind)
-        return wide[:, :columns]
+        wide = torch.randn(rows, columns + pad, device=device, dtype=torch.float32, generator=generator(device))
+        return wide.mul_(factor).to(kind)[:, :columns]
 
     def projections(columns: int, outs: tuple[int, ...]) -> list[Factors]:
         vs = matrix(len(outs) * rank, columns, columns**-0.5).split(rank)
@@ -89,7 +100,8 @@ def draw(
                 continue
             kept = min(rank, in_size) if op == "pivoted_low_rank_linear" else min(rank, in_size, out)
             v, u = matrix(kept, in_size - kept, in_size**-0.5), matrix(out, kept, kept**-0.5)
-            order = torch.randperm(in_size, device=device)  # both parts ascending, as taco_svd makes them
+            order = torch.randperm(in_size, device=device, generator=generator(device))
+            # both parts ascending, as taco_svd makes them
             pivot = torch.cat([order[:kept].sort().values, order[kept:].sort().values]).to(torch.int32)
             members.append(Factors(v, u, matrix(1, out, 1.0)[0] if bias else None, pivot))
         added = matrix(rows, outs[0], 1.0) if residual and len(outs) == 1 else None
@@ -281,6 +293,7 @@ class Case(NamedTuple):
     pad: int = 0
     scale: float = 1.0
     act: str = "silu"
+    turned: bool = False  # factors are transposed views, as in the gradient towards x
 
     @property
     def key(self) -> str:
@@ -289,7 +302,7 @@ class Case(NamedTuple):
         act = f"/{self.act}" if self.op == "low_rank_mlp" else ""
         outs = "+".join(map(str, self.out_size if isinstance(self.out_size, tuple) else (self.out_size,)))
         base = f"{self.op}/{self.dtype}/{self.in_size}x{outs}/r{self.rank}/m{self.rows}"
-        return f"{base}/{flags or '-'}/p{self.pad}{act}{scale}"
+        return f"{base}/{flags or '-'}/p{self.pad}{act}{scale}{'/turned' if self.turned else ''}"
 
 
 def cases(small: bool, tiny: bool) -> list[Case]:
@@ -318,6 +331,10 @@ def cases(small: bool, tiny: bool) -> list[Case]:
                 found.append(Case("low_rank_linear_group", in_size, outs, rank, m, dtype, m % 4 < 2))
                 found.append(Case("low_rank_linear_concat", in_size, outs, rank, m, dtype, m % 4 < 2))
         found.append(Case("low_rank_linear", *sizes[0], 1, dtype, False, False, 1))
+        in_size, out_size, rank = sizes[0]
+        for m in (1, 7, 64):
+            found.append(Case("low_rank_linear", in_size, out_size, rank, m, dtype, turned=True))
+            found.append(Case("low_rank_linear_group", in_size, (out_size, 17), rank, m, dtype, turned=True))
         # Massive activations: the product leaves float16's range before the scale brings it back.
         found.append(Case("low_rank_bridge", sizes[0][0], sizes[0][0], 32, 4, dtype, True, False, 0, 2000.0))
     return found
@@ -342,6 +359,9 @@ def check(case: Case, backend: str, device: str) -> dict[str, Any]:
     inputs = draw(
         *case[:6], device, bias=case.bias, residual=case.residual, pad=case.pad, scale=case.scale, act=case.act
     )
+    if case.turned:
+        members = (m._replace(v=m.v.T.contiguous().T, u=m.u.T.contiguous().T) for m in inputs.members)
+        inputs = inputs._replace(members=tuple(members))
     with using(backend), poisoned_memory():
         first, second = call(inputs), call(inputs)
     computed = backend.partition(" ")[0]
@@ -352,6 +372,55 @@ def check(case: Case, backend: str, device: str) -> dict[str, Any]:
     worst = worst_error(first, inputs, computed)
     same = all(torch.equal(a, b) for a, b in zip(parts(first), parts(second), strict=True))
     return {"ok": worst <= 1.0 and same, "worst": round(worst, 4) if worst < 1e9 else "inf", "same_bits": same}
+
+
+# Sizes of the statistics' kernels: (rows, columns), and (sequences, tokens, in, out, directions). Of whole tiles, of
+# none, and with a few rows more than a tile.
+MOMENTS = ((3000, 4096), (500, 300), (70, 131))
+ATTRIBUTIONS = ((4, 512, 4096, 4096, 512), (300, 1, 264, 136, 40), (3, 65, 131, 71, 19))
+TINY_MOMENTS, TINY_ATTRIBUTIONS = ((70, 40),), ((2, 5, 12, 9, 7),)
+
+
+def check_moment(rows: int, columns: int, dtype: str, device: str) -> dict[str, Any]:
+    """Second moments by the Triton kernel, in two calls of which the second adds to the first, twice."""
+    from taco_kernels import second_moment_, second_moment_dense, second_moment_zeros
+
+    x = torch.randn(rows, columns, device=device, generator=generator(device)).to(DTYPES[dtype])
+    found = [second_moment_zeros(columns, device=device) for _ in range(2)]
+    with using("triton"):
+        for moment in found:
+            for part in (x[: rows // 3], x[rows // 3 :]):
+                second_moment_(moment, part)
+    wide = x.double()
+    error = (second_moment_dense(found[0]).double() - wide.T @ wide).abs()
+    worst = (error / ((rows + 16) * _SINGLE * (wide.abs().T @ wide.abs()))).max().item()
+    same = bool(torch.equal(*found))
+    return {"ok": worst <= 1.0 and same, "worst": round(worst, 4), "same_bits": same}
+
+
+def check_attribution(
+    sequences: int, tokens: int, in_size: int, out_size: int, directions: int, dtype: str, device: str
+) -> dict[str, Any]:
+    """The four sums by the Triton kernel, twice, each within what roundoff explains (see test_singular_attribution)."""
+    from taco_kernels import singular_attribution
+
+    shapes = (sequences, tokens, in_size), (sequences, tokens, out_size), (out_size, directions), (directions, in_size)
+    inputs = [torch.randn(shape, device=device, generator=generator(device)).to(DTYPES[dtype]) for shape in shapes]
+    with using("triton"):
+        found, again = singular_attribution(*inputs), singular_attribution(*inputs)
+    x, grad, u, v = (t.double() for t in inputs)
+    terms = (grad @ u) * (x @ v.T)
+    off = (in_size + out_size + 4) * _SINGLE * (grad.abs() @ u.abs()) * (x.abs() @ v.abs().T)
+    added = (sequences * tokens + 4) * _SINGLE
+    of_sequence, error = terms.sum(1), off.sum(1) + added * terms.abs().sum(1)
+    exact = (of_sequence.sum(0), terms.abs().sum((0, 1)), of_sequence.square().sum(0), terms.square().sum((0, 1)))
+    squares = ((2 * of_sequence.abs() + error) * error).sum(0) + added * exact[2]
+    token_squares = ((2 * terms.abs() + off) * off).sum((0, 1)) + added * exact[3]
+    bounds = (error.sum(0), error.sum(0), squares, token_squares)
+    ratios = [(got.double() - want).abs() / bound for got, want, bound in zip(found, exact, bounds, strict=True)]
+    worst = torch.stack(ratios).max().item()
+    same = all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    return {"ok": worst <= 1.0 and same, "worst": round(worst, 4), "same_bits": same}
 
 
 def joined(inputs: Inputs) -> Tensor:
@@ -384,7 +453,7 @@ def check_streams(backend: str, op: str) -> dict[str, Any]:
         aside, replayed, graph = on_streams(inputs)
         same = bool(torch.equal(aside, expected))
         for _ in range(3):
-            inputs.x.normal_()
+            inputs.x.normal_(generator=generator(inputs.x.device.type))
             graph.replay()
             same = same and bool(torch.equal(replayed, joined(inputs)))
     return {"ok": same}

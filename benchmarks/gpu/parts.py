@@ -84,6 +84,15 @@ def _check_work(suite: Suite, backend: str) -> Iterator[tuple[str, Callable[[], 
     if not full and backend.partition(" ")[0] in ("cuda", "triton"):
         for op in shapes.OPS:
             yield f"{backend}/streams/{op}", functools.partial(checks.check_streams, backend, op)
+    if backend == "triton":  # statistics of the compression, which have no CUDA kernel
+        for dtype in ("bfloat16", "float16"):
+            for sizes in checks.TINY_MOMENTS if suite.dry else checks.MOMENTS:
+                key = f"triton/second_moment/{dtype}/{'x'.join(map(str, sizes))}"
+                yield key, functools.partial(checks.check_moment, *sizes, dtype, suite.device)
+        for dtype in ("bfloat16", "float32"):
+            for sizes in checks.TINY_ATTRIBUTIONS if suite.dry else checks.ATTRIBUTIONS:
+                key = f"triton/singular_attribution/{dtype}/{'x'.join(map(str, sizes))}"
+                yield key, functools.partial(checks.check_attribution, *sizes, dtype, suite.device)
     for case in checks.cases(suite.small, suite.dry):
         # Triton compiles for every dtype, path and alignment: a part of the grid reaches every kernel.
         if backend == "triton" and not full:
@@ -104,8 +113,17 @@ def _kernels_of(key: str) -> str:
     return "/".join(part for part in key.split("/") if not re.fullmatch(r"m\d+|p\d+|[br-]+", part))
 
 
+def _load_libraries(device: str) -> None:
+    """torch's first products: a bare machine reads cuBLAS, hundreds of megabytes, from a cold disk for them."""
+    for dtype in (torch.float64, *checks.DTYPES.values()):
+        one = torch.ones(64, 64, dtype=dtype, device=device)
+        (one @ one).sum().item()
+
+
 def check(suite: Suite) -> bool:
     """Every op on every backend that is usable here, against float64."""
+    if not (suite.dry or suite.small):
+        _load_libraries(suite.device)  # before any point has begun, or a slow disk would count as a call that hangs
     store = suite.store("check-small" if suite.small else "check")
     usable = suite.usable()
     order = ("cuda", "cuda dependent", "triton", "cpp", "library")

@@ -162,5 +162,5 @@ def call_launches(
     if pivoted:
         v = torch.empty((rank, in_size - rank), dtype=dtype, device="meta")
         pivot = torch.empty(in_size, dtype=torch.int32, device="meta")
-        return pivoted_launches(x, parts[0]._replace(v=v), pivot, residual, config)
+        return pivoted_launches(x, parts[0]._replace(v=v), pivot, residual, config, 132)
     return launches(x, parts, residual, 1e-6 if bridge else None, config, act, 132)

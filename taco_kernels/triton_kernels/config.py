@@ -218,18 +218,20 @@ def config_for(
     rank: int,
     gpu: str,
     processors: int,
+    widest: int | None = None,
 ) -> Config:
     """Configuration of one call.
 
     ``op`` and ``dtype`` ("float32", "float16", "bfloat16") as in the table; ``rows`` may be any number >= 1;
-    ``gpu`` is the device's name ("" for none), ``processors`` its number of multiprocessors.
+    ``gpu`` is the device's name ("" for none), ``processors`` its number of multiprocessors, ``widest`` the largest
+    rank of several members, whose sum ``rank`` is.
     """
     shape = (in_size, out_size, rank)
     near = [
         (_distance(shape, known), config)
         for known, config in table_of_gpu(gpu).get((op, dtype, rows_bucket(rows)), [])
-        # The fused kernel holds one rank block, so a neighbour's tile must be wide enough for this rank as well.
-        if config.path != "fused" or rank <= config.block_r
+        # The fused kernel holds one rank block of one member, so a neighbour's tile must be wide enough here as well.
+        if config.path != "fused" or (widest or rank) <= config.block_r
     ]
     if near:
         distance, config = min(near, key=lambda item: item[0])

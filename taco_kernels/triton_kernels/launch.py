@@ -155,8 +155,8 @@ def low_rank(
             some = members[at : at + MOST_MEMBERS]
             chosen = config
             if chosen is None:
-                out_size, rank = sum(m.u.shape[0] for m in some), sum(m.u.shape[1] for m in some)
-                chosen = config_for(op, dtype, rows, in_size, out_size, rank, gpu, processors)
+                out_size, ranks = sum(m.u.shape[0] for m in some), [m.u.shape[1] for m in some]
+                chosen = config_for(op, dtype, rows, in_size, out_size, sum(ranks), gpu, processors, max(ranks))
             run(launches(x, some, residual, eps, chosen, act, processors))
     return ys
 

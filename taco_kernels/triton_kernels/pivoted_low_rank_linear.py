@@ -34,9 +34,9 @@ def pivoted_low_rank_linear(
     out_size, rank = u.shape
     dtype = triton_dtype(x2d)
     y = torch.empty((rows, out_size), dtype=x2d.dtype, device=x2d.device)
+    gpu, processors = processors_of(x2d)
     if config is None:
         # the same bytes as a map of in - rank inputs moves: its table serves
-        gpu, processors = processors_of(x2d)
         sizes = in_size - rank, out_size, rank
         config = config_for("low_rank_linear", dtype, rows, *sizes, gpu, processors)
         if config.path == "fused":
@@ -46,18 +46,23 @@ def pivoted_low_rank_linear(
         residual2d = _rows_contiguous(residual2d)
     member = Member(v, u, None if bias is None else bias.contiguous(), y)
     with on_device(x2d):
-        run(pivoted_launches(x2d, member, pivot.contiguous(), residual2d, config))
+        run(pivoted_launches(x2d, member, pivot.contiguous(), residual2d, config, processors))
     return y
 
 
 def pivoted_launches(
-    x: torch.Tensor, member: Member, pivot: torch.Tensor, residual: torch.Tensor | None, config: Config
+    x: torch.Tensor,
+    member: Member,
+    pivot: torch.Tensor,
+    residual: torch.Tensor | None,
+    config: Config,
+    processors: int = 1,
 ) -> list[Launch]:
     """The launches of one call, in stream order: those of the map behind the pivot, with a first one that gathers."""
     columns = member.v.shape[1]
     if config.path == "fused":
         raise ValueError("the fused kernel gathers no inputs")
-    first, *rest = launches(x[:, :columns], [member], residual, None, config)
+    first, *rest = launches(x[:, :columns], [member], residual, None, config, processors=processors)
     c = first.constants
     if first.kernel is row_kernels.row_shrink:
         _, _, sums, ranks, strides, _, _, per_split = first.args

@@ -86,6 +86,15 @@ def test_pivoted_in_bfloat16(arch, rows, rank):
         _judge(kernel, config, arch)
 
 
+def test_persistent_launches_behind_a_pivot_fill_the_gpu():
+    from taco_kernels.triton_kernels import aot
+
+    config = default_config(2048, 4096 - 512, 4096, 512, 2, PROCESSORS[90])
+    config = dataclasses.replace(config, persistent=2)
+    *_, expand = aot.call_launches(2048, 4096, 4096, 512, torch.bfloat16, config, pivoted=True)
+    assert expand.kernel.__name__ == "expand" and expand.grid == (2 * PROCESSORS[90],)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     "arch, rows, rank, persistent",

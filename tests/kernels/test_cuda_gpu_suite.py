@@ -557,6 +557,35 @@ def test_a_part_that_raises_is_told_from_one_that_found_something(tmp_path):
     assert done.returncode == 4 and "JSONDecodeError" in done.stderr
 
 
+def test_what_torch_loads_at_first_is_no_points_fault(gpu, tmp_path, monkeypatch):
+    """A check that shows no new point for half a minute counts as hanging; reading cuBLAS may take as long."""
+    parts, store = importlib.import_module("gpu.parts"), importlib.import_module("gpu.store")
+    mark = tmp_path / "mark"
+    mark.write_text("")
+    monkeypatch.setenv(store.RUNNING, str(mark))
+    load, found = parts._load_libraries, []
+    monkeypatch.setattr(parts, "_load_libraries", lambda device: (load(device), found.append(store.what_ran(mark))))
+    monkeypatch.setattr(parts, "_check_work", lambda suite, backend: [("library/a", lambda: {"ok": True})])
+    monkeypatch.setattr(parts, "_with_cuda", lambda suite: {"ok": True})
+    suite = types.SimpleNamespace(
+        dry=False, small=False, device="cpu", shard=0, shards=1, only=[], without=[], usable=lambda: ["library"],
+        store=lambda part: store.Store(tmp_path, part, {}), mine=lambda number: True,
+        budget=types.SimpleNamespace(spent=False), run=lambda kept, key, work: kept.run(key, work),
+    )  # fmt: skip
+    assert parts.check(suite)
+    assert found == [("", "", "")] and store.what_ran(mark)[1] == "library/a"
+
+
+@pytest.mark.parametrize("rows, columns", [(40, 70), (70, 40)])
+def test_singular_values_that_svd_is_judged_by(gpu, rows, columns):
+    svd = importlib.import_module("gpu.svd")
+    for spectrum in svd.SPECTRA.values():
+        a = svd.matrix(rows, columns, spectrum(40), "cpu").bfloat16()
+        exact = torch.linalg.svdvals(a.double())
+        assert (svd.singular_values(a) - exact).abs().max() <= 3e-8 * exact[0]
+        assert svd.singular_values(a)[12:].norm() == pytest.approx(float(exact[12:].norm()), rel=1e-10, abs=3e-7)
+
+
 def test_summary_of_known_numbers(gpu):
     ours = ("taco library", "taco cuda", "taco cuda dependent", "taco triton")
 
@@ -662,6 +691,22 @@ def call_of(microseconds):
             FakeGraph.capturing.calls += microseconds
 
     return version
+
+
+def test_inputs_on_a_gpu_come_from_a_generator_of_their_own(gpu, monkeypatch):
+    """A capture that fails ends torch's own for the rest of the process."""
+    made, seen, randn = object(), [], torch.randn
+    monkeypatch.setattr(gpu.checks, "generator", lambda device: made)
+
+    def own(*sizes, generator=None, **options):
+        seen.append(generator)
+        return randn(*sizes, **options)
+
+    monkeypatch.setattr(torch, "randn", own)
+    gpu.checks.draw("low_rank_linear", 24, 40, 8, 3, "bfloat16", "cpu")
+    assert seen and all(one is made for one in seen)
+    monkeypatch.undo()
+    assert gpu.checks.generator("cpu") is None
 
 
 def test_times_are_per_call_whatever_the_number_of_sets(gpu, fake_cuda):
@@ -780,7 +825,7 @@ def cpu_for_gpu(gpu, fake_cuda, monkeypatch):
 @pytest.mark.parametrize("op", ["low_rank_linear", "low_rank_mlp", "low_rank_linear_group"])
 def test_checks_of_streams_run_and_see_a_graph_that_does_not_follow_its_inputs(cpu_for_gpu, monkeypatch, op):
     assert cpu_for_gpu.check_streams("cuda", op) == {"ok": False}
-    monkeypatch.setattr(torch.Tensor, "normal_", lambda self: self)
+    monkeypatch.setattr(torch.Tensor, "normal_", lambda self, generator: self)
     assert cpu_for_gpu.check_streams("cuda", op) == {"ok": True}
 
 
@@ -805,6 +850,28 @@ def test_checks_of_direct_calls_run_and_see_a_wrong_result(cpu_for_gpu, monkeypa
     joined = cpu_for_gpu.joined
     monkeypatch.setattr(cpu_for_gpu, "joined", lambda inputs: joined(inputs) + 1)
     assert cpu_for_gpu.check_direct(op) == {"ok": False}
+
+
+def test_checks_of_statistics_let_right_sums_through_and_wrong_ones_not(gpu, monkeypatch):
+    import taco_kernels
+
+    checks = gpu.checks
+    monkeypatch.setattr(checks, "using", lambda name: contextlib.nullcontext())
+
+    def verdicts():
+        yield checks.check_moment(70, 131, "bfloat16", "cpu")["ok"]
+        for sizes in ((3, 65, 131, 71, 19), (40, 1, 30, 20, 8)):
+            yield checks.check_attribution(*sizes, "float32", "cpu")["ok"]
+
+    assert all(verdicts())
+    for name in ("second_moment_dense", "singular_attribution"):
+        right = getattr(taco_kernels, name)
+        monkeypatch.setattr(taco_kernels, name, lambda *given, right=right: wrong(right(*given)))
+
+    def wrong(found):
+        return found * 1.1 if torch.is_tensor(found) else [t * 1.1 for t in found]
+
+    assert not any(verdicts())
 
 
 def test_ceilings_are_rates_per_second(gpu, fake_cuda, monkeypatch):

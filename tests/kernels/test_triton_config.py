@@ -10,6 +10,7 @@ from taco_kernels.triton_kernels.config import (
     as_entry,
     config_for,
     default_config,
+    load_choices,
     load_table,
     rows_bucket,
 )
@@ -87,6 +88,16 @@ def test_fused_neighbour_must_hold_the_rank(table):
     assert _ask(8192, 4096, 4096, 70) == default_config(8192, 4096, 4096, 70, 2, 132)
 
 
+def test_fused_entry_of_a_group_must_hold_one_members_rank(tmp_path, monkeypatch):
+    fused = Config("fused", 64, 128, 64, 1, 4, 3, 64, 16, 4, 3)
+    entries = [as_entry("low_rank_linear_group", "bfloat16", (4096, 6144, 384), 2048, fused)]
+    (tmp_path / "test-gpu-9001.json").write_text(json.dumps({"gpu": "Test GPU 9001", "entries": entries}))
+    monkeypatch.setattr(configs, "TUNED_DIR", tmp_path)
+    asked = ("low_rank_linear_group", "bfloat16", 2048, 4096, 6144, 384, "Test GPU 9001", 132)
+    assert config_for(*asked, 128) == fused
+    assert config_for(*asked, 256).path != "fused"
+
+
 INCOMPLETE = {"op": "x", "dtype": "y", "rows": 1, "in": 1, "out": 1, "rank": 1, "config": {"path": "row"}}
 
 
@@ -111,8 +122,8 @@ def test_defaults_suit_the_rows(rows, element_size):
 
 def test_shipped_tables_load():
     for path in configs.TUNED_DIR.glob("*.json"):
-        table = load_table(path)
-        assert table and json.loads(path.read_text())["gpu"]
+        # A run that was cut short has measured backends and tuned nothing.
+        assert load_table(path) or load_choices(path)
         assert configs.gpu_slug(json.loads(path.read_text())["gpu"]) == path.stem
 
 

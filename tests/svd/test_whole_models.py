@@ -67,6 +67,14 @@ def test_every_row_is_measured_and_reported(
     assert script.DOCS.read_text().count(script.BEGIN) == script.DOCS.read_text().count(script.END) == 1
 
 
+def test_on_a_gpu_models_run_as_graphs(script: ModuleType) -> None:
+    from taco_svd.bench_runner import MODES
+
+    assert script.mode_of("cpu") == []
+    option, mode = script.mode_of("cuda")
+    assert option == "--mode" and mode == "graph" and mode in MODES
+
+
 def test_results_of_another_machine_do_not_count(script: ModuleType, tmp_path: Path) -> None:
     assert not script.is_current(tmp_path / "none.json", "cpu", 1)
     (tmp_path / "bad.json").write_text("{")
