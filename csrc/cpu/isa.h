@@ -142,15 +142,16 @@ struct Packing {
 };
 
 // t = x v^T + t for rows [begin, end) of v, begin a multiple of width; both vectors are packed, t rounded where two columns
-// share a place.
+// share a place. At most ManyRows::columns at a time: of more, sums wait in `partial` between calls.
 struct ManyFirst {
   const std::uint32_t* x;
   std::int64_t lanes, in, rank;
   const void* v;
   std::int64_t v_stride;
   std::uint32_t* t;
-  bool onto;  // whether t holds something to be added to
-  float* partial;  // [rows of v, lanes], where there are more columns than ManyRows::columns
+  bool onto;      // whether t holds something to be added to
+  float* partial;  // [rows of v, lanes], read and written where these are not the first columns, or not the last
+  bool resumes, waits;
 };
 
 // What a SecondProduct does, from a packed t.

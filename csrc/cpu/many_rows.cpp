@@ -31,9 +31,14 @@ struct ManyCall {
   }
   std::int64_t width() const { return input.in + (gatherer ? maps[0].rank : 0); }
 
+  // Places of x that are packed at once.
+  std::int64_t places_at_once(int members) const {
+    return places_of(members > 1 ? input.in : std::min(input.in, columns()));
+  }
+
   // Floats of work space for a block of so many lanes, whole lines of the cache.
-  std::int64_t floats(std::int64_t lanes) const {
-    std::int64_t per_lane = 1 + places_of(input.in);
+  std::int64_t floats(std::int64_t lanes, int members) const {
+    std::int64_t per_lane = 1 + places_at_once(members);
     for (int i = 0; i < count; ++i) per_lane += places_of(maps[i].rank) + waiting_first(i) + waiting_second(i);
     const std::int64_t gathered = gatherer ? (lanes * width() * element() + 3) / 4 : 0;
     return (lanes * per_lane + gathered + kGroup - 1) / kGroup * kGroup;
@@ -48,7 +53,7 @@ struct ManyCall {
     };
     float* const scale = input.normalise && input.in > 0 ? work : nullptr;
     std::uint32_t* const packed = reinterpret_cast<std::uint32_t*>(work + lanes);
-    std::uint32_t* const behind = packed + lanes * places_of(input.in);  // the intermediates
+    std::uint32_t* const behind = packed + lanes * places_at_once(members);  // the intermediates
     std::int64_t places = 0, waits = 0;
     for (int i = 0; i < count; ++i) {
       places += lanes * places_of(maps[i].rank);
@@ -56,14 +61,15 @@ struct ManyCall {
     }
     float* const waiting = reinterpret_cast<float*>(behind + places);
 
-    Packing x = {offset(input.x, start * input.x_stride, element()), input.x_stride, rows, input.in, packed, lanes};
+    const void* x = offset(input.x, start * input.x_stride, element());
+    std::int64_t x_stride = input.x_stride;
     const void* gathered = nullptr;
     if (gatherer) {
       char* const to = reinterpret_cast<char*>(waiting + waits);
       char* const rest = to + maps[0].rank * element();
-      gatherer->rows({x.x, x.x_stride, to, width(), rest, width()}, rows * index / members, rows * (index + 1) / members);
+      gatherer->rows({x, x_stride, to, width(), rest, width()}, rows * index / members, rows * (index + 1) / members);
       gathered = to;
-      x.x = rest, x.x_stride = width();
+      x = rest, x_stride = width();
       together();
     }
     // body(map, its intermediate, where its sums wait in the first and in the second product)
@@ -77,17 +83,33 @@ struct ManyCall {
         wait = of_second + lanes * waiting_second(i);
       }
     };
-    pack_share(many, x, index, members);
     if (gathered) pack_share(many, {gathered, width(), rows, maps[0].rank, behind, lanes}, index, members);
-    if (scale) norm_scales(kernels, input, x.x, rows, index, members, scale);
-    together();
-    Shares of_ranks(index, members);
-    for (int i = 0; i < count; ++i) of_ranks.expect(maps[i].rank, 1);
-    each_map([&](const LowRankMap& map, std::uint32_t* t, float* wait, float*) {
-      const Range mine = of_ranks.next(map.rank, 1);
-      const ManyFirst first = {packed, lanes, input.in, map.rank, map.v, map.v_stride, t, gathered != nullptr, wait};
-      if (mine.begin < mine.end) many.first(first, mine.begin, mine.end);
-    });
+    if (scale) norm_scales(kernels, input, x, rows, index, members, scale);
+    // So many columns at a time as the second cache holds of x. A thread on its own multiplies them before it packs the next
+    // ones into their place; with others all columns have places, so that they meet once.
+    const std::int64_t chunk = columns();
+    const auto chunk_of_x = [&](std::int64_t at) {
+      return Packing{offset(x, at, element()), x_stride, rows, std::min(chunk, input.in - at),
+                     packed + (members > 1 ? lanes * places_of(at) : 0), lanes};
+    };
+    if (members > 1) {
+      for (std::int64_t at = 0; at < input.in; at += chunk) pack_share(many, chunk_of_x(at), index, members);
+      meet();
+    }
+    std::int64_t at = 0;
+    do {  // a product of nothing is one, too
+      const Packing some = chunk_of_x(at);
+      if (members == 1) pack_share(many, some, index, members);
+      Shares of_ranks(index, members);
+      for (int i = 0; i < count; ++i) of_ranks.expect(maps[i].rank, 1);
+      each_map([&](const LowRankMap& map, std::uint32_t* t, float* wait, float*) {
+        const Range mine = of_ranks.next(map.rank, 1);
+        const ManyFirst first = {some.places, lanes, some.columns, map.rank, offset(map.v, at, element()), map.v_stride, t,
+                                 gathered != nullptr, wait, at > 0, at + chunk < input.in};
+        if (mine.begin < mine.end) many.first(first, mine.begin, mine.end);
+      });
+      at += chunk;
+    } while (at < input.in);
     together();
     Shares of_outputs(index, members);
     for (int i = 0; i < count; ++i) of_outputs.expect(maps[i].out, maps[i].rank + kOutputCost);
@@ -122,7 +144,7 @@ void low_rank_many(const DtypeKernels& kernels, const LowRankInput& input, const
   // Blocks of at most kRowBlock rows, of as equal numbers of groups as can be: a lone group costs nearly as much as two.
   std::int64_t blocks = (groups * kGroup + kRowBlock - 1) / kRowBlock;
   if (alone) blocks = (blocks + team - 1) / team * team;
-  const std::int64_t floats = call.floats((groups + blocks - 1) / blocks * kGroup);
+  const std::int64_t floats = call.floats((groups + blocks - 1) / blocks * kGroup, alone ? 1 : team);
   float* const work = scratch.get(static_cast<std::size_t>(floats * (alone ? team : 1)));
   const auto block = [&](std::int64_t number, float* own, int index, int members) {
     call.block(groups * number / blocks * kGroup, groups * (number + 1) / blocks * kGroup, own, index, members);

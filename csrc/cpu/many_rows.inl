@@ -94,10 +94,12 @@ inline void many_dots(const std::uint32_t* x, std::int64_t lanes, const BF16* co
 constexpr int outputs_for(int groups) { return groups == 4 ? 4 : 8; }
 
 // emit(m, count, sums): of weight rows m to m + count, count at most outputs_for(kGroups). Where there are more columns
-// than the second cache holds of x, sums wait in `partial`, [weight rows, lanes], while the next columns come in.
+// than the second cache holds of x, sums wait in `partial`, [weight rows, lanes], while the next columns come in; they are
+// there from before where the sweep `resumes`, and stay there where it `waits` for a further one.
 template <int kGroups, class Emit>
 inline void many_sweep(const void* weights, std::int64_t stride, std::int64_t begin, std::int64_t end,
-                       const std::uint32_t* x, std::int64_t lanes, std::int64_t columns, float* partial, Emit emit) {
+                       const std::uint32_t* x, std::int64_t lanes, std::int64_t columns, float* partial, bool resumes,
+                       bool waits, Emit emit) {
   constexpr int kOutputs = outputs_for(kGroups);
   std::int64_t start = 0;
   do {  // sums of nothing are results, too
@@ -110,10 +112,10 @@ inline void many_sweep(const void* weights, std::int64_t stride, std::int64_t be
       __m512 sums[kOutputs][kGroups];
       for (int i = 0; i < kOutputs; ++i)
         for (int g = 0; g < kGroups; ++g)
-          sums[i][g] = start && i < count ? Arch::load16(partial + (m + i) * lanes + g * kGroup) : Arch::zero();
+          sums[i][g] = (start || resumes) && i < count ? Arch::load16(partial + (m + i) * lanes + g * kGroup) : Arch::zero();
       many_dots<kOutputs, kGroups>(x + start / 2 * lanes, lanes, w, last ? columns - start : kManyColumns,
                                    kOutputs * stride, sums);
-      if (last) {
+      if (last && !waits) {
         emit(m, count, sums);
       } else {
         for (int i = 0; i < count; ++i)
@@ -129,14 +131,29 @@ inline __m512i pair_of(__m512 first, __m512 second) {
   return _mm512_or_si512(Arch::rounded_bf16(first), _mm512_slli_epi32(Arch::rounded_bf16(second), 16));
 }
 
+// The same by the instruction for it, for sums of dot products alone: those have no subnormal numbers, which it drops.
+inline __m512i pair_of_dots(__m512 first, __m512 second) {
+  alignas(64) static constexpr std::uint16_t kSideBySide[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                                8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kSideBySide), halves);
+}
+
+// A single group adds two sums of dot products (many_dots).
+constexpr bool of_dots(int groups) { return groups > 1; }
+
 template <int kGroups>
 inline void many_first_of(const ManyFirst& p, std::int64_t begin, std::int64_t end) {
-  many_sweep<kGroups>(p.v, p.v_stride, begin, end, p.x, p.lanes, p.in, p.partial,
+  many_sweep<kGroups>(p.v, p.v_stride, begin, end, p.x, p.lanes, p.in, p.partial, p.resumes, p.waits,
                       [&](std::int64_t m, int count, auto& sums) {
     for (int i = 0; i < count; i += 2) {
       std::uint32_t* const at = p.t + (m + i) / 2 * p.lanes;
       for (int g = 0; g < kGroups; ++g) {
         __m512 first = sums[i][g], second = i + 1 < count ? sums[i + 1][g] : Arch::zero();
+        if (of_dots(kGroups) && !p.onto) {
+          _mm512_storeu_si512(at + g * kGroup, pair_of_dots(first, second));
+          continue;
+        }
         if (p.onto) {
           const Arch::Pair there = Arch::widen_bf16(_mm512_loadu_si512(at + g * kGroup));
           first = Arch::add(first, there.a);
@@ -181,7 +198,8 @@ inline void many_second_of(const ManySecond& p, std::int64_t begin, std::int64_t
     const __mmask16 rows = left >= kGroup ? 0xffff : static_cast<__mmask16>(Arch::first_of_32(left < 0 ? 0 : left));
     scale[g] = to.scale ? _mm512_maskz_loadu_ps(rows, to.scale + g * kGroup) : _mm512_set1_ps(1.0f);
   }
-  many_sweep<kGroups>(to.u, to.u_stride, begin, end, p.t, p.lanes, to.rank, p.partial,
+  const bool plain = of_dots(kGroups) && !to.scale && !bias && !residual;
+  many_sweep<kGroups>(to.u, to.u_stride, begin, end, p.t, p.lanes, to.rank, p.partial, false, false,
                       [&](std::int64_t m, int count, auto& sums) {
     const int at = static_cast<int>((m - begin) % kLeaving);
     if (residual && at == 0) {
@@ -191,6 +209,12 @@ inline void many_second_of(const ManySecond& p, std::int64_t begin, std::int64_t
     }
     for (int i = 0; i < count; i += 2) {
       const bool both = i + 1 < count;
+      if (plain) {
+        for (int g = 0; g < kGroups; ++g)
+          _mm512_store_si512(&pairs[(at + i) / 2][g * kGroup],
+                             pair_of_dots(sums[i][g], both ? sums[i + 1][g] : Arch::zero()));
+        continue;
+      }
       const Arch::Vec first_bias = _mm512_set1_ps(bias ? to_float(bias[m + i]) : 0.0f);
       const Arch::Vec second_bias = _mm512_set1_ps(bias && both ? to_float(bias[m + i + 1]) : 0.0f);
       for (int g = 0; g < kGroups; ++g) {

@@ -106,10 +106,12 @@ inline void tile_products(int outputs, const float* panel, const float* w, std::
 }
 
 // emit(m, count, sums): of weight rows m to m + count, count at most kRun, sums is [count, lanes]. Where there are more
-// columns than kFloatColumns, sums wait in `partial`, [weight rows, lanes], while the next columns come in.
+// columns than kFloatColumns, sums wait in `partial`, [weight rows, lanes], while the next columns come in; they are there
+// from before where the sweep `resumes`, and stay there where it `waits` for a further one.
 template <class T, class Emit>
 inline void float_sweep(const void* weights, std::int64_t stride, std::int64_t begin, std::int64_t end, const float* x,
-                        std::int64_t lanes, std::int64_t columns, float* partial, Emit emit) {
+                        std::int64_t lanes, std::int64_t columns, float* partial, bool resumes, bool waits,
+                        Emit emit) {
   alignas(64) float buffer[kRun * kWidenedRow];
   alignas(64) float sums[kRun * kRowBlock];
   std::int64_t start = 0;
@@ -118,7 +120,7 @@ inline void float_sweep(const void* weights, std::int64_t stride, std::int64_t b
     for (std::int64_t m = begin; m < end; m += kRun) {
       const int count = static_cast<int>(end - m < kRun ? end - m : kRun);
       const std::size_t bytes = static_cast<std::size_t>(count * lanes) * sizeof(float);
-      if (start)
+      if (start || resumes)
         __builtin_memcpy(sums, partial + m * lanes, bytes);
       else
         __builtin_memset(sums, 0, bytes);
@@ -135,7 +137,7 @@ inline void float_sweep(const void* weights, std::int64_t stride, std::int64_t b
                           lanes);
           }
       }
-      if (stop == columns)
+      if (stop == columns && !waits)
         emit(m, count, sums);
       else
         __builtin_memcpy(partial + m * lanes, sums, bytes);
@@ -148,7 +150,7 @@ template <class T>
 inline void many_first_float(const ManyFirst& p, std::int64_t begin, std::int64_t end) {
   float* const t = reinterpret_cast<float*>(p.t);
   float_sweep<T>(p.v, p.v_stride, begin, end, reinterpret_cast<const float*>(p.x), p.lanes, p.in, p.partial,
-                 [&](std::int64_t m, int count, const float* sums) {
+                 p.resumes, p.waits, [&](std::int64_t m, int count, const float* sums) {
     for (std::int64_t g = 0; g < p.lanes; g += kGroup)
       for (int i = 0; i < count; ++i)
         for (int half = 0; half < kGroup; half += 8) {
@@ -185,7 +187,8 @@ inline void leave(const SecondProduct& to, std::int64_t r, std::int64_t m, int c
 template <class T>
 inline void many_second_float(const ManySecond& p, std::int64_t begin, std::int64_t end) {
   const SecondProduct& to = p.product;
-  float_sweep<T>(to.u, to.u_stride, begin, end, reinterpret_cast<const float*>(p.t), p.lanes, to.rank, p.partial, [&](std::int64_t m, int count, const float* sums) {
+  float_sweep<T>(to.u, to.u_stride, begin, end, reinterpret_cast<const float*>(p.t), p.lanes, to.rank, p.partial, false,
+                 false, [&](std::int64_t m, int count, const float* sums) {
     // all of a row's outputs at once: rows of y often fall into one set of the cache, which would lose half-written lines
     for (std::int64_t r = 0; r < to.rows; r += 8)
       for (int i = 0; i < count; i += 8) leave<T>(to, r, m + i, count - i, sums + i * p.lanes + r, p.lanes);
