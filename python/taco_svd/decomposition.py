@@ -50,9 +50,16 @@ class Decomposition:
     right: torch.Tensor
 
     def factors(self, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(u [out, rank], v [rank, in]) of the directions `keep` (indices), with the root of sigma in both."""
-        root = self.sigma[keep].sqrt()
-        return self.left[:, keep] * root, root[:, None] * self.right[keep]
+        """(u [out, rank], v [rank, in]) of the directions `keep` (indices): of each, a column and a row of one norm.
+
+        A weighted decomposition's vectors are as long as its metric makes them, those of one side a million times those
+        of the other where gradients are small: out of float16's range, and nothing that an optimiser can train.
+        """
+        left, right = self.left[:, keep], self.right[keep]
+        ratio = right.double().norm(dim=1) / left.double().norm(dim=0)
+        ratio = torch.where((ratio > 0) & ratio.isfinite(), ratio, 1.0)  # of nothing at all: as it is
+        sigma = self.sigma[keep]
+        return left * (sigma * ratio).sqrt().to(left.dtype), (sigma / ratio).sqrt().to(right.dtype)[:, None] * right
 
     def to(self, device: torch.device | str) -> Decomposition:
         return Decomposition(self.left.to(device), self.sigma.to(device), self.right.to(device))
