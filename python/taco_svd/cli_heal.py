@@ -47,7 +47,10 @@ def heal(
         str, typer.Option(help="logits: KL to the dense model's predictions. hidden: squared error of hidden states.")
     ] = "logits",
     dense: Annotated[str | None, typer.Option(help="The dense model; default: the plan's source, if found.")] = None,
-    lr: Annotated[float, typer.Option(help="Peak step of AdamW relative to the size of each factor.")] = 0.03,
+    lr: Annotated[
+        float,
+        typer.Option(help="Peak step of AdamW relative to the size of each factor; 0: found before the first step."),
+    ] = 0.0,
     batch: Annotated[int, typer.Option(help="Windows per step.")] = 8,
     seq_len: Annotated[int, typer.Option(help="Tokens per window; 0: as in calibration.")] = 0,
     norms: Annotated[bool, typer.Option("--norms", help="Also train the gains of the layers' norms.")] = False,
@@ -85,3 +88,8 @@ def heal(
             f"loss {before['nll']:.4f} -> {after['nll']:.4f}. Kept: the factors after {after['tokens']:,} tokens. "
             f"Saved to {out}."
         )
+        if not record["best_step"]:
+            out_console().print(
+                f"No step was better than the start on held-out text: this model is as it was. Try --lr "
+                f"{record['lr'] / 3:.1g}, or more --tokens."
+            )

@@ -156,12 +156,13 @@ def _dense(model: PreTrainedModel, name: str | None, against: str | None) -> tup
         try:
             against = source_path(Plan.load(name), name)
             dense, _ = load_model(against, model.dtype, str(model.device))
-        except TacoError as error:
-            return None, str(error)
+            check_source(model, dense, against)
+        except TacoError as error:  # also of a model that was trained on, or given other tokens: its perplexity counts
+            return None, f"{error} --against MODEL compares it with one all the same."
     else:
         dense, _ = load_model(against, model.dtype, str(model.device))
-    if compressed:
-        check_source(model, dense, against)
+        if compressed:
+            check_source(model, dense, against, untouched=False)
     # of a local path only its last part, as in plans
     return dense, Path(against).name if Path(against).exists() else against
 

@@ -18,10 +18,12 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils.hub import cached_file
 
 from .architectures import PER_LAYER_CONFIG_LISTS, copy_implementations
 from .checksums import check_checksums, write_checksums
 from .errors import TacoError
+from .plan import PLAN_FILE, Plan
 from .replacement import LowRankBridge, LowRankLinear, NarrowLinear, install
 from .structure import MAX_LAYERS, Structure
 from .untrusted import check_config, check_depth, check_labels, check_size, check_weights, refuse_foreign_code
@@ -139,6 +141,8 @@ class CompressedModel:
     """Mixin of compressed models; ``isinstance(model, CompressedModel)`` tells one from an ordinary model."""
 
     base_class: ClassVar[type[PreTrainedModel]]
+    # How it was made, where that is known: goes wherever the model is saved (a Trainer's checkpoints, for example).
+    taco_plan: Plan | None = None
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
@@ -204,6 +208,7 @@ class CompressedModel:
                 "the checkpoint is incomplete. Copy it again, or compress again."
             )
         check_replacements(model, path)
+        model.taco_plan = stored_plan(path, kwargs)
         if "generation_config" not in kwargs:
             give_token_ids(model)
         return (model, info) if wants_info else model
@@ -237,12 +242,35 @@ class CompressedModel:
             raise TacoError(f"{directory}: no model can be built from its config ({first[:300]}).") from error
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Like `PreTrainedModel.save_pretrained`, and writes the SHA-256 of every weight file beside them."""
+        """Like `PreTrainedModel.save_pretrained`; the SHA-256 of every weight file and the plan go beside them."""
         # named as the modules are: the form on the hub (one tensor per expert, say) belongs to the base model's type
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", True):
             write_checksums(Path(save_directory))
+            # of a model that has been changed since (a merged adapter's ranks) it would tell what is no longer so
+            if self.taco_plan is not None and self.taco_plan.structure == self.structure:
+                self.taco_plan.save(Path(save_directory) / PLAN_FILE)
+
+
+def stored_plan(path: Any, options: dict[str, Any]) -> Plan | None:
+    """The plan beside a checkpoint's weights, on the disk or the hub (`options` as for `from_pretrained`), or None.
+
+    The model runs without it; whoever needs it says what is wrong with it.
+    """
+    wanted = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "_commit_hash")
+    try:
+        file = cached_file(
+            path,
+            PLAN_FILE,
+            **{key: options[key] for key in wanted if options.get(key) is not None},
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        return None if file is None else Plan.load(file)
+    except (TacoError, OSError, ValueError):
+        return None
 
 
 def give_token_ids(model: Any) -> None:

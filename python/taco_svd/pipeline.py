@@ -634,4 +634,5 @@ def compress(
             "share": parameter_count(compressed) / parameter_count(model),
         },
     )
+    compressed.taco_plan = plan  # type: ignore[assignment]
     return compressed, plan

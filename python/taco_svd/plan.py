@@ -123,7 +123,10 @@ class Plan:
         try:
             data = read_json(path)
         except FileNotFoundError as error:
-            raise TacoError(f"No plan at {path}; is this a directory that `taco-svd compress` wrote?") from error
+            raise TacoError(
+                f"No plan at {path}; is this a directory that `taco-svd compress` wrote? What another program saved of "
+                f"such a model may lack it: copy {PLAN_FILE} from there."
+            ) from error
         return cls.from_dict(data)
 
     def diff(self, other: Plan) -> dict[str, tuple[Any, Any]]:

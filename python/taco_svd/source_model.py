@@ -57,12 +57,14 @@ def load_source(
     return dense
 
 
-def check_source(compressed: PreTrainedModel, dense: PreTrainedModel, name: str) -> None:
+def check_source(compressed: PreTrainedModel, dense: PreTrainedModel, name: str, untouched: bool = True) -> None:
     """Refuses a model that cannot be the one that `compressed` came from.
 
+    Args:
+        untouched: whether the embeddings must be the same: no step of the method changes them, training on does.
+
     Raises:
-        TacoError: it is compressed itself, has another shape, or other embeddings (no step of the method touches
-            them).
+        TacoError: it is compressed itself, has another shape, or other embeddings.
     """
     if not isinstance(compressed, CompressedModel):
         raise TacoError("This is not a compressed model; there is no dense model to compare it with.")
@@ -75,7 +77,7 @@ def check_source(compressed: PreTrainedModel, dense: PreTrainedModel, name: str)
         )
     ours, theirs = embedding_weight(compressed), embedding_weight(dense)
     same = ours.shape == theirs.shape
-    if same:
+    if same and untouched:
         # the coarser of both precisions: one of them may have been loaded in another dtype
         coarse = min((ours.dtype, theirs.dtype), key=lambda dtype: torch.finfo(dtype).bits)
         rows = slice(0, 4096)  # the first rows tell two models apart; vocabularies can be gigabytes

@@ -86,6 +86,33 @@ def test_a_variant_is_saved_and_loaded(shard: str, compressed_tiny: Callable[...
         AutoModelForCausalLM.from_pretrained(tmp_path / "small", variant="bf16")
 
 
+def test_the_plan_goes_wherever_the_model_is_saved(
+    checkpoint: Path, compressed_tiny: Callable[..., Compressed], tmp_path: Path, invoke: Callable[..., Any]
+) -> None:
+    """Trainer, for example, saves checkpoints by `save_pretrained`; `info`, `heal` and `bench` read them as any other."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model.save_pretrained(tmp_path / "again")
+    assert Plan.load(tmp_path / "again") == Plan.load(checkpoint) == model.taco_plan
+    assert invoke("info", tmp_path / "again")[0] == 0
+    made, plan = compress(tiny_model("llama"), method="removal", layers=1, calibration=torch.randint(3, 90, (4, 8)))
+    made.save_pretrained(tmp_path / "made")
+    assert Plan.load(tmp_path / "made") == plan
+    # one that tells of another structure does not: a plan that was changed by hand, a model that was changed since
+    model.taco_plan = plan
+    model.save_pretrained(tmp_path / "other")
+    assert not (tmp_path / "other" / "taco_plan.json").exists()
+    code, _, stderr = invoke("info", tmp_path / "other")
+    assert code == 2 and "copy taco_plan.json" in stderr
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"method": "magic"}'])
+def test_a_model_is_loaded_without_a_plan_and_with_a_damaged_one(damaged: Path, content: str | None) -> None:
+    (damaged / "taco_plan.json").unlink()
+    if content is not None:
+        (damaged / "taco_plan.json").write_text(content)
+    assert AutoModelForCausalLM.from_pretrained(damaged).taco_plan is None
+
+
 def test_missing_weight_is_an_error(damaged: Path) -> None:
     index = json.loads((damaged / "model.safetensors.index.json").read_text())
     key = next(name for name in index["weight_map"] if name.endswith("mlp.up_proj.u"))

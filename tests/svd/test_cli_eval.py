@@ -8,9 +8,10 @@ import sys
 import types
 
 import pytest
+import torch
 
 from taco_svd import cli
-from taco_svd.checkpoint import DEFAULT_MODEL
+from taco_svd.checkpoint import DEFAULT_MODEL, load_model
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,27 @@ def test_a_dense_model_that_is_not_found_is_told_without_json_too(small, text, i
     code, stdout, _ = invoke("eval", moved, "--text", text, "--window", "32")
     assert code == 0 and "perplexity" in stdout and "elsewhere" in stdout and "--against" in stdout
     assert "KL" not in invoke("eval", moved, "--text", text, "--window", "32", "--against", "none")[1]
+
+
+def test_a_model_that_was_trained_on_has_its_perplexity(small, text, invoke, tmp_path):
+    """Other embeddings than the dense model's: not compared with it unless that is asked for."""
+    model, tokenizer = load_model(small)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[5] += 1
+    trained = tmp_path / "trained"
+    model.save_pretrained(trained)
+    tokenizer.save_pretrained(trained)
+    common = ("--text", text, "--window", "32", "--json")
+    found = json.loads(invoke("eval", trained, *common)[1])
+    assert found["perplexity"] > 0 and "divergence" not in found
+    assert "other token embeddings" in found["divergence_missing"] and "--against" in found["divergence_missing"]
+    asked = json.loads(invoke("eval", trained, *common, "--against", DEFAULT_MODEL)[1])
+    assert asked["divergence"]["kl"] > 0
+    model.resize_token_embeddings(model.config.vocab_size + 3)
+    model.save_pretrained(trained)
+    assert json.loads(invoke("eval", trained, *common)[1])["perplexity"] > 0
+    code, _, stderr = invoke("eval", trained, *common, "--against", DEFAULT_MODEL)
+    assert code == 2 and "other token embeddings" in stderr
 
 
 @pytest.mark.parametrize(

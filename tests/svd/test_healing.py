@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from taco_svd import Plan, TacoError, compress, healing_files, healing_run, save_compressed
+from taco_svd import Plan, TacoError, compress, healing, healing_files, healing_run, save_compressed
 from taco_svd.cli_heal import token_count
 from taco_svd.errors import DiskFullError
 from taco_svd.healing import (
     HealingOptions,
     Objective,
     balance,
+    find_learning_rate,
     heal,
     prepare,
     replacements,
@@ -169,6 +170,48 @@ def test_only_replacements_change_and_held_out_improves(compressed_tiny, name, m
     assert next(p for p in state.curve if p["step"] == state.best_step)["objective"] == best
 
 
+@pytest.mark.parametrize("objective", ["logits", "hidden"])
+@pytest.mark.parametrize("name, method", [("llama", "bridge"), ("gpt2", "taco")])
+def test_the_learning_rate_is_the_best_of_those_tried_along_the_signs(compressed_tiny, name, method, objective):
+    dense, cached, _ = compressed_tiny(name, method)
+    student = own_copy(cached).eval()
+    trained = prepare(student, trainable_names(student))
+    before = {key: parameter.detach().clone() for key, parameter in trained.items()}
+    loss = Objective(student, dense, objective)
+    scales = {key: 0.5 + 0.01 * place for place, key in enumerate(trained)}
+    windows = torch.randint(3, VOCABULARY, (24, 8), generator=torch.Generator().manual_seed(6))
+    found = find_learning_rate(trained, scales, loss, windows, 4)
+    assert all(torch.equal(parameter, before[key]) and parameter.grad is None for key, parameter in trained.items())
+
+    gradients = torch.autograd.grad(sum(loss(rows) for rows in windows[:16].split(4)), list(trained.values()))
+    losses = []
+    with torch.no_grad():
+        for doubling in range(healing.RATES):
+            for (key, parameter), gradient in zip(trained.items(), gradients, strict=True):
+                parameter.copy_(before[key] - healing.LEAST_RATE * 2**doubling * scales[key] * gradient.sign())
+            losses.append(float(loss(windows[16:20]) + loss(windows[20:])))
+    best = next(
+        place for place in range(healing.RATES) if place + 1 == len(losses) or losses[place + 1] >= losses[place]
+    )
+    assert found == healing.LEAST_RATE * 2**best
+
+
+def test_a_model_that_is_near_the_dense_one_is_healed_without_a_word_about_rates(compressed_tiny):
+    """Steps that suit a model that has lost much would throw this one out of its valley."""
+    dense, cached, _ = compressed_tiny("llama", "taco")
+    student = own_copy(cached)
+    with torch.no_grad():
+        trained = trainable_names(student)
+        generator = torch.Generator().manual_seed(7)
+        for key, parameter in student.named_parameters():
+            if key in trained:
+                parameter.mul_(1 + 1e-3 * torch.randn(parameter.shape, generator=generator))
+    options = HealingOptions(tokens=60 * 8 * 8, batch=8, seq_len=8, held_out=16, evaluations=3)
+    state = heal(student, dense, *windows_for(options, 400), options, torch.float32)
+    assert 0 < state.lr <= 0.128 and state.best_step > 0
+    assert min(point["kl"] for point in state.curve) < state.curve[0]["kl"]
+
+
 def test_norms_are_trained_when_asked(compressed_tiny):
     _, compressed, _ = compressed_tiny("llama", "bridge")
     more = set(trainable_names(compressed, norms=True)) - set(trainable_names(compressed))
@@ -259,20 +302,22 @@ def saved(compressed_tiny, tmp_path):
     return tmp_path
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(saved, monkeypatch):
+@pytest.mark.parametrize("lr", [0.05, 0.0])
+def test_a_killed_run_goes_on_to_the_same_bits(saved, monkeypatch, lr):
+    options = dataclasses.replace(SMALL, lr=lr)  # 0: found again when the run goes on
     monkeypatch.setattr("taco_svd.healing_files.SECONDS_BETWEEN_STATES", 0.0)
     monkeypatch.setattr("taco_svd.healing_files.STATE_SHARE", 0)
-    arguments = (saved / "small", saved / "straight", "self", SMALL, saved / "dense")
+    arguments = (saved / "small", saved / "straight", "self", options, saved / "dense")
     straight = heal_checkpoint(*arguments)
     assert not (saved / "straight.healing").exists()
     for step in (1, 4):
         with pytest.raises(Killed):
-            heal_checkpoint(saved / "small", saved / "killed", "self", SMALL, saved / "dense", progress=KillAt(step))
+            heal_checkpoint(saved / "small", saved / "killed", "self", options, saved / "dense", progress=KillAt(step))
         assert not (saved / "killed").exists() and (saved / "killed.healing").is_dir()
         assert not list((saved / "killed.healing").glob("*.pt")) and not list(saved.glob("**/*.pkl"))
     # what was kept last is the state after step 3: the run must not begin anew
     assert json.loads((saved / "killed.healing" / "state.json").read_text())["step"] >= 3
-    resumed = heal_checkpoint(saved / "small", saved / "killed", "self", SMALL, saved / "dense")
+    resumed = heal_checkpoint(saved / "small", saved / "killed", "self", options, saved / "dense")
     assert resumed == straight
     for file in ("model.safetensors", "healing.json", "taco_plan.json"):
         assert (saved / "killed" / file).read_bytes() == (saved / "straight" / file).read_bytes(), file
@@ -389,6 +434,7 @@ def test_command_line(saved, invoke):
     assert json.loads((saved / "healed" / "healing.json").read_text())["curve"][0]["step"] == 0
     pytest.importorskip("matplotlib", reason="the picture needs matplotlib, the extra taco-kernels[plot]")
     assert (saved / "healed" / "healing.png").read_bytes().startswith(b"\x89PNG")
+    assert made["lr"] > 0
     code, stdout, _ = invoke("eval", saved / "healed", "--text", "self", "--window", "8", "--against", saved / "dense")
     assert code == 0 and "KL(dense || this)" in stdout
 
@@ -399,7 +445,7 @@ def test_command_line(saved, invoke):
         (["--tokens", "many"], "--tokens"),
         (["--tokens", "0"], "--tokens"),
         (["--objective", "magic"], "--objective"),
-        (["--lr", "0"], "--lr"),
+        (["--lr", "-1"], "--lr"),
         (["--seq-len", "1"], "--seq-len"),
         (["--seq-len", "65"], "context"),
         (["--batch", "0"], "at least 1"),
