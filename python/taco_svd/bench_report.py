@@ -102,11 +102,12 @@ def plot_bench(result: dict[str, Any], path: Path) -> None:
             if other == "dense" and share is not None:
                 axis.plot([100 * (share - 1)], [place], marker="|", markersize=16, color="tab:gray", linestyle="none")
         axis.axvline(0, color="black", linewidth=0.8)
-        if other == "removal":
+        if other == "removal" and result["method"] == "bridge":  # other methods do more than bridge what is removed
             axis.axvline(100 * TARGET_OVERHEAD, color="tab:red", linewidth=0.8, linestyle="--", label="0.3%")
-            axis.legend()
+            axis.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), frameon=False)  # above: intervals are anywhere
         axis.set_yticks(range(len(labels)), labels)
-        axis.invert_yaxis()
+        axis.set_ylim(len(labels) - 0.5, -0.5)
+        axis.margins(x=0.1)
         axis.set_xlabel(title + (" (grey: share of bytes or operations)" if other == "dense" else ""))
     name = result.get("source") or result.get("shape")
     figure.suptitle(f"{name}, {result['method']}, {result['dtype']}, {result['device']}")

@@ -106,7 +106,8 @@ class WindowBatches:
         self.stride = min(self.stride, self._of_text)
         if len(tokens) < self._of_text:
             raise TacoError(
-                f"The text has {len(tokens)} tokens, less than one window of {self.window}; pass a longer text."
+                f"The text has {len(tokens)} tokens, less than one window of {self.window}; pass a longer text or a "
+                "smaller --window."
             )
         starts = list(range(0, len(tokens) - self._of_text + 1, self.stride))
         if max_windows is not None and max_windows < len(starts):
