@@ -89,7 +89,7 @@ def test_a_variant_is_saved_and_loaded(shard: str, compressed_tiny: Callable[...
 def test_the_plan_goes_wherever_the_model_is_saved(
     checkpoint: Path, compressed_tiny: Callable[..., Compressed], tmp_path: Path, invoke: Callable[..., Any]
 ) -> None:
-    """Trainer, for example, saves checkpoints by `save_pretrained`; `info`, `heal` and `bench` read them as any other."""
+    """Trainer, for example, saves checkpoints by `save_pretrained`: `info`, `heal` and `bench` read them, too."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     model.save_pretrained(tmp_path / "again")
     assert Plan.load(tmp_path / "again") == Plan.load(checkpoint) == model.taco_plan
