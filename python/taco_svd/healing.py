@@ -43,8 +43,8 @@ WARM_UP = 0.02
 # gradient is that of so many batches, its steps are judged on others.
 LEAST_RATE, RATES = 1.25e-4, 11
 GRADIENT_BATCHES, JUDGING_BATCHES = 4, 2
-# A bridge's few directions want larger relative steps than the factors of a layer (classics-16l, 100 k tokens: 0.1
-# against 0.03; 0.01 and 0.3 were worse for both).
+# A bridge's few directions want larger relative steps than the factors of a layer, and than one step along the gradient's
+# signs bears (classics-16l, 100 k tokens: 0.1; 0.03 and 0.3 were worse).
 BRIDGE_STEP = 3.0
 
 
@@ -183,11 +183,10 @@ def step_scale(parameter: torch.Tensor, module: nn.Module) -> float:
 
     Where that is zero (an identity bridge's u), that of its module's other parameters.
     """
-    factor = BRIDGE_STEP if isinstance(module, LowRankBridge) else 1.0
     for tensor in (parameter, *module.parameters()):
         scale = float(tensor.detach().double().pow(2).mean().sqrt())
         if scale > 0:
-            return factor * scale
+            return scale
     return 1.0
 
 
@@ -381,13 +380,17 @@ def heal(
     trained = prepare(student, names)
     objective = Objective(student, dense, options.objective)
     modules = dict(student.named_modules())
-    scales = {name: step_scale(p, modules[name.rpartition(".")[0]]) for name, p in trained.items()}
+    owners = {name: modules[name.rpartition(".")[0]] for name in trained}
+    scales = {name: step_scale(parameter, owners[name]) for name, parameter in trained.items()}
     optimizer = torch.optim.AdamW([{"params": [p]} for p in trained.values()], lr=0.0, weight_decay=0.0)
     if not options.lr:
         student.eval()
         dense.eval()
         found = find_learning_rate(trained, scales, objective, windows, options.batch)
         options = dataclasses.replace(options, lr=found)
+    scales = {
+        name: BRIDGE_STEP * scale if isinstance(owners[name], LowRankBridge) else scale for name, scale in scales.items()
+    }
     order = window_order(len(windows), options)
     evaluations = options.evaluation_steps()
     student.eval()
