@@ -1,6 +1,7 @@
 """Taco-SVD for Hugging Face language models (arXiv 2501.00339).
 
-Importing it registers compressed checkpoints with transformers: `AutoModelForCausalLM.from_pretrained(dir)` works.
+Importing it registers compressed checkpoints with transformers: `AutoModelForCausalLM.from_pretrained(dir)` works, and
+so do PEFT's calls on them.
 What makes compressed models is imported when it is first asked for: a server that only loads them starts sooner.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .adapter_hook import hook
 from .errors import TacoError, UnsupportedModelError
 from .modeling import CompressedModel, register
 from .structure import BridgeSpec, Structure
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 register()
+hook()
 
 _LATER = {
     "Plan": "plan",

@@ -2,112 +2,125 @@
 
 from __future__ import annotations
 
-import functools
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from .architectures import Architecture
 from .errors import TacoError
-from .replacement import LowRankLinear, NarrowLinear
-
-
-@functools.cache
-def _lora_class() -> type[nn.Module]:
-    """The adapter around a `LowRankLinear`; made on demand, since peft is an optional package."""
-    try:
-        from peft.tuners.lora.layer import LoraLayer
-    except ImportError:
-        raise TacoError("LoRA on a compressed model needs peft: pip install peft.") from None
-
-    class LowRankLora(nn.Module, LoraLayer):
-        """``base(x) + scaling B A dropout(x)``: a second pair of factors beside the compressed ones."""
-
-        # peft's own, by adapter; its package has no types to take them from
-        lora_A: Any
-        lora_B: Any
-        lora_dropout: Any
-        base_layer: Any
-        update_layer: Any
-        scaling: Any
-        active_adapters: Any
-        disable_adapters: Any
-
-        def __init__(
-            self,
-            base_layer: nn.Module,
-            adapter_name: str,
-            config: Any,
-            r: int = 8,
-            lora_alpha: int = 8,
-            **kwargs: Any,
-        ) -> None:
-            super().__init__()
-            LoraLayer.__init__(self, base_layer, **kwargs)
-            if config.use_dora:
-                raise TacoError("DoRA scales the rows of a dense weight; a factorised map takes plain LoRA.")
-            self._active_adapter = adapter_name
-            self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
-            # peft looks for a `weight` to learn the device from
-            for part in (self.lora_A, self.lora_B):
-                part[adapter_name].to(next(base_layer.parameters()).device)
-
-        def _get_in_out_features(self, module: nn.Module) -> tuple[Any, Any]:
-            return module.in_features, module.out_features
-
-        def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            y: torch.Tensor = self.base_layer(x, *args, **kwargs)
-            if self.disable_adapters:
-                return y
-            for name in self.active_adapters:
-                if name in self.lora_A:
-                    lora_a, lora_b = self.lora_A[name], self.lora_B[name]
-                    change = lora_b(lora_a(self.lora_dropout[name](x.to(lora_a.weight.dtype))))
-                    y = y + (change * self.scaling[name]).to(y.dtype)
-            return y
-
-        def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-            raise TacoError("An adapter of a factorised map cannot be merged: the factors have a rank of their own.")
-
-        def unmerge(self) -> None:
-            """Nothing is ever merged."""
-
-    return LowRankLora
+from .lora_layer import lora_class
+from .modeling import CompressedConfig, CompressedModel
+from .replacement import LowRankLinear
 
 
 def with_lora_support(config: Any, model: PreTrainedModel | None = None) -> Any:
     """A `peft.LoraConfig` that also takes factorised maps for targets; returns the same object.
 
-    Without it PEFT refuses a target that is factorised. To load a saved adapter:
-    ``PeftModel.from_pretrained(model, path, config=with_lora_support(LoraConfig.from_pretrained(path)))``.
+    Seldom needed: `adapter_hook` does the same whenever PEFT puts an adapter into a model with factorised maps.
 
     Args:
-        model: the compressed model, needed for ``target_modules="all-linear"`` only: PEFT passes over factorised maps
-            there, so the names of all maps of its layers take the word's place.
+        model: the compressed model, needed for ``target_modules="all-linear"`` only: the names of all its dense and
+            factorised maps take the word's place.
 
     Raises:
-        TacoError: peft is missing, or too old to take other modules; or "all-linear" without a model.
+        TacoError: peft is missing, or too old to take other modules; the config is not for LoRA; or "all-linear"
+            without a model.
     """
-    if not hasattr(config, "_register_custom_module"):
+    # AdaLoraConfig is a LoraConfig, too, and AdaLora takes no other modules
+    if not hasattr(config, "_register_custom_module") or config.peft_type != "LORA":
         raise TacoError(f"{type(config).__name__} cannot be told of other modules; a peft.LoraConfig is needed.")
-    if str(config.target_modules).lower() == "all-linear":
+    if _wants_all(config):
         if model is None:
             raise TacoError(
                 "For PEFT target_modules='all-linear' is dense maps only: with_lora_support(config, model) names both, "
                 "or name the maps yourself."
             )
-        config.target_modules = _all_maps(model)
-    config._register_custom_module({LowRankLinear: _lora_class()})
+        _name_all(config, model)
+    config._register_custom_module({LowRankLinear: lora_class()})
     return config
 
 
-def _all_maps(model: PreTrainedModel) -> set[str]:
-    """Names of the dense and factorised maps of a model's layers."""
-    architecture = Architecture(model, quantised=True)
-    return {
-        f"{architecture.stack_path}.{site.layer}.{site.path}"
-        for site in architecture.sites()
-        if not isinstance(architecture.module(site), NarrowLinear)
+def before_injection(tuner: Any, config: Any, model: nn.Module) -> None:
+    """What PEFT has to know before it puts the adapter of `config` into `model`; nothing for ordinary models.
+
+    A config that is not for LoRA is left as it is, and so is every config under a PEFT that is too old.
+    """
+    if getattr(config, "peft_type", None) != "LORA":
+        return
+    described = getattr(model, "config", None)
+    if config.target_modules is None and isinstance(described, CompressedConfig):
+        # PEFT has default targets by model type, and ours is none that it knows
+        defaults = tuner.target_module_mapping.get(described.base_class.model_type)
+        config.target_modules = set(defaults) if isinstance(defaults, (list, tuple)) else defaults
+    if any(isinstance(module, LowRankLinear) for module in model.modules()):
+        try:
+            lora_class()
+        except TacoError:  # PEFT then refuses factorised targets in its own words
+            return
+        with_lora_support(config, model)  # type: ignore[arg-type]
+
+
+def check_merges(model: nn.Module, adapter_names: list[str] | None) -> None:
+    """Checks all maps before the first one is merged, so that a refusal leaves the model as it was.
+
+    Raises:
+        TacoError: an adapter cannot be merged into a factorised map.
+    """
+    for module in _adapted(model):
+        names = module.active_adapters if adapter_names is None else adapter_names
+        module.check_merge([name for name in names if name in module.lora_A and name not in module.merged_adapters])
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether a factorised map of `model` has an adapter."""
+    return bool(_adapted(model))
+
+
+def follow_modules(model: nn.Module) -> None:
+    """Writes the ranks that merging has changed into the config of a compressed model, which is what it is saved by."""
+    if not isinstance(model, CompressedModel):
+        return
+    structure = model.structure
+    low_rank: dict[int, dict[str, int]] = {}
+    pivoted: dict[int, tuple[str, ...]] = {}
+    architecture = Architecture(model, quantised=True)  # type: ignore[arg-type]
+    for site in architecture.sites():
+        module = architecture.module(site)
+        if isinstance(module, LowRankLinear):
+            source = structure.kept[site.layer]
+            low_rank.setdefault(source, {})[site.path] = module.rank
+            if module.pivot is not None:
+                pivoted[source] = (*pivoted.get(source, ()), site.path)
+    values = replace(structure, low_rank=low_rank, pivoted=pivoted).to_dict()
+    for part in model.modules():
+        described = getattr(part, "config", None)
+        if isinstance(described, CompressedConfig):
+            described.taco_svd = values  # type: ignore[attr-defined]
+
+
+def _adapted(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(getattr(module, "base_layer", None), LowRankLinear)]
+
+
+def _wants_all(config: Any) -> bool:
+    return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+
+
+def _name_all(config: Any, model: nn.Module) -> None:
+    """Puts the names of all maps in the place of "all-linear": those that PEFT finds, and the factorised ones.
+
+    Raises:
+        TacoError: this PEFT does not tell which it finds.
+    """
+    try:
+        from peft.tuners.tuners_utils import _maybe_include_all_linear_layers as name_dense
+    except ImportError:
+        raise TacoError("This PEFT does not tell what 'all-linear' stands for; name the target modules.") from None
+    name_dense(config, model)
+    # a map that has an adapter lies inside of it
+    factorised = {
+        name.removesuffix(".base_layer") for name, module in model.named_modules() if isinstance(module, LowRankLinear)
     }
+    config.target_modules = {*config.target_modules, *factorised}

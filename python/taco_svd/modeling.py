@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -46,6 +48,9 @@ class CompressedConfig:
     """Mixin of the config classes of compressed models: the base model's config plus a `Structure`."""
 
     base_class: ClassVar[type[PreTrainedConfig]]
+    # TRL reads it wherever transformers has no class of the model's name. Of the class, so that it is never written;
+    # empty, as what transformers takes for "no code in the checkpoint"; and it cannot be filled.
+    auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     @property
     def structure(self) -> Structure:

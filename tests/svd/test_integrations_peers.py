@@ -1,8 +1,7 @@
-"""Compressed models with accelerate, PEFT, torchao and bitsandbytes, each where it is installed."""
+"""Compressed models with accelerate, torchao and bitsandbytes, each where it is installed."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from taco_svd import TacoError, save_compressed, with_lora_support
+from taco_svd import save_compressed
 from taco_svd.replacement import LowRankBridge, LowRankLinear
 
 from .conftest import run_two
@@ -78,76 +77,6 @@ def test_a_layer_with_its_bridge_is_never_split(saved: tuple[PreTrainedModel, Pa
             no_split_module_classes=list(model._no_split_modules),
         )
         assert not any(name.startswith("model.layers.") and name.count(".") > 2 for name in places), places
-
-
-def test_lora_on_factorised_maps(saved: tuple[PreTrainedModel, Path], ids: torch.Tensor, tmp_path: Path) -> None:
-    needs("peft")
-    import peft
-
-    model, directory = saved
-    targets = ["q_proj", "o_proj", "down_proj"]
-    config = with_lora_support(peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM"))
-    adapted = peft.get_peft_model(copy.deepcopy(model), config)
-    before = model(ids).logits
-    # B starts at zero; frozen factors take another backend, which rounds elsewhere: a few roundings of float32
-    torch.testing.assert_close(adapted(ids).logits, before, rtol=1e-4, atol=1e-5)
-    adapted.train()
-    adapted(ids, labels=ids).loss.backward()
-    touched = {name.split(".lora_")[0] for name, p in adapted.named_parameters() if p.grad is not None}
-    assert len(touched) == len(targets) * len(model.model.layers)
-    assert all("lora_" in name for name, p in adapted.named_parameters() if p.requires_grad)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
-    adapted.eval()
-    changed = adapted(ids).logits
-    assert (changed - before).abs().max() > 1e-3
-    # one factorised map against its definition
-    for module in adapted.modules():
-        if isinstance(getattr(module, "base_layer", None), LowRankLinear):
-            x = torch.randn(4, module.base_layer.in_features)
-            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-            reference = module.base_layer(x).double() + 2.0 * (x.double() @ a.double().T @ b.double().T)
-            torch.testing.assert_close(module(x).double(), reference, rtol=1e-4, atol=1e-5)
-    with adapted.disable_adapter():
-        torch.testing.assert_close(adapted(ids).logits, before, rtol=1e-4, atol=1e-5)
-    adapted.save_pretrained(tmp_path / "adapter")
-    base = AutoModelForCausalLM.from_pretrained(directory)
-    again = with_lora_support(peft.LoraConfig.from_pretrained(tmp_path / "adapter"))
-    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", config=again)
-    # loaded adapters are frozen: their maps may take another backend too
-    torch.testing.assert_close(loaded(ids).logits, changed, rtol=1e-4, atol=1e-5)
-    if any(isinstance(module, LowRankLinear) for module in model.modules()):
-        with pytest.raises(TacoError, match="cannot be merged"):
-            loaded.merge_and_unload()
-
-
-def test_all_linear_means_factorised_maps_too(saved: tuple[PreTrainedModel, Path], ids: torch.Tensor) -> None:
-    needs("peft")
-    import peft
-
-    model = copy.deepcopy(saved[0])
-
-    def config() -> peft.LoraConfig:
-        return peft.LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM")
-
-    with pytest.raises(TacoError, match="all-linear"):  # PEFT alone would adapt the dense maps and say nothing
-        with_lora_support(config())
-    adapted = peft.get_peft_model(model, with_lora_support(config(), model))
-    wanted = {
-        f"base_model.model.{name}"
-        for name, module in saved[0].named_modules()
-        if isinstance(module, (torch.nn.Linear, LowRankLinear)) and "layers" in name
-    }
-    assert {name for name, module in adapted.named_modules() if hasattr(module, "lora_A")} == wanted
-    assert len(wanted) == 7 * len(model.model.layers)
-    assert torch.isfinite(adapted(ids).logits).all()
-
-
-def test_lora_support_wants_a_lora_config() -> None:
-    with pytest.raises(TacoError, match="LoraConfig"):
-        with_lora_support(object())
 
 
 def quantised_is_close(quantised: torch.Tensor, plain: torch.Tensor) -> None:
