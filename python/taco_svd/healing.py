@@ -389,7 +389,8 @@ def heal(
         found = find_learning_rate(trained, scales, objective, windows, options.batch)
         options = dataclasses.replace(options, lr=found)
     scales = {
-        name: BRIDGE_STEP * scale if isinstance(owners[name], LowRankBridge) else scale for name, scale in scales.items()
+        name: BRIDGE_STEP * scale if isinstance(owners[name], LowRankBridge) else scale
+        for name, scale in scales.items()
     }
     order = window_order(len(windows), options)
     evaluations = options.evaluation_steps()
