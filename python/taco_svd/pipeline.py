@@ -23,6 +23,14 @@ from .allocation import (
     structure_parameters,
 )
 from .architectures import Architecture, LinearSite, slice_config
+from .arguments import (
+    check_fraction,
+    check_given_model,
+    check_given_tokenizer,
+    given_layers,
+    whole_number,
+    whole_or_none,
+)
 from .attributed import Attributed
 from .baselines import BASELINES, Workspace, choose_run, everywhere, make_budget, uniform_budget
 from .budget import ByteCosts, Costs, allocate
@@ -83,6 +91,7 @@ def check_model(model: PreTrainedModel) -> Architecture:
 
 def _check_structure(model: PreTrainedModel) -> Architecture:
     """What can be told without reading the weights."""
+    check_given_model(model)
     _refuse_compressed(model)
     if is_scattered(model):
         raise TacoError(
@@ -519,6 +528,18 @@ def compress(
         TacoError: anything wrong with the arguments, the model, the tokenizer or the text, before long work.
     """
     progress = progress or Silent()
+    check_given_model(model)
+    check_given_tokenizer(tokenizer)
+    layers, samples, seed = given_layers(layers), whole_number("samples", samples), whole_number("seed", seed)
+    seq_len, bridge_rank = whole_or_none("seq_len", seq_len), whole_or_none("bridge_rank", bridge_rank)
+    if not isinstance(keep, str):
+        check_fraction("keep", keep)
+    check_fraction("compression_ratio", compression_ratio)
+    check_fraction("max_overhead", max_overhead)
+    if plan is not None and not isinstance(plan, Plan):
+        raise TacoError(f"plan must be a Plan, got {type(plan).__name__}; Plan.load reads one from a file.")
+    if work_dir is not None and not isinstance(work_dir, (str, Path)):
+        raise TacoError(f"work_dir must be the name of a directory, got {work_dir!r:.80}.")
     share, keep_bytes = (None, None) if keep is None else parse_keep(keep)
     budget = CostBudget(keep_bytes, max_overhead, max_latency)
     team = team or Team()
