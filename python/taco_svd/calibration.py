@@ -1,13 +1,15 @@
-"""Calibration tokens: windows of text, drawn with a seed from a file, a named corpus, or the model itself."""
+"""Calibration tokens: windows drawn with a seed from a text (`texts`), written by the model itself, or ready-made."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,29 +17,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .bench_memory import cache_bytes
 from .errors import TacoError
 from .mapped import is_mapped
-from .untrusted import check_regular
+from .texts import NAMED_CORPORA as NAMED_CORPORA  # these four are at hand here, too
+from .texts import NAMED_TEST_CORPORA as NAMED_TEST_CORPORA
+from .texts import check_text_name, documents_text, named_text, numbered, recorded_name
+from .texts import corpus_text as corpus_text
+from .texts import read_text as read_text
 from .wide_products import in_wide_products
 
-# Corpora that `datasets` knows how to fetch; (path, name, split, text column).
-NAMED_CORPORA = {
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text"),
-    "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", "train", "sentence"),
-    "c4": ("allenai/c4", "en", "train", "text"),
-}
-NAMED_TEST_CORPORA = {
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "text"),
-    "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", "test", "sentence"),
-    "c4": ("allenai/c4", "en", "validation", "text"),
-}
-# ptb's repository holds a loading script, which `datasets` no longer runs; the hub keeps converted files beside it
-PTB_FILES = "hf://datasets/{path}@refs%2Fconvert%2Fparquet/{subset}/{split}/*.parquet"
-# c4 is 800 GB: read only as much as calibration can use
-C4_DOCUMENTS = 4096
 # How types begin whose models read noise where a text has no begin-of-text token (lm-evaluation-harness adds it, too)
 NEED_BEGIN_TOKEN = "gemma"
-# Beyond these something else was meant: tokens of one run, and bytes of one text file.
+# Beyond this something else was meant: tokens of one run.
 MAX_TOKENS = 1 << 31
-MAX_TEXT_BYTES = 16 << 30
 # One window in eight, and at least one, is kept from the fits to judge them: the last ones.
 HELD_OUT_SHARE = 8
 
@@ -48,7 +38,7 @@ class Calibration:
 
     Attributes:
         tokens: int64 [samples, seq_len], on the CPU.
-        source: ``"self"``, a corpus name, or the file's name.
+        source: ``"self"``, a corpus name, the file's name, ``"texts"`` (documents in memory) or ``"tokens"`` (ready).
         seed: seed of the draw.
         digest: SHA-256 of the tokens, so that a plan can tell whether it is applied to the same calibration.
     """
@@ -79,6 +69,10 @@ class Calibration:
             "seed": self.seed,
             "sha256": self.digest,
         }
+
+
+# What calibration is drawn from, see `load_calibration`.
+CalibrationSource = str | Path | torch.Tensor | Iterable[Any] | Calibration
 
 
 def context_length(model: PreTrainedModel) -> int:
@@ -141,59 +135,6 @@ def check_activations(model: PreTrainedModel, calibration: Calibration) -> None:
             f"The model itself gives NaN or infinite logits on the calibration text in {model.dtype}: its activations "
             "leave the range of the dtype. Load it in bfloat16 or float32 (--dtype)."
         )
-
-
-def read_text(path: str | Path) -> str:
-    """A UTF-8 text file.
-
-    Raises:
-        TacoError: no such file, no regular file, too large for memory, not UTF-8, or empty.
-    """
-    path = Path(path)
-    check_regular(path, "text file")
-    try:
-        size = path.stat().st_size
-        if size > MAX_TEXT_BYTES:
-            raise TacoError(
-                f"{path} has {size / 1e9:.0f} GB; pass a part of it (at most {MAX_TEXT_BYTES / 1e9:.0f} GB)."
-            )
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise TacoError(f"{path} is not UTF-8 text (byte {error.start}); convert it with iconv first.") from error
-    except OSError as error:
-        raise TacoError(f"{path} cannot be read: {error.strerror}.") from error
-    if not text.strip():
-        raise TacoError(f"{path} is empty.")
-    return text
-
-
-def corpus_text(name: str, *, test: bool) -> str:
-    """The text of a named corpus, fetched by `datasets` (the extra ``taco-kernels[eval]``).
-
-    Raises:
-        TacoError: when `datasets` is not installed or the corpus cannot be reached.
-    """
-    path, subset, split, column = (NAMED_TEST_CORPORA if test else NAMED_CORPORA)[name]
-    try:
-        import datasets
-    except ImportError as error:
-        raise TacoError(
-            f"{name} is fetched with the `datasets` package, which is not installed: "
-            "pip install 'taco-kernels[eval]', or pass a text file."
-        ) from error
-    try:
-        if name == "c4":
-            stream = datasets.load_dataset(path, subset, split=split, streaming=True)
-            rows = [row[column] for row in stream.take(C4_DOCUMENTS)]
-        elif name == "ptb":
-            files = PTB_FILES.format(path=path, subset=subset, split=split)
-            rows = list(datasets.load_dataset("parquet", data_files=files, split="train")[column])
-        else:
-            rows = list(datasets.load_dataset(path, subset, split=split)[column])
-    except Exception as error:  # datasets raises a wide family of network and format errors
-        raise TacoError(f"{name} could not be fetched ({type(error).__name__}: {error}); pass a text file.") from error
-    # papers join ptb's sentences by spaces, documents of the others by empty lines
-    return (" " if name == "ptb" else "\n\n").join(rows)
 
 
 def needed_begin_token(model: PreTrainedModel) -> int | None:
@@ -355,8 +296,77 @@ def text_windows(
     return begun_with(begin, random_windows(tokenize(text, tokenizer), samples, wanted, seed, source))
 
 
+ACCEPTED = (
+    "calibration takes 'self', wikitext2, ptb, c4, the name of a text file, a list of texts or of rows (a "
+    "datasets.Dataset is one) with text, messages, or prompt and completion, or whole numbers [samples, seq_len] (a "
+    "tensor, an array, or a dict with input_ids)"
+)
+
+
+def recognised(source: Any) -> Any:
+    """What calibration is to be drawn from, as one of: a `Calibration`, ready tokens, a name, rows.
+
+    Args:
+        source: these, or what stands for ready tokens: an array, or a dict with ``input_ids``, as tokenizers give it.
+
+    Returns:
+        `source`; an int64 tensor for ready tokens; rows have a length and can be read more than once.
+
+    Raises:
+        TacoError: anything else, no such file, or padded tokens.
+    """
+    if isinstance(source, (Calibration, torch.Tensor)):
+        return source
+    if isinstance(source, (str, Path)):
+        check_text_name(source)
+        return source
+    if isinstance(source, Mapping) and "input_ids" in source:
+        mask = source.get("attention_mask")
+        if mask is not None and not bool((torch.as_tensor(mask) != 0).all()):
+            raise TacoError("The calibration tokens are padded (attention_mask); pass windows that are full.")
+        source = source["input_ids"]
+        if isinstance(source, torch.Tensor):
+            return source
+        with suppress(ValueError):  # rows of unlike lengths
+            source = np.asarray(source)
+    if isinstance(source, np.ndarray) and source.dtype.kind in "iu":
+        return torch.from_numpy(source.astype(np.int64))
+    if isinstance(source, (bytes, Mapping, np.ndarray)) or not isinstance(source, Iterable):
+        raise TacoError(f"{ACCEPTED}; got {_named(source)}.")
+    if not isinstance(source, Sized):
+        raise TacoError(
+            f"{ACCEPTED}; {_named(source)} does not say how many rows it has: make a list of as many as are wanted."
+        )
+    first = next(iter(source), None)
+    # what is no sequence but gives texts is a table or a set: its columns, or texts in no order
+    if not isinstance(first, Mapping) and not (isinstance(first, str) and isinstance(source, Sequence)):
+        raise TacoError(f"{ACCEPTED}; got {_named(source)} {'of ' + _named(first) if len(source) else 'of no rows'}.")
+    return source
+
+
+def _named(value: Any) -> str:
+    keys = f" with {', '.join(map(repr, list(value)[:8]))[:200]}" if isinstance(value, Mapping) else ""
+    return type(value).__name__ + keys
+
+
+def check_tokens(tokens: torch.Tensor, model: PreTrainedModel) -> None:
+    """Refuses ready tokens that are not the model's, or more than it reads at once.
+
+    Raises:
+        TacoError: wrong type or shape, outside the vocabulary, or longer than the context.
+    """
+    Calibration(tokens, "tokens", 0)
+    rows, limit = embedding_weight(model).shape[0], context_length(model)
+    if int(tokens.min()) < 0 or int(tokens.max()) >= rows:
+        raise TacoError(f"Calibration tokens must lie in 0..{rows - 1}.")
+    if tokens.shape[1] > limit:
+        raise TacoError(
+            f"Calibration tokens: windows of {tokens.shape[1]} are longer than the model's context of {limit} tokens."
+        )
+
+
 def load_calibration(
-    source: str | Path | torch.Tensor,
+    source: CalibrationSource,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     samples: int = 64,
@@ -364,24 +374,26 @@ def load_calibration(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
-    """Calibration windows from ``"self"``, ``"wikitext2"``, ``"ptb"``, ``"c4"``, a text file, or ready tokens.
+    """Calibration windows from ``"self"``, ``"wikitext2"``, ``"ptb"``, ``"c4"``, a file, documents, or ready tokens.
 
     Each window begins as texts do when the model is used: see `begin_token`.
 
     Args:
-        source: what to draw from; an int64 tensor [samples, seq_len] is taken as it is.
+        source: what to draw from: a name as above; a text file or one of JSON lines (`texts.named_text`); a list of
+            texts, or rows of a data set (`texts.documents_text`). An int64 tensor [samples, seq_len] is taken as it is,
+            and so is what stands for one (`recognised`).
         samples, seq_len: number and length of windows; seq_len defaults to the model's context, at most 2048.
 
     Raises:
         TacoError: for each way in which that cannot be done.
     """
-    limit = context_length(model)
-    if isinstance(source, torch.Tensor):
-        rows = embedding_weight(model).shape[0]
-        given = Calibration(source.cpu(), "tokens", seed)
-        if int(source.min()) < 0 or int(source.max()) >= rows:
-            raise TacoError(f"Calibration tokens must lie in 0..{rows - 1}.")
+    given = recognised(source)
+    if isinstance(given, torch.Tensor):
+        given = Calibration(given.cpu(), "tokens", seed)
+    if isinstance(given, Calibration):
+        check_tokens(given.tokens, model)
         return given
+    limit = context_length(model)
     check_seed(seed)
     if samples < 1:
         raise TacoError(f"--samples must be at least 1, got {samples}.")
@@ -396,14 +408,15 @@ def load_calibration(
             f"--samples {samples} of {seq_len} tokens are {samples * seq_len:,} tokens; calibration takes at most "
             f"{MAX_TOKENS:,}."
         )
-    if str(source) == "self":
+    named = isinstance(given, (str, Path))
+    if named and str(given) == "self":
         return Calibration(sample_from_model(model, samples, seq_len, seed, progress=progress), "self", seed)
     if tokenizer is None:
         raise TacoError("Calibrating on text needs the model's tokenizer; pass it, or calibrate on 'self'.")
     check_vocabulary(tokenizer, model)
-    if str(source) in NAMED_CORPORA:
-        text, name = corpus_text(str(source), test=False), str(source)
+    if named:
+        text, name = named_text(given, tokenizer, test=False), recorded_name(given)
     else:
-        text, name = read_text(source), Path(source).name
+        text, name = documents_text(numbered(given), tokenizer, "calibration"), "texts"
     begin = begin_token(tokenizer, model)
     return Calibration(text_windows(text, tokenizer, samples, seq_len, seed, name, begin), name, seed)

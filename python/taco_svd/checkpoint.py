@@ -6,6 +6,7 @@ import copy
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,32 @@ MAPPED_SHARE = 0.4
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
+def _partial(out: Path) -> Path:
+    """The directory beside `out` that is written, and then renamed to it."""
+    return out.parent / f".{out.name}.{os.getpid()}.partial"
+
+
+def _nameable(out: str | Path) -> Path:
+    """Raises TacoError for what cannot be the name of a directory."""
+    if not isinstance(out, (str, os.PathLike)) or "\0" in str(out):
+        raise TacoError(f"The output must be the name of a directory, got {out!r:.80}.")
+    out = Path(out)
+    try:
+        for name in (out, _partial(out)):  # the second is longer
+            with suppress(FileNotFoundError, NotADirectoryError):  # what is not there may yet be made
+                os.lstat(name)
+    except OSError as error:
+        raise TacoError(f"{str(out)[:200]} cannot be written: {error.strerror}; choose another directory.") from error
+    return out
+
+
 def check_output(out: str | Path, force: bool = False, needed_bytes: int = 0) -> Path:
     """Refuses an output directory before any work is done for it.
 
     Raises:
         TacoError: it exists (and not `force`), its parent cannot be written, or the disk is too small.
     """
-    out = Path(out)
+    out = _nameable(out)
     if out.exists() and not force:
         raise TacoError(f"{out} exists; choose another directory, or pass --force to replace it.")
     if out.exists() and not out.is_dir():
@@ -67,7 +87,7 @@ def write_whole(out: str | Path, write: Callable[[Path], None], force: bool = Fa
         TacoError: `out` exists and not `force`, or the disk is full.
     """
     out = check_output(out, force).absolute()
-    partial = out.parent / f".{out.name}.{os.getpid()}.partial"
+    partial = _partial(out)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()

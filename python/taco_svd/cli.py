@@ -96,7 +96,11 @@ def compress(
         typer.Option(help="The paper's c: an m x n matrix of a redundant layer keeps floor(mn(1-c)/(m+n)) directions."),
     ] = None,
     calibration: Annotated[
-        str, typer.Option(help="FILE.txt, self (text the model writes itself), wikitext2, ptb or c4.")
+        str,
+        typer.Option(
+            help="FILE.txt, FILE.jsonl (text, messages, or prompt and completion in each line), self (text the model "
+            "writes itself), wikitext2, ptb or c4."
+        ),
     ] = "self",
     samples: Annotated[int, typer.Option(help="Number of calibration windows.")] = 64,
     seq_len: Annotated[int | None, typer.Option(help="Tokens per window; default: the context, at most 2048.")] = None,
@@ -168,10 +172,13 @@ def compress(
     from .plan import Plan
     from .report import info_table
     from .team import Team, local_device
+    from .texts import check_text_name
     from .work_directory import check_apart, check_work_directory, finished_steps_kept
 
     check_output(out, force)
     team = Team.from_environment(device)
+    if team.rank == 0 and not resume:  # others, and a run that has its windows, read no text
+        check_text_name(calibration)
     as_json = as_json or team.rank > 0
     work_dir = work_dir or out.with_name(f"{out.name}.work")
     check_apart(work_dir, out, "--work-dir")

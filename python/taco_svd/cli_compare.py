@@ -72,7 +72,8 @@ def compare(
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 64,
     seq_len: Annotated[int | None, typer.Option(help="Tokens per calibration window.")] = None,
     text: Annotated[
-        str, typer.Option(help="Text to evaluate on; self: what the dense model writes. Several with commas.")
+        str,
+        typer.Option(help="Text to evaluate on, as for eval; self: what the dense model writes. Several with commas."),
     ] = "self",
     window: Annotated[int | None, typer.Option(help="Tokens per evaluation window.")] = None,
     max_windows: Annotated[int | None, typer.Option(help="At most this many evaluation windows.")] = None,
@@ -104,10 +105,13 @@ def compare(
     from .evaluation_run import evaluation_tokens
     from .latency import check_lengths
     from .report import compare_plot, compare_table
+    from .texts import check_text_name
 
     names = method_names(methods)
     settings = _settings(keep, layers, compression_ratio)
     check_result_files(save, plot)
+    for name in (calibration, *_texts(text)):
+        check_text_name(name)
     bars = Bars(as_json)
     dense, tokenizer = load(model, dtype, device)
     resolve_windows(dense, window, None, max_windows)

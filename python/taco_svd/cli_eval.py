@@ -37,7 +37,8 @@ def evaluate(
     text: Annotated[
         str | None,
         typer.Option(
-            help="FILE.txt, wikitext2, ptb, c4, or self (text this model writes). Default: wikitext2; with tasks, none."
+            help="FILE.txt or FILE.jsonl, wikitext2, ptb, c4, or self (text this model writes). Default: wikitext2; "
+            "with tasks, none."
         ),
     ] = None,
     against: Annotated[

@@ -41,7 +41,9 @@ def token_count(text: str) -> int:
 def heal(
     directory: Annotated[Path, typer.Argument(help="Compressed model.")],
     out: Annotated[Path, typer.Option(help="Directory to write; must not exist.")],
-    text: Annotated[str, typer.Option(help="FILE.txt, wikitext2, ptb, c4, or self (text the dense model writes).")],
+    text: Annotated[
+        str, typer.Option(help="FILE.txt or FILE.jsonl, wikitext2, ptb, c4, or self (text the dense model writes).")
+    ],
     tokens: Annotated[str, typer.Option(help="Training tokens, e.g. 1M.")] = "1M",
     objective: Annotated[
         str, typer.Option(help="logits: KL to the dense model's predictions. hidden: squared error of hidden states.")

@@ -25,7 +25,8 @@ def report(
     directory: Annotated[Path, typer.Argument(help="Compressed model.")],
     out: Annotated[Path, typer.Option(help="HTML file to write; replaced if it exists.")] = Path("report.html"),
     text: Annotated[
-        str | None, typer.Option(help="FILE.txt, wikitext2, ptb or c4; default: text that the dense model writes.")
+        str | None,
+        typer.Option(help="FILE.txt or FILE.jsonl, wikitext2, ptb or c4; default: text that the dense model writes."),
     ] = None,
     dense: Annotated[str | None, typer.Option(help="The dense model; default: the plan's source, if found.")] = None,
     compare: Annotated[Path | None, typer.Option(help="What `taco-svd compare --save` wrote, as a file.")] = None,

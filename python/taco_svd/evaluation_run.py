@@ -13,15 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import taco_kernels
 
-from .calibration import (
-    NAMED_TEST_CORPORA,
-    check_vocabulary,
-    context_length,
-    corpus_text,
-    read_text,
-    sample_from_model,
-    tokenize,
-)
+from .calibration import check_vocabulary, context_length, sample_from_model, tokenize
 from .checkpoint import load_model, parameter_count, weight_bytes
 from .divergence import divergence
 from .errors import TacoError
@@ -32,6 +24,7 @@ from .plan import Plan
 from .progress import Progress, Silent
 from .report import NOT_ASKED
 from .source_model import check_source, source_path
+from .texts import check_text_name, named_text, recorded_name
 
 DEFAULT_TEXT = "wikitext2"
 # `self` for evaluation draws from another seed than calibration does: text that calibration never saw.
@@ -48,7 +41,7 @@ def evaluation_tokens(
     progress: Progress | None = None,
     window: int | None = None,
 ) -> tuple[torch.Tensor, str]:
-    """(int64 tokens, name) of a text to evaluate on: a file, a corpus in `NAMED_TEST_CORPORA`, or "self".
+    """(int64 tokens, name) of a text to evaluate on: "self", or as for `texts.named_text`.
 
     What the model writes itself is as long as the windows that it will be read in, where that is said, at most
     `LONGEST_WRITTEN`: what a model trained on short windows writes beyond them is no text.
@@ -61,11 +54,11 @@ def evaluation_tokens(
             length = min(window or context_length(model), LONGEST_WRITTEN)
             windows = sample_from_model(model, WRITTEN, length, seed + SELF_SEED, progress=report)
         return windows.flatten(), "self"
-    raw = corpus_text(text, test=True) if text in NAMED_TEST_CORPORA else read_text(text)
+    check_text_name(text)
     if tokenizer is None:
         raise TacoError("The model has no tokenizer; a text cannot be evaluated.")
     check_vocabulary(tokenizer, model)
-    return tokenize(raw, tokenizer), text if text in NAMED_TEST_CORPORA else Path(text).name
+    return tokenize(named_text(text, tokenizer, test=True), tokenizer), recorded_name(text)
 
 
 def evaluate_model(
@@ -126,6 +119,7 @@ def evaluate_model(
         "versions": versions(),
     }
     if text is not None:
+        check_text_name(text)
         window, stride = resolve_windows(model, window, stride, max_windows)
         dense, origin = _dense(model, name, against)
         tokens, text_name = evaluation_tokens(text, model, tokenizer, seed, progress, window)

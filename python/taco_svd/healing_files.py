@@ -22,13 +22,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .calibration import (
     CHARACTERS_PER_TOKEN,
     LONG_TEXT_FACTOR,
-    NAMED_CORPORA,
     begin_token,
     begun_with,
     check_vocabulary,
-    corpus_text,
     random_windows,
-    read_text,
     sample_from_model,
     text_windows,
     tokenize,
@@ -37,6 +34,7 @@ from .errors import TacoError
 from .healing import HealingOptions, HealingState, trainable_names
 from .progress import Report
 from .store import disk_full_told
+from .texts import named_text, recorded_name
 
 # A kill costs about this much work at most, or 50 times what writing a state takes (2% of the run) where that is more.
 SECONDS_BETWEEN_STATES = 10.0
@@ -58,7 +56,7 @@ def healing_windows(
     healing than it is.
 
     Args:
-        text: a file, "wikitext2", "c4", or "self" for text that the dense model writes.
+        text: "self" for text that the dense model writes, or as for `texts.named_text`.
 
     Raises:
         TacoError: no tokenizer, an unreadable text, or one of fewer than two windows.
@@ -68,10 +66,10 @@ def healing_windows(
     if text == "self":
         windows = sample_from_model(dense, wanted, length, seed, progress=progress)
     else:
-        raw = corpus_text(text, test=False) if text in NAMED_CORPORA else read_text(text)
         if tokenizer is None:
             raise TacoError("Healing on text needs the model's tokenizer, and the checkpoint has none.")
         check_vocabulary(tokenizer, dense)
+        raw = named_text(text, tokenizer, test=False)
         begin = begin_token(tokenizer, dense)
         if len(raw) // (length * CHARACTERS_PER_TOKEN) >= LONG_TEXT_FACTOR * wanted:
             windows = text_windows(raw, tokenizer, wanted, length, seed, text, begin)
@@ -107,11 +105,9 @@ class HealingFiles:
 
     def __init__(self, path: Path, options: HealingOptions, student: PreTrainedModel, text: str) -> None:
         self.path = path
-        # names of files only, as everywhere: records must not carry their author's directories
-        name = text if text in NAMED_CORPORA or text == "self" else Path(text).name
         self.identity: dict[str, Any] = {
             "options": options.to_dict(),
-            "text": name,
+            "text": recorded_name(text),
             # of the arithmetic: a 16-bit checkpoint starts from the same parameters in any
             "dtype": str(student.dtype).removeprefix("torch."),
             "start": start_digest(student, trainable_names(student, options.norms)),

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .calibration import NAMED_CORPORA, context_length
+from .calibration import context_length
 from .checkpoint import check_output, load_model, write_whole
 from .errors import TacoError
 from .evaluation_run import versions
@@ -16,6 +16,7 @@ from .healing_files import HealingFiles, healing_windows
 from .plan import PLAN_FILE, Plan
 from .progress import Progress, Silent
 from .source_model import load_source
+from .texts import check_text_name
 from .work_directory import check_apart, check_can_be_made
 
 CURVE_FILE = "healing.json"
@@ -60,8 +61,7 @@ def heal_checkpoint(
     check_output(out, force)
     check_apart(work, out, "--work")
     check_can_be_made(work, "--work")
-    if text != "self" and text not in NAMED_CORPORA and not Path(text).is_file():
-        raise TacoError(f"No such text file: {text}")
+    check_text_name(text)
     plan = Plan.load(directory)
     student, tokenizer = load_model(directory, dtype, device)
     limit = context_length(student)

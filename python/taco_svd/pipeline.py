@@ -23,10 +23,26 @@ from .allocation import (
     structure_parameters,
 )
 from .architectures import Architecture, LinearSite, slice_config
+from .arguments import (
+    check_fraction,
+    check_given_model,
+    check_given_tokenizer,
+    given_layers,
+    whole_number,
+    whole_or_none,
+)
 from .attributed import Attributed
 from .baselines import BASELINES, Workspace, choose_run, everywhere, make_budget, uniform_budget
 from .budget import ByteCosts, Costs, allocate
-from .calibration import HELD_OUT_SHARE, Calibration, check_activations, load_calibration
+from .calibration import (
+    HELD_OUT_SHARE,
+    Calibration,
+    CalibrationSource,
+    check_activations,
+    check_tokens,
+    load_calibration,
+    recognised,
+)
 from .checkpoint import parameter_count, weight_bytes
 from .cost_budget import CostBudget, LatencyCosts, bridges_within, parse_keep
 from .decomposition import numerical_errors_named
@@ -47,6 +63,7 @@ from .shapes import skeleton
 from .suffix import SuffixRunner
 from .taco import BRIDGE_GRADIENT_DAMPING, GRADIENT_DAMPING, INPUT_DAMPING, Analysis, build_upwards
 from .team import Team
+from .texts import rows_digest
 from .wide_products import in_wide_products
 from .work_directory import check_work_directory, open_run, weights_digest
 
@@ -74,6 +91,7 @@ def check_model(model: PreTrainedModel) -> Architecture:
 
 def _check_structure(model: PreTrainedModel) -> Architecture:
     """What can be told without reading the weights."""
+    check_given_model(model)
     _refuse_compressed(model)
     if is_scattered(model):
         raise TacoError(
@@ -317,11 +335,13 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _calibration_name(calibration: str | Path | torch.Tensor | Calibration) -> str:
-    """What tells one calibration from another before it is loaded."""
+def _calibration_name(calibration: CalibrationSource) -> str:
+    """What tells one calibration, as `recognised` gives it, from another before it is loaded."""
     if isinstance(calibration, torch.Tensor):
         calibration = Calibration(calibration, "tokens", 0)
-    return calibration.digest if isinstance(calibration, Calibration) else str(calibration)
+    if isinstance(calibration, Calibration):
+        return calibration.digest
+    return str(calibration) if isinstance(calibration, (str, Path)) else rows_digest(calibration)
 
 
 def _count_and_ratio(
@@ -442,7 +462,7 @@ def compress(
     keep: float | str | None = None,
     layers: int | list[int] | None = None,
     compression_ratio: float | None = None,
-    calibration: str | Path | torch.Tensor | Calibration = "self",
+    calibration: CalibrationSource = "self",
     samples: int = 64,
     seq_len: int | None = None,
     seed: int = 0,
@@ -475,8 +495,9 @@ def compress(
         keep: share of all parameters that may remain, or bytes as text ("4.2GB"); or
         layers: number of redundant layers, or which ones; with
         compression_ratio: the paper's c for their matrices (default 0.7).
-        calibration: "self" (text the model writes), a text file, "wikitext2", "c4", int64 tokens [samples, seq_len],
-            or a `Calibration`.
+        calibration: "self" (text the model writes), "wikitext2", "ptb", "c4", a text file or one of JSON lines, a
+            list of texts, rows of a data set (dicts with ``text``, ``messages``, or ``prompt`` and ``completion``),
+            int64 tokens [samples, seq_len], or a `Calibration`.
         samples, seq_len, seed: number and length of calibration windows, and the seed of their draw.
         importance: how redundant layers are found: "bi", "angular" or "greedy".
         bridge_rank: rank of the bridges; default: all of them cost 0.3% of the layers that stay.
@@ -507,9 +528,23 @@ def compress(
         TacoError: anything wrong with the arguments, the model, the tokenizer or the text, before long work.
     """
     progress = progress or Silent()
+    check_given_model(model)
+    check_given_tokenizer(tokenizer)
+    layers, samples, seed = given_layers(layers), whole_number("samples", samples), whole_number("seed", seed)
+    seq_len, bridge_rank = whole_or_none("seq_len", seq_len), whole_or_none("bridge_rank", bridge_rank)
+    if not isinstance(keep, str):
+        check_fraction("keep", keep)
+    check_fraction("compression_ratio", compression_ratio)
+    check_fraction("max_overhead", max_overhead)
+    if plan is not None and not isinstance(plan, Plan):
+        raise TacoError(f"plan must be a Plan, got {type(plan).__name__}; Plan.load reads one from a file.")
+    if work_dir is not None and not isinstance(work_dir, (str, Path)):
+        raise TacoError(f"work_dir must be the name of a directory, got {work_dir!r:.80}.")
     share, keep_bytes = (None, None) if keep is None else parse_keep(keep)
     budget = CostBudget(keep_bytes, max_overhead, max_latency)
     team = team or Team()
+    if not isinstance(calibration, (str, Path)) or (team.rank == 0 and not resume):  # see where it is loaded
+        calibration = recognised(calibration)
     if team.size > 1 and (method if plan is None else plan.method) not in TEAM_METHODS:
         raise TacoError(f"Several processes work on --method {', '.join(TEAM_METHODS)} only; start one for {method}.")
     if work_dir is not None:
@@ -523,6 +558,8 @@ def compress(
         _refuse_compressed(model)
         if workspace is not None:
             raise TacoError("The model's weights are not all here; a workspace serves only a model that is whole.")
+    if isinstance(calibration, (torch.Tensor, Calibration)):
+        check_tokens(calibration if isinstance(calibration, torch.Tensor) else calibration.tokens, model)
     # all that follows until the weights are read goes by shapes
     architecture = Architecture(skeleton(model.config, model.dtype)) if scattered else _check_structure(model)
     if plan is not None:

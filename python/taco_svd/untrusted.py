@@ -36,17 +36,19 @@ PACKING = 16
 # Names and shapes of the tensors in a checkpoint's files.
 Shapes = dict[str, tuple[int, ...]]
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 # -- JSON --------------------------------------------------------------------------------------------------------
 
 
-def parse_json(text: str, name: str, constants: bool = False) -> Any:
+def parse_json(text: str, name: str, constants: bool = False, controls: bool = False) -> Any:
     """A JSON value without duplicate keys, control characters, unpaired surrogates or deep nesting.
 
     Args:
         name: what to call the text in messages.
         constants: whether NaN and infinities, which are not JSON but which other libraries write, may stand in it.
+        controls: whether control characters may stand in its texts, which then must not be shown to anybody.
 
     Raises:
         TacoError: saying what is wrong.
@@ -72,7 +74,7 @@ def parse_json(text: str, name: str, constants: bool = False) -> Any:
     try:
         options: dict[str, Any] = {} if constants else {"parse_constant": refuse}
         value = json.loads(text, object_pairs_hook=once, parse_float=number, **options)
-        _check_strings(value)
+        _check_strings(value, _SURROGATE if controls else _CONTROL)
     except RecursionError as error:
         raise TacoError(f"{name} is nested too deeply to be read.") from error
     except ValueError as error:
@@ -80,20 +82,20 @@ def parse_json(text: str, name: str, constants: bool = False) -> Any:
     return value
 
 
-def _check_strings(value: Any, depth: int = 0) -> None:
+def _check_strings(value: Any, refused: re.Pattern[str], depth: int = 0) -> None:
     """What ends up on a terminal or in a page must not steer it."""
     if depth > MAX_JSON_DEPTH:
         raise ValueError(f"nested deeper than {MAX_JSON_DEPTH} levels")
     if isinstance(value, str):
-        if _CONTROL.search(value):
+        if refused.search(value):
             raise ValueError(f"a text holds control characters: {value[:40]!a}")
     elif isinstance(value, dict):
         for key, item in value.items():
-            _check_strings(key, depth)
-            _check_strings(item, depth + 1)
+            _check_strings(key, refused, depth)
+            _check_strings(item, refused, depth + 1)
     elif isinstance(value, list):
         for item in value:
-            _check_strings(item, depth + 1)
+            _check_strings(item, refused, depth + 1)
 
 
 def read_json(path: Path, constants: bool = False) -> Any:

@@ -6,6 +6,7 @@ out of it is a finding.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import struct
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 import taco_kernels
 from taco_kernels import native
@@ -25,8 +28,10 @@ from taco_kernels.low_rank_linear_group import low_rank_linear_group_reference
 from taco_kernels.low_rank_mlp import low_rank_mlp_reference
 from taco_kernels.pivoted_low_rank_linear import pivoted_low_rank_linear_reference
 from taco_svd import Plan, Structure, TacoError
+from taco_svd.calibration import tokenize
 from taco_svd.checksums import read_checksums
 from taco_svd.modeling import TacoSVDConfig
+from taco_svd.texts import named_text
 from taco_svd.untrusted import check_headers, parse_json, refuse_foreign_code
 
 # What an op may raise for arguments that do not fit. RuntimeError: torch itself, for layouts and devices.
@@ -299,6 +304,30 @@ def _same(found: Any, wanted: Any, dtype: torch.dtype) -> None:
     assert bool(((found.double() - wanted.double()).abs() <= slack * (1 + scale)).all()), "result is off"
 
 
+@functools.cache
+def _tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({"a": 0, "<s>": 1}, unk_token="a"))
+    made = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>")
+    made.chat_template = "{{ bos_token }}{% for turn in messages %}{{ turn.role + turn.content + '</s>' }}{% endfor %}"
+    return made
+
+
+def documents_text(data: bytes) -> bool:
+    """Lines of documents: refused in one printable sentence, or a text that the tokenizer takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "data.jsonl")
+        path.write_bytes(data)
+        try:
+            text = named_text(path, _tokenizer(), test=False)
+        except TacoError as error:
+            text, said = "", str(error)
+    if not text:
+        assert said.isprintable()
+        return False
+    assert text.strip() and tokenize(text, _tokenizer()).dtype == torch.int64
+    return True
+
+
 def op_call(data: bytes) -> bool:
     """One op with drawn arguments: the documented errors, or the reference's numbers."""
     source = Source(data)
@@ -326,5 +355,6 @@ TARGETS: dict[str, Callable[[bytes], bool]] = {
     "shard": shard_bytes,
     "header": shard_header,
     "checksums": checksums_text,
+    "documents": documents_text,
     "ops": op_call,
 }

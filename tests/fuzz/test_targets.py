@@ -64,6 +64,9 @@ HEADER: dict[str, Any] = {
     "a.weight": {"dtype": "F32", "shape": [2, 4], "data_offsets": [0, 32]},
     "b.weight": {"dtype": "BF16", "shape": [16], "data_offsets": [32, 64]},
 }
+DOCUMENT: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a\u0301"}],
+}
 VALID: dict[str, Any] = {
     "json": PLAN,
     "structure": STRUCTURE,
@@ -71,6 +74,7 @@ VALID: dict[str, Any] = {
     "config": CONFIG,
     "header": HEADER,
     "checksums": {"sha256": {"model.safetensors": "0" * 64}},
+    "documents": DOCUMENT,
 }
 # One after the other stands in each place of what is valid.
 WRONG: tuple[Any, ...] = (
@@ -111,7 +115,7 @@ def test_what_is_valid_is_accepted(name: str) -> None:
     assert TARGETS[name](encoded(VALID[name]))
 
 
-@pytest.mark.parametrize("name", ["structure", "plan", "config", "header", "checksums"])
+@pytest.mark.parametrize("name", ["structure", "plan", "config", "header", "checksums", "documents"])
 def test_every_field_replaced_by_every_wrong_value(name: str) -> None:
     cases = [changed(VALID[name], place, wrong) for place in places(VALID[name]) for wrong in WRONG] + [
         changed(VALID[name], place, None, delete=True) for place in places(VALID[name]) if place
@@ -123,7 +127,7 @@ def test_every_field_replaced_by_every_wrong_value(name: str) -> None:
     assert 0 < accepted < len(cases) / 2
 
 
-@pytest.mark.parametrize("name", ["json", "structure", "plan", "config", "header", "shard", "checksums"])
+@pytest.mark.parametrize("name", ["json", "structure", "plan", "config", "header", "shard", "checksums", "documents"])
 def test_flipped_cut_and_inserted_bytes(name: str) -> None:
     generator = random.Random(5)
     valid = encoded(VALID.get(name, HEADER))
@@ -163,7 +167,7 @@ def test_any_json_as_a_structure(value: Any) -> None:
 @settings(EASY, max_examples=2000 if LONG else 100)
 @given(st.binary(max_size=200))
 def test_any_bytes_as_a_record(data: bytes) -> None:
-    for name in ("json", "structure", "shard", "header"):
+    for name in ("json", "structure", "shard", "header", "documents"):
         TARGETS[name](data)
 
 

@@ -184,9 +184,10 @@ def test_streamed_and_loaded_give_the_same_files(dense: Path, tmp_path: Path, in
 
 
 def test_a_wrong_argument_leaves_no_directory(dense: Path, tmp_path: Path, invoke) -> None:
-    code, _, stderr = invoke(*command(dense, tmp_path / "out", "--calibration", "nowhere.txt"))
+    (tmp_path / "text.txt").write_text("no tokenizer")
+    code, _, stderr = invoke(*command(dense, tmp_path / "out", "--calibration", tmp_path / "text.txt"))
     assert code == 2 and "tokenizer" in stderr
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
     (tmp_path / "out.work").mkdir()
     (tmp_path / "out.work" / "mine.txt").write_text("keep this")
     code, _, stderr = invoke(*command(dense, tmp_path / "out"))
