@@ -43,8 +43,8 @@ WARM_UP = 0.02
 # gradient is that of so many batches, its steps are judged on others.
 LEAST_RATE, RATES = 1.25e-4, 11
 GRADIENT_BATCHES, JUDGING_BATCHES = 4, 2
-# A bridge's few directions want larger relative steps than the factors of a layer, and than one step along the gradient's
-# signs bears (classics-16l, 100 k tokens: 0.1; 0.03 and 0.3 were worse).
+# A bridge's few directions want larger relative steps than the factors of a layer, and than one step along the signs of
+# the gradient bears (classics-16l, 100 k tokens: 0.1; 0.03 and 0.3 were worse).
 BRIDGE_STEP = 3.0
 
 
