@@ -363,7 +363,12 @@ def compressed_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]
 
 def _register_models(base: type[PreTrainedConfig], made: type[PreTrainedConfig]) -> None:
     """Tells the Auto classes which compressed model class belongs to a compressed config class."""
-    for auto in (AutoModelForCausalLM, AutoModel, transformers.AutoModelForSequenceClassification):
+    for auto in (
+        AutoModelForCausalLM,
+        AutoModel,
+        transformers.AutoModelForSequenceClassification,
+        transformers.AutoModelForTokenClassification,
+    ):
         if base in auto._model_mapping:
             model_class: Any = auto._model_mapping[base]
             if isinstance(model_class, tuple):
