@@ -19,7 +19,7 @@ import functools
 import importlib.util
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -60,10 +60,16 @@ CPU_MAX_ROWS = {
     torch.bfloat16: 16 if library_multiplies(torch.bfloat16) or isa == "baseline" else ANY,
 }
 # Ranks from which the kernels for many rows win over two fast library products, and up to how many rows: bfloat16 on
-# cores with AVX-512-BF16, whose weights they read where they lie. Below, packing and unpacking rows costs too much of
-# the call. Where each thread has rows enough to take blocks of them on its own, there is no upper limit. Matrix units
-# (AMX) are several times faster than any of this, and the library's.
-MANY_ROWS: dict[str, RowLimits] = {"avx512bf16": ((768, 256, 48), (192, 64, 48), (128, 32, ANY))}
+# cores with AVX-512-BF16, whose weights they read where they lie. The smaller the rank, the more of a call is packing
+# and unpacking rows; the smaller the map, the more the library's second call (two Zen 4 cores: x1.0 to x3.5 within
+# these limits but for a few points of x0.92 to x0.98, x0.86 to x2.6 at 128 rows below rank 128). Where each thread has
+# rows enough to take blocks of them on its own, there is no upper limit. Matrix units (AMX) are several times faster
+# than any of this, and the library's.
+MANY_ROWS: dict[str, RowLimits] = {"avx512bf16": ((768, 256, 48), (192, 128, 48), (128, 128, ANY), (0, 64, ANY))}
+
+# The same where a pivot gathers a map's inputs, which costs the library two more calls and two copies of x: x1.02 to
+# x3.6 at 128 rows (two Zen 4 cores; the smaller the map the more), x0.97 to x1.4 at 256 from rank 128 on.
+PIVOTED_ROWS: dict[str, RowLimits] = {"avx512bf16": ((192, 256, 48), (128, 256, ANY), (0, 128, ANY))}
 
 
 def _dtypes_of_many_rows() -> frozenset[torch.dtype]:
@@ -85,6 +91,11 @@ def cpu_rows(dtype: torch.dtype) -> RowLimits:
     """From which rank on how many rows the native kernels serve on a CPU."""
     few = ((0, CPU_MAX_ROWS[dtype], ANY),)
     return MANY_ROWS.get(isa, ()) + few if multiplies_many_rows(dtype) else few
+
+
+def pivoted_rows(dtype: torch.dtype) -> RowLimits:
+    """The same for maps whose inputs a pivot gathers."""
+    return PIVOTED_ROWS.get(isa) or cpu_rows(dtype) if multiplies_many_rows(dtype) else cpu_rows(dtype)
 
 
 def within(limits: RowLimits, rank: int, rows: int) -> bool:
@@ -240,9 +251,10 @@ def choose(
     turned: bool = False,
     shape: tuple[str, int, int, int] | None = None,
     rank: int = 0,
+    limits: Callable[[torch.dtype], RowLimits] = cpu_rows,
 ) -> str:
     """The backend for one call: ``rows`` vectors of ``dtype`` on ``device_type``, through factors of ``rank`` (their
-    sum in a group), which only a CPU asks for.
+    sum in a group), which only a CPU asks for; ``limits`` are the op's there.
 
     ``turned`` says that a factor is a transposed view (as in a gradient): the C++ and CUDA kernels would have to copy
     it, which costs more than they save. On a GPU that has been measured, the table decides (see ``tuned_choice``).
@@ -259,7 +271,7 @@ def choose(
     if dtype not in CPP_DTYPES:
         return "reference"
     if device_type == "cpu":
-        ours = not turned and native.module is not None and within(cpu_rows(dtype), rank, rows)
+        ours = not turned and native.module is not None and within(limits(dtype), rank, rows)
         return "cpp" if ours else "library"
     if device_type == "cuda":
         if shape is not None and not turned:

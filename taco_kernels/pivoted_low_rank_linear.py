@@ -203,7 +203,7 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
 _SCHEMA = "(Tensor x, Tensor v, Tensor u, Tensor pivot, Tensor? bias=None, Tensor? residual=None) -> Tensor"
 library.define("pivoted_low_rank_linear" + _SCHEMA)
 _op = torch.ops.taco_kernels.pivoted_low_rank_linear.default
-_direct = direct.entry("pivoted_low_rank_linear", dispatch.cpu_rows)
+_direct = direct.entry("pivoted_low_rank_linear", dispatch.pivoted_rows)
 
 
 def _compute(
@@ -214,7 +214,7 @@ def _compute(
     rows = x.numel() // width if width else x.shape[:-1].numel()
     device = x.device.type
     shape = None if device == "cpu" else ("pivoted_low_rank_linear", width, u.shape[0], v.shape[0])
-    chosen = dispatch.choose(device, x.dtype, rows, False, shape, v.shape[0])
+    chosen = dispatch.choose(device, x.dtype, rows, False, shape, v.shape[0], dispatch.pivoted_rows)
     # Behind a pivot Triton has kernels for few rows only.
     backend = "library" if chosen == "triton" and rows > dispatch.TRITON_MAX_ROWS else chosen
     y = BACKENDS[backend](x, v, u, pivot, bias, residual)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -211,3 +212,31 @@ print("done")
     )
     done = run(code, TRITON_INTERPRET="1", TACO_BACKEND="triton")
     assert done.stdout.strip() == "done", done.stderr
+
+
+@pytest.mark.parametrize("isa, dtype", [("avx512bf16", torch.bfloat16), ("avx2", torch.bfloat16), ("", torch.float32)])
+def test_a_pivots_maps_have_limits_of_their_own(isa, dtype, monkeypatch):
+    """Where the kernels for many rows serve at all; never fewer rows than of other maps."""
+    monkeypatch.setattr(dispatch, "isa", isa)
+    monkeypatch.setattr(dispatch, "_many_rows", frozenset([torch.bfloat16] if isa else []))
+    wide, plain = dispatch.pivoted_rows(dtype), dispatch.cpu_rows(dtype)
+    assert (wide == plain) == (isa != "avx512bf16")
+    for rank in (1, 64, 128, 192, 768, 2000):
+        for rows in (1, 16, 17, 64, 128, 129, 256, 257, 5000):
+            assert dispatch.within(wide, rank, rows) >= dispatch.within(plain, rank, rows), (rank, rows)
+
+
+def test_a_pivots_call_asks_its_own_limits(monkeypatch):
+    if native.module is None:
+        pytest.skip("the extension is not built")
+    op = importlib.import_module("taco_kernels.pivoted_low_rank_linear")
+    chosen = []
+    monkeypatch.setattr(
+        op, "BACKENDS", {name: lambda x, v, u, *_, name=name: chosen.append(name) for name in op.BACKENDS}
+    )
+    monkeypatch.setitem(dispatch.PIVOTED_ROWS, dispatch.isa, ((0, 5, dispatch.ANY),))
+    monkeypatch.setattr(dispatch, "_many_rows", frozenset(dispatch.CPP_DTYPES))
+    x, v, u, pivot = torch.randn(6, 8), torch.randn(3, 5), torch.randn(4, 3), torch.arange(8)
+    for rows in (5, 6):
+        op._compute(x[:rows], v, u, pivot)
+    assert chosen == ["cpp", "library"]
