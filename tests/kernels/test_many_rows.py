@@ -218,8 +218,8 @@ def test_dispatch_goes_by_rank_where_there_are_many_rows(monkeypatch: pytest.Mon
     monkeypatch.setattr(dispatch, "_many_rows", frozenset([BF16]))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     for rows, rank, backend in (
-        (16, 64, "cpp"), (17, 64, "library"), (32, 128, "cpp"), (33, 128, "library"), (64, 192, "cpp"),
-        (65, 192, "library"), (256, 768, "cpp"), (257, 768, "library"), (383, 1280, "library"),
+        (17, 16, "cpp"), (64, 64, "cpp"), (65, 64, "library"), (128, 128, "cpp"), (129, 128, "library"),
+        (128, 192, "cpp"), (129, 192, "library"), (256, 768, "cpp"), (257, 768, "library"), (383, 1280, "library"),
         (384, 192, "cpp"), (10**6, 1280, "cpp"), (10**6, 128, "library"),
     ):  # fmt: skip
         assert chosen(rows, rank) == backend
