@@ -95,7 +95,7 @@ def cpu_rows(dtype: torch.dtype) -> RowLimits:
 
 def pivoted_rows(dtype: torch.dtype) -> RowLimits:
     """The same for maps whose inputs a pivot gathers."""
-    return PIVOTED_ROWS.get(isa) or cpu_rows(dtype) if multiplies_many_rows(dtype) else cpu_rows(dtype)
+    return PIVOTED_ROWS[isa] if isa in PIVOTED_ROWS and multiplies_many_rows(dtype) else cpu_rows(dtype)
 
 
 def within(limits: RowLimits, rank: int, rows: int) -> bool:

@@ -17,11 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .bench_memory import cache_bytes
 from .errors import TacoError
 from .mapped import is_mapped
-from .texts import NAMED_CORPORA as NAMED_CORPORA  # these four are at hand here, too
-from .texts import NAMED_TEST_CORPORA as NAMED_TEST_CORPORA
 from .texts import check_text_name, documents_text, named_text, numbered, recorded_name
-from .texts import corpus_text as corpus_text
-from .texts import read_text as read_text
 from .wide_products import in_wide_products
 
 # How types begin whose models read noise where a text has no begin-of-text token (lm-evaluation-harness adds it, too)

@@ -186,9 +186,8 @@ def load_model(
         raise
     except Exception as error:  # transformers, huggingface_hub and safetensors raise many kinds
         first = (str(error).strip() or type(error).__name__).split("\n")[0]
-        nor = "" if looks_local else f"There is no directory {name} here, and from the hub it "
-        told = f"{nor}cannot be loaded: {first}" if nor else f"The model {name} cannot be loaded: {first}"
-        raise TacoError(told) from error
+        what = f"The model {name}" if looks_local else f"There is no directory {name} here, and from the hub it"
+        raise TacoError(f"{what} cannot be loaded: {first}") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise TacoError(f"The model {name} lacks {len(missing)} weights (first: {missing[0]}); it is incomplete.")

@@ -383,9 +383,9 @@ def heal(
     owners = {name: modules[name.rpartition(".")[0]] for name in trained}
     scales = {name: step_scale(parameter, owners[name]) for name, parameter in trained.items()}
     optimizer = torch.optim.AdamW([{"params": [p]} for p in trained.values()], lr=0.0, weight_decay=0.0)
+    student.eval()
+    dense.eval()
     if not options.lr:
-        student.eval()
-        dense.eval()
         found = find_learning_rate(trained, scales, objective, windows, options.batch)
         options = dataclasses.replace(options, lr=found)
     scales = {
@@ -394,8 +394,6 @@ def heal(
     }
     order = window_order(len(windows), options)
     evaluations = options.evaluation_steps()
-    student.eval()
-    dense.eval()
     if state is None:
         zeros = {name: torch.zeros_like(p.detach()) for name, p in trained.items()}
         state = HealingState(0, {}, zeros, {name: z.clone() for name, z in zeros.items()}, {}, 0, [], [])

@@ -89,7 +89,8 @@ def heal_checkpoint(
     for name, tensor in state.best.items():
         parameters[name].data.copy_(tensor)
     record: dict[str, Any] = {
-        **{**options.to_dict(), "lr": state.lr},
+        **options.to_dict(),
+        "lr": state.lr,
         "text": files.identity["text"],
         "windows": len(windows[0]),
         "held_out_windows": len(windows[1]),

@@ -56,7 +56,7 @@ def pivoted_launches(
     pivot: torch.Tensor,
     residual: torch.Tensor | None,
     config: Config,
-    processors: int = 1,
+    processors: int,
 ) -> list[Launch]:
     """The launches of one call, in stream order: those of the map behind the pivot, with a first one that gathers."""
     columns = member.v.shape[1]

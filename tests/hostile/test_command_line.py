@@ -60,8 +60,9 @@ def test_unicode_texts_are_tokenised(tmp_path: Path) -> None:
     """What is UTF-8 is text: byte order marks, emoji, right-to-left, combining marks, zeros, unassigned characters."""
     from transformers import AutoTokenizer
 
-    from taco_svd.calibration import read_text, text_windows
+    from taco_svd.calibration import text_windows
     from taco_svd.checkpoint import DEFAULT_MODEL
+    from taco_svd.texts import read_text
 
     tokenizer: Any = AutoTokenizer.from_pretrained(DEFAULT_MODEL)
     pieces = [

@@ -19,9 +19,14 @@ from .tiny_models import VOCABULARY, tiny_model
 
 Compressed = tuple[PreTrainedModel, PreTrainedModel, Plan]
 
+METHODS = ("bridge", "taco", "paper")  # no factors; pivoted ones; others
 # One run of two layers in the middle (so that a bridge stands for more than one) and the lowest layer kept.
 REPLACED = [2, 3]
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def needs(package: str) -> None:
+    pytest.importorskip(package, reason=f"{package} is not installed (pip install {package})")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -88,3 +93,19 @@ def run_two(script: str, *arguments: str) -> str:
     said = [process.communicate(timeout=240)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
     return "\n".join(said)
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    """int64 [2, 9]"""
+    return torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(4))
+
+
+@pytest.fixture(params=METHODS)
+def saved(
+    request: pytest.FixtureRequest, compressed_tiny: Callable[..., Compressed], tmp_path: Path
+) -> tuple[PreTrainedModel, Path]:
+    """(compressed model, the directory it was saved to), of each of `METHODS`."""
+    _, model, plan = compressed_tiny("llama", request.param)
+    save_compressed(model, plan, tmp_path / "model")
+    return model, tmp_path / "model"

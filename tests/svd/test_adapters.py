@@ -19,31 +19,13 @@ from taco_svd import TacoError, adapter_hook, compress, save_compressed, with_lo
 from taco_svd.modeling import CompressedConfig
 from taco_svd.replacement import LowRankLinear
 
-from .conftest import ROOT
+from .conftest import METHODS, ROOT, needs
 from .test_calibration import tokenizer
 from .test_mixture_of_experts import build
-from .tiny_models import VOCABULARY, tiny_model
+from .tiny_models import tiny_model
 
-METHODS = ("bridge", "taco", "paper")  # no factors; pivoted ones; others
 # frozen factors take another backend than trained ones, which rounds elsewhere: a few roundings of float32
 ROUNDINGS = {"rtol": 1e-4, "atol": 1e-5}
-
-
-def needs(package: str) -> None:
-    pytest.importorskip(package, reason=f"{package} is not installed (pip install {package})")
-
-
-@pytest.fixture
-def ids() -> torch.Tensor:
-    """int64 [2, 9]"""
-    return torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(4))
-
-
-@pytest.fixture(params=METHODS)
-def saved(request: pytest.FixtureRequest, compressed_tiny: Callable, tmp_path: Path) -> tuple[PreTrainedModel, Path]:
-    _, model, plan = compressed_tiny("llama", request.param)
-    save_compressed(model, plan, tmp_path / "model")
-    return model, tmp_path / "model"
 
 
 def lora(**options: object):

@@ -105,7 +105,7 @@ def test_a_model_that_was_trained_on_has_its_perplexity(small, text, invoke, tmp
 )
 def test_named_corpora_are_fetched_by_datasets(name, path, joined, monkeypatch):
     """What `datasets` is asked for, without a network: the module is a stand-in."""
-    from taco_svd.calibration import corpus_text
+    from taco_svd.texts import corpus_text
 
     asked = []
 

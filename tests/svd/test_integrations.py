@@ -15,7 +15,7 @@ from taco_svd.bench_models import from_shape
 from taco_svd.replacement import LowRankBridge, LowRankLinear
 from taco_svd.structure import BridgeSpec, Structure
 
-from .tiny_models import CONFIGS, VOCABULARY, tiny_model
+from .tiny_models import CONFIGS, tiny_model
 
 METHODS = ("bridge", "taco", "modegpt")
 
@@ -31,12 +31,6 @@ def every_module() -> PreTrainedModel:
     )
     model = from_shape(CONFIGS["llama"](), structure, [3], torch.float32).models["compressed"]
     return model.requires_grad_(True)
-
-
-@pytest.fixture
-def ids() -> torch.Tensor:
-    """int64 [2, 9]"""
-    return torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(4))
 
 
 @pytest.fixture(params=[*METHODS, "every module"])

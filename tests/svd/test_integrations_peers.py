@@ -12,27 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from taco_svd import save_compressed
 from taco_svd.replacement import LowRankBridge, LowRankLinear
 
-from .conftest import run_two
-from .tiny_models import VOCABULARY
-
-METHODS = ("bridge", "taco", "paper")
-
-
-def needs(package: str) -> None:
-    pytest.importorskip(package, reason=f"{package} is not installed (pip install {package})")
-
-
-@pytest.fixture
-def ids() -> torch.Tensor:
-    """int64 [2, 9]"""
-    return torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(4))
-
-
-@pytest.fixture(params=METHODS)
-def saved(request: pytest.FixtureRequest, compressed_tiny: Callable, tmp_path: Path) -> tuple[PreTrainedModel, Path]:
-    _, model, plan = compressed_tiny("llama", request.param)
-    save_compressed(model, plan, tmp_path / "model")
-    return model, tmp_path / "model"
+from .conftest import METHODS, needs, run_two
 
 
 def our_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
