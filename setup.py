@@ -237,7 +237,7 @@ class Build(build_ext):
 
         objects: list[tuple[str, Path, Path, list[str]]] = []  # rule, source, object, flags
         sources = ["bindings.cpp", "cpu/low_rank.cpp", "cpu/attribution.cpp", "cpu/baseline.cpp"]
-        sources += ["cpu/many_rows.cpp", "cpu/sketch.cpp", "cpu/gather.cpp"]
+        sources += ["cpu/many_rows.cpp", "cpu/sketch.cpp", "cpu/gather.cpp", "cpu/int8.cpp"]
         sources += [f"direct/{name}.cpp" for name in ("tensors", "direct", "gpu", "torch_c", "registered")]
         sources += [f"cpu/{CPU_LEVELS[name][2]}" for name in levels]
         # gcc's own AVX-512 header trips its uninitialised warnings (undefined upper halves are meant).

@@ -11,19 +11,21 @@ from pathlib import Path
 
 from whole_models import write_docs
 
+from taco_svd.report import over_dense_cell, perplexity_cell
+
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 
 
 def markdown(values: dict) -> str:
     lines = [
-        "| | perplexity | parameters | kept | MB | prefill ms | decode ms/token |",
-        "|---|---|---|---|---|---|---|",
+        "| | perplexity | over dense | parameters | kept | MB | prefill ms | decode ms/token |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in values["models"]:
         score, latency = row["perplexity"], row["latency"]
         lines.append(
-            f"| {row['model']} | {score['perplexity']:.2f} ± {score['standard_error']:.2f} | {row['parameters']:,} | "
+            f"| {row['model']} | {perplexity_cell(score)} | {over_dense_cell(score)} | {row['parameters']:,} | "
             f"{row['share']:.1%} | {row['bytes'] / 1e6:.2f} | {latency['prefill']['p50'] * 1e3:.2f} | "
             f"{latency['decode']['p50'] * 1e3:.2f} |"
         )

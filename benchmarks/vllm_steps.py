@@ -50,9 +50,12 @@ class Engine:
 
     Attributes:
         directory: the checkpoint that it serves.
+
+    Args:
+        engines: how many there will be in all, to share a GPU's memory.
     """
 
-    def __init__(self, directory: Path, dtype: str, length: int, clients: int) -> None:
+    def __init__(self, directory: Path, dtype: str, length: int, clients: int, engines: int) -> None:
         from vllm import LLM
 
         self.directory = directory
@@ -65,7 +68,7 @@ class Engine:
             enable_prefix_caching=False,
             # a step's answer is then that of the step's own work
             async_scheduling=False,
-            gpu_memory_utilization=0.25,
+            gpu_memory_utilization=0.8 / engines,
         )
         self._sent = 0
 
@@ -106,11 +109,16 @@ def one_batch(engines: dict[str, Engine], asked: list[list[int]], tokens: int, n
         engine.begin(asked, tokens)
     while any(engine.busy() for engine in engines.values()):
         for name in turns(names, number):
-            times[name].append(engines[name].step())
+            if engines[name].busy():
+                times[name].append(engines[name].step())
         number += 1
-    steps = {len(values) for values in times.values()}
-    if len(steps) > 1:
-        raise SystemExit(f"The engines took different numbers of steps ({steps}); their times cannot be paired.")
+    # one step for the prompts, and one for every token after the first: anything else is no pair of like steps
+    steps = {name: len(values) for name, values in times.items()}
+    if set(steps.values()) != {tokens}:
+        raise SystemExit(
+            f"{tokens} steps were expected of each engine and these were taken: {steps}. Their times cannot be paired; "
+            "take shorter prompts or fewer clients, so that one step holds all prompts."
+        )
     return times
 
 
@@ -151,7 +159,8 @@ def main() -> int:
         directories, description = write_models(options, Path(folder))
         length = max(options.prompt + options.tokens + 1, 64)
         engines = {
-            name: Engine(directory, options.dtype, length, options.clients) for name, directory in directories.items()
+            name: Engine(directory, options.dtype, length, options.clients, len(directories))
+            for name, directory in directories.items()
         }
         dtype = getattr(torch, options.dtype)
         checks = {name: check(engine, prompts(4, options.prompt), 8, dtype) for name, engine in engines.items()}

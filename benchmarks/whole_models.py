@@ -21,9 +21,10 @@ from typing import Any
 import torch
 import transformers
 
-import taco_kernels
+from taco_kernels.env import build_digest
 from taco_svd.bench import LEAST_ROUNDS, device_name
 from taco_svd.bench_report import interval_text
+from taco_svd.device_costs import cpu_identity
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "deployment.md"
@@ -74,9 +75,7 @@ def main() -> int:
     wanted = {} if arguments.report or arguments.docs else rows(arguments.seconds)
     for name, command in wanted.items():
         path = folder / f"whole-model-{name}.json"
-        if arguments.only not in name or (
-            not arguments.restart and is_current(path, arguments.device, threads_of(command))
-        ):
+        if arguments.only not in name or (not arguments.restart and is_current(path, command, arguments.device)):
             continue
         if time.monotonic() - began > arguments.budget_seconds:
             print(f"{name}: left for another call")
@@ -87,6 +86,7 @@ def main() -> int:
         saved = ["--device", arguments.device, "--save", str(partial), *mode_of(arguments.device)]
         done = subprocess.run([sys.executable, "-m", "taco_svd", "bench", *command, *saved], stdout=subprocess.DEVNULL)
         if done.returncode == 0:
+            stamp(partial, command, arguments.device)
             partial.replace(path)
         failed += done.returncode != 0
         print(f"  {time.monotonic() - start:.0f} s" + (f", exit code {done.returncode}" * (done.returncode != 0)))
@@ -115,19 +115,28 @@ def whole_result(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def is_current(path: Path, device: str, threads: int) -> bool:
-    """Whether a result is there, of this device, thread count, torch and package."""
+def made_by(command: list[str], device: str) -> dict[str, Any]:
+    """What a result depends on: it counts while this is what it was made by."""
+    return {
+        "arguments": command,
+        "device": device_name(torch.device(device)),
+        "cpu": cpu_identity(),
+        "threads": threads_of(command),
+        "build": build_digest(),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+    }
+
+
+def stamp(path: Path, command: list[str], device: str) -> None:
+    """Writes into a result what it was made by."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), "made_by": made_by(command, device)}, indent=2) + "\n")
+
+
+def is_current(path: Path, command: list[str], device: str) -> bool:
+    """Whether a result is there, of these arguments, this machine and what is installed on it."""
     result = whole_result(path)
-    if result is None:
-        return False
-    versions = result["versions"]
-    return bool(
-        result["device"] == device_name(torch.device(device))
-        and result["threads"] == threads
-        and versions["torch"] == torch.__version__
-        and versions["transformers"] == transformers.__version__
-        and versions["taco_kernels"] == taco_kernels.__version__
-    )
+    return result is not None and result.get("made_by") == made_by(command, device)
 
 
 def report(folder: Path) -> str:

@@ -79,6 +79,27 @@ void cpu_pivoted_low_rank_linear(std::uintptr_t x, std::int64_t x_stride, std::u
   taco::pivoted_low_rank(input, pointer(pivot), long_index, map, threads);
 }
 
+void cpu_low_rank_int8(std::uintptr_t x, std::int64_t x_stride, std::uintptr_t pivot, bool long_index, std::uintptr_t v,
+                       std::int64_t v_stride, std::uintptr_t v_scale, std::uintptr_t u, std::int64_t u_stride,
+                       std::uintptr_t u_scale, std::uintptr_t bias, std::uintptr_t y, std::int64_t rows, std::int64_t in,
+                       std::int64_t rank, std::int64_t out, int dtype, int threads) {
+  const taco::LowRankInput input = {dtype_of(dtype), pointer(x), x_stride, rows, in, false, 0.0f};
+  const taco::Int8Map map = {pointer<const std::int8_t>(v), v_stride, pointer<const float>(v_scale),
+                             pointer<const std::int8_t>(u), u_stride, pointer<const float>(u_scale),
+                             pointer(bias), pointer<void>(y), rank, out};
+  py::gil_scoped_release released;
+  taco::low_rank_int8(input, pointer(pivot), long_index, map, threads);
+}
+
+void cpu_unpack_int8(std::uintptr_t integers, std::int64_t stride, std::int64_t rows, std::int64_t columns,
+                     std::uintptr_t scale, bool scale_of_rows, std::uintptr_t out, std::int64_t out_stride, int dtype,
+                     int threads) {
+  const taco::Dtype kind = dtype_of(dtype);
+  py::gil_scoped_release released;
+  taco::unpack_int8(kind, {pointer<const std::int8_t>(integers), stride, rows, columns, pointer<const float>(scale),
+                           scale_of_rows, pointer<void>(out), out_stride}, threads);
+}
+
 void cpu_gather(std::uintptr_t x, std::int64_t x_stride, std::uintptr_t pivot, std::uintptr_t first,
                 std::int64_t first_stride, std::uintptr_t rest, std::int64_t rest_stride, std::int64_t rows,
                 std::int64_t width, std::int64_t rank, std::int64_t element, bool long_index, int threads) {
@@ -228,6 +249,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_sketch", &cpu_sketch, "rows of the randomized SVD's test matrix, out of Philox");
   m.def("cpu_pivoted_low_rank_linear", &cpu_pivoted_low_rank_linear,
         "y = (x[:, pivot[:rank]] + x[:, pivot[rank:]] v^T) u^T + bias + residual; IndexError");
+  m.def("cpu_low_rank_int8", &cpu_low_rank_int8,
+        "y = ((x v^T * v_scale) * u_scale) u^T + bias of 8-bit factors, with or without a pivot; IndexError");
+  m.def("cpu_unpack_int8", &cpu_unpack_int8, "8-bit integers times their scales, one of rows or of columns");
   m.def("cpu_gather", &cpu_gather, "x[:, pivot] of elements of 2 or 4 bytes in two pieces; IndexError");
   m.def("cpu_low_rank_linear_group", &cpu_low_rank_linear_group, "several low-rank linears of one x");
   m.def("cpu_low_rank_mlp", &cpu_low_rank_mlp, "down(act(gate(x)) * up(x)), three low-rank linears");

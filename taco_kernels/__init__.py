@@ -1,10 +1,11 @@
 """Low-rank kernels for compressed language models: tensors in, tensors out.
 
-Eight operations, each with a plain reference; the ``low_rank`` ones with fused backends and autograd:
+Nine operations, each with a plain reference; the ``low_rank`` ones with fused backends and autograd:
 
 - :func:`low_rank_linear`: ``x @ v.T @ u.T + bias + residual``
 - :func:`low_rank_linear_group`: several of these with one ``x``
 - :func:`low_rank_linear_concat`: the same with the results side by side, with pivots or without
+- :func:`low_rank_linear_int8`: either of them with factors of 8-bit integers
 - :func:`low_rank_mlp`: a gated MLP of three of them
 - :func:`pivoted_low_rank_linear`: ``low_rank_linear`` with a right factor that is the identity on some inputs
 - :func:`low_rank_bridge`: ``h + rmsnorm(h) @ v.T @ u.T + bias``
@@ -24,6 +25,7 @@ from taco_kernels.low_rank_bridge import low_rank_bridge
 from taco_kernels.low_rank_linear import low_rank_linear
 from taco_kernels.low_rank_linear_concat import low_rank_linear_concat
 from taco_kernels.low_rank_linear_group import low_rank_linear_group
+from taco_kernels.low_rank_linear_int8 import low_rank_linear_int8
 from taco_kernels.low_rank_mlp import low_rank_mlp
 from taco_kernels.pivoted_low_rank_linear import pivoted_low_rank_linear
 from taco_kernels.randomized_svd import RandomizedSVD, randomized_svd
@@ -41,6 +43,7 @@ __all__ = [
     "low_rank_linear",
     "low_rank_linear_concat",
     "low_rank_linear_group",
+    "low_rank_linear_int8",
     "low_rank_mlp",
     "pivoted_low_rank_linear",
     "randomized_svd",

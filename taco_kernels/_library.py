@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ __all__ = [
     "apply_function",
     "below_autograd",
     "computing_dtype",
+    "exact_products",
     "library",
     "needs_grad",
     "register_autocast",
@@ -24,7 +25,6 @@ __all__ = [
     "rows_of",
     "seen_as_op",
     "transformed",
-    "without_autocast",
 ]
 
 library = Library("taco_kernels", "DEF")
@@ -110,9 +110,37 @@ def register_autocast(name: str, overload: Any) -> None:
         library.impl(name, cast_and_call, key)
 
 
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """For statistics, whose products are to be in the precision that is promised wherever they are called."""
-    return torch.autocast(device.type, enabled=False) if _has_autocast(device.type) else contextlib.nullcontext()
+def _set_back(setting: Any, before: str) -> None:
+    """Makes a backend's precision what it was: by the common setting where that says so, which then goes on deciding.
+
+    "none" is what stands for that.
+    """
+    setting.fp32_precision = "none"
+    if setting.fp32_precision != before:
+        setting.fp32_precision = before
+
+
+@contextlib.contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """For statistics, whose products are to be in the precision that is promised wherever they are called.
+
+    No autocast, and float32 products that are float32 products, whatever the caller has set (TF32, bfloat16).
+    """
+    with contextlib.ExitStack() as stack:
+        if _has_autocast(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        # Since torch 2.9 each backend has a setting of its own, and asking for the common one may raise.
+        settings = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+        if all(hasattr(setting, "fp32_precision") for setting in settings):
+            for setting in settings:
+                before = setting.fp32_precision  # type: ignore[union-attr]
+                if before not in ("ieee", "none"):  # these are exact already
+                    stack.callback(_set_back, setting, before)
+                    setting.fp32_precision = "ieee"  # type: ignore[union-attr]
+        elif (common := torch.get_float32_matmul_precision()) != "highest":
+            stack.callback(torch.set_float32_matmul_precision, common)
+            torch.set_float32_matmul_precision("highest")
+        yield
 
 
 def register_batched(name: str, by_torch: Callable[..., Any]) -> None:

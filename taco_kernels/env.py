@@ -7,11 +7,14 @@ machine: whatever cannot be found out is reported as such, never raised.
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,6 +68,21 @@ def _why_no_gpu() -> str:
     if torch.cuda.is_available():
         return ""
     return "torch was built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device or driver"
+
+
+@functools.cache
+def build_digest() -> str:
+    """What computes here, as a short hash: this package's Python files, the compiled extension, tuned tables.
+
+    The version alone does not tell: an installation in place has one version for many builds.
+    """
+    found = hashlib.sha256()
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*")):
+        if path.suffix in (".py", ".so", ".json", ".pyd"):
+            found.update(path.relative_to(root).as_posix().encode() + b"\0")
+            found.update(hashlib.sha256(path.read_bytes()).digest())
+    return found.hexdigest()[:16]
 
 
 def report() -> dict[str, Any]:

@@ -7,15 +7,14 @@ nothing to compile or fuse.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from taco_kernels._factored import require_tensors
-from taco_kernels._library import FLOATS
+from taco_kernels._library import FLOATS, exact_products
 from taco_kernels.svd.adaptive import IDENTITY_LIMIT, adaptive_svd
 from taco_kernels.svd.factorise import Projection, project, small_svd, vectors
 from taco_kernels.svd.operand import Operand, low_precision, scaled
@@ -102,6 +101,8 @@ def _weights(
         raise ValueError(f"randomized_svd: {name} holds {len(found)} weights for {count} matrices")
     for t in found:
         require_tensors("randomized_svd", **{name: t})
+        if t.dtype != found[0].dtype:
+            raise TypeError(f"randomized_svd: all of {name} must have one dtype, not {found[0].dtype} and {t.dtype}")
         if t.dtype not in FLOATS:
             raise TypeError(f"randomized_svd: {name} has dtype {t.dtype}; a floating dtype is needed")
         if t.device != a.device:
@@ -114,24 +115,6 @@ def _weights(
         if t.shape != found[0].shape:
             raise ValueError(f"randomized_svd: all of {name} must have one shape")
     return [t.detach() for t in found]
-
-
-@contextmanager
-def _exact_arithmetic(device: torch.device) -> Iterator[None]:
-    """No autograd, no autocast, and float32 products that are float32 products, whatever the caller has set."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        # Since torch 2.9 each backend has a setting of its own, and asking for the common one may raise.
-        settings = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
-        if all(hasattr(setting, "fp32_precision") for setting in settings):
-            for setting in settings:
-                stack.callback(setattr, setting, "fp32_precision", setting.fp32_precision)  # type: ignore[union-attr]
-                setting.fp32_precision = "ieee"  # type: ignore[union-attr]
-        elif (before := torch.get_float32_matmul_precision()) != "highest":
-            stack.callback(torch.set_float32_matmul_precision, before)
-            torch.set_float32_matmul_precision("highest")
-        yield
 
 
 def _low_for(
@@ -234,7 +217,7 @@ def randomized_svd(
     if power_dtype not in (None, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(f"randomized_svd: power_dtype must be bfloat16, float32 or float64, not {power_dtype}")
 
-    with _exact_arithmetic(first.device):
+    with exact_products(first.device), torch.no_grad():
         seed = draw_seed(generator)
         if tolerance is not None:
             if len(matrices) > 1:

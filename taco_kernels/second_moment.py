@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from taco_kernels import dispatch
-from taco_kernels._library import FLOATS, below_autograd, without_autocast
+from taco_kernels._library import FLOATS, below_autograd, exact_products
 
 __all__ = ["second_moment_", "second_moment_dense", "second_moment_zeros"]
 
@@ -142,6 +142,10 @@ def second_moment_(moment: Tensor, x: Tensor) -> Tensor:
         RuntimeError: a forced backend that cannot serve the call (the C++ and CUDA backends have no kernel of their
             own for it and leave it to the library).
     """
+    if moment.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"second_moment: moments of {moment.dtype} would stop growing; make them with second_moment_zeros"
+        )
     if x.dtype not in FLOATS or (x.dtype == torch.float64 and moment.dtype != torch.float64):
         raise TypeError(f"second_moment: rows of dtype {x.dtype} cannot be added to moments of {moment.dtype}")
     if moment.dim() != 1 or x.dim() < 1 or packed_size(x.shape[-1]) != moment.numel() or not x.shape[-1]:
@@ -153,7 +157,7 @@ def second_moment_(moment: Tensor, x: Tensor) -> Tensor:
         raise ValueError(f"second_moment: x is on {x.device}, but the moments are on {moment.device}")
     rows = x.detach().reshape(-1, x.shape[-1])
     if rows.shape[0]:
-        with below_autograd(), without_autocast(rows.device):
+        with below_autograd(), exact_products(rows.device):
             (_triton if _choose(rows, moment) == "triton" else _library)(moment, rows)
     return moment
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from taco_kernels import dispatch, native
 from taco_kernels._factored import require_tensors
-from taco_kernels._library import FLOATS, below_autograd, computing_dtype, library, without_autocast
+from taco_kernels._library import FLOATS, below_autograd, computing_dtype, exact_products, library
 
 __all__ = ["SingularAttribution", "singular_attribution", "singular_attribution_reference"]
 
@@ -102,7 +102,7 @@ def _library(x: Tensor, grad: Tensor, u: Tensor, v: Tensor) -> _Sums:
 
 
 def _cpp(x: Tensor, grad: Tensor, u: Tensor, v: Tensor) -> _Sums:
-    totals = torch.zeros((5, u.shape[1]), dtype=torch.float64)
+    totals = torch.zeros((5, u.shape[1]), dtype=torch.float64, device=x.device)
     if not _multiplied_here(x, grad, u, v, totals):
         _multiplied_by_the_library(x, grad, u, v, totals)
     # an op's results share no memory
@@ -142,7 +142,7 @@ def _multiplied_by_the_library(x: Tensor, grad: Tensor, u: Tensor, v: Tensor, to
     directions = u.shape[1]
     rows = sequences * tokens
     step = min(rows, max(_CPP_MIN_ROWS, _CPP_ELEMENTS // max(1, directions)))
-    work = torch.empty((2, step, directions), dtype=product)
+    work = torch.empty((2, step, directions), dtype=product, device=x.device)
     threads, code = torch.get_num_threads(), dispatch.CPP_DTYPES[product]
     for start in range(0, rows, max(1, step)):
         count = min(step, rows - start)
@@ -209,7 +209,7 @@ _op = torch.ops.taco_kernels.singular_attribution.default
 def _compute(x: Tensor, grad: Tensor, u: Tensor, v: Tensor) -> _Sums:
     _check(x, grad, u, v)
     backend = _BACKENDS[_choose(x.device.type, _wide(x, grad, u, v))]
-    with without_autocast(x.device):
+    with exact_products(x.device):
         return tuple(backend(x, grad, u, v))  # type: ignore[return-value]
 
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "isa.h"
+#include "taco_cpu.h"
 
 namespace taco {
 namespace {
@@ -37,6 +38,11 @@ struct Arch {
     const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16)),
             _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000u))))};
+  }
+  static inline Vec widen_int8(__m128i eight) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight)); }
+  static inline Pair load(const std::int8_t* p) {
+    const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {widen_int8(both), widen_int8(_mm_unpackhi_epi64(both, both))};
   }
   template <class T>
   static inline Pair load_tail(const T* p, std::int64_t n) {
@@ -99,6 +105,7 @@ struct Arch {
 #include "panel.inl"
 #include "gating.inl"
 #include "attribution.inl"
+#include "int8.inl"
 #include "many_rows_float.inl"
 
 }  // namespace
@@ -106,10 +113,10 @@ struct Arch {
 const CpuKernels kAvx2Kernels = {
     "avx2",
     {{first_product<Converted<float>, float>, second_product<float>, sum_of_squares<float>, gating<float>,
-      attribution<float>, false, 0, &kManyRowsFloat<float>},
+      attribution<float>, kInt8<float>, false, 0, &kManyRowsFloat<float>},
      {first_product<Converted<F16>, F16>, second_product<F16>, sum_of_squares<F16>, gating<F16>,
-      attribution<F16>, false, 0, &kManyRowsFloat<F16>},
+      attribution<F16>, kInt8<F16>, false, 0, &kManyRowsFloat<F16>},
      {first_product<Converted<BF16>, BF16>, second_product<BF16>, sum_of_squares<BF16>, gating<BF16>,
-      attribution<BF16>, false, 0, &kManyRowsFloat<BF16>}}};
+      attribution<BF16>, kInt8<BF16>, false, 0, &kManyRowsFloat<BF16>}}};
 
 }  // namespace taco

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "isa.h"
+#include "taco_cpu.h"
 
 namespace taco {
 namespace {
@@ -18,17 +19,18 @@ namespace {
 #include "few_rows.inl"
 #include "gating.inl"
 #include "attribution.inl"
+#include "int8.inl"
 
 }  // namespace
 
 const CpuKernels kAvx512Kernels = {
     "avx512",
     {{first_product<Converted<float>, float>, second_product_any<float, BroadcastF32>, sum_of_squares<float>, gating<float>,
-      attribution<float>, true, 9},
+      attribution<float>, kInt8<float>, true, 9},
      {first_product<Converted<F16>, F16>, second_product_any<F16>, sum_of_squares<F16>, gating<F16>,
-      attribution<F16>, true},
+      attribution<F16>, kInt8<F16>, true},
      {first_product<Converted<BF16>, BF16>, second_product_any<BF16>, sum_of_squares<BF16>, gating<BF16>,
-      attribution<BF16>, true}},
+      attribution<BF16>, kInt8<BF16>, true}},
     split_rows<std::uint16_t>,
     split_rows<std::uint32_t>};
 

@@ -41,6 +41,15 @@ struct Arch {
   static inline Pair load_tail(const BF16* p, std::int64_t n) {
     return widen_bf16(_mm512_maskz_loadu_epi16(first_of_32(n), p));
   }
+  static inline Vec widen_int8(__m128i sixteen) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sixteen)); }
+  static inline Pair load(const std::int8_t* p) {
+    const __m128i* const q = reinterpret_cast<const __m128i*>(p);
+    return {widen_int8(_mm_loadu_si128(q)), widen_int8(_mm_loadu_si128(q + 1))};
+  }
+  static inline Pair load_tail(const std::int8_t* p, std::int64_t n) {
+    const __m256i both = _mm256_maskz_loadu_epi8(first_of_32(n), p);
+    return {widen_int8(_mm256_castsi256_si128(both)), widen_int8(_mm256_extracti128_si256(both, 1))};
+  }
   static inline Pair load_pair(const float* p) { return load(p); }
 
   static inline std::int64_t position(const float*, std::int64_t j) { return j; }

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "isa.h"
+#include "taco_cpu.h"
 
 namespace taco {
 namespace {
@@ -18,6 +19,8 @@ namespace {
 #include "few_rows.inl"
 #include "gating.inl"
 #include "attribution.inl"
+#define TACO_CONVERTS_BF16 1
+#include "int8.inl"
 #include "many_rows.inl"
 
 // bf16 weights against bf16 vectors: one instruction multiplies 32 pairs and adds them to 16 fp32 sums, nothing to
@@ -61,11 +64,11 @@ struct BroadcastBf16 {  // see BroadcastF32
 const CpuKernels kAvx512Bf16Kernels = {
     "avx512bf16",
     {{first_product<Converted<float>, float>, second_product_any<float, BroadcastF32>, sum_of_squares<float>, gating<float>,
-      attribution<float>, true, 9},
+      attribution<float>, kInt8<float>, true, 9},
      {first_product<Converted<F16>, F16>, second_product_any<F16>, sum_of_squares<F16>, gating<F16>,
-      attribution<F16>, true},
+      attribution<F16>, kInt8<F16>, true},
      {first_product<DotBf16, BF16>, second_product_any<BF16, BroadcastBf16>, sum_of_squares<BF16>, gating<BF16>,
-      attribution<BF16>, true, 5, &kManyRowsBf16}},
+      attribution<BF16>, kInt8<BF16>, true, 5, &kManyRowsBf16}},
     split_rows<std::uint16_t>,
     split_rows<std::uint32_t>};
 

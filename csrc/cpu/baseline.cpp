@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "isa.h"
+#include "taco_cpu.h"
 
 namespace taco {
 namespace {
@@ -113,16 +114,17 @@ struct Arch {
 #include "panel.inl"
 #include "gating.inl"
 #include "attribution.inl"
+#include "int8.inl"
 
 }  // namespace
 
 const CpuKernels kBaselineKernels = {
     "baseline",
     {{first_product<Converted<float>, float>, second_product<float>, sum_of_squares<float>, gating<float>,
-      attribution<float>},
+      attribution<float>, kInt8<float>},
      {first_product<Converted<F16>, F16>, second_product<F16>, sum_of_squares<F16>, gating<F16>,
-      attribution<F16>},
+      attribution<F16>, kInt8<F16>},
      {first_product<Converted<BF16>, BF16>, second_product<BF16>, sum_of_squares<BF16>, gating<BF16>,
-      attribution<BF16>}}};
+      attribution<BF16>, kInt8<BF16>}}};
 
 }  // namespace taco

@@ -48,6 +48,8 @@ class Scratch {
   std::size_t size_ = 0;
 };
 inline thread_local Scratch scratch;
+// A thread's own, for weights that it unpacks.
+inline thread_local Scratch panel_scratch;
 
 struct Range {
   std::int64_t begin, end;
@@ -95,6 +97,31 @@ inline void norm_scales(const DtypeKernels& kernels, const LowRankInput& input, 
   for (std::int64_t r = index; r < rows; r += members) {
     const float squares = kernels.sum_of_squares(offset(x, r * input.x_stride, size_of(input.dtype)), input.in);
     scale[r] = 1.0f / std::sqrt(squares / static_cast<float>(input.in) + input.eps);
+  }
+}
+
+// body(weights, stride, begin, end) over all of the range's rows of a factor [.., columns]: where they lie, or, of 8-bit
+// integers, a panel at a time that fits the second cache and is unpacked there. `weights` is where row 0 would be.
+template <class Body>
+void each_panel(const DtypeKernels& kernels, const void* weights, std::int64_t stride, std::int64_t columns,
+                const float* scale, bool scale_of_rows, std::int64_t element, Range range, const Body& body) {
+  if (range.begin >= range.end) return;
+  if (scale == nullptr) {
+    body(weights, stride, range.begin, range.end);
+    return;
+  }
+  constexpr std::int64_t kPanelBytes = 192 * 1024, kMostRows = 128;
+  // a line beside each row, so that rows do not fall into one set of the cache
+  const std::int64_t out_stride = (columns + kStepMultiple - 1) / kStepMultiple * kStepMultiple + 64 / element;
+  const std::int64_t fitting = std::min(kMostRows, kPanelBytes / (out_stride * element));
+  const std::int64_t rows = fitting < 2 * kTile ? kTile : fitting / (2 * kTile) * (2 * kTile);
+  char* const panel = reinterpret_cast<char*>(panel_scratch.get(static_cast<std::size_t>(rows * out_stride * element / 4)));
+  for (std::int64_t begin = range.begin; begin < range.end; begin += rows) {
+    const std::int64_t end = std::min(range.end, begin + rows);
+    char* const first = panel - begin * out_stride * element;
+    kernels.int8.unpack({static_cast<const std::int8_t*>(weights), stride, end, columns, scale, scale_of_rows, first, out_stride},
+                        begin, end);
+    body(static_cast<const void*>(first), out_stride, begin, end);
   }
 }
 

@@ -6,6 +6,8 @@
 
 namespace taco {
 
+struct Int8Rows;
+
 struct BF16 {
   std::uint16_t bits;
 };
@@ -80,6 +82,21 @@ struct SecondProduct {
   float* wide;  // then the result goes here in fp32, without scale and residual
   std::int64_t y_stride;  // of y or wide
   std::int64_t rows, rank;
+};
+
+// t = (x v^T * v_scale + direct) * u_scale for rows [begin, end) of v, which holds 8-bit integers
+struct FirstInt8 {
+  const float* x;  // [rows, in], zeros behind the last column up to a multiple of kStepMultiple
+  std::int64_t x_stride;
+  const std::int8_t* v;
+  std::int64_t v_stride;
+  const float* v_scale;
+  const float* u_scale;
+  const void* direct;  // [rows, rank] of the call's dtype, or null
+  std::int64_t direct_stride;
+  float* t;
+  std::int64_t t_stride;
+  std::int64_t rows, in;
 };
 
 // Columns of rows of x, those that a mask names to `first`, the others to `rest`, both in their order.
@@ -172,12 +189,21 @@ struct ManyRows {
   void (*second)(const ManySecond&, std::int64_t begin, std::int64_t end);
 };
 
+// For factors of 8-bit integers and vectors of a dtype; see int8.inl.
+struct Int8Kernels {
+  void (*unpack)(const Int8Rows&, std::int64_t begin, std::int64_t end);  // rows [begin, end)
+  void (*widen)(const void* row, float* out, std::int64_t n);  // to fp32, zeros behind up to a multiple of kStepMultiple
+  void (*first)(const FirstInt8&, std::int64_t begin, std::int64_t end);
+  void (*second)(const SecondProduct&, std::int64_t begin, std::int64_t end);  // its t lies in kRows
+};
+
 struct DtypeKernels {
   void (*first)(const FirstProduct&, std::int64_t begin, std::int64_t end);
   void (*second)(const SecondProduct&, std::int64_t begin, std::int64_t end);
   float (*sum_of_squares)(const void* x, std::int64_t n);
   void (*gating)(const Gating&, std::int64_t begin, std::int64_t end);
   void (*attribution)(const AttributionBlock&, std::int64_t begin, std::int64_t end);
+  Int8Kernels int8;
   // Kinds of Layout beside kRows and kInOrder that `first` and `second` know: kGroups; kPlaces, and from how many rows on it is faster
   // (0: never; on two Zen 4 cores fp32 breaks even at 9, and bf16, whose vector is rounded for it, below 5).
   bool groups = false;

@@ -104,13 +104,19 @@ struct Stage {
   SecondProduct* second;
   const LowRankMap* maps;
   int count;
+  std::int64_t element;
 
   void first_products(int index, int threads) const {
     Shares shares(index, threads);
     for (int i = 0; i < count; ++i) shares.expect(maps[i].rank, 1);
     for (int i = 0; i < count; ++i) {
       const Range mine = shares.next(maps[i].rank, 1);
-      if (mine.begin < mine.end) kernels->first(first[i], mine.begin, mine.end);
+      each_panel(*kernels, maps[i].v, maps[i].v_stride, first[i].in, maps[i].v_scale, true, element, mine,
+                 [&](const void* v, std::int64_t stride, std::int64_t begin, std::int64_t end) {
+                   FirstProduct some = first[i];
+                   some.v = v, some.v_stride = stride;
+                   kernels->first(some, begin, end);
+                 });
     }
   }
   void second_products(int index, int threads) const {
@@ -118,7 +124,12 @@ struct Stage {
     for (int i = 0; i < count; ++i) shares.expect(maps[i].out, maps[i].rank + kOutputCost);
     for (int i = 0; i < count; ++i) {
       const Range mine = shares.next(maps[i].out, maps[i].rank + kOutputCost);
-      if (mine.begin < mine.end) kernels->second(second[i], mine.begin, mine.end);
+      each_panel(*kernels, maps[i].u, maps[i].u_stride, maps[i].rank, maps[i].u_scale, false, element, mine,
+                 [&](const void* u, std::int64_t stride, std::int64_t begin, std::int64_t end) {
+                   SecondProduct some = second[i];
+                   some.u = u, some.u_stride = stride;
+                   kernels->second(some, begin, end);
+                 });
     }
   }
 };
@@ -164,7 +175,7 @@ void low_rank(const LowRankInput& input, const LowRankMap* maps, int count, int 
                    offset(map.y, start * map.out, element), nullptr, map.out, rows, map.rank};
       t += layout.floats(rows);
     }
-    const Stage stage = {kernels, first.data(), second.data(), maps, count};
+    const Stage stage = {kernels, first.data(), second.data(), maps, count, element};
     on_team(team, [&](int index, int members) {
       if (scale) norm_scales(*kernels, input, x, rows, index, members, scale);
       stage.first_products(index, members);
@@ -217,8 +228,8 @@ void low_rank_mlp(const LowRankInput& input, const LowRankMap& gate, const LowRa
     FirstProduct down_first = {hidden, stride, down.v, down.v_stride, ts[2], layouts[2], rows, width};
     SecondProduct down_second = {ts[2], layouts[2], down.u, down.u_stride, nullptr, down.bias, nullptr, 0,
                                  offset(down.y, start * down.out, element), nullptr, down.out, rows, down.rank};
-    const Stage opening = {kernels, first, second, open, 2};
-    const Stage closing = {kernels, &down_first, &down_second, &down, 1};
+    const Stage opening = {kernels, first, second, open, 2, element};
+    const Stage closing = {kernels, &down_first, &down_second, &down, 1, element};
     on_team(team, [&](int index, int members) {
       opening.first_products(index, members);
       meet();

@@ -104,9 +104,12 @@ struct ManyCall {
       for (int i = 0; i < count; ++i) of_ranks.expect(maps[i].rank, 1);
       each_map([&](const LowRankMap& map, std::uint32_t* t, float* wait, float*) {
         const Range mine = of_ranks.next(map.rank, 1);
-        const ManyFirst first = {some.places, lanes, some.columns, map.rank, offset(map.v, at, element()), map.v_stride, t,
-                                 gathered != nullptr, wait, at > 0, at + chunk < input.in};
-        if (mine.begin < mine.end) many.first(first, mine.begin, mine.end);
+        each_panel(kernels, offset(map.v, at, map.v_scale ? 1 : element()), map.v_stride, some.columns, map.v_scale, true,
+                   element(), mine, [&](const void* v, std::int64_t stride, std::int64_t begin, std::int64_t end) {
+                     const ManyFirst first = {some.places, lanes, some.columns, map.rank, v, stride, t,
+                                              gathered != nullptr, wait, at > 0, at + chunk < input.in};
+                     many.first(first, begin, end);
+                   });
       });
       at += chunk;
     } while (at < input.in);
@@ -115,10 +118,14 @@ struct ManyCall {
     for (int i = 0; i < count; ++i) of_outputs.expect(maps[i].out, maps[i].rank + kOutputCost);
     each_map([&](const LowRankMap& map, std::uint32_t* t, float*, float* wait) {
       const Range mine = of_outputs.next(map.out, map.rank + kOutputCost);
-      const SecondProduct product = {nullptr, {}, map.u, map.u_stride, scale, map.bias,
-                                     offset(map.residual, start * map.residual_stride, element()), map.residual_stride,
-                                     offset(map.y, start * map.out, element()), nullptr, map.out, rows, map.rank};
-      if (mine.begin < mine.end) many.second({t, lanes, product, wait}, mine.begin, mine.end);
+      each_panel(kernels, map.u, map.u_stride, map.rank, map.u_scale, false, element(), mine,
+                 [&](const void* u, std::int64_t stride, std::int64_t begin, std::int64_t end) {
+                   const SecondProduct product = {
+                       nullptr, {}, u, stride, scale, map.bias,
+                       offset(map.residual, start * map.residual_stride, element()), map.residual_stride,
+                       offset(map.y, start * map.out, element()), nullptr, map.out, rows, map.rank};
+                   many.second({t, lanes, product, wait}, begin, end);
+                 });
     });
   }
 

@@ -13,6 +13,7 @@ inline std::uint32_t as_bits(float f) {
 }
 
 inline float to_float(float f) { return f; }
+inline float to_float(std::int8_t i) { return static_cast<float>(i); }
 inline float to_float(BF16 h) { return as_float(static_cast<std::uint32_t>(h.bits) << 16); }
 inline float to_float(F16 h) {
   const std::uint32_t sign = static_cast<std::uint32_t>(h.bits & 0x8000u) << 16;

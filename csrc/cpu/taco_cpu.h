@@ -24,6 +24,10 @@ struct LowRankMap {
   // [rows, rank], added to the intermediate x v^T, or null; for pivoted_low_rank, which sets it where rows are few
   const void* direct = nullptr;
   std::int64_t direct_stride = 0;
+  // [rank] each, or both null: then v and u hold 8-bit integers, each direction of which stands for so many times its own
+  // numbers, rounded to the dtype
+  const float* v_scale = nullptr;
+  const float* u_scale = nullptr;
 };
 
 struct LowRankInput {
@@ -50,6 +54,37 @@ void low_rank(const LowRankInput& input, const LowRankMap* maps, int count, int 
 // y = (x[:, pivot[:rank]] + x[:, pivot[rank:]] v^T) u^T + bias + residual: map.v is [rank, in - rank], `pivot` [in] of indices
 // of 4 or 8 bytes. Throws std::out_of_range, before anything is computed, where an index is.
 void pivoted_low_rank(const LowRankInput& input, const void* pivot, bool long_index, LowRankMap map, int threads);
+
+// A factorised linear map whose factors are 8-bit integers, with one scale for each direction of either.
+struct Int8Map {
+  const std::int8_t* v;  // [rank, in], rows v_stride apart, elements contiguous; behind a pivot [rank, in - rank]
+  std::int64_t v_stride;
+  const float* v_scale;  // [rank]
+  const std::int8_t* u;  // [out, rank]
+  std::int64_t u_stride;
+  const float* u_scale;  // [rank]
+  const void* bias;      // [out] or null, of the input's dtype, as y is
+  void* y;               // [rows, out], contiguous; overlaps none of the inputs
+  std::int64_t rank, out;
+};
+
+// Factors [rows, columns] of 8-bit integers as numbers of a dtype, each the integer times its scale, rounded. `scale` is one
+// of rows or of columns.
+struct Int8Rows {
+  const std::int8_t* integers;
+  std::int64_t stride, rows, columns;
+  const float* scale;
+  bool scale_of_rows;
+  void* out;
+  std::int64_t out_stride;
+};
+void unpack_int8(Dtype dtype, const Int8Rows& rows, int threads);
+
+// y = ((x v^T * v_scale) * u_scale) u^T + bias; with a pivot [in] of indices of 4 or 8 bytes
+// y = ((x[:, pivot[:rank]] + x[:, pivot[rank:]] v^T * v_scale) * u_scale) u^T + bias. Of up to eight rows products and sums
+// are fp32 and nothing is rounded in between; of more the scaled weights are rounded to the dtype, a panel at a time, and
+// it is low_rank and pivoted_low_rank. Throws std::out_of_range, before anything is computed, where an index is.
+void low_rank_int8(const LowRankInput& input, const void* pivot, bool long_index, const Int8Map& map, int threads);
 
 // down(act(gate(x)) * up(x)); the product in the middle is rounded to the dtype. `gate` and `up` have the same `out`,
 // which is down's `in`; only down has a y, and none has a residual.

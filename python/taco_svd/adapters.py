@@ -9,10 +9,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .architectures import Architecture
+from .checkpoint import changed_plan
 from .errors import TacoError
+from .int8_linear import Int8LowRankLinear
 from .lora_layer import lora_class
-from .modeling import CompressedConfig, CompressedModel
+from .modeling import CompressedConfig, CompressedModel, set_structure
 from .replacement import LowRankLinear
+
+FACTORISED = (LowRankLinear, Int8LowRankLinear)
 
 
 def with_lora_support(config: Any, model: PreTrainedModel | None = None) -> Any:
@@ -38,7 +42,7 @@ def with_lora_support(config: Any, model: PreTrainedModel | None = None) -> Any:
                 "or name the maps yourself."
             )
         _name_all(config, model)
-    config._register_custom_module({LowRankLinear: lora_class()})
+    config._register_custom_module(dict.fromkeys(FACTORISED, lora_class()))
     return config
 
 
@@ -54,7 +58,7 @@ def before_injection(tuner: Any, config: Any, model: nn.Module) -> None:
         # PEFT has default targets by model type, and ours is none that it knows
         defaults = tuner.target_module_mapping.get(described.base_class.model_type)
         config.target_modules = set(defaults) if isinstance(defaults, (list, tuple)) else defaults
-    if any(isinstance(module, LowRankLinear) for module in model.modules()):
+    if any(isinstance(module, FACTORISED) for module in model.modules()):
         try:
             lora_class()
         except TacoError:  # PEFT then refuses factorised targets in its own words
@@ -79,10 +83,11 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def follow_modules(model: nn.Module) -> None:
-    """Writes the ranks that merging has changed into the config of a compressed model, which is what it is saved by."""
+    """Writes the ranks that merging has changed into what a compressed model is saved by: its config and its plan."""
     if not isinstance(model, CompressedModel):
         return
     structure = model.structure
+    plan = model.taco_plan if model.taco_plan is not None and model.taco_plan.structure == structure else None
     low_rank: dict[int, dict[str, int]] = {}
     pivoted: dict[int, tuple[str, ...]] = {}
     architecture = Architecture(model, quantised=True)  # type: ignore[arg-type]
@@ -93,15 +98,13 @@ def follow_modules(model: nn.Module) -> None:
             low_rank.setdefault(source, {})[site.path] = module.rank
             if module.pivot is not None:
                 pivoted[source] = (*pivoted.get(source, ()), site.path)
-    values = replace(structure, low_rank=low_rank, pivoted=pivoted).to_dict()
-    for part in model.modules():
-        described = getattr(part, "config", None)
-        if isinstance(described, CompressedConfig):
-            described.taco_svd = values  # type: ignore[attr-defined]
+    merged = replace(structure, low_rank=low_rank, pivoted=pivoted)
+    set_structure(model, merged)  # type: ignore[arg-type]
+    model.taco_plan = None if plan is None else changed_plan(plan, merged, model, merged_adapters=True)  # type: ignore[arg-type]
 
 
 def _adapted(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if isinstance(getattr(module, "base_layer", None), LowRankLinear)]
+    return [module for module in model.modules() if isinstance(getattr(module, "base_layer", None), FACTORISED)]
 
 
 def _wants_all(config: Any) -> bool:
@@ -121,6 +124,6 @@ def _name_all(config: Any, model: nn.Module) -> None:
     name_dense(config, model)
     # a map that has an adapter lies inside of it
     factorised = {
-        name.removesuffix(".base_layer") for name, module in model.named_modules() if isinstance(module, LowRankLinear)
+        name.removesuffix(".base_layer") for name, module in model.named_modules() if isinstance(module, FACTORISED)
     }
     config.target_modules = {*config.target_modules, *factorised}

@@ -182,6 +182,8 @@ class Architecture:
                 yield path
 
     def _check_linears(self) -> None:
+        from .int8_linear import Int8LowRankLinear
+
         blocks = {self.block_of(path) for path in self.paths}
         if self.experts_block is not None:
             blocks.add("mlp")
@@ -198,8 +200,9 @@ class Architecture:
                     f"has {', '.join(self.paths)}; mixed stacks (some layers with experts?) are not supported."
                 )
             for path in paths:
-                for name, parameter in layer.get_submodule(path).named_parameters():
-                    if not parameter.is_floating_point():
+                module = layer.get_submodule(path)
+                for name, parameter in module.named_parameters():
+                    if not parameter.is_floating_point() and not isinstance(module, Int8LowRankLinear):
                         raise UnsupportedModelError(
                             f"layer {index}, {path}.{name}: {parameter.dtype} weights; load the model in float32, "
                             "bfloat16 or float16 to compress it."
@@ -255,9 +258,11 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _is_map(module: nn.Module) -> bool:
     """A dense linear map, or what stands in for one."""
-    from .replacement import LowRankLinear, NarrowLinear  # imported late: replacement builds on this file
+    # imported late: replacement builds on this file
+    from .int8_linear import Int8LowRankLinear
+    from .replacement import LowRankLinear, NarrowLinear
 
-    return _is_linear(module) or isinstance(module, (LowRankLinear, NarrowLinear))
+    return _is_linear(module) or isinstance(module, (LowRankLinear, Int8LowRankLinear, NarrowLinear))
 
 
 def dense_weight(module: nn.Module) -> torch.Tensor:
@@ -269,9 +274,10 @@ def dense_weight(module: nn.Module) -> torch.Tensor:
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """(out features, in features) of a dense or factorised linear map."""
+    from .int8_linear import Int8LowRankLinear
     from .replacement import LowRankLinear, NarrowLinear
 
-    if isinstance(module, (LowRankLinear, NarrowLinear)):
+    if isinstance(module, (LowRankLinear, Int8LowRankLinear, NarrowLinear)):
         return module.out_features, module.in_features
     out_features, in_features = dense_weight(module).shape
     return out_features, in_features

@@ -16,6 +16,7 @@ import taco_kernels
 from . import decomposition
 from .architectures import LinearSite
 from .decomposition import Decomposition, plain_svd
+from .errors import TacoError
 
 # Directions of a large matrix that are attributed, in ranks.
 CANDIDATES = 3
@@ -65,7 +66,13 @@ class SigmaGradients:
 
     def importance(self, site: LinearSite) -> torch.Tensor:
         """|sigma dL/dsigma|, the first-order change of the loss when a direction is dropped: float64 [k]."""
-        return (self._signed[site] * self.decompositions[site].sigma.double()).abs()
+        found = (self._signed[site] * self.decompositions[site].sigma.double()).abs()
+        if not bool(found.isfinite().all()):
+            raise TacoError(
+                f"layer {site.layer}, {site.path}: the gradients of the calibration loss are not finite, so directions "
+                "cannot be chosen by them. Load the model in bfloat16 or float32 (--dtype), or take --method taco."
+            )
+        return found
 
 
 def top_directions(importance: torch.Tensor, rank: int) -> torch.Tensor:

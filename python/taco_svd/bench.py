@@ -95,6 +95,11 @@ class BenchSettings:
     control: bool = False
     energy: bool = True
 
+    @property
+    def length(self) -> int:
+        """Tokens per sequence at most."""
+        return self.prompt + (self.window if "decode" in self.phases else 0)
+
     def check(self) -> None:
         """Raises TacoError for what cannot be measured."""
         if min(self.batches, default=0) < 1 or self.prompt < 1 or self.window < 1:
@@ -156,7 +161,9 @@ def compare_pair(
             if done == rounds:
                 return bootstrap(round_ratios(*times)), "rounds", *times
             continue
-        if done < LEAST_ROUNDS:
+        # After an even number each has followed itself as often as the other: within one round only one of them does,
+        # and what of its weights a cache still holds is an advantage.
+        if done < LEAST_ROUNDS or done % 2:
             continue
         late = clock() - began > seconds
         if late or done >= next_look:
@@ -192,10 +199,9 @@ def run_bench(
         raise TacoError("There is nothing to compare: of a model whose layers are all compressed only --against dense.")
     model = models["compressed"]
     limit = context_length(model)
-    if settings.prompt + settings.window > limit:
-        raise TacoError(
-            f"{settings.prompt} prompt tokens and {settings.window} decoded ones exceed the context of {limit}."
-        )
+    if settings.length > limit:
+        decoded = f" and {settings.window} decoded ones" if "decode" in settings.phases else ""
+        raise TacoError(f"{settings.prompt} prompt tokens{decoded} exceed the context of {limit}.")
     if settings.control and "removal" in models:
         from .replacement import structural_copy
 
@@ -244,8 +250,8 @@ def check_caches(models: dict[str, PreTrainedModel], settings: BenchSettings) ->
     needed = 0
     for model in models.values():
         for batch in settings.batches:
-            length = settings.prompt + settings.window
-            here = cache_bytes(model.config, batch, length, model.dtype)
+            windows = set(settings.modes) == {"eager"}  # static caches keep every token
+            here = cache_bytes(model.config, batch, settings.length, model.dtype, windows)
             if "prefill" in settings.phases:
                 here += working_bytes(model.config, batch, settings.prompt, model.dtype)
             needed = max(needed, 2 * here)  # the two of a pair live side by side

@@ -30,12 +30,16 @@ def tokens_seen(config: PreTrainedConfig, length: int) -> list[int]:
     return [min(length, window) if window and kind == "sliding_attention" else length for kind in kinds]
 
 
-def cache_bytes(config: PreTrainedConfig, batch: int, length: int, dtype: torch.dtype) -> int:
-    """Keys and values of `batch` sequences of `length` tokens in every layer, or of what its sliding window holds."""
+def cache_bytes(config: PreTrainedConfig, batch: int, length: int, dtype: torch.dtype, windows: bool = True) -> int:
+    """Keys and values of `batch` sequences of `length` tokens in every layer, or (`windows`) of what its sliding window
+    holds.
+    """
     values: Any = config
     groups = getattr(values, "num_key_value_heads", None) or values.num_attention_heads
     head = getattr(values, "head_dim", None) or values.hidden_size // values.num_attention_heads
-    return int(2 * batch * sum(tokens_seen(config, length)) * groups * head * dtype.itemsize)
+    seen = tokens_seen(config, length)
+    tokens = sum(seen) if windows else length * len(seen)
+    return int(2 * batch * tokens * groups * head * dtype.itemsize)
 
 
 def working_bytes(config: PreTrainedConfig, batch: int, prompt: int, dtype: torch.dtype) -> int:

@@ -7,7 +7,8 @@ would have given to layers of which nothing is known.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from .budget import LARGE_MAP, LEAST_SAVING, RANK_MULTIPLE, factor_parameters
 from .errors import TacoError
 from .export import dense_stand_in, with_layers_removed
 from .gauge import random_pivot
+from .int8_linear import Int8LowRankLinear
 from .modeling import as_compressed
 from .plan import Plan
 from .replacement import LowRankBridge, LowRankLinear, attach_bridge, drop_layers, structural_copy
@@ -54,13 +56,13 @@ class BenchModels:
         return sum(seen.values())
 
 
-def from_checkpoint(directory: Path, model: PreTrainedModel) -> BenchModels:
-    """Dense stand-in and removal, where the plan tells of them, and the compressed model itself."""
+def from_checkpoint(directory: Path, model: PreTrainedModel, others: Collection[str] = NAMES) -> BenchModels:
+    """Dense stand-in and removal, those of `others` that the plan tells of, and the compressed model itself."""
     plan = Plan.load(directory)
     models: dict[str, PreTrainedModel] = {}
-    if "config" in plan.source:  # a plan need not have one
+    if "dense" in others and "config" in plan.source:  # a plan need not have one
         models["dense"] = dense_stand_in(model, plan.source["config"])
-    if len(plan.redundant) < plan.structure.source_layers:
+    if "removal" in others and len(plan.redundant) < plan.structure.source_layers:
         models["removal"] = with_layers_removed(model, list(plan.redundant))
     models["compressed"] = model
     description = {
@@ -179,6 +181,17 @@ def shape_structure(
     return bridge_structure(architecture, redundant, bridge_rank), redundant
 
 
+def with_int8(structure: Structure) -> Structure:
+    """The same structure with all factors as 8-bit integers.
+
+    Raises:
+        TacoError: it has none.
+    """
+    if not structure.low_rank:
+        raise TacoError("--int8 goes with --method paper or taco: a bridge has no 8-bit form.")
+    return replace(structure, int8={layer: tuple(ranks) for layer, ranks in structure.low_rank.items()})
+
+
 def from_shape(
     config: PreTrainedConfig,
     structure: Structure,
@@ -198,16 +211,14 @@ def from_shape(
         for path, rank in ranks.items():
             site = LinearSite(layer, path, "")
             old = architecture.module(site)
-            module = LowRankLinear(
-                linear_shape(old)[1],
-                linear_shape(old)[0],
-                rank,
-                bias=getattr(old, "bias", None) is not None,
-                device="meta",
-                dtype=dtype,
-                pivoted=structure.is_pivoted(layer, path),
-            )
-            architecture.replace(site, _filled(module, fill, device))
+            out_features, in_features = linear_shape(old)
+            bias, pivoted = getattr(old, "bias", None) is not None, structure.is_pivoted(layer, path)
+            if structure.is_int8(layer, path):  # is made with random integers
+                int8 = Int8LowRankLinear(in_features, out_features, rank, bias, device, dtype, pivoted)
+                architecture.replace(site, _shuffled(int8, device))
+            else:
+                module = LowRankLinear(in_features, out_features, rank, bias, "meta", dtype, pivoted)
+                architecture.replace(site, _filled(module, fill, device))
     hidden = config.hidden_size
     for bridge in structure.bridges:
         empty = LowRankBridge(hidden, bridge.rank, bridge.bias, bridge.eps, device="meta", dtype=dtype)
@@ -236,6 +247,11 @@ def _filled(module: Any, fill: RandomFill, device: torch.device | str) -> Any:
         else:
             tensor = fill(parameter.shape, small * parameter.shape[1] ** -0.5, device)
         module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+    return _shuffled(module, device)
+
+
+def _shuffled(module: Any, device: torch.device | str) -> Any:
+    """The same module with another pivot, if it has one."""
     if getattr(module, "pivot", None) is not None:
         module.pivot = random_pivot(module.in_features, module.rank, torch.Generator().manual_seed(2)).to(device)
     return module

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import StaticLayer
 
 from .devices import on_device, waits_for
 from .errors import TacoError
@@ -191,6 +192,11 @@ def _static_cache(model: PreTrainedModel, batch: int, length: int) -> StaticCach
     """A static cache whose tensors exist already: a compiled prefill must find them at fixed addresses."""
     config: Any = model.config
     cache = StaticCache(config=config, max_cache_len=length)
+    # A layer that keeps a sliding window only counts its tokens in Python: another graph for every one of them, and
+    # none at all once the window is full. With all tokens kept the mask leaves out the same ones.
+    cache.layers = [
+        StaticLayer(max_cache_len=length) if getattr(layer, "is_sliding", False) else layer for layer in cache.layers
+    ]
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache.early_initialization(batch, heads, width, model.dtype, model.device)
@@ -201,8 +207,6 @@ def _set_length(cache: Any, length: int) -> None:
     """Tells a static cache, in place, that it holds `length` tokens."""
     for layer in cache.layers:
         layer.cumulative_length.fill_(length)
-        if hasattr(layer, "cumulative_length_int"):  # sliding windows count in Python as well
-            layer.cumulative_length_int = length
 
 
 def capture(run: Callable[[], object], reset: Callable[[], None]) -> torch.cuda.CUDAGraph:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import shutil
 from collections.abc import Callable
@@ -17,12 +18,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from .checksums import write_checksums
 from .devices import make_current
 from .errors import DiskFullError, TacoError
+from .int8_linear import Int8LowRankLinear
 from .mapped import is_mapped, load_mapped, save_mapped
 from .memory import free_memory
 from .modeling import MODEL_TYPE, CompressedConfig, CompressedModel
 from .plan import PLAN_FILE, Plan
 from .replacement import LowRankLinear, NarrowLinear
 from .store import disk_full
+from .structure import Structure
 from .untrusted import check_config, check_contained, check_depth, check_size, check_weights
 
 DEFAULT_MODEL = Path(__file__).parent / "data" / "classics-16l"
@@ -269,6 +272,25 @@ def _tokenizer_of(name: str | Path) -> PreTrainedTokenizerBase | None:
         ) from error
 
 
+# What a plan's result tells of the factors as they were made, and not of what became of them.
+OF_THE_FACTORS = ("consistency", "drift", "predicted_loss", "measured_loss", "healing", "cost_budget")
+
+
+def changed_plan(plan: Plan, structure: Structure, model: PreTrainedModel, **more: Any) -> Plan:
+    """The plan that stands beside `model`, whose factors are no longer those that `plan` made: its sizes, and nothing
+    that was measured before.
+
+    Args:
+        more: goes into the plan's result.
+    """
+    parameters = parameter_count(model)
+    result = {key: value for key, value in plan.result.items() if key not in OF_THE_FACTORS}
+    result |= {"parameters": parameters, "bytes": weight_bytes(model), **more}
+    if plan.source.get("parameters"):
+        result["share"] = parameters / plan.source["parameters"]
+    return dataclasses.replace(plan, structure=structure, result=result)
+
+
 def weight_bytes(model: PreTrainedModel) -> int:
     """Bytes of all parameters, tied ones counted once, and of the indices of pivoted and narrow maps."""
     return sum(tensor.numel() * tensor.element_size() for tensor in _stored(model))
@@ -283,7 +305,7 @@ def _stored(model: PreTrainedModel) -> list[torch.Tensor]:
     found: list[torch.Tensor] = list(model.parameters())
     for module in model.modules():
         index = module.index if isinstance(module, NarrowLinear) else None
-        index = module.pivot if isinstance(module, LowRankLinear) else index
+        index = module.pivot if isinstance(module, (LowRankLinear, Int8LowRankLinear)) else index
         if index is not None:
             found.append(index)
     return found
@@ -302,6 +324,7 @@ def describe(directory: str | Path) -> dict[str, Any]:
         "redundant_layers": list(plan.redundant),
         "removed_layers": list(plan.structure.removed),
         "low_rank": {str(layer): ranks for layer, ranks in sorted(plan.structure.low_rank.items())},
+        "int8_factors": {str(layer): list(paths) for layer, paths in sorted(plan.structure.int8.items())},
         "bridges": plan.structure.to_dict()["bridges"],
         "compression_ratio": plan.compression_ratio,
         "importance": plan.importance,

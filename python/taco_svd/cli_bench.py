@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # What a compressed model is compared with, in this order.
 OTHERS = ("removal", "dense")
 # What makes the compressed model of a shape; a checkpoint is one already.
-SHAPE_OPTIONS = ("method", "layers", "share", "runs", "keep", "bridge_rank", "max_overhead")
+SHAPE_OPTIONS = ("method", "layers", "share", "runs", "keep", "int8", "bridge_rank", "max_overhead")
 
 
 def bench(
@@ -49,6 +49,9 @@ def bench(
     keep: Annotated[
         float | None, typer.Option(help="With --shape and paper or taco: share of parameters that stays.")
     ] = None,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="With --shape and paper or taco: factors of 8-bit integers (quantize).")
+    ] = False,
     bridge_rank: Annotated[int | None, typer.Option(help="With --shape: rank of the bridges.")] = None,
     max_overhead: Annotated[
         float, typer.Option(help="With --shape and bridge, unless --bridge-rank: the ranks that should cost this.")
@@ -116,7 +119,7 @@ def bench(
         if directory is not None:
             raise TacoError("Give a directory or --shape, not both.")
         made = _from_shape(
-            shape, method, layers, share, runs, keep, bridge_rank, max_overhead, dtype, device, others, progress
+            shape, method, layers, share, runs, keep, int8, bridge_rank, max_overhead, dtype, device, others, progress
         )
     else:
         if directory is None:
@@ -174,7 +177,7 @@ def _from_directory(directory: Path, others: list[str], asked: bool, dtype: str,
             f"The plan of {directory} does not say what the dense model is like (source.config); --against removal."
         )
     model, _ = _load(str(directory), dtype, device)
-    return from_checkpoint(directory, model)
+    return from_checkpoint(directory, model, others)
 
 
 def _from_shape(
@@ -184,6 +187,7 @@ def _from_shape(
     share: float,
     runs: int,
     keep: float | None,
+    int8: bool,
     bridge_rank: int | None,
     max_overhead: float,
     dtype: str,
@@ -194,7 +198,7 @@ def _from_shape(
     import torch
 
     from .bench_memory import check_memory
-    from .bench_models import from_shape, shape_structure
+    from .bench_models import from_shape, shape_structure, with_int8
     from .cli_shared import quiet_libraries
     from .cost_budget import bridges_within
     from .errors import TacoError
@@ -213,6 +217,8 @@ def _from_shape(
     kind: torch.dtype = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
     target = _device(device)
     structure, redundant = shape_structure(config, method, chosen, share, runs, keep, bridge_rank, kind)
+    if int8:
+        structure = with_int8(structure)
     # with the dense model even where it is not compared: all others are made from it
     planned = from_shape(config, structure, redundant, kind, "meta")
     check_memory(planned.bytes, target, f"{shape} in {kind} with what replaces its layers")

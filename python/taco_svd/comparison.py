@@ -17,7 +17,7 @@ from .baselines import Workspace
 from .calibration import Calibration
 from .checkpoint import parameter_count, weight_bytes
 from .errors import TacoError
-from .evaluation import perplexity
+from .evaluation import Perplexity, perplexity
 from .latency import compare_latency
 from .pipeline import compress
 from .plan import METHODS, REMOVING_METHODS, Plan
@@ -135,13 +135,20 @@ def run_comparison(
     start = time.monotonic()
     dense_parameters = parameter_count(dense)
 
+    of_dense: dict[str, Perplexity] = {}
+
     def measured(name: str, model: PreTrainedModel, setting: Setting | None) -> dict[str, Any]:
         scores = {}
         for text, tokens in {measure.text: measure.tokens, **measure.further}.items():
             with progress.step(f"perplexity: {name}, {text}") as report:
-                scores[text] = perplexity(
+                score = perplexity(
                     model, tokens, window=measure.window, max_windows=measure.max_windows, progress=report
-                ).to_dict()
+                )
+            scores[text] = score.to_dict()
+            if setting is None:
+                of_dense[text] = score
+            else:
+                scores[text]["over_dense"] = score.change(of_dense[text]).to_dict()
         parameters = parameter_count(model)
         row = {
             "model": name,

@@ -6,13 +6,16 @@ one it works on: ``W = left @ diag(sigma) @ right`` with the directions in an or
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 
 import taco_kernels
+from taco_kernels._library import exact_products
 
 from .errors import TacoError
 from .triangle import cholesky_below_, restore_below_
@@ -33,6 +36,10 @@ PLAIN_POWER_ITERS = 4
 WIDENED_COLUMNS = 1024
 # Second moments of more features than this are handled in float32.
 LARGE_MOMENT = 1024
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,23 @@ class Decomposition:
         return Decomposition(self.left.to(device), self.sigma.to(device), self.right.to(device))
 
 
+def _exactly(function: Callable[P, R]) -> Callable[P, R]:
+    """Computes in float32 what is to be float32, whatever precision the user has allowed for the model's own products.
+
+    The first tensor among the arguments, or the first one's `weight`, says on which device.
+    """
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        given = [getattr(value, "weight", value) for value in args]
+        device = next(value.device for value in given if isinstance(value, torch.Tensor))
+        with exact_products(device):
+            return function(*args, **kwargs)
+
+    return run
+
+
+@_exactly
 def plain_svd(weight: torch.Tensor, rank: int | None = None) -> Decomposition:
     """SVD of a weight [out, in]; the truncation minimises the Frobenius norm of the error in the weight.
 
@@ -110,6 +134,7 @@ class WeightedMap:
     their memory: those of a wide layer are larger than the layer.
     """
 
+    @_exactly
     def __init__(
         self,
         weight: torch.Tensor,
@@ -121,6 +146,7 @@ class WeightedMap:
         self._roots = _triangular_roots(inputs, gradients, own) if min(weight.shape) >= WEIGHTED_LEAST else None
         self._moments = (inputs, gradients) if self._roots is None else (None, None)
 
+    @_exactly
     def svd(self, rank: int | None = None) -> Decomposition:
         """The `rank` leading directions at least; see `weighted_svd`."""
         if self._roots is None:
@@ -129,6 +155,7 @@ class WeightedMap:
             return sketched_weighted_svd(self.weight, *self._roots, rank)
         return _by_triangular_roots(self.weight, *self._roots, rank)[0]
 
+    @_exactly
     def svd_and_spectrum(self, rank: int) -> tuple[Decomposition, torch.Tensor]:
         """`svd(rank)` without a sketch, and `spectrum()`, for the price of one: the directions in its first columns."""
         if self._roots is None:
@@ -136,6 +163,7 @@ class WeightedMap:
             return whole, whole.sigma
         return _by_triangular_roots(self.weight, *self._roots, rank)
 
+    @_exactly
     def spectrum(self) -> torch.Tensor:
         """All singular values of ``G^(1/2) W A^(1/2)``, descending.
 
@@ -168,6 +196,7 @@ def _full_by_symmetric_roots(
     return Decomposition(left.float(), sigma.float(), right.float())
 
 
+@_exactly
 def full_svd(matrix: torch.Tensor, by_gram: bool | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(left [m, k], sigma [k] descending, right [k, n]) of a matrix, k = min(m, n): as ``torch.linalg.svd``'s, reduced.
 
@@ -187,6 +216,7 @@ def full_svd(matrix: torch.Tensor, by_gram: bool | None = None) -> tuple[torch.T
     return left.to(matrix.dtype), sigma.to(matrix.dtype), right.to(matrix.dtype)
 
 
+@_exactly
 def singular_values(matrix: torch.Tensor) -> torch.Tensor:
     """All singular values, descending; of a large matrix on a GPU by `full_svd`'s way."""
     if not _by_gram_here(matrix):
@@ -219,7 +249,8 @@ def _svd_by_gram(
     squares, vectors = torch.linalg.eigh(_wide_gram(core))
     left = vectors.flip(1)[:, :rank].to(core.dtype)
     spectrum = squares.flip(0).clamp(min=0).sqrt()
-    floor = float(spectrum[0]) * torch.finfo(spectrum.dtype).eps
+    # below it, what is left of a row is rounding, and is not to be blown up to more than a unit vector
+    floor = float(spectrum[0]) * max(1e-8, torch.finfo(core.dtype).eps)
     sigma = spectrum[:rank].to(core.dtype)
     right = (left.T @ core) / sigma.clamp(min=floor or 1.0)[:, None]
     return left, sigma, right, spectrum

@@ -26,6 +26,7 @@ from torch import nn
 from torch.nn import functional
 
 import taco_kernels
+from taco_kernels.env import build_digest
 
 from .bench import device_name
 from .bench_runner import capture
@@ -51,6 +52,23 @@ def cache_directory() -> Path:
     if named:
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "taco-kernels"
+
+
+def cpu_identity() -> dict[str, str]:
+    """What tells CPUs of one name apart, and what of one a container may use; empty where nothing says so."""
+    found: dict[str, str] = {}
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        for line in lines:
+            name, _, value = (part.strip() for part in line.partition(":"))
+            if name in ("cpu family", "model", "stepping", "cache size"):
+                found.setdefault(name, value)
+    for name, path in (
+        ("last level cache", "/sys/devices/system/cpu/cpu0/cache/index3/size"),
+        ("quota", "/sys/fs/cgroup/cpu.max"),
+    ):
+        with contextlib.suppress(OSError):
+            found[name] = Path(path).read_text(encoding="utf-8").strip()
+    return found
 
 
 class DeviceCosts:
@@ -87,6 +105,7 @@ class DeviceCosts:
             "torch": str(torch.__version__),
             "block_bytes": self.block_bytes,
             "native": taco_kernels.dispatch.isa,  # CPUs of one name may differ in it
+            "build": build_digest(),
             "direct": taco_kernels.direct.usable,
             "backend": taco_kernels.get_backend(),  # where one is forced, other kernels are timed
             # what the user can hold the library to: its instructions (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA), the
@@ -98,6 +117,10 @@ class DeviceCosts:
         }
         if self.device.type == "cuda":
             self.key["timed"] = "graph"
+            self.key["kernels"] = {name: taco_kernels.dispatch.why_not(name, "cuda") for name in ("cuda", "triton")}
+            self.key["launch"] = os.environ.get("TACO_CUDA_LAUNCH", "")
+        else:
+            self.key["cpu"] = cpu_identity()
         digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
         self.path = (directory or cache_directory()) / f"costs-{digest}.json"
         self.seconds: dict[str, float] = self._load()

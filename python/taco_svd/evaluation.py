@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ class Perplexity:
         tokens: number of tokens predicted and counted.
         windows, window, stride: how the text was cut.
         begin_token: the token that every window begins with, of a model that needs one (`needed_begin_token`).
+        window_nll, window_tokens: of each window, the sum of its losses in nats and how many there are; for
+            `change`, not in `to_dict`.
     """
 
     perplexity: float
@@ -40,6 +42,43 @@ class Perplexity:
     window: int
     stride: int
     begin_token: int | None = None
+    window_nll: tuple[float, ...] = field(default=(), repr=False)
+    window_tokens: tuple[int, ...] = field(default=(), repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if not key.startswith("window_")}
+
+    def change(self, before: Perplexity) -> Change:
+        """How much this perplexity lies above `before`, another model's on the same windows.
+
+        Raises:
+            ValueError: the windows are others.
+        """
+        if self.window_tokens != before.window_tokens or not self.window_tokens:
+            raise ValueError("The two perplexities are not of the same windows.")
+        more = [here - there for here, there in zip(self.window_nll, before.window_nll, strict=True)]
+        mean, error = ratio_mean(more, list(self.window_tokens))
+        return Change(mean, error, *(_exp(mean + steps * error) - 1 for steps in (0, -1.96, 1.96)))
+
+
+@dataclass(frozen=True)
+class Change:
+    """A perplexity over another one on the same windows.
+
+    What makes a text hard makes it hard for both, and cancels: the error is much smaller than either perplexity's own.
+
+    Attributes:
+        nll: difference of the mean negative log-likelihoods, nats per token.
+        nll_standard_error: over windows, paired; NaN for a single window.
+        relative: ratio of the perplexities minus one.
+        low, high: its 95% interval (normal, of `nll`).
+    """
+
+    nll: float
+    nll_standard_error: float
+    relative: float
+    low: float
+    high: float
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -143,6 +182,10 @@ def ratio_mean(sums: list[float], counts: list[int]) -> tuple[float, float]:
     return mean, math.sqrt(spread * len(sums) / (len(sums) - 1)) / count
 
 
+def _exp(nats: float) -> float:
+    return math.exp(nats) if not nats >= 700 else float("inf")
+
+
 @torch.no_grad()
 @in_wide_products
 def perplexity(
@@ -194,6 +237,6 @@ def perplexity(
     if not math.isfinite(math.fsum(sums)):
         raise TacoError("The model's logits are not finite on this text; its perplexity is undefined.")
     mean, error = ratio_mean(sums, counts)
-    value = math.exp(mean) if mean < 700 else float("inf")
+    value = _exp(mean)
     cut = (batches.windows, batches.window, batches.stride, batches.begin_token)
-    return Perplexity(value, mean, error, value * error, sum(counts), *cut)
+    return Perplexity(value, mean, error, value * error, sum(counts), *cut, tuple(sums), tuple(counts))

@@ -13,8 +13,9 @@ from transformers.pytorch_utils import Conv1D
 from .architectures import Architecture, copy_implementations, slice_config
 from .errors import TacoError
 from .experts import OpenExperts, put_module, stacked
+from .int8_linear import SCALES, Int8LowRankLinear
 from .modeling import CompressedModel
-from .replacement import LowRankLinear, NarrowLinear, drop_layers, structural_copy
+from .replacement import LowRankLinear, NarrowLinear, drop_layers, in_floats, structural_copy
 
 
 def base_config(model: PreTrainedModel) -> PreTrainedConfig:
@@ -74,10 +75,18 @@ def widen(module: NarrowLinear) -> nn.Linear:
     return dense.train(module.training)
 
 
+def _floating(layer: nn.Module) -> torch.dtype:
+    """The dtype of what is not an integer in a layer, or its scale: of its norms, say."""
+    found = (value for name, value in layer.named_parameters() if not name.endswith(SCALES))
+    return next((value.dtype for value in found if value.is_floating_point()), torch.float32)
+
+
 def _densify(layer: nn.Module, like: nn.Module, config: PreTrainedConfig) -> nn.Module:
     """Gives a compressed layer ordinary modules, in place; `like`: a layer of the base class, without data."""
     transposed = any(isinstance(module, Conv1D) for module in like.modules())
     for path, module in list(layer.named_modules()):
+        if isinstance(module, Int8LowRankLinear):
+            module = in_floats(module, _floating(layer))
         if isinstance(module, LowRankLinear):
             put_module(layer, path, multiply_out(module, transposed))
         elif isinstance(module, NarrowLinear):

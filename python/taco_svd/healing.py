@@ -30,6 +30,7 @@ from .decomposition import full_svd
 from .divergence import kl_per_token
 from .drift import depth_map, recorded
 from .errors import TacoError
+from .int8_linear import Int8LowRankLinear
 from .modeling import CompressedModel
 from .predictions import Predictions
 from .replacement import LowRankBridge, LowRankLinear
@@ -130,6 +131,8 @@ def trainable_names(model: PreTrainedModel, norms: bool = False) -> list[str]:
             name for name, module in model.named_modules() if id(module) in inside and "Norm" in type(module).__name__
         }
     names = [name for name, _ in model.named_parameters() if name.rpartition(".")[0] in owners]
+    if any(isinstance(module, Int8LowRankLinear) for module in model.modules()):
+        raise TacoError("This model's factors are 8-bit integers, which are not trained: heal first, then quantize.")
     if not names:
         raise TacoError(
             "Nothing stands for the removed layers of this model, so there is nothing to heal; "

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .errors import TacoError
+from .int8_linear import Int8LowRankLinear
 from .replacement import LowRankLinear
 
 # Values of init_lora_weights that look at no weight: eva goes by a map's inputs.
@@ -24,7 +25,7 @@ WAYS_OUT = (
 
 @functools.cache
 def lora_class() -> type[nn.Module]:
-    """The adapter around a `LowRankLinear`; made on demand, since peft is an optional package.
+    """The adapter around a `LowRankLinear` or `Int8LowRankLinear`; made on demand, since peft is an optional package.
 
     Raises:
         TacoError: peft is missing, or older than 0.19.
@@ -112,6 +113,11 @@ def lora_class() -> type[nn.Module]:
             """
             base = self.get_base_layer()
             where = self.kwargs.get("target_name") or "A factorised map"
+            if isinstance(base, Int8LowRankLinear):
+                raise TacoError(
+                    f"{where}: its factors are 8-bit integers, into which nothing is merged. Merge the adapter into "
+                    f"the model that they were made from and quantize the result, or {WAYS_OUT}."
+                )
             added = sum(self.lora_A[name].weight.shape[0] for name in names)
             if base.rank + added > min(base.in_features, base.out_features):
                 raise TacoError(

@@ -25,8 +25,9 @@ from transformers.utils.hub import cached_file
 from .architectures import PER_LAYER_CONFIG_LISTS, copy_implementations
 from .checksums import check_checksums, write_checksums
 from .errors import TacoError
+from .int8_linear import SCALES, Int8LowRankLinear
 from .plan import PLAN_FILE, Plan
-from .replacement import LowRankBridge, LowRankLinear, NarrowLinear, install
+from .replacement import LowRankBridge, LowRankLinear, NarrowLinear, install, pivot_is_permutation
 from .structure import MAX_LAYERS, Structure
 from .untrusted import check_config, check_depth, check_labels, check_size, check_weights, refuse_foreign_code
 
@@ -162,7 +163,7 @@ class CompressedModel:
         return structure
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (LowRankLinear, LowRankBridge, NarrowLinear)):
+        if isinstance(module, (LowRankLinear, Int8LowRankLinear, LowRankBridge, NarrowLinear)):
             # from_pretrained calls this for parameters that the checkpoint lacks; those are reported, see below
             if not any(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()):
                 module.reset_parameters()
@@ -298,12 +299,13 @@ def check_replacements(model: Any, path: Any) -> None:
     """
     for name, module in model.named_modules():
         # an index that is no permutation would read other inputs than were meant, or none at all
-        if isinstance(module, LowRankLinear) and not module.pivot_is_permutation():
+        if isinstance(module, (LowRankLinear, Int8LowRankLinear)) and not pivot_is_permutation(module):
             raise TacoError(f"{path}: {name}.pivot is no permutation; the checkpoint is damaged.")
         if isinstance(module, NarrowLinear) and not module.index_is_valid():
             raise TacoError(f"{path}: {name}.index names places that are not there; the checkpoint is damaged.")
         # transformers' plans are for one matrix per map: both factors would be cut where only one may be
-        if isinstance(module, (LowRankLinear, NarrowLinear)) and (getattr(model, "_tp_size", None) or 1) > 1:
+        factorised = isinstance(module, (LowRankLinear, Int8LowRankLinear, NarrowLinear))
+        if factorised and (getattr(model, "_tp_size", None) or 1) > 1:
             raise TacoError(
                 f"{name} is factorised, and transformers' tensor parallelism knows no such maps. Serve it with vLLM "
                 "(docs/vllm.md), load it with a device_map, or compress with --method bridge."
@@ -347,6 +349,7 @@ def compressed_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]
     if base not in _model_classes:
         name = f"Taco{base.__name__}"
         no_split = list(base._no_split_modules or [])
+        in_float32 = {*(base._keep_in_fp32_modules_strict or ()), *SCALES}
         _model_classes[base] = type(
             name,
             (CompressedModel, base),
@@ -356,6 +359,7 @@ def compressed_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]
                 "base_class": base,
                 "config_class": config_class,
                 "_no_split_modules": no_split + [f"Bridged{layer}" for layer in no_split],
+                "_keep_in_fp32_modules_strict": in_float32,
             },
         )
     return _model_classes[base]
@@ -401,6 +405,14 @@ def as_compressed(model: PreTrainedModel, config: PreTrainedConfig, structure: S
             module.config = compressed_config  # type: ignore[assignment]
     model._no_split_modules = set(model._no_split_modules or ()) | set(model_class._no_split_modules or ())
     return model
+
+
+def set_structure(model: PreTrainedModel, structure: Structure) -> None:
+    """Writes a structure into the config of a compressed model, which all its parts read it from."""
+    for part in model.modules():
+        described = getattr(part, "config", None)
+        if isinstance(described, CompressedConfig):
+            described.taco_svd = structure.to_dict()  # type: ignore[attr-defined]
 
 
 def __getattr__(name: str) -> Any:

@@ -57,6 +57,7 @@ from .modeling import CompressedModel, as_compressed
 from .one_shot import importance_and_attribution
 from .plan import METHODS, Plan
 from .progress import Progress, Silent
+from .quantisation import quantise
 from .replacement import drop_layers, structural_copy
 from .sequential import held_out_windows
 from .shapes import skeleton
@@ -117,16 +118,24 @@ def _check_weights(architecture: Architecture, looked: list[WeightSums]) -> None
     _probe(architecture)
 
 
-def _factorisable(architecture: Architecture, method: str, experts: str) -> Architecture:
+def _factorisable(architecture: Architecture, method: str, experts: str, timed: bool) -> Architecture:
     """The model as a method sees it: with single experts as linear maps of their own, or whole.
 
+    Args:
+        timed: whether the budget is one of time.
+
     Raises:
-        TacoError: `experts` is unknown.
+        TacoError: `experts` is unknown, or single ones cannot be timed.
     """
     if experts not in EXPERTS:
         raise TacoError(f"--experts must be one of {', '.join(EXPERTS)}, got {experts!r}.")
     if method not in OPENING or experts == "whole" or architecture.experts_block is None:
         return architecture
+    if timed:
+        raise TacoError(
+            "--max-latency cannot price experts that are factorised one by one: which of them run depends on the "
+            "tokens. Take --experts whole, or --keep."
+        )
     return Architecture(opened(architecture.model))
 
 
@@ -181,12 +190,14 @@ def make_plan(
     """Decides which layers are redundant and what replaces them; arguments as in `compress`."""
     progress = progress or Silent()
     _check_choices(method, importance, bridge_rank, one_shot)
-    architecture = _factorisable(_architecture or check_model(model), method, experts)
+    cost = cost or CostBudget()
+    architecture = _factorisable(
+        _architecture or check_model(model), method, experts, timed=cost.max_latency is not None
+    )
     model = architecture.model
     chosen = _chosen(architecture, layers)
     measured: dict[str, Any]
     attributed: Attributed | None = None
-    cost = cost or CostBudget()
     cost.check(method, keep, layers, bridge_rank, compression_ratio)
     if cost.keep_bytes is not None:
         keep = _share_of_parameters(model, cost.keep_bytes)
@@ -424,6 +435,9 @@ def _carry_out(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The compressed model, and what its making has to say for the plan's result."""
     record: dict[str, Any] = {}
+    int8 = plan.structure.int8
+    if int8:  # these are made of floating factors, like all others
+        plan = dataclasses.replace(plan, structure=dataclasses.replace(plan.structure, int8={}))
     model = _fitting(Architecture(model), plan).model
     working = structural_copy(model)
     architecture = Architecture(working)
@@ -449,7 +463,7 @@ def _carry_out(
     name = not_finite(compressed)
     if name is not None:
         raise TacoError(f"The factors of {name} came out as NaN or infinite; try another --calibration.")
-    return compressed, record
+    return quantise(compressed, int8) if int8 else compressed, record
 
 
 @numerical_errors_named()
@@ -545,6 +559,10 @@ def compress(
     team = team or Team()
     if not isinstance(calibration, (str, Path)) or (team.rank == 0 and not resume):  # see where it is loaded
         calibration = recognised(calibration)
+    if team.size > 1 and plan is None and (max_overhead is not None or max_latency is not None):
+        raise TacoError(
+            "A budget of time is measured by one process that has the machine to itself: start one, or give --keep."
+        )
     if team.size > 1 and (method if plan is None else plan.method) not in TEAM_METHODS:
         raise TacoError(f"Several processes work on --method {', '.join(TEAM_METHODS)} only; start one for {method}.")
     if work_dir is not None:
@@ -568,7 +586,7 @@ def compress(
         _check_choices(method, importance, bridge_rank, one_shot)
         _chosen(architecture, layers)
         budget.check(method, share, layers, bridge_rank, compression_ratio)
-        seen = _factorisable(architecture, method, experts)
+        seen = _factorisable(architecture, method, experts, timed=max_latency is not None)
         if max_latency is None:
             part = share
             if keep_bytes is not None:

@@ -19,7 +19,15 @@ import taco_kernels
 from .architectures import Architecture, LinearSite, dense_weight, linear_shape
 from .errors import TacoError
 from .experts import names_experts, open_experts
+from .int8_linear import Int8LowRankLinear
 from .structure import NarrowSpec, Structure
+
+
+def pivot_is_permutation(module: LowRankLinear | Int8LowRankLinear) -> bool:
+    """Whether a factorised map's pivot names every input once (true where there is none)."""
+    if module.pivot is None or module.pivot.is_meta:
+        return True
+    return torch.equal(module.pivot.sort().values.cpu(), torch.arange(module.in_features, dtype=torch.int32))
 
 
 class LowRankLinear(nn.Module):
@@ -70,9 +78,7 @@ class LowRankLinear(nn.Module):
 
     def pivot_is_permutation(self) -> bool:
         """Whether the pivot names every input once (true where there is none)."""
-        if self.pivot is None or self.pivot.is_meta:
-            return True
-        return torch.equal(self.pivot.sort().values.cpu(), torch.arange(self.in_features, dtype=torch.int32))
+        return pivot_is_permutation(self)
 
     def full_right_factor(self) -> torch.Tensor:
         """The right factor [rank, in_features], float32, whichever way it is stored."""
@@ -89,6 +95,18 @@ class LowRankLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"bias={self.bias is not None}, pivoted={self.pivot is not None}"
         )
+
+
+def in_floats(module: Int8LowRankLinear, dtype: torch.dtype) -> LowRankLinear:
+    """The same map with floating factors."""
+    bias, pivoted = module.bias is not None, module.pivot is not None
+    made = LowRankLinear(module.in_features, module.out_features, module.rank, bias, "meta", dtype, pivoted)
+    u, v = module.floating(dtype)
+    made.u, made.v = nn.Parameter(u), nn.Parameter(v)
+    if module.bias is not None:
+        made.bias = nn.Parameter(module.bias.detach().to(dtype, copy=True))
+    made.pivot = None if module.pivot is None else module.pivot.clone()
+    return made.train(module.training)
 
 
 def empty_factors(dense: nn.Module, rank: int, pivoted: bool) -> LowRankLinear:
@@ -338,7 +356,8 @@ def install(model: PreTrainedModel, structure: Structure, device: torch.device |
             if rank > min(out_features, in_features):
                 raise TacoError(f"layer {source_layer}, {path}: rank {rank} of a {out_features} x {in_features} map.")
             pivoted = structure.is_pivoted(source_layer, path)
-            architecture.replace(site, LowRankLinear(in_features, out_features, rank, pivoted=pivoted, **setting))
+            kind = Int8LowRankLinear if structure.is_int8(source_layer, path) else LowRankLinear
+            architecture.replace(site, kind(in_features, out_features, rank, pivoted=pivoted, **setting))
     for source_layer, specs in structure.narrow.items():
         for path, spec in specs.items():
             site, (out_features, in_features), setting = _place(architecture, structure, source_layer, path)

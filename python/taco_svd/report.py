@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ def compare_table(rows: list[dict[str, Any]], title: str) -> Table:
     table = Table(title=title)
     several = len({str(row.get("setting")) for row in rows if "setting" in row}) > 1
     texts = list(rows[0].get("perplexity_on", {})) if rows else []
-    columns = ("model", "perplexity", *texts, "parameters", "kept", "MB", "prefill ms", "decode ms/token")
+    columns = ("model", "perplexity", "over dense", *(column for text in texts for column in (text, "over dense")))
+    columns = (*columns, "parameters", "kept", "MB", "prefill\nms", "decode\nms/token")
     for name in ("budget", *columns) if several else columns:
         table.add_column(name, justify="left" if name in ("model", "budget") else "right", no_wrap=True)
     last = None
@@ -31,7 +33,7 @@ def compare_table(rows: list[dict[str, Any]], title: str) -> Table:
         setting = row.get("setting", {})
         cells = [
             row["model"],
-            *(f"{one['perplexity']:.2f} ± {one['standard_error']:.2f}" for one in (score, *further)),
+            *(cell for one in (score, *further) for cell in (perplexity_cell(one), over_dense_cell(one))),
             f"{row['parameters']:,}",
             f"{row['share']:.1%}",
             f"{row['bytes'] / 1e6:.2f}",
@@ -45,6 +47,19 @@ def compare_table(rows: list[dict[str, Any]], title: str) -> Table:
         last = setting
         table.add_row(*cells)
     return table
+
+
+def perplexity_cell(score: dict[str, Any]) -> str:
+    return f"{score['perplexity']:.2f} ± {score['standard_error']:.2f}"
+
+
+def over_dense_cell(score: dict[str, Any]) -> str:
+    """How far a perplexity lies above the dense model's, with its standard error, paired over windows."""
+    change = score.get("over_dense")
+    if change is None:
+        return "-"
+    half = (change["high"] - change["low"]) / 2 / 1.96
+    return f"{change['relative']:+.1%} ± {half:.1%}" if math.isfinite(half) else f"{change['relative']:+.1%}"
 
 
 def plot_backend(path: str | Path) -> Any:
@@ -156,6 +171,9 @@ def info_table(info: dict[str, Any]) -> Table:
         table.add_row("compression ratio", f"{info['compression_ratio']:.4g}")
     for layers, ranks in _alike(info["low_rank"]):
         table.add_row(layers, "rank " + ", ".join(f"{path} {rank}" for path, rank in _by_kind(ranks).items()))
+    if info["int8_factors"]:
+        integers = sum(map(len, info["int8_factors"].values()))
+        table.add_row("8-bit factors", f"of {integers} of {sum(map(len, info['low_rank'].values()))} factorised maps")
     for bridge in info["bridges"]:
         table.add_row(
             f"bridge after layer {bridge['after']}", f"rank {bridge['rank']}{', bias' if bridge['bias'] else ''}"

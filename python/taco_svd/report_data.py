@@ -20,11 +20,12 @@ from .evaluation import WindowBatches, perplexity, resolve_windows
 from .evaluation_run import evaluation_tokens, versions
 from .experts import expert_number, kind_of, opened
 from .export import multiply_out
+from .int8_linear import Int8LowRankLinear
 from .latency import compare_latency
 from .pipeline import apply_plan
 from .plan import Plan
 from .progress import Progress, Silent
-from .replacement import LowRankBridge, LowRankLinear
+from .replacement import LowRankBridge, LowRankLinear, in_floats
 from .report_files import comparison_cut, comparison_note, comparison_rows, consistency, healing, number
 from .source_model import load_source
 from .structure import Structure
@@ -310,6 +311,8 @@ def _spectra(model: PreTrainedModel, dense: PreTrainedModel | None, structure: S
         for layer in chosen:
             site = LinearSite(structure.position(layer), path, architecture.block_of(path))
             module = architecture.module(site)
+            if isinstance(module, Int8LowRankLinear):
+                module = in_floats(module, torch.float32)
             if not isinstance(module, LowRankLinear):
                 continue
             sides = sorted(linear_shape(module))

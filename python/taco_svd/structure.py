@@ -12,8 +12,8 @@ from typing import Any
 
 from .errors import TacoError
 
-FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)  # 1 had no pivoted factors
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (1, 2, 3)  # 1 had no pivoted factors, 2 none of 8-bit integers
 MAX_RANK = 1 << 20
 MAX_LAYERS = 1 << 16
 MAX_PATH = 256
@@ -67,6 +67,8 @@ class Structure:
         narrow: for each kept source layer the linear maps that have become narrower (see `NarrowSpec`).
         pivoted: for each kept source layer the factorised maps whose right factor is the identity on `rank` of its
             inputs (see `taco_kernels.pivoted_low_rank_linear`).
+        int8: for each kept source layer the factorised maps whose factors are 8-bit integers (see
+            `taco_kernels.low_rank_linear_int8`).
     """
 
     source_layers: int
@@ -75,6 +77,7 @@ class Structure:
     bridges: tuple[BridgeSpec, ...] = ()
     narrow: dict[int, dict[str, NarrowSpec]] = field(default_factory=dict)
     pivoted: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    int8: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 < self.source_layers <= MAX_LAYERS:
@@ -98,10 +101,13 @@ class Structure:
                     raise TacoError(f"structure: layer {layer}, {path}: both factorised and narrower.")
                 if not (0 < spec.rows <= MAX_RANK and 0 < spec.columns <= MAX_RANK) or spec.spread not in SPREADS:
                     raise TacoError(f"structure: layer {layer}, {path}: {spec} is out of range.")
-        for layer, paths in self.pivoted.items():
-            lost = [path for path in paths if path not in self.low_rank.get(layer, {})]
-            if lost or len(set(paths)) != len(paths):
-                raise TacoError(f"structure: layer {layer}: `pivoted` must name factorised maps, each once ({lost}).")
+        for name in ("pivoted", "int8"):
+            for layer, paths in getattr(self, name).items():
+                lost = [path for path in paths if path not in self.low_rank.get(layer, {})]
+                if lost or len(set(paths)) != len(paths):
+                    raise TacoError(
+                        f"structure: layer {layer}: `{name}` must name factorised maps, each once ({lost})."
+                    )
         afters = [bridge.after for bridge in self.bridges]
         if afters != sorted(set(afters)):
             raise TacoError("structure: bridges must be ascending, one per place.")
@@ -120,13 +126,17 @@ class Structure:
     def is_pivoted(self, layer: int, path: str) -> bool:
         return path in self.pivoted.get(layer, ())
 
+    def is_int8(self, layer: int, path: str) -> bool:
+        return path in self.int8.get(layer, ())
+
     def position(self, source_layer: int) -> int:
         """Where a kept source layer stands in the compressed stack."""
         return self.kept.index(source_layer)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "format_version": FORMAT_VERSION,
+        values: dict[str, Any] = {
+            # so that releases which know no such factors read all others
+            "format_version": FORMAT_VERSION if self.int8 else 2,
             "source_layers": self.source_layers,
             "kept": list(self.kept),
             "low_rank": {str(layer): dict(ranks) for layer, ranks in sorted(self.low_rank.items())},
@@ -143,6 +153,9 @@ class Structure:
             },
             "pivoted": {str(layer): list(paths) for layer, paths in sorted(self.pivoted.items())},
         }
+        if self.int8:
+            values["int8"] = {str(layer): list(paths) for layer, paths in sorted(self.int8.items())}
+        return values
 
     @classmethod
     def from_dict(cls, data: Any) -> Structure:
@@ -183,13 +196,15 @@ class Structure:
                     }
                     for layer, specs in data.get("narrow", {}).items()
                 },
-                pivoted={
-                    _index(layer): tuple(_path(path) for path in _list(paths))
-                    for layer, paths in data.get("pivoted", {}).items()
-                },
+                pivoted=_paths(data.get("pivoted", {})),
+                int8=_paths(data.get("int8", {})),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise TacoError(f"structure: not readable ({type(error).__name__}: {str(error)[:200]}).") from error
+
+
+def _paths(value: Any) -> dict[int, tuple[str, ...]]:
+    return {_index(layer): tuple(_path(path) for path in _list(paths)) for layer, paths in value.items()}
 
 
 def _integer(value: Any) -> int:

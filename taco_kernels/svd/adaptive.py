@@ -42,7 +42,24 @@ def _grow(m: Operand, q: Tensor, count: int, power_iters: int, seed: int) -> Ten
         z = condition(m.backward(_without(condition(y, m.dtype)[0], q)), m.dtype)[0]
         y = _without(m.forward(z), q)
     # Twice: where little of M is left, the first pass leaves mostly what q already holds.
-    return _orthonormal_rows(_without(_orthonormal_rows(y), q))
+    return _orthonormal_rows(_fresh(_without(_orthonormal_rows(y), q)))
+
+
+def _fresh(rows: Tensor) -> Tensor:
+    """Of orthonormal rows that have lost their part in a basis, what lay outside of it already.
+
+    Where M has no more directions than the basis (rows of zeros, say), rows of rounding errors had taken the places
+    that were left, and may be any part of the basis again: hardly anything of them remains, and it is no direction.
+    """
+    values, vectors = torch.linalg.eigh(product(rows, rows).double())
+    fresh = values > 0.25
+    return rows if bool(fresh.all()) else product(vectors[:, fresh].T.to(rows.dtype), rows.T)
+
+
+def _scaled_up(bound: float, exponent: int) -> float:
+    """A bound times 2^exponent, not below it: what is too small for a number becomes the smallest one."""
+    found = float(scaled(torch.tensor(bound, dtype=torch.float64, device="cpu"), exponent))
+    return math.nextafter(found, math.inf) if bound and found < math.ldexp(1.0, -1000) else found
 
 
 def _squared_norm(m: Operand) -> float:
@@ -93,6 +110,8 @@ def adaptive_svd(
     while len(q) < widest and (residual > 0.98 * target or not len(q)):
         count = min(max(_FIRST_BLOCK, len(q) // 2), widest - len(q))
         more = _grow(m, q, count, power_iters, seed)
+        if not len(more):
+            break
         image = m.backward(more)
         residual -= float(torch.linalg.vector_norm(image, dtype=torch.float64)) ** 2
         q, b = torch.cat([q, more]), torch.cat([b, image])
@@ -108,5 +127,5 @@ def adaptive_svd(
         sigma = scaled(s[:rank], m.exponent).to(dtype)
         error = certified_error(m, u, scaled(sigma, -m.exponent), vh)
         if error <= tolerance * math.sqrt(total) or rank >= min(limit, len(s)):
-            return u, sigma, vh, float(scaled(torch.tensor(error, dtype=torch.float64), m.exponent))
+            return u, sigma, vh, _scaled_up(error, m.exponent)
         rank = min(rank + max(1, rank // 50), limit, len(s))

@@ -71,6 +71,18 @@ def _triton_sketch(device: torch.device) -> bool:
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
+def _widened_product(x: Tensor, w: Tensor) -> Tensor:
+    """``x w`` in x's dtype, w widened a panel at a time: a wide copy of all of it may not fit."""
+    if w.dtype == x.dtype:
+        return product(x, w.T)
+    step = max(1, _PANEL_BYTES // max(1, x.element_size() * w.shape[1]))
+    found = x.new_zeros((x.shape[0], w.shape[1]))
+    for begin in range(0, w.shape[0], step):
+        rows = slice(begin, begin + step)
+        found += product(x[:, rows], w[rows].to(x.dtype).T)
+    return found
+
+
 class Operand:
     """``M = L A R`` [rows, columns] for A [m, n]; L is None, [m] (a diagonal) or [rows, m]; R None, [n], [n, columns].
 
@@ -87,8 +99,9 @@ class Operand:
         self.low = low
         self.device = a.device
         self.exponent = 0
-        # Squares of M's entries, summed over a column, must neither overflow nor vanish: 2^127 for float32.
-        limit = (400 if wide else 40) // len(tensors)
+        # Squares of M's entries, summed over a column, must neither overflow nor vanish: 2^127 for float32, which
+        # float64 iterates in.
+        limit = 40 // len(tensors)
         self._a, self._left, self._right = (
             None if t is None else self._near_one(t, name, limit)
             for t, name in ((a, "a"), (left, "left"), (right, "right"))
@@ -104,6 +117,8 @@ class Operand:
         return self._left is not None or self._right is not None
 
     def _near_one(self, t: Tensor, name: str, limit: int) -> Tensor:
+        if not t.numel():
+            return t
         low, high = (float(value) for value in torch.aminmax(t))
         largest = max(abs(low), abs(high))
         if not math.isfinite(largest):
@@ -171,10 +186,10 @@ class Operand:
         elif left.dim() == 1:
             rows = left[begin:end, None].to(dtype) * a[begin:end].to(dtype)
         else:
-            rows = product(left[begin:end].to(dtype), a.to(dtype).T)
+            rows = _widened_product(left[begin:end].to(dtype), a)
         if right is None:
             return rows
-        return rows * right.to(dtype) if right.dim() == 1 else product(rows, right.to(dtype).T)
+        return rows * right.to(dtype) if right.dim() == 1 else _widened_product(rows, right)
 
     def panels(self) -> Iterator[tuple[int, int]]:
         """Ranges of rows that :meth:`panel` forms in bounded memory."""

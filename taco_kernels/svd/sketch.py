@@ -81,7 +81,7 @@ def fill(
     if torch.device(device).type != "cpu" or native.module is None or forced in ("reference", "library"):
         return fill_reference(vectors, entries, seed, dtype, device)
     kind = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    out = torch.empty((vectors[1] - vectors[0], entries[1] - entries[0]), dtype=kind)
+    out = torch.empty((vectors[1] - vectors[0], entries[1] - entries[0]), dtype=kind, device="cpu")
     native.module.cpu_sketch(
         out.data_ptr(), out.stride(0), vectors[0], out.shape[0], entries[0], out.shape[1], seed,
         dispatch.CPP_DTYPES[kind], torch.get_num_threads(),

@@ -18,10 +18,11 @@ from triton.compiler import ASTSource
 
 from .config import Config
 from .launch import FP_FUSION, Launch, Member, launches
+from .low_rank_linear_int8 import int8_launches
 from .pivoted_low_rank_linear import pivoted_launches
 
 _POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-_POINTERS |= {torch.int32: "*i32", torch.int64: "*i64"}
+_POINTERS |= {torch.int8: "*i8", torch.int32: "*i32", torch.int64: "*i64"}
 # Shared memory one block may have, in bytes (CUDA C++ programming guide, table of compute capabilities).
 SHARED_LIMIT = {
     80: 163 * 1024,
@@ -164,3 +165,24 @@ def call_launches(
         pivot = torch.empty(in_size, dtype=torch.int32, device="meta")
         return pivoted_launches(x, parts[0]._replace(v=v), pivot, residual, config, 132)
     return launches(x, parts, residual, 1e-6 if bridge else None, config, act, 132)
+
+
+def int8_call_launches(
+    rows: int, in_size: int, out_size: int, rank: int, dtype: torch.dtype, processors: int, pivoted: bool = False
+) -> list[Launch]:
+    """The launches of a ``low_rank_linear_int8`` with bias on contiguous tensors of these sizes, without data."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.int8) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    return int8_launches(
+        empty(rows, in_size, dtype=dtype),
+        empty(rank, in_size - rank if pivoted else in_size),
+        empty(out_size, rank),
+        empty(rank, dtype=torch.float32),
+        empty(rank, dtype=torch.float32),
+        empty(out_size, dtype=dtype),
+        empty(in_size, dtype=torch.int32) if pivoted else None,
+        empty(rows, out_size, dtype=dtype),
+        processors,
+    )

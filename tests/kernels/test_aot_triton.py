@@ -86,6 +86,21 @@ def test_pivoted_in_bfloat16(arch, rows, rank):
         _judge(kernel, config, arch)
 
 
+@pytest.mark.parametrize("pivoted", [False, True], ids=["plain", "pivoted"])
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("rank", [256, 1024])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_8_bit_factors_in_bfloat16(arch, rank, rows, pivoted):
+    from taco_kernels.triton_kernels import aot
+
+    calls = aot.int8_call_launches(rows, 4096, 4096, rank, torch.bfloat16, PROCESSORS[arch], pivoted)
+    for kernel in (aot.compile_launch(launch, arch) for launch in calls):
+        assert kernel.shared <= PORTABLE_SHARED_BYTES, f"{kernel.kernel} needs {kernel.shared} bytes"
+        assert kernel.stack <= FEW_WORDS, f"{kernel.kernel} spills {kernel.stack} bytes"
+        assert re.search(r"LDGSTS\S*\.128|LDG\.E\S*\.128", kernel.sass), f"{kernel.kernel} has no 16-byte loads"
+        assert "HMMA" in kernel.sass, f"{kernel.kernel} misses the matrix unit"
+
+
 def test_persistent_launches_behind_a_pivot_fill_the_gpu():
     from taco_kernels.triton_kernels import aot
 

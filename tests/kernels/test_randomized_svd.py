@@ -319,6 +319,44 @@ def test_tolerance(dtype, tolerance, weighted):
     assert needed <= len(s) <= max(needed + 2, math.ceil(1.05 * needed))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("where", ["rows", "diagonal", "columns"])
+def test_tolerance_of_matrices_with_rows_of_zeros(dtype, where):
+    """A basis as large as what there is cannot grow: what rounding leaves is no direction."""
+    generator = torch.Generator().manual_seed(3)
+    a = torch.randn(300, 400, generator=generator, dtype=dtype)
+    live = torch.zeros(300, dtype=dtype)
+    live[::3] = 1
+    weighted = a * live[:, None]
+    given = {"rows": (weighted, {}), "diagonal": (a, {"left": live}), "columns": (weighted.T.contiguous(), {})}[where]
+    for tolerance in (0.05, 1e-3):
+        found = randomized_svd(given[0], None, tolerance=tolerance, generator=generator, **given[1])
+        assert found.error_bound <= tolerance * float(weighted.double().norm()) and len(found.S) <= 100
+        for side in (found.U.T @ found.U, found.Vh @ found.Vh.T):
+            assert float((side - torch.eye(len(found.S), dtype=side.dtype)).abs().max()) < 1e3 * torch.finfo(dtype).eps
+        expected = torch.linalg.svdvals(weighted)[0]
+        assert float(found.S[0]) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_another_default_device():
+    a = torch.randn(200, 300)
+    expected = randomized_svd(a, 20, generator=torch.Generator().manual_seed(1))
+    with torch.device("meta"):
+        found = randomized_svd(a, 20, generator=torch.Generator(device="cpu").manual_seed(1))
+    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+
+
+def test_weights_of_several_dtypes_are_named():
+    a = [torch.randn(30, 40) for _ in range(2)]
+    with pytest.raises(TypeError, match="all of left must have one dtype"):
+        randomized_svd(a, 5, left=[torch.ones(30), torch.ones(30, dtype=torch.float64)])
+
+
+def test_nothing_between_weights_is_nothing():
+    found = randomized_svd(torch.empty(0, 7), 3, left=torch.empty(5, 0))
+    assert found.S.tolist() == [0, 0, 0] and found.U.shape == (5, 3)
+
+
 def test_tolerance_that_the_limit_does_not_reach():
     a = torch.randn(100, 100)
     found = randomized_svd(a, 20, tolerance=0.1)

@@ -125,3 +125,35 @@ else:
     def test_interpreted(n: int, dtype: torch.dtype) -> None:
         with using("triton"):
             check(n, dtype)
+
+
+@pytest.mark.skipif(
+    not hasattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision"),
+    reason=f"torch {torch.__version__} has no precision of its own for each backend",
+)
+def test_precision_that_the_user_allows_is_for_other_products():
+    """Sums of products in float32 also where float32 products may be bfloat16's; the setting stays what it was."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(500, 96, generator=generator)
+    settings = torch.backends, torch.backends.mkldnn.matmul
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        settings[1].fp32_precision = "none"  # goes by the common one
+        for setting in settings:
+            setting.fp32_precision = "bf16"
+            moment = second_moment_zeros(96)
+            second_moment_(moment, x)
+            exact = x.double().T @ x.double()
+            off = (second_moment_dense(moment).double() - exact).norm() / exact.norm()
+            assert float(off) < 1e-6
+            assert settings[1].fp32_precision == "bf16"
+            setting.fp32_precision = "ieee"
+            assert settings[1].fp32_precision == "ieee"
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
+
+
+def test_moments_that_would_stop_growing_are_refused():
+    with pytest.raises(TypeError, match="would stop growing"):
+        second_moment_(torch.zeros(6, dtype=torch.bfloat16), torch.ones(2, 3, dtype=torch.bfloat16))

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-OTHERS = ("triton_interpreted_group.py", "triton_interpreted_pivot.py")
+OTHERS = ("triton_interpreted_group.py", "triton_interpreted_int8.py", "triton_interpreted_pivot.py")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -16,7 +16,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from taco_svd import TacoError, adapter_hook, compress, save_compressed, with_lora_support
+from taco_svd.checkpoint import parameter_count
 from taco_svd.modeling import CompressedConfig
+from taco_svd.plan import Plan
 from taco_svd.replacement import LowRankLinear
 
 from .conftest import METHODS, ROOT, needs
@@ -235,7 +237,15 @@ def test_a_merged_model_is_a_compressed_model(
     merged.save_pretrained(tmp_path / "merged")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert again.structure == after
-    assert (again.taco_plan is None) == (before != after)  # it would tell of the ranks before
+    # its plan tells of the ranks and the size that it has now, and keeps what was decided before
+    plan = Plan.load(tmp_path / "merged")
+    assert plan == again.taco_plan and plan.structure == after
+    assert plan.result["parameters"] == parameter_count(again)
+    assert plan.result["share"] == plan.result["parameters"] / plan.source["parameters"]
+    if before.low_rank:
+        assert plan.result["parameters"] > model.taco_plan.result["parameters"]
+        assert plan.result["merged_adapters"] and not {"measured_loss", "consistency"} & set(plan.result)
+    assert (plan.method, plan.calibration) == (method, model.taco_plan.calibration)
     torch.testing.assert_close(again(ids).logits, expected, **ROUNDINGS)
     # an adapter of what was merged, and so on
     assert adapted_names(peft.get_peft_model(again, lora()))

@@ -84,7 +84,7 @@ def test_an_interval_that_is_narrow_once_is_looked_at_again(monkeypatch: pytest.
 
     monkeypatch.setattr("taco_svd.bench.bootstrap", look)
     _, stopped, ones, _ = Machine().compare(precision=0.001, seconds=1e9)
-    assert stopped == "interval" and looks == [12, 16, 21, 27] and len(ones) == 54
+    assert stopped == "interval" and looks == [12, 16, 22, 28] and len(ones) == 56
 
 
 def test_it_stops_at_the_time_limit_after_enough_rounds() -> None:
@@ -316,7 +316,12 @@ def test_a_cache_takes_no_more_than_its_windows(compressed_tiny: Callable) -> No
         model = tiny_model(name).eval()
         cache = bench_runner._static_cache(model, 2, 28)
         made = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-        assert cache_bytes(model.config, 2, 28, model.dtype) == made, name
+        assert cache_bytes(model.config, 2, 28, model.dtype, windows=False) == made, name
+        eager = DynamicCache(config=model.config)
+        model(torch.ones(2, 28, dtype=torch.int64), past_key_values=eager, use_cache=True)
+        # of a window transformers keeps one token less than is seen, since the next one is there by itself
+        kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in eager.layers)
+        assert kept <= cache_bytes(model.config, 2, 28, model.dtype) <= made, name
     # in three of five layers (24 - 8)^2 pairs of tokens are too far apart, for each of two products over half of them
     model = tiny_model("gemma3")
     windowed = work(model, "prefill", 2, 24)
@@ -326,6 +331,28 @@ def test_a_cache_takes_no_more_than_its_windows(compressed_tiny: Callable) -> No
     compressed = compressed_tiny("gemma3", "bridge")[1]
     assert compressed.config.layer_types == ["sliding_attention", "sliding_attention", "full_attention"]
     assert cache_bytes(compressed.config, 1, 24, torch.float32) == 2 * (8 + 8 + 24) * 2 * 8 * 4
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2"])
+def test_compiled_decoding_is_one_graph_while_a_window_fills_and_slides(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More steps than torch compiles the same code for, over the end of the window of 8."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(
+        bench_runner, "_compiled",
+        lambda forward, _: torch.compile(forward, fullgraph=True, dynamic=False, backend=backend),
+    )  # fmt: skip
+    torch._dynamo.reset()
+    runner = Runner(tiny_model(name).eval(), "compiled", batch=2, prompt=3, window=12, phases=("decode",))
+    for _ in range(13):
+        assert runner.decode() > 0
+    assert len(graphs) == 1
 
 
 def _watched(forward: Callable, model: object, runner: Runner, seen: list[torch.Tensor]) -> Callable:

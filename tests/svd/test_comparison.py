@@ -83,7 +83,10 @@ def test_several_methods_at_two_budgets_with_a_picture(dense: Path, tmp_path: Pa
     total = parameter_count(tiny_model("gpt2"))
     for row in values["models"][1:]:
         assert row["share"] == row["parameters"] / total <= row["setting"]["keep"]
-        assert row["perplexity"]["perplexity"] > 1
+        found, dense_found = row["perplexity"], values["models"][0]["perplexity"]
+        change = found["over_dense"]
+        assert change["relative"] == pytest.approx(found["perplexity"] / dense_found["perplexity"] - 1, abs=1e-9)
+        assert change["low"] < change["relative"] < change["high"] and f"{change['relative']:+.1%} ±" in stdout
         assert row["latency"]["decode"]["p50"] > 0
         low, middle, high = (row["against_dense"]["decode"][key] for key in ("low", "median", "high"))
         assert 0 < low <= middle <= high

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -67,6 +68,35 @@ def test_standard_error_shrinks_with_the_text() -> None:
     # windows of one random text: a quarter of the windows has twice the error, give or take the draw
     assert short.nll_standard_error / long.nll_standard_error == pytest.approx(2, rel=0.4)
     assert math.isnan(perplexity(model, text[:8], 8).nll_standard_error)
+
+
+def test_a_change_is_told_more_sharply_than_either_perplexity() -> None:
+    """Paired over windows: against plain arithmetic on the two models' losses, window by window."""
+    text = torch.randint(3, VOCABULARY, (203,))
+    before = tiny_model("llama")
+    after = copy.deepcopy(before)
+    with torch.no_grad():
+        after.lm_head.weight += 0.002 * torch.randn_like(after.lm_head.weight)
+    scores = [perplexity(model, text, 10, 7, batch_tokens=31) for model in (before, after)]
+    found = scores[1].change(scores[0])
+    assert found.nll == pytest.approx(scores[1].nll - scores[0].nll, abs=1e-9)
+    assert found.relative == pytest.approx(scores[1].perplexity / scores[0].perplexity - 1, abs=1e-9)
+    windows = [perplexity(model, text, 10, 7).window_nll for model in (before, after)]
+    assert len(windows[0]) == scores[0].windows and sum(scores[0].window_tokens) == scores[0].tokens
+    more = torch.tensor(windows[1], dtype=torch.float64) - torch.tensor(windows[0], dtype=torch.float64)
+    tokens = torch.tensor(scores[0].window_tokens)
+    off = more - found.nll * tokens
+    error = float((off.square().sum() * len(off) / (len(off) - 1)).sqrt() / tokens.sum())
+    assert found.nll_standard_error == pytest.approx(error, rel=1e-4)
+    assert 0 < 3 * found.nll_standard_error < scores[1].nll_standard_error
+    assert found.low < found.relative < found.high
+    assert (1 + found.high) / (1 + found.low) == pytest.approx(math.exp(2 * 1.96 * error), rel=1e-4)
+    same = scores[0].change(scores[0])
+    assert (same.nll, same.nll_standard_error, same.low, same.high) == (0, 0, 0, 0)
+    assert "window_nll" not in scores[0].to_dict()
+    assert math.isnan(perplexity(after, text[:9], 8).change(perplexity(before, text[:9], 8)).low)
+    with pytest.raises(ValueError, match="not of the same windows"):
+        scores[0].change(perplexity(before, text[:100], 10, 7))
 
 
 def test_repeated_text_has_no_error() -> None:

@@ -46,9 +46,12 @@ def test_every_row_is_measured_and_reported(
             extra += ["--bridge-rank", "2"]
         code, _, stderr = invoke("bench", *command, *extra)
         assert code == 0, (name, stderr)
-        assert script.is_current(path, "cpu", script.threads_of(command))
+        assert not script.is_current(path, command, "cpu")
+        script.stamp(path, command, "cpu")
+        assert script.is_current(path, command, "cpu")
+        assert not script.is_current(path, [*command, "--prompt", "7"], "cpu")
         path.with_suffix(".part").write_text(json.dumps({**json.loads(path.read_text()), "complete": False}))
-        assert not script.is_current(path.with_suffix(".part"), "cpu", script.threads_of(command))
+        assert not script.is_current(path.with_suffix(".part"), command, "cpu")
     report = script.report(tmp_path)
     lines = [line for line in report.splitlines() if line.startswith("| ") and "---" not in line]
     measured = [
@@ -76,15 +79,17 @@ def test_on_a_gpu_models_run_as_graphs(script: ModuleType) -> None:
 
 
 def test_results_of_another_machine_do_not_count(script: ModuleType, tmp_path: Path) -> None:
-    assert not script.is_current(tmp_path / "none.json", "cpu", 1)
+    assert not script.is_current(tmp_path / "none.json", [], "cpu")
     (tmp_path / "bad.json").write_text("{")
-    assert not script.is_current(tmp_path / "bad.json", "cpu", 1)
-    import torch
-
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    result = {"complete": True, "device": "another", "threads": torch.get_num_threads(), "versions": versions}
-    (tmp_path / "other.json").write_text(json.dumps(result))
-    assert not script.is_current(tmp_path / "other.json", "cpu", torch.get_num_threads())
+    assert not script.is_current(tmp_path / "bad.json", [], "cpu")
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps({"complete": True}))
+    script.stamp(path, [], "cpu")
+    assert script.is_current(path, [], "cpu")
+    for name, value in script.made_by([], "cpu").items():
+        assert value is not None, name
+        path.write_text(json.dumps({"complete": True, "made_by": {**script.made_by([], "cpu"), name: "another"}}))
+        assert not script.is_current(path, [], "cpu"), name
 
 
 def test_damaged_and_incomplete_results_are_named_not_shown(script: ModuleType, tmp_path: Path) -> None:

@@ -236,7 +236,8 @@ class FactorsMethod(LinearMethodBase):
         target = (self.stored_v if kind == "v" else self.pivot).of(param.data)[index]
         if kind == "v" and self.split_inputs and not member.pivoted:
             # never fused: such a layer has one output
-            taken = nn.Parameter(torch.empty_like(target), requires_grad=False)
+            # what is there already: a sparse update (vLLM's sparse_nccl) writes some of its elements only
+            taken = nn.Parameter(target.clone(), requires_grad=False)
             set_weight_attrs(taken, {"input_dim": 1})
             loader(taken, loaded)
             loaded = taken.data
@@ -261,12 +262,15 @@ class FactorsMethod(LinearMethodBase):
         columns = loaded.shape[1]
         room = nn.Parameter(loaded.new_empty(sum(self.partitions), columns), requires_grad=False)
         set_weight_attrs(room, {"output_dim": 0})
+        start = member.offset(self.partitions)
+        own = room.data[start : start + member.rows(self.partitions)]
+        if own.shape == target.shape:
+            own.copy_(target)  # see `_load_factor`
         if shard is None:
             loader(room, loaded)
         else:
             loader(room, loaded, shard)
-        start = member.offset(self.partitions)
-        target.copy_(room.data[start : start + member.rows(self.partitions)])
+        target.copy_(own)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Turns the loaded parameters into what `apply` reads.
@@ -282,6 +286,8 @@ class FactorsMethod(LinearMethodBase):
                 (stored,) = self.stored_v.of(layer.v.data)  # never fused: such a layer has one output
                 # the same parameter, of another size: offloading remembers which ones it has moved
                 layer.v.data = right_factor(stored, pivot, start, start + self.local_inputs).flatten()
+                # what vLLM had moved to the host is not what is here now: so marked, it would not be moved again
+                layer.v.__dict__.pop("_vllm_is_uva_offloaded", None)
                 layer.v.written_out = True
         if self.dense_method is not None:
             # Without the bias, which vLLM's method may convert in place: the factorised maps take their part of it.

@@ -185,7 +185,10 @@ def decoder_layers(model: nn.Module, depth: int) -> nn.ModuleList:
 def served_class(base: type[nn.Module]) -> type[nn.Module]:
     """The class of compressed models over a model class of vLLM."""
     name = PREFIX + base.__name__
-    return type(name, (ServedModel, base), {"__module__": __name__, "__qualname__": name, "_taco_base": base.__name__})
+    made = type(name, (ServedModel, base), {"__module__": __name__, "__qualname__": name, "_taco_base": base.__name__})
+    if base.__name__.startswith("Transformers"):
+        made.__name__ = base.__name__  # by which vLLM knows its Transformers backend, and what may be fused there
+    return made
 
 
 def __getattr__(name: str) -> type[nn.Module]:

@@ -15,10 +15,11 @@ from vllm.transformers_utils import config as vllm_config_module
 from vllm.transformers_utils.config import get_config_parser, register_config_parser
 
 from ..errors import TacoError
+from ..experts import share_of_experts
 from ..modeling import CompressedConfig
 
 PREFIX = "Taco"
-FALLBACK = "TransformersForCausalLM"
+FALLBACK, FALLBACK_OF_EXPERTS = "TransformersForCausalLM", "TransformersMoEForCausalLM"
 SUFFIXES = ("ForCausalLM", "LMHeadModel")
 CLASSIFIER = "ForSequenceClassification"
 
@@ -80,6 +81,11 @@ def as_vllm_expects(config: Any) -> Any:
     """
     if not isinstance(config, CompressedConfig):
         return config
+    if config.structure.int8:
+        raise TacoError(
+            "This checkpoint's factors are 8-bit integers (taco-svd quantize), which are not supported in vLLM yet; "
+            "serve the one that it was made from."
+        )
     if config.structure.narrow:
         raise TacoError(
             "This checkpoint has narrowed maps (--method modegpt), which are not supported in vLLM. Export it as an "
@@ -92,12 +98,32 @@ def as_vllm_expects(config: Any) -> Any:
     plain: Any = base.from_dict(values)
     plain.taco_svd = structure
     plain._name_or_path = getattr(config, "_name_or_path", "")
-    plain.architectures = [served_name(name) for name in values.get("architectures") or [""]]
+    experts = share_of_experts(plain) < 1
+    plain.architectures = [served_name(name, experts) for name in values.get("architectures") or [""]]
+    _check_windows(plain)
     return plain
 
 
-def served_name(architecture: str) -> str:
-    """What vLLM must be told for a checkpoint that holds a model of class `architecture`.
+def _check_windows(config: Any) -> None:
+    """Refuses GPT-OSS models that have lost layers such that vLLM would give others windows that are not theirs.
+
+    vLLM's class goes by whether a layer's number is even; all others read `layer_types`.
+
+    Raises:
+        TacoError: of such a model.
+    """
+    kinds = getattr(config, "layer_types", None) or []
+    theirs = ["sliding_attention" if number % 2 == 0 else "full_attention" for number in range(len(kinds))]
+    if any("GptOss" in name for name in config.architectures) and kinds != theirs:
+        raise TacoError(
+            "vLLM takes every second layer of a GPT-OSS model for one with a sliding window, whatever its config says, "
+            "and layers have been taken out of this one. Take out neighbours in pairs (--layers), or serve it with "
+            "transformers."
+        )
+
+
+def served_name(architecture: str, experts: bool = False) -> str:
+    """What vLLM must be told for a checkpoint that holds a model of class `architecture`, maybe a mixture of `experts`.
 
     A classifier keeps its name: vLLM looks for the language model of that name, and puts the head on it.
 
@@ -108,7 +134,7 @@ def served_name(architecture: str) -> str:
     if any(name in ModelRegistry.models for name in (architecture, *bases)):
         return architecture
     if not architecture or architecture.endswith(SUFFIXES):
-        return PREFIX + FALLBACK
+        return PREFIX + (FALLBACK_OF_EXPERTS if experts else FALLBACK)
     raise TacoError(
         f"This checkpoint holds a {architecture[:80]}, which is not supported in vLLM: save it as a language model "
         f"(...{SUFFIXES[0]}), or as a classifier of an architecture that vLLM has a model of its own for."
