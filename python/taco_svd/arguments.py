@@ -116,12 +116,18 @@ def given_layers(layers: Any) -> int | list[int] | None:
     return whole_or_none("layers (or each of them, in a list)", layers)
 
 
-def check_fraction(name: str, value: Any) -> None:
-    """Raises:
-    TacoError: what is given is no number.
+def fraction_or_none(name: str, value: Any) -> float | None:
+    """A number of any library as Python's own, which plans and work directories can hold; None where there is none.
+
+    Raises:
+        TacoError: what is given is no number.
     """
-    if value is not None and (isinstance(value, bool) or not hasattr(value, "__float__")):
+    if value is None:
+        return None
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
         raise TacoError(f"{name} must be a number, got {_shown(value)}.")
+    # of float32 what was meant: 0.7, and not 0.699999988
+    return value if isinstance(value, (int, float)) and type(value) in (int, float) else float(str(value))
 
 
 def _shown(value: Any) -> str:

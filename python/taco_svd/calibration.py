@@ -76,7 +76,10 @@ def context_length(model: PreTrainedModel) -> int:
     for key in ("max_position_embeddings", "n_positions", "n_ctx"):
         value = getattr(model.config, key, None)
         if isinstance(value, int) and value > 0:
-            return value
+            # RoBERTa's kind counts positions from behind its padding token's, whose row and those before it are none
+            positions = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+            unused = getattr(positions, "padding_idx", None)
+            return value - unused - 1 if isinstance(unused, int) and 0 <= unused < value - 2 else value
     return 2048
 
 
@@ -180,12 +183,12 @@ def random_windows(tokens: torch.Tensor, samples: int, seq_len: int, seed: int, 
             f"{source} has {len(tokens)} tokens, less than one window of {seq_len}; pass a longer text or a smaller "
             "--seq-len."
         )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
     slots = len(tokens) // seq_len
     if slots >= samples:
         # slots shifted by one common random offset: no window overlaps another, every token can be drawn
         offset = int(torch.randint(len(tokens) - slots * seq_len + 1, (1,), generator=generator))
-        starts = torch.randperm(slots, generator=generator)[:samples] * seq_len + offset
+        starts = torch.randperm(slots, generator=generator, device="cpu")[:samples] * seq_len + offset
     else:
         held = held_out_count(samples) if slots > 1 else 0
         ours = len(tokens) - (max(1, slots // HELD_OUT_SHARE) * seq_len if held else 0)
@@ -218,7 +221,7 @@ def sample_from_model(
     depends on it.
 
     Raises:
-        TacoError: see `check_seed`.
+        TacoError: see `check_seed`; or the model's logits are not finite.
     """
     check_seed(seed)
     config = model.config
@@ -230,7 +233,7 @@ def sample_from_model(
     if batch_size is None:
         batch_size = max(1, min(WRITTEN_AT_ONCE, WRITING_BYTES // cache_bytes(config, 1, seq_len, model.dtype)))
     device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
     windows = []
     done = 0
     for first in range(0, samples, batch_size):
@@ -243,6 +246,11 @@ def sample_from_model(
             cache = output.past_key_values
             # drawn on the CPU so that a seed gives the same text on every device, up to rounding of the logits
             probabilities = torch.softmax(output.logits[:, -1].float().cpu(), dim=-1)
+            if not bool(probabilities.isfinite().all()):
+                raise TacoError(
+                    "The model's logits are not finite as it writes its calibration text; its weights or activations "
+                    "are beyond the range of its dtype. Load it in bfloat16 or float32 (--dtype)."
+                )
             written.append(torch.multinomial(probabilities, 1, generator=generator).to(device))
             if progress is not None and position % 16 == 0:
                 progress(done + rows * position // seq_len, samples)
@@ -279,9 +287,9 @@ def text_windows(
     wanted = seq_len - (begin is not None)
     slots = len(text) // length
     if slots >= LONG_TEXT_FACTOR * samples:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device="cpu").manual_seed(seed)
         windows = []
-        for slot in torch.randperm(slots, generator=generator).tolist():
+        for slot in torch.randperm(slots, generator=generator, device="cpu").tolist():
             # from the first word that begins inside the slot: a word cut in two is no text
             excerpt = text[slot * length : (slot + 1) * length].partition(" ")[2]
             ids = tokenize(excerpt, tokenizer)

@@ -26,7 +26,7 @@ from .plan import PLAN_FILE, Plan
 from .replacement import LowRankLinear, NarrowLinear
 from .store import disk_full
 from .structure import Structure
-from .untrusted import check_config, check_contained, check_depth, check_size, check_weights
+from .untrusted import check_config, check_depth, check_links, check_size, check_weights
 
 DEFAULT_MODEL = Path(__file__).parent / "data" / "classics-16l"
 # From this share of the free memory on a model is better mapped than loaded.
@@ -89,7 +89,7 @@ def write_whole(out: str | Path, write: Callable[[Path], None], force: bool = Fa
     Raises:
         TacoError: `out` exists and not `force`, or the disk is full.
     """
-    out = check_output(out, force).absolute()
+    out = check_output(out, force).resolve()  # of a link, what it leads to: that is what was checked
     partial = _partial(out)
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -147,12 +147,17 @@ def save_compressed(
 
 
 def load_model(
-    name: str | Path, dtype: str | torch.dtype = "auto", device: str = "cpu", mapped: bool | None = False
+    name: str | Path,
+    dtype: str | torch.dtype = "auto",
+    device: str = "cpu",
+    mapped: bool | None = False,
+    here: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A dense or compressed model and its tokenizer (None where the directory has none), ready for inference.
 
     With `mapped` a dense model's weights stay in their files (see `mapped`); None: where they would take more than
     `MAPPED_SHARE` of the free memory. A GPU becomes the process's current one: direct calls of kernels work on that.
+    `here`: a hub's name is only looked for in the hub's cache on this machine.
 
     Raises:
         TacoError: no such model, unreadable files, or weights that are missing or do not fit; or it was to be mapped
@@ -167,7 +172,7 @@ def load_model(
     elif not str(name).isascii() or not str(name).strip():
         raise TacoError(f"{str(name)!r} is neither a directory nor the name of a model on the hub.")
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=here)
         if path.is_dir() and not isinstance(config, CompressedConfig):  # compressed models check themselves
             with torch.device("meta"):
                 skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
@@ -175,14 +180,20 @@ def load_model(
         if mapped or (mapped is None and device == "cpu" and _is_large(path)):
             model = load_mapped(path, dtype) if path.is_dir() and device == "cpu" else None
             if model is not None:
-                return model, _tokenizer_of(name)
+                return model, _tokenizer_of(name, here)
             if mapped:
                 raise TacoError(
                     f"{name} cannot be streamed: that takes a local directory of safetensors in the dtype that is "
                     "asked for, named as the model names them, and --device cpu."
                 )
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False, use_safetensors=True
+            name,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=here,
         )
         model, info = loaded
     except (TacoError, MemoryError, torch.OutOfMemoryError):
@@ -202,7 +213,7 @@ def load_model(
     model.eval()
     if path.is_dir():
         _try_out(model, str(name))
-    return model, _tokenizer_of(name)
+    return model, _tokenizer_of(name, here)
 
 
 def _is_large(directory: Path) -> bool:
@@ -242,11 +253,10 @@ def _check_local(path: Path) -> None:
             f"{path}: its model class is code inside the checkpoint (auto_map), which is never run; only models that "
             "transformers itself knows can be loaded."
         )
-    for name in (*TOKENIZER_FILES, "generation_config.json", "special_tokens_map.json", "added_tokens.json"):
-        check_contained(path, name)
+    check_links(path)
 
 
-def _tokenizer_of(name: str | Path) -> PreTrainedTokenizerBase | None:
+def _tokenizer_of(name: str | Path, here: bool = False) -> PreTrainedTokenizerBase | None:
     """The model's tokenizer, None where there is none.
 
     Raises:
@@ -258,7 +268,9 @@ def _tokenizer_of(name: str | Path) -> PreTrainedTokenizerBase | None:
     if local and not any((path / file).is_file() for file in TOKENIZER_FILES):
         return None
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name, trust_remote_code=False, local_files_only=here
+        )
         return tokenizer
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise

@@ -168,7 +168,7 @@ def compress(
     """
     from . import compress as run
     from .checkpoint import check_output, describe, save_compressed, weight_bytes
-    from .errors import TacoError
+    from .errors import StoppedError, TacoError
     from .plan import Plan
     from .report import info_table
     from .team import Team, local_device
@@ -176,11 +176,13 @@ def compress(
     from .work_directory import check_apart, check_work_directory, finished_steps_kept
 
     check_output(out, force)
+    if model is not None and Path(model).exists() and Path(model).resolve() == out.resolve():
+        raise TacoError(f"--out {out} is the model itself, which would be replaced; choose another directory.")
     team = Team.from_environment(device)
     if team.rank == 0 and not resume:  # others, and a run that has its windows, read no text
         check_text_name(calibration)
     as_json = as_json or team.rank > 0
-    work_dir = work_dir or out.with_name(f"{out.name}.work")
+    work_dir = work_dir or out.resolve().with_name(f"{out.resolve().name}.work")
     check_apart(work_dir, out, "--work-dir")
     decided = on_command_line(context, *DECIDED_BY_PLAN)
     if plan is not None and decided:
@@ -222,7 +224,12 @@ def compress(
             experts=experts,
         )
         if team.rank == 0:
-            save_compressed(compressed, made, out, tokenizer, force)
+            try:
+                save_compressed(compressed, made, out, tokenizer, force)
+            except StoppedError:
+                raise
+            except TacoError as error:  # it was checked at the start; the work is not lost for what came in between
+                raise StoppedError(f"{error} What is finished is in {work_dir}: --resume goes on from it.") from error
         # whoever is first must not take its finished steps away before the model is there
         team.all(True)
     if team.rank > 0:

@@ -149,7 +149,7 @@ def _dense(model: PreTrainedModel, name: str | None, against: str | None) -> tup
             return None, "this is a dense model; --against MODEL compares it with another one"
         try:
             against = source_path(Plan.load(name), name)
-            dense, _ = load_model(against, model.dtype, str(model.device))
+            dense, _ = load_model(against, model.dtype, str(model.device), here=True)
             check_source(model, dense, against)
         except TacoError as error:  # also of a model that was trained on, or given other tokens: its perplexity counts
             return None, f"{error} --against MODEL compares it with one all the same."

@@ -55,7 +55,9 @@ def factorise(
 
 
 def check_ranks(architecture: Architecture, structure: Structure) -> None:
-    """Raises a `TacoError` where a plan names a map that the model has not, or a rank beyond its size."""
+    """Raises a `TacoError` where a plan names a map that the model has not, a rank beyond its size, a bridge over
+    nothing, or nothing at all.
+    """
     for layer, ranks in structure.low_rank.items():
         for path, rank in ranks.items():
             if path not in architecture.paths:
@@ -63,6 +65,17 @@ def check_ranks(architecture: Architecture, structure: Structure) -> None:
             shape = linear_shape(architecture.module(LinearSite(layer, path, "")))
             if rank > min(shape):
                 raise TacoError(f"The plan wants rank {rank} for layer {layer}, {path}, a {shape[0]} x {shape[1]} map.")
+    hidden = architecture.model.config.hidden_size
+    for bridge in structure.bridges:
+        if bridge.rank > hidden:
+            raise TacoError(f"The plan wants a bridge of rank {bridge.rank} in a stream of {hidden} features.")
+        if bridge.after + 1 in structure.kept or bridge.after + 1 >= structure.source_layers:
+            raise TacoError(
+                f"The plan has a bridge after layer {bridge.after}, and the layer behind it is not taken out: there is "
+                "nothing for it to stand for. Take the bridge out of the plan, or the layer out of `kept`."
+            )
+    if not (structure.low_rank or structure.removed or structure.narrow):
+        raise TacoError("The plan keeps every layer as it is: there is nothing to do.")
 
 
 def put_factors(

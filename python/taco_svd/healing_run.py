@@ -56,9 +56,8 @@ def heal_checkpoint(
     """
     progress = progress or Silent()
     options = options or HealingOptions()
-    out = Path(out)
+    out = check_output(out, force).resolve()
     work = Path(work) if work else out.with_name(out.name + ".healing")
-    check_output(out, force)
     check_apart(work, out, "--work")
     check_can_be_made(work, "--work")
     check_text_name(text)

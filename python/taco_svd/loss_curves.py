@@ -87,10 +87,10 @@ def scaled_curve(tail: torch.Tensor, points: Sequence[tuple[int, float]]) -> tor
     if not known or scale <= 0:
         return tail * 0.0
     x = tail.clamp(min=floor).log()
-    xs = torch.tensor([at for at, _ in known], dtype=torch.float64)
-    ys = torch.tensor([factor for _, factor in known], dtype=torch.float64).log()
+    xs = torch.tensor([at for at, _ in known], dtype=torch.float64, device="cpu")
+    ys = torch.tensor([factor for _, factor in known], dtype=torch.float64, device="cpu").log()
     if len(known) == 1:
-        factor = ys.exp().expand_as(x)
+        factor = ys.exp().to(tail.device).expand_as(x)
     else:
         right = torch.searchsorted(xs, x.cpu()).clamp(1, len(known) - 1)
         share = ((x.cpu() - xs[right - 1]) / (xs[right] - xs[right - 1])).clamp(0, 1)

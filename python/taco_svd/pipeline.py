@@ -24,9 +24,9 @@ from .allocation import (
 )
 from .architectures import Architecture, LinearSite, slice_config
 from .arguments import (
-    check_fraction,
     check_given_model,
     check_given_tokenizer,
+    fraction_or_none,
     given_layers,
     whole_number,
     whole_or_none,
@@ -47,7 +47,7 @@ from .checkpoint import parameter_count, weight_bytes
 from .cost_budget import CostBudget, LatencyCosts, bridges_within, parse_keep
 from .decomposition import numerical_errors_named
 from .errors import TacoError, UnsupportedModelError
-from .experts import EXPERTS, names_experts, opened, set_idle
+from .experts import EXPERTS, names_experts, open_modules, opened, set_idle
 from .factorise import check_ranks, factorise
 from .gathering import gathered, is_scattered
 from .importance import MEASURES, LayerImportance, rank_layers
@@ -61,7 +61,7 @@ from .quantisation import quantise
 from .replacement import drop_layers, structural_copy
 from .sequential import held_out_windows
 from .shapes import skeleton
-from .suffix import SuffixRunner
+from .suffix import SuffixRunner, evaluating
 from .taco import BRIDGE_GRADIENT_DAMPING, GRADIENT_DAMPING, INPUT_DAMPING, Analysis, build_upwards
 from .team import Team
 from .texts import rows_digest
@@ -170,6 +170,7 @@ def _probe(architecture: Architecture) -> None:
 
 
 @in_wide_products
+@evaluating
 def make_plan(
     model: PreTrainedModel,
     calibration: Calibration,
@@ -389,9 +390,16 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
+def _without_paths(values: Any) -> Any:
+    """A config without where it was read from, in configs inside of it too."""
+    if not isinstance(values, dict):
+        return values
+    return {key: _without_paths(value) for key, value in values.items() if key not in ("_name_or_path", "name_or_path")}
+
+
 def describe_source(model: PreTrainedModel) -> dict[str, Any]:
     # as JSON has it (string keys), or a plan would differ from itself once it has been saved
-    config = json.loads(model.config.to_json_string(use_diff=False))
+    config = _without_paths(json.loads(model.config.to_json_string(use_diff=False)))
     name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
     return {
         # of a local path only the last part: a plan must not carry its author's directories
@@ -407,6 +415,7 @@ def describe_source(model: PreTrainedModel) -> dict[str, Any]:
 
 
 @in_wide_products
+@evaluating
 def apply_plan(
     model: PreTrainedModel,
     plan: Plan,
@@ -426,7 +435,9 @@ def apply_plan(
 
 def _analysis(workspace: Workspace, model: PreTrainedModel, calibration: Calibration) -> Analysis:
     """Taco mode's statistics of the dense model, shared like those of the baselines."""
-    return workspace.keep("taco", lambda: Analysis(model, calibration, workspace.store, workspace.team))
+    # of a mixture of experts some methods see the single ones, others the whole block
+    key = "taco, experts open" if next(open_modules(model), None) is not None else "taco"
+    return workspace.keep(key, lambda: Analysis(model, calibration, workspace.store, workspace.team))
 
 
 @in_wide_products  # a scattered model that was gathered is not the one that `compress` was called with
@@ -468,6 +479,7 @@ def _carry_out(
 
 @numerical_errors_named()
 @in_wide_products
+@evaluating
 def compress(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -547,9 +559,9 @@ def compress(
     layers, samples, seed = given_layers(layers), whole_number("samples", samples), whole_number("seed", seed)
     seq_len, bridge_rank = whole_or_none("seq_len", seq_len), whole_or_none("bridge_rank", bridge_rank)
     if not isinstance(keep, str):
-        check_fraction("keep", keep)
-    check_fraction("compression_ratio", compression_ratio)
-    check_fraction("max_overhead", max_overhead)
+        keep = fraction_or_none("keep", keep)
+    compression_ratio = fraction_or_none("compression_ratio", compression_ratio)
+    max_overhead = fraction_or_none("max_overhead", max_overhead)
     if plan is not None and not isinstance(plan, Plan):
         raise TacoError(f"plan must be a Plan, got {type(plan).__name__}; Plan.load reads one from a file.")
     if work_dir is not None and not isinstance(work_dir, (str, Path)):
@@ -622,7 +634,9 @@ def compress(
             "experts": experts,
             "plan": None if plan is None else hashlib.sha256(json.dumps(plan.to_dict()).encode()).hexdigest(),
         }
-        run = {**arguments, "weights": weights_digest(looked), "versions": _versions()}
+        config = json.dumps(_without_paths(json.loads(model.config.to_json_string(use_diff=False))), sort_keys=True)
+        digest = hashlib.sha256(config.encode()).hexdigest()
+        run = {**arguments, "weights": weights_digest(looked), "config": digest, "versions": _versions()}
         run["processes"] = team.size
         store = open_run(work_dir, run, resume, team)
         if "calibration" in store:

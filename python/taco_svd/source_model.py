@@ -19,7 +19,8 @@ def source_path(plan: Plan, directory: str | Path) -> str:
     """Directory or hub name of the plan's dense model.
 
     A plan names a local model by the last part of its path only, so it is looked for beside the compressed model, in
-    the working directory and in this package; a name with one slash is a hub name.
+    the working directory and in this package; a name with one slash is a hub name, which is to be looked for in the
+    hub's cache on this machine only: a file must not make this package fetch what it names.
 
     Raises:
         TacoError: it is in none of these places.
@@ -52,7 +53,8 @@ def load_source(
         TacoError: not found, unreadable, or another model.
     """
     path = str(name) if name is not None else source_path(plan, directory)
-    dense, _ = load_model(path, dtype, device)
+    # a name out of a file fetches nothing: of the hub's models those that are here already
+    dense, _ = load_model(path, dtype, device, here=name is None)
     check_source(compressed, dense, path)
     return dense
 

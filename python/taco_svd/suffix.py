@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -23,6 +23,9 @@ from .checkpoint import weight_bytes
 from .forwards import forward_replaced
 from .predictions import windows_loss
 from .wide_products import needs_wide_products
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # x [batch, tokens, in] and the gradient of the loss with respect to the output, [batch, tokens, out]
 SiteCallback = Callable[[LinearSite, torch.Tensor, torch.Tensor], None]
@@ -316,19 +319,48 @@ def require_all_seen(sites: Iterable[LinearSite], seen: set[LinearSite]) -> None
 
 
 @contextmanager
-def without_parameter_gradients(model: nn.Module) -> Iterator[None]:
-    """While open, the model is in eval mode and no parameter asks for a gradient; both come back as they were."""
-    was_training = model.training
-    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """While open, the model is in eval mode, without dropout; afterwards each of its modules is in the mode it had."""
+    training = [module for module in model.modules() if module.training]
     try:
         model.eval()
-        for parameter in frozen:
-            parameter.requires_grad_(False)
         yield
     finally:
-        for parameter in frozen:
+        for module in training:
+            module.training = True
+
+
+def evaluating(function: Callable[P, R]) -> Callable[P, R]:
+    """Runs a function of a model in eval mode; a model that comes of it, alone or first, is in the mode of the one."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        model = args[0] if args else kwargs.get("model")
+        if not isinstance(model, nn.Module):
+            return function(*args, **kwargs)
+        was_training = model.training
+        with in_evaluation(model):
+            result = function(*args, **kwargs)
+        made = result[0] if isinstance(result, tuple) else result
+        if isinstance(made, nn.Module):
+            made.train(was_training)
+        return result
+
+    return run
+
+
+@contextmanager
+def without_parameter_gradients(model: nn.Module) -> Iterator[None]:
+    """While open, the model is in eval mode and no parameter asks for a gradient; both come back as they were."""
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        with in_evaluation(model):
+            for parameter in asking:
+                parameter.requires_grad_(False)
+            yield
+    finally:
+        for parameter in asking:
             parameter.requires_grad_(True)
-        model.train(was_training)
 
 
 @contextmanager

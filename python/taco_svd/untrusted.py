@@ -24,6 +24,9 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
+# What configs and tokenizers are read from, and chat templates in a directory of theirs.
+READ_AS_TEXT = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".vocab", ".bpe", ".yaml")
+TEMPLATES = "chat_templates"
 # An index of the largest published models has a few megabytes.
 MAX_JSON_BYTES = 64 << 20
 MAX_JSON_DEPTH = 64
@@ -144,6 +147,28 @@ def check_contained(directory: Path, name: str) -> Path:
         if not any(target.is_relative_to(folder) for folder in allowed):
             raise TacoError(f"{path} is a link to {target}, outside the checkpoint; put the file itself there.")
     return path
+
+
+def check_links(directory: Path) -> None:
+    """Refuses symbolic links out of a checkpoint among the files that a tokenizer or a config may be read from.
+
+    What a tokenizer reads it also writes, wherever the model is saved.
+
+    Raises:
+        TacoError: see `check_contained`.
+    """
+    for entry in sorted(directory.iterdir()):
+        if entry.suffix in READ_AS_TEXT:
+            check_contained(directory, entry.name)
+    templates = directory / TEMPLATES
+    if templates.is_symlink():
+        raise TacoError(f"{templates} is a link; put the directory itself there.")
+    if templates.is_dir():
+        home = directory.resolve()
+        for entry in sorted(templates.iterdir()):
+            blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+            if not any(entry.resolve().is_relative_to(folder) for folder in (home, blobs)):
+                raise TacoError(f"{entry} is a link out of the checkpoint; put the file itself there.")
 
 
 def check_config(directory: Path) -> dict[str, Any]:

@@ -187,6 +187,28 @@ class Writers:
     added: LinearSite | None = None
 
 
+def comes_out(plain: torch.Tensor, moved: torch.Tensor, added: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether what was added to a map's output has come out of its layer unchanged, but for rounding.
+
+    Single elements cannot tell in 16 bits: a stream has features a hundred times the others' size, and is rounded at
+    theirs. So all must be within the rounding of the largest, and the factor by which `added` has come out, over all
+    tokens and features, must be one: its error is smaller by the root of their number.
+
+    Args:
+        plain, moved: what comes out without and with it, float64 [..., width].
+        added: float64, as many features.
+        dtype: in which the layer computes.
+    """
+    eps = torch.finfo(dtype).eps
+    off = moved - plain - added
+    # by the largest value: where terms cancel, the sum is smaller than what was rounded on the way to it
+    if not bool((off.abs() <= 8 * eps * float(plain.abs().amax() + moved.abs().amax())).all()):
+        return False
+    strength = float(added.expand_as(off).square().sum())
+    rounding = eps * float((plain.square() + moved.square()).mean().sqrt())
+    return abs(float((off * added).sum())) <= (8 * rounding * strength**0.5 + 1e-3 * strength)
+
+
 def residual_writers(architecture: Architecture, walk: Walk, layer: int) -> Writers:
     """Finds the maps of a layer that write straight to the residual stream, by trying.
 
@@ -214,15 +236,12 @@ def residual_writers(architecture: Architecture, walk: Walk, layer: int) -> Writ
 
     size = float(leaves({}).abs().mean())
     pattern = torch.linspace(-1, 1, width, device=hidden.device, dtype=torch.float64) * (size or 1.0)
-    # the sum is rounded once to the model's dtype: an honest writer is off by no more
-    slack = 8 * torch.finfo(hidden.dtype).eps
+    pattern = pattern.to(hidden.dtype).double()  # as it is added
 
     def writes(site: LinearSite, silenced: dict[LinearSite, Callable[[torch.Tensor], torch.Tensor]]) -> bool:
         plain = leaves(silenced)
         moved = leaves({**silenced, site: lambda output: output + pattern.to(output.dtype)})
-        # by the largest value: where terms cancel, the sum is smaller than what was rounded on the way to it
-        limit = slack * float(plain.abs().amax() + moved.abs().amax())
-        return bool(((moved - plain - pattern).abs() <= limit).all())
+        return comes_out(plain, moved, pattern, hidden.dtype)
 
     def returns_tensor(site: LinearSite) -> bool:
         seen: list[bool] = []

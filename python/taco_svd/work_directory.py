@@ -46,13 +46,19 @@ def check_can_be_made(path: Path, option: str) -> None:
         raise TacoError(f"{path} cannot be made: {above} is no directory to write to. Choose another {option}.")
 
 
+def led_to(path: str | Path) -> Path:
+    """What a link leads to, there or not yet; any other path as it is."""
+    path = Path(path)
+    return path.resolve() if path.is_symlink() else path
+
+
 def check_work_directory(path: str | Path, resume: bool) -> None:
     """Refuses a directory that holds another run's steps, or is something else, before the model is loaded.
 
     Raises:
         TacoError: it is a file, holds other files than a run's, or finished steps that `resume` does not ask for.
     """
-    path = Path(path)
+    path = led_to(path)
     check_can_be_made(path, "--work-dir")
     if not path.exists():
         return
@@ -75,7 +81,7 @@ def open_run(path: str | Path, run: dict[str, Any], resume: bool, team: Team | N
         TacoError: see `check_work_directory`; or what it holds belongs to a run of other arguments, model or versions.
     """
     check_work_directory(path, resume)
-    store = Store(path, team=team)
+    store = Store(led_to(path), team=team)
     if RUN in store:
         there = store.note(RUN)
         differing = sorted(key for key in {*run, *there} if run.get(key) != there.get(key))
@@ -94,6 +100,7 @@ def finished_steps_kept(path: Path) -> Iterator[None]:
     Errors of the user's (`TacoError`) leave no directory that was not there before, a full disk does. Ctrl-C carries
     on with a message that says how to go on.
     """
+    path = led_to(path)  # the link would stay, and all that is there
     there_before = path.exists()
     try:
         yield

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from taco_svd import TacoError
+from taco_svd.checkpoint import load_model
 
 # Runs in a process of its own: every way to reach another machine is recorded, and fails.
 BLOCKED = """
@@ -112,3 +117,47 @@ def test_declared_dependencies_are_ranges_that_hold_here(repo_root: Path) -> Non
     assert len(declared) == block.group(1).count('",')
     for name, least in declared:
         assert Version(version(name).partition("+")[0]) >= Version(least), name
+
+
+def test_files_that_a_tokenizer_reads_lie_in_the_checkpoint(dense_checkpoint: Path, tmp_path: Path) -> None:
+    """What it reads it writes again, with the compressed model, for all to see."""
+    secret = tmp_path / "secret"
+    secret.write_text("{{ private }}")
+    for number, name in enumerate(("chat_template.jinja", "merges.txt", "spiece.model", "chat_templates/tool.jinja")):
+        model = tmp_path / f"model{number}"
+        shutil.copytree(dense_checkpoint, model)
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).symlink_to(secret)
+        with pytest.raises(TacoError, match="link"):
+            load_model(model)
+    (model / name).unlink()
+    (model / name).write_text("{{ own }}")
+    (model / "LICENSE").symlink_to(secret)  # nobody reads it
+    load_model(model)
+
+
+def test_a_plan_fetches_nothing(taco_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that a file names is looked for on this machine only."""
+    import transformers
+
+    from taco_svd.evaluation_run import _dense
+    from taco_svd.plan import PLAN_FILE, Plan
+    from taco_svd.source_model import load_source
+
+    small = tmp_path / "small"
+    shutil.copytree(taco_checkpoint, small)
+    plan = Plan.load(small)
+    plan = dataclasses.replace(plan, source={**plan.source, "name": "somebody/something"})
+    plan.save(small / PLAN_FILE)
+    asked: list[bool] = []
+
+    def config(name: str, **options: object) -> None:
+        asked.append(bool(options.get("local_files_only")))
+        raise OSError("not here")
+
+    model, _ = load_model(small)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", config)
+    assert _dense(model, str(small), None)[0] is None
+    with pytest.raises(TacoError, match="somebody/something"):
+        load_source(model, plan, small)
+    assert asked == [True, True]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -348,3 +349,24 @@ def test_compressed_and_damaged_models_are_refused(
         model.model.layers[2].mlp.up_proj.weight[3, 4] = float("nan")
     with pytest.raises(TacoError, match="layers.2.mlp.up_proj.weight"):
         compress(model, method="taco", layers=1, calibration=calibration_tokens)
+
+
+@pytest.mark.parametrize("method", ["taco", "bridge", "paper"])
+def test_a_model_in_training_is_compressed_as_it_is_used(method: str, calibration_tokens: torch.Tensor) -> None:
+    """Without its dropout, whatever mode it is in; and each of its modules is in that mode again afterwards."""
+    config = copy.deepcopy(tiny_model("gpt2").config)
+    config.attn_pdrop = config.resid_pdrop = config.embd_pdrop = 0.5
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    state = torch.get_rng_state()
+    plans = []
+    for training in (False, True):
+        model.train(training)
+        model.transformer.h[1].attn.resid_dropout.eval()  # frozen by its owner
+        torch.set_rng_state(state)
+        compressed, plan = compress(model, method=method, layers=REPLACED, calibration=calibration_tokens)
+        assert torch.equal(torch.get_rng_state(), state)  # nothing was drawn
+        assert compressed.training == model.training == training
+        assert model.transformer.h[2].attn.resid_dropout.training == training
+        assert not model.transformer.h[1].attn.resid_dropout.training
+        plans.append(plan)
+    assert plans[0] == plans[1]

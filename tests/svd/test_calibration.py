@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import taco_svd.calibration
 from taco_svd import TacoError
 from taco_svd.bench_memory import cache_bytes
-from taco_svd.calibration import load_calibration, random_windows, sample_from_model
+from taco_svd.calibration import context_length, load_calibration, random_windows, sample_from_model
 from taco_svd.sequential import held_out_windows
 
 from .tiny_models import VOCABULARY, tiny_model
@@ -154,3 +155,23 @@ def test_wrong_sizes_are_refused(arguments: dict[str, Any], says: str) -> None:
 def test_wrong_tokens_are_refused(tokens: torch.Tensor) -> None:
     with pytest.raises(TacoError, match="Calibration tokens"):
         load_calibration(tokens, tiny_model("llama"), None)
+
+
+def test_a_model_beyond_its_dtypes_range_cannot_write() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[5] = float("inf")
+    with pytest.raises(TacoError, match="as it writes its calibration text"):
+        sample_from_model(model, 2, 8, 0)
+
+
+def test_a_context_is_what_positions_there_are() -> None:
+    """RoBERTa's begin behind the padding token's."""
+    config = transformers.RobertaConfig(
+        vocab_size=96, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=20, pad_token_id=1, is_decoder=True,
+    )  # fmt: skip
+    model = transformers.RobertaForCausalLM(config).eval()
+    assert context_length(model) == 18
+    model(torch.full((1, 18), 7))
+    assert context_length(tiny_model("gpt2")) == tiny_model("gpt2").config.n_positions

@@ -13,6 +13,7 @@ from taco_svd.calibration import Calibration
 from taco_svd.consistency import FitMoments, HeldOutMoments, refit
 from taco_svd.walk import Walk, residual_writers, watching
 
+from .test_mixture_of_experts import build
 from .tiny_models import CONFIGS, VOCABULARY, tiny_model
 
 
@@ -174,6 +175,38 @@ def test_writers_are_the_maps_whose_output_is_the_difference(name: str) -> None:
         out = walk.run(architecture.layers[2], 2, 0, hidden)
     total = hidden + sum(y.view_as(hidden) for y in written)
     assert torch.allclose(out, total, atol=1e-5)
+
+
+def with_outliers(name: str, dtype: torch.dtype, outlier: float) -> tuple[Architecture, Walk]:
+    """A model one of whose features is as large as such features of trained models are, and its walk."""
+    model = build(name).to(dtype) if name == "qwen2_moe" else tiny_model(name, dtype)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, 3] *= outlier
+        architecture = Architecture(model)
+        tokens = torch.randint(3, VOCABULARY, (1, 40), generator=torch.Generator().manual_seed(1))
+        return architecture, Walk(architecture, [tokens])
+
+
+@pytest.mark.parametrize("outlier", [1, 30, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_writers_are_told_from_others_in_streams_with_outliers(dtype: torch.dtype, outlier: float) -> None:
+    """A stream is rounded at its largest features' size, a hundred times the others': a gate or a factor must not hide
+    in that, and a map that is added as it is must not be lost in it.
+    """
+    for name, written in (("llama", ("self_attn.o_proj", "mlp.down_proj")), ("gpt2", ("attn.c_proj", "mlp.c_proj"))):
+        writers = residual_writers(*with_outliers(name, dtype, outlier), 2)
+        assert writers.attention is not None and writers.mlp is not None
+        assert (writers.attention.path, writers.mlp.path) == written
+    gated = residual_writers(*with_outliers("qwen2_moe", dtype, outlier), 1)  # by a sigmoid: the shared expert's map
+    assert gated.mlp is None and gated.added is not None and gated.added.path == "mlp"
+    architecture, walk = with_outliers("llama", dtype, outlier)
+    for layer in architecture.layers:  # as in Granite: what blocks give is scaled before it is added
+        for block in (layer.self_attn, layer.mlp):
+            block.register_forward_hook(
+                lambda _, __, out: (0.22 * out[0], *out[1:]) if isinstance(out, tuple) else 0.22 * out
+            )
+    scaled = residual_writers(architecture, walk, 2)
+    assert scaled.attention is None and scaled.mlp is None
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "opt", "phi3"])

@@ -441,3 +441,24 @@ def test_bench_of_a_shape_chooses_its_rank_by_cost(monkeypatch: pytest.MonkeyPat
     assert code == 0 and "Predicted overhead: prefill" in stdout.replace("\n", " ")
     code, _, stderr = invoke(*arguments)
     assert code == 2 and "out of reach" in stderr
+
+
+def test_what_is_drawn_for_a_measurement_is_nobody_elses(tmp_path: Path) -> None:
+    """A program draws the same whether the table was there already or not."""
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    DeviceCosts("cpu", torch.float32, tmp_path, working_set=1 << 20).linear(8, 8)
+    assert list(tmp_path.iterdir()) == [] and torch.equal(torch.rand(3), expected)
+
+
+def test_a_table_is_of_one_machine_and_one_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hosts of one name differ, and so do builds of one version."""
+    import taco_svd.device_costs as module
+
+    paths = {DeviceCosts("cpu", torch.float32, tmp_path).path}
+    monkeypatch.setattr(module, "cpu_identity", lambda: {"model": "another"})
+    paths.add(DeviceCosts("cpu", torch.float32, tmp_path).path)
+    monkeypatch.setattr(module, "build_digest", lambda: "another")
+    paths.add(DeviceCosts("cpu", torch.float32, tmp_path).path)
+    assert len(paths) == 3

@@ -13,10 +13,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from taco_svd import TacoError, UnsupportedModelError, compress, save_compressed
 from taco_svd.architectures import Architecture
+from taco_svd.baselines import Workspace
 from taco_svd.bench import BenchSettings, run_bench, work
 from taco_svd.bench_memory import cache_bytes
 from taco_svd.bench_models import BenchModels
 from taco_svd.bench_runner import Runner
+from taco_svd.calibration import Calibration
 from taco_svd.checkpoint import load_model, parameter_count, weight_bytes
 from taco_svd.experts import Expert, OpenExperts, expert_number, kind_of, names_experts, opened, stacked
 from taco_svd.export import to_dense, with_layers_removed
@@ -351,3 +353,19 @@ def test_layers_are_chosen_as_for_dense_models(calibration_tokens: torch.Tensor)
 def test_replaceme_refuses_experts_with_a_reason(calibration_tokens: torch.Tensor) -> None:
     with pytest.raises(UnsupportedModelError, match="router"):
         compress(build("mixtral"), method="replaceme", layers=2, calibration=calibration_tokens)
+
+
+def test_methods_on_one_workspace_see_what_each_of_them_sees(calibration_tokens: torch.Tensor) -> None:
+    """One takes experts whole, the next one by one: the statistics of the first are not the second's."""
+    model, calibration = build("mixtral"), Calibration(calibration_tokens, "given", 0)
+    alone = compress(model, method="taco", keep=0.7, calibration=calibration)[1]
+    workspace = Workspace(model, calibration)
+    compress(model, method="bridge", layers=1, calibration=calibration, workspace=workspace)
+    after = compress(model, method="taco", keep=0.7, calibration=calibration, workspace=workspace)[1]
+    assert after.structure == alone.structure and names_experts(alone.structure)
+
+
+def test_single_experts_have_no_price_in_time(calibration_tokens: torch.Tensor) -> None:
+    """Which of them run depends on the tokens."""
+    with pytest.raises(TacoError, match="--experts whole"):
+        compress(build("mixtral"), method="taco", max_latency=0.8, calibration=calibration_tokens)

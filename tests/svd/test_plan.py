@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from taco_svd import Plan, TacoError, compress
 from taco_svd.architectures import Architecture
@@ -129,3 +130,45 @@ def test_files_that_are_no_plans(content: bytes, tmp_path: Path) -> None:
         Plan.load(tmp_path / "plan.json")
     with pytest.raises(TacoError, match="No plan at"):
         Plan.load(tmp_path)
+
+
+def test_edited_plans_that_make_no_sense_are_refused(
+    compressed_tiny: Callable[..., Compressed], calibration_tokens: torch.Tensor
+) -> None:
+    dense, _, plan = compressed_tiny("llama", "bridge")
+    structure = plan.structure.to_dict()
+    after = structure["bridges"][0]["after"]
+    everything = list(range(structure["source_layers"]))
+    for changes, words in (
+        ({"kept": everything}, f"bridge after layer {after}, and the layer behind it is not taken out"),
+        ({"kept": everything, "bridges": []}, "keeps every layer as it is"),
+        ({"bridges": [{**structure["bridges"][0], "rank": 33}]}, "bridge of rank 33 in a stream of 32"),
+    ):
+        edited = dataclasses.replace(plan, structure=Structure.from_dict({**structure, **changes}))
+        with pytest.raises(TacoError, match=words):
+            compress(dense, plan=edited, calibration=calibration_tokens)
+
+
+def test_a_plan_tells_no_directories(calibration_tokens: torch.Tensor, tmp_path: Path) -> None:
+    """It is published with the model."""
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "project" / "model")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "project" / "model")
+    plan = compress(dense, method="removal", layers=1, calibration=calibration_tokens)[1]
+    plan.save(tmp_path / "plan.json")
+    assert plan.source["name"] == "model" and str(tmp_path) not in (tmp_path / "plan.json").read_text()
+
+
+def test_numbers_of_other_libraries(calibration_tokens: torch.Tensor, tmp_path: Path) -> None:
+    numpy = pytest.importorskip("numpy")
+    model = tiny_model("llama")
+    plan = compress(
+        model, method="paper", layers=numpy.int64(2), compression_ratio=numpy.float32(0.7),
+        calibration=calibration_tokens, work_dir=tmp_path / "work",
+    )[1]  # fmt: skip
+    plan.save(tmp_path / "plan.json")
+    assert plan.compression_ratio == 0.7 and Plan.load(tmp_path / "plan.json") == plan
+    expected = compress(model, method="svd", keep=0.8, calibration=calibration_tokens)[1]
+    assert compress(model, method="svd", keep=torch.tensor(0.8).item(), calibration=calibration_tokens)[1].structure
+    found = compress(model, method="svd", keep=numpy.float32(0.8), calibration=calibration_tokens)[1]
+    assert found.structure == expected.structure

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -251,3 +252,72 @@ def test_ctrl_c_says_how_to_go_on(dense: Path, tmp_path: Path, invoke, monkeypat
     assert code == 130 and "--resume" in stderr and "out.work" in stderr.replace("\n", "")
     code, _, stderr = invoke(*command(dense, tmp_path / "out", "--resume"))
     assert code == 0, stderr
+
+
+def test_a_model_that_is_read_otherwise_is_another(calibration_tokens: torch.Tensor, tmp_path: Path) -> None:
+    """The same weights under another epsilon: statistics of the one are not the other's."""
+    model = tiny_model("llama")
+    work = tmp_path / "work"
+    compress(model, calibration=calibration_tokens, work_dir=work, **ARGUMENTS["svd"])
+    model.config.rms_norm_eps *= 10
+    with pytest.raises(TacoError, match="belongs to another run .config"):
+        compress(model, calibration=calibration_tokens, work_dir=work, resume=True, **ARGUMENTS["svd"])
+
+
+def saved_dense(folder: Path) -> Path:
+    tiny_model("llama").save_pretrained(folder / "dense")
+    return folder / "dense"
+
+
+def test_what_is_finished_outlives_an_output_that_has_come_in_between(
+    tmp_path: Path, invoke: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import taco_svd.checkpoint as module
+
+    dense = saved_dense(tmp_path)
+    out, save = tmp_path / "small", module.write_whole
+
+    def late(target: Path, *rest: Any) -> None:
+        out.mkdir()
+        save(target, *rest)
+
+    arguments = (
+        "compress", dense, "--out", out, "--method", "svd", "--layers", "2", "--samples", "2",
+        "--seq-len", "16",
+    )  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_whole", late)
+        code, _, stderr = invoke(*arguments)
+    assert code == 2 and "exists" in stderr and "--resume" in stderr
+    out.rmdir()
+    code, _, stderr = invoke(*arguments, "--resume")
+    assert code == 0 and (out / "config.json").exists(), stderr
+    assert not (tmp_path / "small.work").exists()
+
+
+def test_links(tmp_path: Path, invoke: Callable) -> None:
+    """An output goes where its link leads, and so does a work directory, which is taken away there."""
+    dense = saved_dense(tmp_path)
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "small")
+    (tmp_path / "work").symlink_to(tmp_path / "scratch")
+    common = ("--method", "removal", "--layers", "1", "--samples", "2", "--seq-len", "16")
+    code, _, stderr = invoke("compress", dense, "--out", tmp_path / "out", "--work-dir",
+                             tmp_path / "work", *common)  # fmt: skip
+    assert code == 0, stderr
+    assert (tmp_path / "disk" / "small" / "config.json").is_file() and (tmp_path / "out").is_symlink()
+    assert not (tmp_path / "scratch").exists()
+    code, _, stderr = invoke("compress", dense, "--out", tmp_path / "out", "--force", *common)
+    assert code == 0, stderr
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["small"]
+
+
+def test_the_source_is_not_replaced_by_what_comes_of_it(
+    tmp_path: Path, invoke: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = saved_dense(tmp_path)
+    before = sorted(path.name for path in model.iterdir())
+    monkeypatch.chdir(model)
+    for out in (model, "."):
+        code, _, stderr = invoke("compress", model, "--out", out, "--force", "--layers", "1")
+        assert code == 2 and "is the model itself" in stderr
+    assert sorted(path.name for path in model.iterdir()) == before

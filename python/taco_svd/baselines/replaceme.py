@@ -21,6 +21,7 @@ from ..errors import TacoError, UnsupportedModelError
 from ..plan import Plan
 from ..progress import Progress
 from ..suffix import SuffixRunner
+from ..walk import comes_out
 from .base import Baseline
 from .workspace import Workspace
 
@@ -69,12 +70,10 @@ def writes_to_stream(runner: SuffixRunner, site: LinearSite) -> bool:
     if width != runner.architecture.model.config.hidden_size:
         return False
     plain = runner.layer_inputs(0, [site.layer + 1])[site.layer + 1].double()
-    sizes: list[float] = []
     added_as_stored: list[torch.Tensor] = []
 
     def add(_: nn.Module, __: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         added = torch.linspace(-1, 1, width, device=output.device).to(output.dtype) * output.abs().mean()
-        sizes.append(float(output.abs().max()))
         added_as_stored.append(added.double())
         return output + added
 
@@ -83,9 +82,7 @@ def writes_to_stream(runner: SuffixRunner, site: LinearSite) -> bool:
         moved = runner.layer_inputs(0, [site.layer + 1])[site.layer + 1].double()
     finally:
         handle.remove()
-    # each of the two sums, with and without, is rounded at the size of its largest term
-    slack = 4 * torch.finfo(runner.architecture.model.dtype).eps * max(*sizes, float(plain.abs().max()))
-    return bool(((moved - plain - added_as_stored[0]).abs() <= slack).all())
+    return comes_out(plain, moved, added_as_stored[0], runner.architecture.model.dtype)
 
 
 def _carry_out(workspace: Workspace, architecture: Architecture, plan: Plan, progress: Progress) -> None:
