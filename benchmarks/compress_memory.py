@@ -60,6 +60,7 @@ def child(shape: str, depth: int, method: str, samples: int, seq_len: int, layer
 
     from taco_svd import compress
     from taco_svd.calibration import Calibration
+    from taco_svd.memory import release
     from taco_svd.pipeline import make_plan
     from taco_svd.taco import GRADIENT_DAMPING, INPUT_DAMPING
 
@@ -75,6 +76,7 @@ def child(shape: str, depth: int, method: str, samples: int, seq_len: int, layer
         plan = make_plan(model, Calibration(tokens, "tokens", 0), "svd", None, layers, 0.8, "bi", None, True)
         options = {"input_damping": INPUT_DAMPING, "gradient_damping": GRADIENT_DAMPING, "consistency": True}
         plan = dataclasses.replace(plan, method="taco", options=options)
+    release()  # what was freed, and compress would give back, is not ours either
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is resident now
     before = status("VmRSS")

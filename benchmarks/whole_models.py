@@ -46,6 +46,9 @@ def rows(seconds: float) -> dict[str, list[str]]:
                 arguments = ["--shape", shape, "--method", method, *factors, "--seconds", str(round(seconds / 3))]
                 table[f"{shape}-{method}-decode"] = [*arguments, "--phase", "decode", "--batch", "1,8,64"]
                 table[f"{shape}-{method}-prefill"] = [*arguments, "--phase", "prefill", "--batch", "1,8"]
+                if method == "taco":
+                    int8 = [*arguments, "--int8", "--phase", "decode,prefill", "--batch", "1,8"]
+                    table[f"{shape}-{method}-8-bit"] = int8
     for method in ("taco", "paper"):
         table[f"llama-3.2-3b-{method}-decode"] = [
             *("--shape", "llama-3.2-3b", "--method", method, *factors, "--phase", "decode", "--batch", "1,8"),
@@ -193,8 +196,9 @@ def _factor_row(result: dict[str, Any], row: dict[str, Any], pair: str, compared
     ratio = compared["overhead"]
     met = "yes" if ratio["high"] < 0 and 1 + ratio["median"] <= (1 + TARGET_OVER_IDEAL) * share else "no"
     milliseconds = row["models"]["dense"]["seconds"]["p50"] * 1e3
+    method = result["method"] + (", 8-bit" if result["structure"].get("int8") else "")
     return (
-        f"| {result['shape']} | {result['method']} | {row['phase']} | {row['batch']} | {result['threads']} "
+        f"| {result['shape']} | {method} | {row['phase']} | {row['batch']} | {result['threads']} "
         f"| {milliseconds:.1f} ms "
         f"| {interval_text(ratio)} | {share - 1:+.1%} | {met} |"
     )

@@ -4,7 +4,6 @@
 #include <cstdint>
 
 #include "isa.h"
-#include "taco_cpu.h"
 
 namespace taco {
 namespace {

@@ -4,7 +4,6 @@
 #include <cstring>
 
 #include "isa.h"
-#include "taco_cpu.h"
 
 namespace taco {
 namespace {

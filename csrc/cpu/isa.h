@@ -6,8 +6,6 @@
 
 namespace taco {
 
-struct Int8Rows;
-
 struct BF16 {
   std::uint16_t bits;
 };
@@ -82,6 +80,17 @@ struct SecondProduct {
   float* wide;  // then the result goes here in fp32, without scale and residual
   std::int64_t y_stride;  // of y or wide
   std::int64_t rows, rank;
+};
+
+// Factors [rows, columns] of 8-bit integers as numbers of a dtype, each the integer times its scale, rounded. `scale` is one
+// of rows or of columns.
+struct Int8Rows {
+  const std::int8_t* integers;
+  std::int64_t stride, rows, columns;
+  const float* scale;
+  bool scale_of_rows;
+  void* out;
+  std::int64_t out_stride;
 };
 
 // t = (x v^T * v_scale + direct) * u_scale for rows [begin, end) of v, which holds 8-bit integers

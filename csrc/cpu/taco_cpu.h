@@ -68,16 +68,8 @@ struct Int8Map {
   std::int64_t rank, out;
 };
 
-// Factors [rows, columns] of 8-bit integers as numbers of a dtype, each the integer times its scale, rounded. `scale` is one
-// of rows or of columns.
-struct Int8Rows {
-  const std::int8_t* integers;
-  std::int64_t stride, rows, columns;
-  const float* scale;
-  bool scale_of_rows;
-  void* out;
-  std::int64_t out_stride;
-};
+// Factors of 8-bit integers as numbers of a dtype (isa.h).
+struct Int8Rows;
 void unpack_int8(Dtype dtype, const Int8Rows& rows, int threads);
 
 // y = ((x v^T * v_scale) * u_scale) u^T + bias; with a pivot [in] of indices of 4 or 8 bytes

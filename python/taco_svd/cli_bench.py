@@ -118,6 +118,7 @@ def bench(
     if shape is not None:
         if directory is not None:
             raise TacoError("Give a directory or --shape, not both.")
+        _check_combinations(on_command_line(context, *SHAPE_OPTIONS), method, layers, control)
         made = _from_shape(
             shape, method, layers, share, runs, keep, int8, bridge_rank, max_overhead, dtype, device, others, progress
         )
@@ -149,6 +150,35 @@ def bench(
         print_json(result)
     else:
         out_console().print(bench_table(result))
+
+
+def _check_combinations(given: list[str], method: str, layers: str | None, control: bool) -> None:
+    """Refuses options of a shape that others have made meaningless.
+
+    Raises:
+        TacoError: naming both.
+    """
+    from .errors import TacoError
+
+    def refuse(option: str, because: str) -> None:
+        if option in given:
+            raise TacoError(f"{option} has no meaning with {because}; leave one of them out.")
+
+    if method != "bridge":
+        refuse("--max-overhead", f"--method {method}, which has no bridges")
+    elif "--bridge-rank" in given:
+        refuse("--max-overhead", "--bridge-rank")
+    if method == "taco":
+        refuse("--share", "--method taco, which takes no layer out")
+        refuse("--runs", "--method taco, which takes no layer out")
+    if layers is not None:
+        refuse("--share", "--layers")
+        if "," in layers:
+            refuse("--runs", "a list of --layers")
+    elif "--keep" in given:
+        refuse("--share", "--keep")
+    if control and method == "taco":
+        raise TacoError("--control compares removal with itself, and --method taco takes no layer out; leave it out.")
 
 
 def _set_threads(threads: int) -> None:

@@ -95,7 +95,7 @@ def gather(
     reference = parameter_count(source) if source is not None else plan.source.get("parameters")
     for name, row in measured.items():
         row["share"] = row["parameters"] / reference if isinstance(reference, int) and reference > 0 else None
-        row["latency"] = latency.get(name)
+        row |= latency.get(name, {"latency": None})
     drift = {}
     if source is not None:
         batches = WindowBatches(model, tokens, window, None, min(max_windows, DRIFT_WINDOWS), 1 << 40)
@@ -179,12 +179,17 @@ def _latency(models: dict[str, PreTrainedModel], rounds: int, progress: Progress
     decode = min(16, limit // 2)
     prompt = min(128, limit - decode)
     with progress.step("latency, interleaved") as report:
-        found = compare_latency(models, (), 1, prompt, decode, rounds, report)
+        pairs = ((THIS, DENSE),) if DENSE in models else ()
+        found = compare_latency(models, pairs, 1, prompt, decode, rounds, report)
     told = (
         f"Latency: batch 1, prompt {prompt}, median of {rounds} interleaved rounds, {found.device}, "
         f"{found.threads} threads."
     )
-    return found.seconds, told
+    ratios = {pair: phases["decode"].median + 1 for pair, phases in found.overhead.items()}
+    return {
+        name: {"latency": seconds, "decode_over_dense": ratios.get(f"{name}/{DENSE}")}
+        for name, seconds in found.seconds.items()
+    }, told
 
 
 def _won_back(rows: dict[str, dict[str, Any]]) -> float | None:
@@ -262,10 +267,9 @@ def _alternatives(rows: list[dict[str, Any]], measured: dict[str, dict[str, Any]
     if not rows:
         return []
     own = measured[THIS]
-    times = [measured.get(name, {}).get("latency") for name in (THIS, DENSE)]
-    decode = times[0]["decode"]["p50"] / times[1]["decode"]["p50"] if times[0] and times[1] else None
     this = {key: own[key] for key in ("name", "perplexity", "standard_error", "parameters")}
-    return [*rows, {**this, "decode": decode}]
+    # as the comparison has it: the median of ratios within rounds
+    return [*rows, {**this, "decode": own.get("decode_over_dense")}]
 
 
 def _weights(architecture: Architecture, position: int, path: str) -> int:

@@ -10,12 +10,16 @@ import triton.language as tl
 from .device import dot, first_part, load_factor, load_tile, round, store_output
 from .pivot_kernels import _gather_tile
 
+# Integers become numbers below one, and what meets them is so much larger: of the size that floating factors' is. Times a
+# scale alone it would be below what float16 can hold whole.
+_SCALED_BY = tl.constexpr(128.0)
+
 
 @triton.jit
 def _weights(base, rows, cols, n_rows, n_cols, stride, EVEN_COLS: tl.constexpr, dtype: tl.constexpr):
-    """Tile [len(cols), len(rows)] of a factor's integers as numbers of ``dtype``, for the right side of a dot."""
+    """Tile [len(cols), len(rows)] of a factor's integers / 128 as numbers of ``dtype``, for the right side of a dot."""
     integers = load_factor(base, rows, cols, n_rows, n_cols, stride, EVEN_COLS, False)
-    return tl.trans(integers.to(tl.float32).to(dtype))
+    return tl.trans((integers.to(tl.float32) * (1.0 / _SCALED_BY)).to(dtype))
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -24,7 +28,7 @@ def int8_shrink(
     HAS_PIVOT: tl.constexpr, EVEN_IN: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """partial[s] [n_rows, rank] float32: ``(x v^T * v_scale + identity) * u_scale`` over the s-th slice of v's columns.
+    """partial[s] [n_rows, rank] float32: ``(x v^T * v_scale + identity) * u_scale * 128`` over the s-th slice of v's columns.
 
     The identity's share (``HAS_PIVOT``) is in s = 0. Grid (rank blocks, SPLIT); n_rows <= BLOCK_M.
     """
@@ -41,11 +45,11 @@ def int8_shrink(
         else:
             values = load_tile(x, ms, ks, n_rows, columns, stride_x, EVEN_IN)
         acc = dot(values, _weights(v, rs, ks, rank, columns, stride_v, EVEN_IN, x.dtype.element_ty), acc)
-    acc *= tl.load(v_scale + rs, mask=rs < rank, other=0.0)[None, :]
+    acc *= tl.load(v_scale + rs, mask=rs < rank, other=0.0)[None, :] * _SCALED_BY
     if HAS_PIVOT:
         identity = tl.where(split == 0, rank, 0)
         acc += _gather_tile(x, pivot, ms, rs, n_rows, rs < identity, in_size, stride_x).to(tl.float32)
-    acc *= tl.load(u_scale + rs, mask=rs < rank, other=0.0)[None, :]
+    acc *= tl.load(u_scale + rs, mask=rs < rank, other=0.0)[None, :] * _SCALED_BY
     plane = tl.cast(split, tl.int64) * n_rows
     tl.store(
         partial + (plane + ms)[:, None] * rank + rs[None, :], acc, mask=(ms < n_rows)[:, None] & (rs < rank)[None, :]

@@ -23,10 +23,12 @@ from taco_svd.allocation import Sizes, structure_parameters
 from taco_svd.architectures import Architecture
 from taco_svd.bench import BenchSettings, compare_pair, run_bench, weight_bytes_of, with_peak, work
 from taco_svd.bench_memory import cache_bytes, check_memory
-from taco_svd.bench_models import from_checkpoint, from_shape, redundant_layers, shape_structure
+from taco_svd.bench_models import BenchModels, from_checkpoint, from_shape, redundant_layers, shape_structure
 from taco_svd.bench_runner import Runner
+from taco_svd.calibration import context_length
 from taco_svd.devices import make_current, on_device, waits_for
 from taco_svd.energy import energy_counter
+from taco_svd.export import with_layers_removed
 from taco_svd.shapes import SHAPES, random_model, shape_config, skeleton
 from taco_svd.structure import Structure
 
@@ -778,3 +780,33 @@ def test_results_take_the_place_of_no_pipe_and_no_device(tmp_path: Path, invoke:
     os.mkfifo(pipe)
     code, _, stderr = invoke("bench", "DIR", "--save", pipe)
     assert code == 2 and "an ordinary file" in stderr and pipe.is_fifo()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("--method", "taco", "--max-overhead", "0.01"), "--max-overhead has no meaning with --method taco"),
+        (("--bridge-rank", "2", "--max-overhead", "0.01"), "--max-overhead has no meaning with --bridge-rank"),
+        (("--method", "taco", "--runs", "2"), "--runs has no meaning with --method taco"),
+        (("--layers", "2", "--share", "0.5"), "--share has no meaning with --layers"),
+        (("--layers", "1,2", "--runs", "2"), "--runs has no meaning with a list of --layers"),
+        (("--method", "paper", "--keep", "0.8", "--share", "0.5"), "--share has no meaning with --keep"),
+        (("--method", "taco", "--control"), "--control compares removal with itself"),
+    ],
+)
+def test_options_that_others_have_made_meaningless_are_refused(
+    given: tuple[str, ...], words: str, invoke: Callable
+) -> None:
+    code, _, stderr = invoke("bench", "--shape", "tinyllama-1.1b", *given)
+    assert code == 2 and words in stderr.replace("\n", " ")
+
+
+def test_a_prefill_may_be_as_long_as_the_context(compressed_tiny: Callable) -> None:
+    """No token is decoded behind it."""
+    model = compressed_tiny("llama", "bridge")[1]
+    made = BenchModels({"removal": with_layers_removed(model, [2, 3]), "compressed": model})
+    limit = context_length(model)
+    settings = BenchSettings(prompt=limit, window=8, phases=("prefill",), rounds=1)
+    assert run_bench(made, settings)["complete"]
+    with pytest.raises(TacoError, match="decoded ones exceed the context"):
+        run_bench(made, replace(settings, phases=("decode",)))

@@ -321,7 +321,7 @@ def _set(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
     [
         _set("taco_svd", value=None),
         _set("taco_svd", value=[1]),
-        _set("taco_svd", "format_version", value=3),
+        _set("taco_svd", "format_version", value=4),
         _set("taco_svd", "kept", value=None),
         _set("taco_svd", "kept", value=[]),
         _set("taco_svd", "kept", value=[0, 0, 1, 2, 3]),
