@@ -10,8 +10,8 @@ import triton.language as tl
 from .device import dot, first_part, load_factor, load_tile, round, store_output
 from .pivot_kernels import _gather_tile
 
-# Integers become numbers below one, and what meets them is so much larger: of the size that floating factors' is. Times a
-# scale alone it would be below what float16 can hold whole.
+# Integers become numbers below one, and what meets them is so much larger: of the size that floating factors' is. Times
+# a scale alone it would be below what float16 can hold whole.
 _SCALED_BY = tl.constexpr(128.0)
 
 
@@ -28,7 +28,7 @@ def int8_shrink(
     HAS_PIVOT: tl.constexpr, EVEN_IN: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """partial[s] [n_rows, rank] float32: ``(x v^T * v_scale + identity) * u_scale * 128`` over the s-th slice of v's columns.
+    """partial[s] [n_rows, rank] float32: ``(x v^T * v_scale + identity) * u_scale * 128`` over the s-th slice of columns.
 
     The identity's share (``HAS_PIVOT``) is in s = 0. Grid (rank blocks, SPLIT); n_rows <= BLOCK_M.
     """
