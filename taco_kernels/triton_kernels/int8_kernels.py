@@ -28,7 +28,7 @@ def int8_shrink(
     HAS_PIVOT: tl.constexpr, EVEN_IN: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """partial[s] [n_rows, rank] float32: ``(x v^T * v_scale + identity) * u_scale * 128`` over the s-th slice of columns.
+    """partial[s] [n_rows, rank] float32: ``(x v^T * v_scale + identity) * u_scale * 128`` over slice s of the columns.
 
     The identity's share (``HAS_PIVOT``) is in s = 0. Grid (rank blocks, SPLIT); n_rows <= BLOCK_M.
     """

@@ -264,7 +264,7 @@ class FactorsMethod(LinearMethodBase):
         set_weight_attrs(room, {"output_dim": 0})
         start = member.offset(self.partitions)
         own = room.data[start : start + member.rows(self.partitions)]
-        if own.shape == target.shape:
+        if own.shape == target.shape and not target.is_meta:  # while all weights are loaded again, nothing is there
             own.copy_(target)  # see `_load_factor`
         if shard is None:
             loader(room, loaded)
