@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import pickle
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,7 @@ from vllm.transformers_utils.config import get_config, get_config_parser
 
 from taco_svd import BridgeSpec, TacoError
 from taco_svd.checkpoint import DEFAULT_MODEL
+from taco_svd.modeling import compressed_config_class
 from taco_svd.structure import NarrowSpec, Structure
 from taco_svd.vllm import register
 from taco_svd.vllm.bridges import Bridge, attach
@@ -106,6 +108,46 @@ def test_what_is_no_language_model_is_a_classifier_or_refused() -> None:
     for name in ("TacoLlamaModel", "TacoHeliumForSequenceClassification"):
         with pytest.raises(TacoError, match=name):
             served_name(name)
+
+
+def test_8_bit_factors_are_refused() -> None:
+    config: Any = random_model("llama").config
+    layer, ranks = next(iter(config.structure.low_rank.items()))
+    config.taco_svd = replace(config.structure, int8={layer: tuple(ranks)}).to_dict()
+    with pytest.raises(TacoError, match="8-bit integers"):
+        as_vllm_expects(config)
+
+
+def test_windows_of_gpt_oss_must_alternate_still() -> None:
+    """vLLM's class goes by whether a layer's number is even, whatever the config says."""
+    for removed, refused in (((2,), True), ((2, 3), False), ((), False)):
+        kinds = [
+            kind for number, kind in enumerate(("sliding_attention", "full_attention") * 3) if number not in removed
+        ]
+        plain = transformers.GptOssConfig(
+            vocab_size=64, hidden_size=32, num_hidden_layers=len(kinds), layer_types=kinds, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, intermediate_size=32, num_local_experts=4, sliding_window=8,
+        )  # fmt: skip
+        kept = tuple(number for number in range(6) if number not in removed)
+        values = {
+            **plain.to_dict(),
+            "taco_svd": Structure(6, kept).to_dict(),
+            "architectures": ["TacoGptOssForCausalLM"],
+        }
+        config = compressed_config_class(transformers.GptOssConfig).from_dict(values)
+        if refused:
+            with pytest.raises(TacoError, match="every second layer"):
+                as_vllm_expects(config)
+        else:
+            assert as_vllm_expects(config).layer_types == kinds
+
+
+def test_vllm_knows_its_transformers_backend_again() -> None:
+    """By the class's name, on which fusions depend."""
+    made = ModelRegistry.models["TacoTransformersForCausalLM"].load_model_cls()
+    assert made.__name__ == "TransformersForCausalLM" and issubclass(made, ServedModel)
+    assert pickle.loads(pickle.dumps(made)) is made
+    assert ModelRegistry.models["TacoLlamaForCausalLM"].load_model_cls().__name__ == "TacoLlamaForCausalLM"
 
 
 def test_narrowed_maps_are_refused() -> None:

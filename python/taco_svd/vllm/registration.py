@@ -15,11 +15,10 @@ from vllm.transformers_utils import config as vllm_config_module
 from vllm.transformers_utils.config import get_config_parser, register_config_parser
 
 from ..errors import TacoError
-from ..experts import share_of_experts
 from ..modeling import CompressedConfig
 
 PREFIX = "Taco"
-FALLBACK, FALLBACK_OF_EXPERTS = "TransformersForCausalLM", "TransformersMoEForCausalLM"
+FALLBACK = "TransformersForCausalLM"
 SUFFIXES = ("ForCausalLM", "LMHeadModel")
 CLASSIFIER = "ForSequenceClassification"
 
@@ -98,8 +97,7 @@ def as_vllm_expects(config: Any) -> Any:
     plain: Any = base.from_dict(values)
     plain.taco_svd = structure
     plain._name_or_path = getattr(config, "_name_or_path", "")
-    experts = share_of_experts(plain) < 1
-    plain.architectures = [served_name(name, experts) for name in values.get("architectures") or [""]]
+    plain.architectures = [served_name(name) for name in values.get("architectures") or [""]]
     _check_windows(plain)
     return plain
 
@@ -122,8 +120,8 @@ def _check_windows(config: Any) -> None:
         )
 
 
-def served_name(architecture: str, experts: bool = False) -> str:
-    """What vLLM must be told for a checkpoint that holds a model of class `architecture`, maybe a mixture of `experts`.
+def served_name(architecture: str) -> str:
+    """What vLLM must be told for a checkpoint that holds a model of class `architecture`.
 
     A classifier keeps its name: vLLM looks for the language model of that name, and puts the head on it.
 
@@ -134,7 +132,9 @@ def served_name(architecture: str, experts: bool = False) -> str:
     if any(name in ModelRegistry.models for name in (architecture, *bases)):
         return architecture
     if not architecture or architecture.endswith(SUFFIXES):
-        return PREFIX + (FALLBACK_OF_EXPERTS if experts else FALLBACK)
+        # Mixtures of experts, too: vLLM's own choice for them (TransformersMoEForCausalLM: fused, sharded experts) does
+        # not run on a CPU, dense models neither, so nobody has seen it with ours.
+        return PREFIX + FALLBACK
     raise TacoError(
         f"This checkpoint holds a {architecture[:80]}, which is not supported in vLLM: save it as a language model "
         f"(...{SUFFIXES[0]}), or as a classifier of an architecture that vLLM has a model of its own for."
