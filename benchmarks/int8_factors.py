@@ -118,9 +118,9 @@ def documentation(values: dict[str, Any]) -> str:
             f"| {point['in']} x {point['out']} | {point['rank']} | {point['rows']} "
             f"| {point['microseconds']['p50']:.0f} | {' | '.join(cells)} | {point['read']['p50']:.0%} |"
         )
-    lines += ["", f"How many times faster than each of the others, on {values['device']} ({values['isa']}), "
-              f"{values['threads']} threads, weights out of memory, bfloat16; *of read*: share of plain reads."]  # fmt: skip
-    return "\n".join(lines)
+    where = f"{values['device']} ({values['isa']}), {values['threads']} threads"
+    told = f"How many times faster than each of the others on {where}, bfloat16, weights out of memory."
+    return "\n".join([*lines, "", f"{told} *of read*: share of plain reads."])
 
 
 def correct(x: torch.Tensor, factors: tuple[torch.Tensor, ...]) -> float:

@@ -381,6 +381,41 @@ ATTRIBUTIONS = ((4, 512, 4096, 4096, 512), (300, 1, 264, 136, 40), (3, 65, 131, 
 TINY_MOMENTS, TINY_ATTRIBUTIONS = ((70, 40),), ((2, 5, 12, 9, 7),)
 
 
+# (in, out, rank) of maps with 8-bit factors, each with and without a pivot and of 1, 7, 16 and 40 rows
+INTEGERS, TINY_INTEGERS = ((4096, 4096, 512), (4096, 1000, 64), (1000, 4096, 900), (131, 71, 19)), ((40, 24, 8),)
+
+
+def check_int8(in_size: int, out_size: int, rank: int, pivoted: bool, dtype: str, device: str) -> dict[str, Any]:
+    """``low_rank_linear_int8`` by the Triton kernels, and beyond their rows by the library's, each twice."""
+    from taco_kernels import low_rank_linear_int8
+
+    kind, drawn = DTYPES[dtype], generator(device)
+    columns = in_size - rank if pivoted else in_size
+    v, u = (
+        torch.randint(-127, 128, shape, device=device, dtype=torch.int8, generator=drawn)
+        for shape in ((rank, columns), (out_size, rank))
+    )
+    scales = [2.0**-9 * (0.5 + torch.rand(rank, device=device, generator=drawn)) for _ in range(2)]
+    order = torch.randperm(in_size, device=device, generator=drawn).int() if pivoted else None
+    bias = torch.randn(out_size, device=device, generator=drawn).to(kind)
+    worst, same = 0.0, True
+    for rows in (1, 7, 16, 40):
+        x = torch.randn(rows, in_size, device=device, generator=drawn).to(kind)
+        with using("triton"), poisoned_memory():
+            found = [low_rank_linear_int8(x, v, scales[0], u, scales[1], bias, order) for _ in range(2)]
+        full = Factors(v.double() * scales[0].double()[:, None], u.double() * scales[1].double(), bias, order)
+        member = _unpivoted(full)
+        exact, error = _linear_and_error(x.double(), None, member, kind, "library" if rows > 16 else "triton")
+        half_step = torch.finfo(kind).eps / 2
+        if rows > 16:  # both factors are rounded as they are written out
+            error = error + 3 * half_step * (x.double().abs() @ member.v.abs().T) @ member.u.abs().T
+        error = error + half_step * (exact.abs() + error) + torch.finfo(kind).smallest_normal * half_step
+        ratio = ((found[0].double() - exact).abs() / error).max().item()
+        worst = max(worst, ratio if ratio == ratio else float("inf"))
+        same &= bool(torch.equal(*found))
+    return {"ok": worst <= 1.0 and same, "worst": round(worst, 4) if worst < 1e9 else "inf", "same_bits": same}
+
+
 def check_moment(rows: int, columns: int, dtype: str, device: str) -> dict[str, Any]:
     """Second moments by the Triton kernel, in two calls of which the second adds to the first, twice."""
     from taco_kernels import second_moment_, second_moment_dense, second_moment_zeros

@@ -93,6 +93,11 @@ def _check_work(suite: Suite, backend: str) -> Iterator[tuple[str, Callable[[], 
             for sizes in checks.TINY_ATTRIBUTIONS if suite.dry else checks.ATTRIBUTIONS:
                 key = f"triton/singular_attribution/{dtype}/{'x'.join(map(str, sizes))}"
                 yield key, functools.partial(checks.check_attribution, *sizes, dtype, suite.device)
+        for dtype in ("bfloat16", "float16", "float32"):
+            for sizes in checks.TINY_INTEGERS if suite.dry else checks.INTEGERS:
+                for pivoted in (False, True):
+                    key = f"triton/int8/{dtype}/{'x'.join(map(str, sizes))}{'/pivoted' if pivoted else ''}"
+                    yield key, functools.partial(checks.check_int8, *sizes, pivoted, dtype, suite.device)
     for case in checks.cases(suite.small, suite.dry):
         # Triton compiles for every dtype, path and alignment: a part of the grid reaches every kernel.
         if backend == "triton" and not full:
