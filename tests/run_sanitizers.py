@@ -25,6 +25,7 @@ TESTS = (
     "tests/kernels/test_low_rank_bridge.py",
     "tests/kernels/test_low_rank_mlp.py",
     "tests/kernels/test_pivoted_low_rank_linear.py",
+    "tests/kernels/test_low_rank_linear_int8.py",
     "tests/kernels/test_few_rows.py",
     "tests/kernels/test_many_rows.py",
     "tests/kernels/test_direct.py",

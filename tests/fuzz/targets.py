@@ -25,6 +25,7 @@ from taco_kernels import native
 from taco_kernels.low_rank_bridge import low_rank_bridge_reference
 from taco_kernels.low_rank_linear import low_rank_linear_reference
 from taco_kernels.low_rank_linear_group import low_rank_linear_group_reference
+from taco_kernels.low_rank_linear_int8 import low_rank_linear_int8_reference
 from taco_kernels.low_rank_mlp import low_rank_mlp_reference
 from taco_kernels.pivoted_low_rank_linear import pivoted_low_rank_linear_reference
 from taco_svd import Plan, Structure, TacoError
@@ -218,6 +219,29 @@ def _factors(source: Source, width: int, out: int, dtype: torch.dtype) -> tuple[
     return _tensor(source, (rank, width), dtype), _tensor(source, (out, rank), dtype), bias
 
 
+def _integers(source: Source, shape: tuple[int, ...]) -> Any:
+    """A factor of 8-bit integers in one of several layouts; now and then of another shape or dtype."""
+    wrong = source.below(16)
+    if wrong == 1:
+        return _tensor(source, shape, torch.int8)
+    if wrong == 2:
+        return _tensor(source, shape, torch.float32)
+    if wrong == 3:
+        shape = tuple(source.pick(SIDES) for _ in shape)
+    plain = torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(source.byte()), dtype=torch.int8)
+    kind = source.below(4)
+    if kind == 1:  # a window of something larger
+        frame = torch.full([side + 4 for side in shape], 127, dtype=torch.int8)
+        window = frame[2 : 2 + shape[0], 2 : 2 + shape[1]]
+        window.copy_(plain)
+        return window
+    if kind == 2:  # transposed in memory
+        return plain.T.contiguous().T
+    if kind == 3:  # one column for all
+        return plain[:, :1].expand(shape) if shape[1] else plain
+    return plain
+
+
 def _leading(source: Source) -> tuple[int, ...]:
     return tuple(source.pick((1, 2, 0, 3, 6, 9, 17)) for _ in range(source.below(3)))
 
@@ -228,7 +252,7 @@ def _arguments(source: Source) -> tuple[Callable[..., Any], Callable[..., Any] |
     width, out = source.pick(SIDES), source.pick(SIDES)
     lead = _leading(source)
     x = _tensor(source, (*lead, width), dtype)
-    op = source.below(7)
+    op = source.below(8)
     if op == 0:
         v, u, bias = _factors(source, width, out, dtype)
         residual = _tensor(source, (*lead, out), dtype) if source.below(2) else None
@@ -268,6 +292,19 @@ def _arguments(source: Source) -> tuple[Callable[..., Any], Callable[..., Any] |
         grad = _tensor(source, (*lead, out), dtype)
         u, v = _tensor(source, (out, directions), dtype), _tensor(source, (directions, width), dtype)
         return taco_kernels.singular_attribution, None, (x, grad, u, v)
+    if op == 6:
+        rank = min(source.pick(SIDES), width)
+        pivoted = bool(source.below(2))
+        v, u = _integers(source, (rank, width - rank if pivoted else width)), _integers(source, (out, rank))
+        scales = [_tensor(source, (rank,), torch.float32) for _ in range(2)]
+        pivot = torch.randperm(width, generator=torch.Generator().manual_seed(source.byte()))
+        wrong = source.below(6)
+        if wrong == 1:
+            pivot = pivot + source.pick((1, -1, 1 << 40))
+        bias = _tensor(source, (out,), dtype) if source.below(2) else None
+        order = pivot.to(source.pick((torch.int32, torch.int64))) if pivoted else None
+        reference = None if pivoted and wrong == 1 else low_rank_linear_int8_reference
+        return taco_kernels.low_rank_linear_int8, reference, (x, v, scales[0], u, scales[1], bias, order)
     rank = source.pick((1, 2, 0, 3, -1, 8, 1 << 40, None, "x"))
     left = _tensor(source, (source.pick(SIDES), out), dtype) if source.below(2) else None
     matrix = _tensor(source, (out, width), dtype)
