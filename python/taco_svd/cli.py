@@ -176,13 +176,13 @@ def compress(
     from .work_directory import check_apart, check_work_directory, finished_steps_kept
 
     check_output(out, force)
-    if model is not None and Path(model).exists() and Path(model).resolve() == out.resolve():
+    if model is not None and os.path.isdir(model) and os.path.realpath(model) == os.path.realpath(out):
         raise TacoError(f"--out {out} is the model itself, which would be replaced; choose another directory.")
     team = Team.from_environment(device)
     if team.rank == 0 and not resume:  # others, and a run that has its windows, read no text
         check_text_name(calibration)
     as_json = as_json or team.rank > 0
-    work_dir = work_dir or out.resolve().with_name(f"{out.resolve().name}.work")
+    work_dir = work_dir or Path(f"{os.path.realpath(out)}.work")
     check_apart(work_dir, out, "--work-dir")
     decided = on_command_line(context, *DECIDED_BY_PLAN)
     if plan is not None and decided:

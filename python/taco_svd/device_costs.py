@@ -177,7 +177,7 @@ class DeviceCosts:
         name = f"{op}/{out_features}x{in_features}/{rank}/{rows}"
         if name not in self.seconds:
             # what is drawn here is nobody's business: a program must not depend on whether this was measured before
-            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), on_device(self.device):
+            with torch.random.fork_rng([]), on_device(self.device):
                 self.seconds[name] = self._measure(op, out_features, in_features, rank, rows)
             self._new = True
         return self.seconds[name]

@@ -25,7 +25,7 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 # What configs and tokenizers are read from, and chat templates in a directory of theirs.
-READ_AS_TEXT = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".vocab", ".bpe", ".yaml")
+READ_AS_TEXT = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".vocab", ".bpe")
 TEMPLATES = "chat_templates"
 # An index of the largest published models has a few megabytes.
 MAX_JSON_BYTES = 64 << 20

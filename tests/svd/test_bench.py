@@ -747,7 +747,7 @@ def test_bench_of_a_shape_writes_json_and_a_picture(
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     code, stdout, _ = invoke(*arguments, "--method", "taco", "--keep", "0.9", "--dtype", "float32")
     assert code == 2  # taco takes no --layers
-    code, stdout, _ = invoke(*arguments[:3], *arguments[5:], "--method", "taco", "--phase", "decode", "--control")
+    code, stdout, _ = invoke(*arguments[:3], *arguments[5:], "--method", "taco", "--phase", "decode")
     assert code == 0 and "compressed over dense" in stdout and "removal" not in stdout
 
 
