@@ -22,6 +22,8 @@ inline void* offset(void* p, std::int64_t elements, std::int64_t size) {
   return p ? static_cast<char*>(p) + elements * size : nullptr;
 }
 
+inline std::int64_t whole_steps(std::int64_t n) { return (n + kStepMultiple - 1) / kStepMultiple * kStepMultiple; }
+
 // Scratch memory of the calling thread, kept from call to call: a decode step must not pay for the allocator.
 class Scratch {
  public:
@@ -112,7 +114,7 @@ void each_panel(const DtypeKernels& kernels, const void* weights, std::int64_t s
   }
   constexpr std::int64_t kPanelBytes = 192 * 1024, kMostRows = 128;
   // a line beside each row, so that rows do not fall into one set of the cache
-  const std::int64_t out_stride = (columns + kStepMultiple - 1) / kStepMultiple * kStepMultiple + 64 / element;
+  const std::int64_t out_stride = whole_steps(columns) + 64 / element;
   const std::int64_t fitting = std::min(kMostRows, kPanelBytes / (out_stride * element));
   const std::int64_t rows = fitting < 2 * kTile ? kTile : fitting / (2 * kTile) * (2 * kTile);
   char* const panel = reinterpret_cast<char*>(panel_scratch.get(static_cast<std::size_t>(rows * out_stride * element / 4)));

@@ -10,8 +10,6 @@
 namespace taco {
 namespace {
 
-std::int64_t whole_steps(std::int64_t n) { return (n + kStepMultiple - 1) / kStepMultiple * kStepMultiple; }
-
 // Rows of x for which it pays to unpack weights into the sums themselves: to unpack them anew for every few rows costs more
 // than to multiply them.
 constexpr std::int64_t kFewRows = 8;
@@ -43,9 +41,10 @@ void low_rank_int8(const LowRankInput& input, const void* pivot, bool long_index
   std::int64_t x_stride = input.x_stride;
   if (pivot) {
     const Gatherer gatherer(pivot, long_index, input.in, map.rank, element, input.rows);
-    gathered.reset(new char[static_cast<std::size_t>(std::max<std::int64_t>(input.rows, 0) * input.in * element)]);
+    if (input.rows <= 0) return;
+    gathered.reset(new char[static_cast<std::size_t>(input.rows * input.in * element)]);
     char* const rest = gathered.get() + map.rank * element;
-    gatherer.all({x, x_stride, gathered.get(), input.in, rest, input.in}, std::max<std::int64_t>(input.rows, 0), threads);
+    gatherer.all({x, x_stride, gathered.get(), input.in, rest, input.in}, input.rows, threads);
     x = rest, x_stride = input.in;
   }
   if (input.rows <= 0) return;

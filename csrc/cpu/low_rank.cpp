@@ -75,7 +75,7 @@ constexpr std::int64_t kGroupedRows = 17, kGroupedRowsOfSmallRanks = 11, kSmallR
 
 // By all rows of the call, not by those of a block: a row's bits must not depend on where it stands.
 Layout layout_for(std::int64_t rank, std::int64_t rows, const DtypeKernels& kernels, bool may_round = true) {
-  const std::int64_t stride = (rank + kStepMultiple - 1) / kStepMultiple * kStepMultiple;
+  const std::int64_t stride = whole_steps(rank);
   if (may_round && kernels.places && rows >= kernels.places && rows <= Layout::kLanes)
     return {stride, Layout::kPlaces, rows <= Layout::kHalfLanes ? Layout::kHalfLanes : Layout::kLanes};
   const bool groups = kernels.groups && rows >= (rank < kSmallRank ? kGroupedRowsOfSmallRanks : kGroupedRows);
@@ -162,7 +162,7 @@ void low_rank(const LowRankInput& input, const LowRankMap* maps, int count, int 
   for (std::int64_t start = 0; start < input.rows; start += kRowBlock) {
     const std::int64_t rows = std::min(kRowBlock, input.rows - start);
     const void* const x = offset(input.x, start * input.x_stride, element);
-    float* t = scales + (most + kStepMultiple - 1) / kStepMultiple * kStepMultiple;
+    float* t = scales + whole_steps(most);
     for (int i = 0; i < count; ++i) {
       const LowRankMap& map = maps[i];
       const Layout layout = layout_for(map.rank, input.rows, *kernels);
@@ -192,7 +192,7 @@ void low_rank_mlp(const LowRankInput& input, const LowRankMap& gate, const LowRa
   const DtypeKernels* kernels = &isa->by_dtype[static_cast<int>(input.dtype)];
   const std::int64_t element = size_of(input.dtype), most = std::min(input.rows, kRowBlock);
   const std::int64_t width = gate.out;
-  const std::int64_t stride = (width + kStepMultiple - 1) / kStepMultiple * kStepMultiple;
+  const std::int64_t stride = whole_steps(width);
   const LowRankMap open[2] = {gate, up};
   const LowRankMap* const all[3] = {&gate, &up, &down};
   std::int64_t floats = 3 * most * stride;  // gate, up and their product, which may need half of its share

@@ -86,8 +86,7 @@ def follow_modules(model: nn.Module) -> None:
     """Writes the ranks that merging has changed into what a compressed model is saved by: its config and its plan."""
     if not isinstance(model, CompressedModel):
         return
-    structure = model.structure
-    plan = model.taco_plan if model.taco_plan is not None and model.taco_plan.structure == structure else None
+    structure, plan = model.structure, model.current_plan
     low_rank: dict[int, dict[str, int]] = {}
     pivoted: dict[int, tuple[str, ...]] = {}
     architecture = Architecture(model, quantised=True)  # type: ignore[arg-type]

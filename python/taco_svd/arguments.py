@@ -126,8 +126,12 @@ def fraction_or_none(name: str, value: Any) -> float | None:
         return None
     if isinstance(value, bool) or not hasattr(value, "__float__"):
         raise TacoError(f"{name} must be a number, got {_shown(value)}.")
-    # of float32 what was meant: 0.7, and not 0.699999988
-    return value if isinstance(value, (int, float)) and type(value) in (int, float) else float(str(value))
+    if type(value) in (int, float):
+        return value
+    try:
+        return float(str(value))  # of numpy's float32 what was meant: 0.7, and not 0.699999988
+    except ValueError:  # a tensor, a fraction
+        return float(value)
 
 
 def _shown(value: Any) -> str:

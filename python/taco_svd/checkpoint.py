@@ -284,8 +284,10 @@ def _tokenizer_of(name: str | Path, here: bool = False) -> PreTrainedTokenizerBa
         ) from error
 
 
-# What a plan's result tells of the factors as they were made, and not of what became of them.
-OF_THE_FACTORS = ("consistency", "drift", "predicted_loss", "measured_loss", "healing", "cost_budget")
+# What a plan's result tells of the model that was made from it; another model, made again from it, has its own.
+OF_THE_MODEL = ("consistency", "drift", "measured_loss", "healing")
+# ... and what, with it, was of the factors as they were made, and is not of what became of them.
+OF_THE_FACTORS = (*OF_THE_MODEL, "predicted_loss", "cost_budget")
 
 
 def changed_plan(plan: Plan, structure: Structure, model: PreTrainedModel, **more: Any) -> Plan:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,6 +29,9 @@ from .cli_shared import (
 from .cli_shared import load as _load
 from .cli_shared import out_console as _out
 from .cli_shared import print_json as _print_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # What a plan says, and would be passed over beside one.
 DECIDED_BY_PLAN = (
@@ -262,6 +266,17 @@ def info(directory: Annotated[Path, typer.Argument(help="Compressed model.")], a
         _out().print(info_table(values))
 
 
+def _writes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Callable[[Path], None]:
+    """What saves both into a directory."""
+
+    def write(path: Path) -> None:
+        model.save_pretrained(path)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(path)
+
+    return write
+
+
 @app.command()
 @told_when_stopped
 def export(
@@ -280,13 +295,7 @@ def export(
     check_output(dense, force)
     model, tokenizer = _load(str(directory), "auto", "cpu")
     ordinary = to_dense(model)
-
-    def write(path: Path) -> None:
-        ordinary.save_pretrained(path)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(path)
-
-    write_whole(dense, write, force)
+    write_whole(dense, _writes(ordinary, tokenizer), force)
     values = {"directory": str(dense), "architecture": type(ordinary).__name__, "parameters": parameter_count(ordinary)}
     if as_json:
         _print_json(values)
@@ -317,13 +326,7 @@ def quantize(
     check_output(out, force)
     model, tokenizer = _load(str(directory), "auto", "cpu")
     made = quantise(model)
-
-    def write(path: Path) -> None:
-        made.save_pretrained(path)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(path)
-
-    write_whole(out, write, force)
+    write_whole(out, _writes(made, tokenizer), force)
     before, after = weight_bytes(model), weight_bytes(made)
     maps = sum(map(len, made.config.structure.int8.values()))
     values = {"directory": str(out), "maps": maps, "bytes_before": before, "bytes": after}

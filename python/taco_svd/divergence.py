@@ -21,6 +21,7 @@ from .errors import TacoError
 from .evaluation import WindowBatches, ratio_mean
 from .loss import slices
 from .predictions import Predictions
+from .suffix import in_evaluation
 from .wide_products import in_wide_products
 
 
@@ -92,10 +93,7 @@ def divergence(
     sums: list[float] = []
     counts: list[int] = []
     agreeing = 0
-    modes = dense.training, compressed.training
-    dense.eval()
-    compressed.eval()
-    try:
+    with in_evaluation(dense), in_evaluation(compressed):
         for batch in batches:
             targets = Predictions(dense, batch.ids.to(dense.device))
             predictions = Predictions(compressed, batch.ids.to(compressed.device))
@@ -113,9 +111,6 @@ def divergence(
                 agreeing += int(top[counted].sum())
             if progress is not None:
                 progress(batch.done, batches.windows)
-    finally:
-        dense.train(modes[0])
-        compressed.train(modes[1])
     if not math.isfinite(math.fsum(sums)):
         raise TacoError("The models' logits are not finite on this text; their divergence is undefined.")
     mean, error = ratio_mean(sums, counts)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from .calibration import begun_with, context_length, embedding_weight, needed_begin_token
 from .errors import TacoError
 from .predictions import Predictions
+from .suffix import in_evaluation
 from .wide_products import in_wide_products
 
 
@@ -216,9 +217,7 @@ def perplexity(
     device = embedding_weight(model).device
     sums: list[float] = []
     counts: list[int] = []
-    was_training = model.training
-    model.eval()
-    try:
+    with in_evaluation(model):
         for batch in batches:
             ids = batch.ids.to(device)
             found = Predictions(model, ids)
@@ -232,8 +231,6 @@ def perplexity(
                 counts.append(row[counted].numel())
             if progress is not None:
                 progress(batch.done, batches.windows)
-    finally:
-        model.train(was_training)
     if not math.isfinite(math.fsum(sums)):
         raise TacoError("The model's logits are not finite on this text; its perplexity is undefined.")
     mean, error = ratio_mean(sums, counts)

@@ -170,6 +170,11 @@ class CompressedModel:
         else:
             super()._init_weights(module)  # type: ignore[misc]
 
+    @property
+    def current_plan(self) -> Plan | None:
+        """The plan, while it is of this structure: of a model that has been changed it tells what is no longer so."""
+        return self.taco_plan if self.taco_plan is not None and self.taco_plan.structure == self.structure else None
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Like `PreTrainedModel.from_pretrained`, and raises where that would leave factors at random values.
@@ -254,9 +259,9 @@ class CompressedModel:
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", True):
             write_checksums(Path(save_directory))
-            # of a model that has been changed since (a merged adapter's ranks) it would tell what is no longer so
-            if self.taco_plan is not None and self.taco_plan.structure == self.structure:
-                self.taco_plan.save(Path(save_directory) / PLAN_FILE)
+            plan = self.current_plan
+            if plan is not None:
+                plan.save(Path(save_directory) / PLAN_FILE)
 
 
 def stored_plan(path: Any, options: dict[str, Any]) -> Plan | None:

@@ -43,7 +43,7 @@ from .calibration import (
     load_calibration,
     recognised,
 )
-from .checkpoint import parameter_count, weight_bytes
+from .checkpoint import OF_THE_MODEL, parameter_count, weight_bytes
 from .cost_budget import CostBudget, LatencyCosts, bridges_within, parse_keep
 from .decomposition import numerical_errors_named
 from .errors import TacoError, UnsupportedModelError
@@ -72,8 +72,6 @@ from .work_directory import check_work_directory, open_run, weights_digest
 TEAM_METHODS = ("taco", "bridge", "removal")
 # What factorises single experts; published methods leave them whole.
 OPENING = ("taco", "paper", "svd")
-# What a plan's result tells of the model that was made from it; another model, made again from it, has its own.
-OF_THE_MODEL = ("consistency", "drift", "measured_loss", "healing")
 # Greedy removal runs the set once per candidate: a part of it orders the layers as well.
 GREEDY_SAMPLES = 16
 
@@ -397,9 +395,12 @@ def _without_paths(values: Any) -> Any:
     return {key: _without_paths(value) for key, value in values.items() if key not in ("_name_or_path", "name_or_path")}
 
 
+def _config_of(model: PreTrainedModel) -> Any:
+    """A model's config as JSON has it (string keys), or a plan would differ from itself once it has been saved."""
+    return _without_paths(json.loads(model.config.to_json_string(use_diff=False)))
+
+
 def describe_source(model: PreTrainedModel) -> dict[str, Any]:
-    # as JSON has it (string keys), or a plan would differ from itself once it has been saved
-    config = _without_paths(json.loads(model.config.to_json_string(use_diff=False)))
     name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
     return {
         # of a local path only the last part: a plan must not carry its author's directories
@@ -410,7 +411,7 @@ def describe_source(model: PreTrainedModel) -> dict[str, Any]:
         "parameters": parameter_count(model),
         "bytes": weight_bytes(model),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "config": config,
+        "config": _config_of(model),
     }
 
 
@@ -634,8 +635,7 @@ def compress(
             "experts": experts,
             "plan": None if plan is None else hashlib.sha256(json.dumps(plan.to_dict()).encode()).hexdigest(),
         }
-        config = json.dumps(_without_paths(json.loads(model.config.to_json_string(use_diff=False))), sort_keys=True)
-        digest = hashlib.sha256(config.encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(_config_of(model), sort_keys=True).encode()).hexdigest()
         run = {**arguments, "weights": weights_digest(looked), "config": digest, "versions": _versions()}
         run["processes"] = team.size
         store = open_run(work_dir, run, resume, team)

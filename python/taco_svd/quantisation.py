@@ -54,7 +54,7 @@ def quantise(model: PreTrainedModel, maps: Mapping[int, Collection[str]] | None 
         raise TacoError("The factors of this model are 8-bit integers already.")
     changed = replace(structure, int8={layer: (*structure.int8.get(layer, ()), *own) for layer, own in paths.items()})
     set_structure(made, changed)
-    plan = model.taco_plan if model.taco_plan is not None and model.taco_plan.structure == structure else None
+    plan = model.current_plan
     made.taco_plan = None if plan is None else changed_plan(plan, changed, made)  # type: ignore[assignment]
     return made
 

@@ -138,15 +138,21 @@ def check_contained(directory: Path, name: str) -> Path:
     if not name or name in (".", "..") or Path(name).name != name or "\\" in name or "\0" in name:
         raise TacoError(f"{directory} names a file outside itself ({name[:200]!r}); it is not used.")
     path = directory / name
-    if path.is_symlink():
-        home = directory.resolve()
-        allowed = [home]
-        if home.parent.name == "snapshots":
-            allowed.append(home.parent.parent / "blobs")
-        target = path.resolve()
-        if not any(target.is_relative_to(folder) for folder in allowed):
-            raise TacoError(f"{path} is a link to {target}, outside the checkpoint; put the file itself there.")
+    _check_target(directory, path)
     return path
+
+
+def _check_target(directory: Path, path: Path) -> None:
+    """Raises a `TacoError` where a file of a checkpoint is a link out of it, see `check_contained`."""
+    if not path.is_symlink():
+        return
+    home = directory.resolve()
+    allowed = [home]
+    if home.parent.name == "snapshots":
+        allowed.append(home.parent.parent / "blobs")
+    target = path.resolve()
+    if not any(target.is_relative_to(folder) for folder in allowed):
+        raise TacoError(f"{path} is a link to {target}, outside the checkpoint; put the file itself there.")
 
 
 def check_links(directory: Path) -> None:
@@ -164,11 +170,8 @@ def check_links(directory: Path) -> None:
     if templates.is_symlink():
         raise TacoError(f"{templates} is a link; put the directory itself there.")
     if templates.is_dir():
-        home = directory.resolve()
         for entry in sorted(templates.iterdir()):
-            blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-            if not any(entry.resolve().is_relative_to(folder) for folder in (home, blobs)):
-                raise TacoError(f"{entry} is a link out of the checkpoint; put the file itself there.")
+            _check_target(directory, entry)
 
 
 def check_config(directory: Path) -> dict[str, Any]:

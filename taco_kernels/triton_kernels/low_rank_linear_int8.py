@@ -6,7 +6,7 @@ import torch
 import triton
 
 from . import int8_kernels
-from .config import Config, default_config
+from .config import default_config
 from .launch import Launch, _rows_contiguous, on_device, processors_of, run, slice_length, triton_dtype
 
 # The height of a matrix unit: rows beyond it are not for these kernels.
@@ -54,12 +54,11 @@ def int8_launches(
     pivot: torch.Tensor | None,
     y: torch.Tensor,
     processors: int,
-    config: Config | None = None,
 ) -> list[Launch]:
     """The launches of one call, in stream order; work space is taken from x's allocator (meta tensors work too)."""
     rows, columns = x.shape[0], v.shape[1]
     out_size, rank = u.shape
-    c = config or default_config(MOST_ROWS, columns, out_size, rank, x.element_size(), processors)
+    c = default_config(MOST_ROWS, columns, out_size, rank, x.element_size(), processors)
     per_split = slice_length(columns, min(c.split, MOST_SPLITS), c.block_k)
     split = triton.cdiv(columns, per_split)
     partial = torch.empty((split, rows, rank), dtype=torch.float32, device=x.device)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,6 @@ def test_numbers_of_other_libraries(calibration_tokens: torch.Tensor, tmp_path: 
     plan.save(tmp_path / "plan.json")
     assert plan.compression_ratio == 0.7 and Plan.load(tmp_path / "plan.json") == plan
     expected = compress(model, method="svd", keep=0.8, calibration=calibration_tokens)[1]
-    assert compress(model, method="svd", keep=torch.tensor(0.8).item(), calibration=calibration_tokens)[1].structure
-    found = compress(model, method="svd", keep=numpy.float32(0.8), calibration=calibration_tokens)[1]
-    assert found.structure == expected.structure
+    for keep in (numpy.float32(0.8), torch.tensor(0.8, dtype=torch.float64), Fraction(4, 5)):
+        found = compress(model, method="svd", keep=keep, calibration=calibration_tokens)[1]
+        assert found.structure == expected.structure
