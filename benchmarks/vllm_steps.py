@@ -11,7 +11,8 @@ ids into text. HTTP is left out, which costs both alike: an overhead here is tha
 
 A batch is `--clients` requests of `--prompt` tokens that get `--tokens` each: one step of prefill, then decode steps.
 First each engine's log-probabilities are checked against transformers; no ratio is printed where they are off. With
-`--control` the removal model runs a second time (again) and through this project's plugin (plugin).
+`--control` the removal model runs a second time (again) and through this project's plugin (plugin). On a CPU the
+engines share the weights that they have in common (`vllm_shared_weights`); `--own-weights` leaves each its own copies.
 
 Writes benchmarks/results/<cpu or gpu>/vllm-steps-<shape>-<method>.json. Needs vLLM (`make test-vllm` sets it up):
 .venv-vllm/bin/python benchmarks/vllm_steps.py
@@ -24,12 +25,14 @@ import json
 import os
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from vllm_serving import ROOT, add_model_options, check, described, prompts, summary, write_models
+from vllm_shared_weights import SharedWeights
 
 from taco_svd.bench import no_collections
 from taco_svd.latency import bootstrap, turns
@@ -149,6 +152,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=64, help="generated per request")
     parser.add_argument("--seconds", type=float, default=300, help="of measuring")
     parser.add_argument("--control", action="store_true", help="runs the removal model in two more ways")
+    parser.add_argument("--own-weights", action="store_true", help="no engine shares another's")
     parser.add_argument("--out", type=Path, help="default: see above")
     options = parser.parse_args()
     for name, value in SETTINGS.items():
@@ -158,18 +162,22 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         directories, description = write_models(options, Path(folder))
         length = max(options.prompt + options.tokens + 1, 64)
-        engines = {
-            name: Engine(directory, options.dtype, length, options.clients, len(directories))
-            for name, directory in directories.items()
-        }
+        shares = device.type == "cpu" and not options.own_weights
+        weights, engines = SharedWeights(), {}
+        for name, directory in directories.items():
+            with weights.engine() if shares else nullcontext():
+                engines[name] = Engine(directory, options.dtype, length, options.clients, len(directories))
         dtype = getattr(torch, options.dtype)
         checks = {name: check(engine, prompts(4, options.prompt), 8, dtype) for name, engine in engines.items()}
+    if shares:
+        print(f"{weights.shared} of the {weights.layers} dense layers of all engines took another's weights")
     for name, found in checks.items():
         print(f"{name}: log-probabilities off by {found['difference']:.2g}, bound {found['bound']:.2g}")
     red = [name for name, found in checks.items() if not found["difference"] <= found["bound"]]
     result: dict[str, Any] = {
         **described("vllm_steps", device, options),
         **description,
+        "layers_of_shared_weights": weights.shared,
         "check": checks,
         "red": red,
     }
