@@ -50,8 +50,8 @@ def main() -> None:
     count = parser.parse_args().processes
     import torch
 
-    from taco_svd.bench import device_name
     from taco_svd.checkpoint import DEFAULT_MODEL
+    from taco_svd.devices import device_name
 
     with tempfile.TemporaryDirectory() as folder:
         small = str(Path(folder) / "small")

@@ -36,10 +36,10 @@ from taco_kernels.env import build_digest
 from taco_kernels.low_rank_linear_int8 import low_rank_linear_int8_reference
 from taco_svd import compress
 from taco_svd.architectures import Architecture
-from taco_svd.bench import device_name
 from taco_svd.calibration import load_calibration
 from taco_svd.checkpoint import DEFAULT_MODEL, load_model
 from taco_svd.device_costs import cpu_identity
+from taco_svd.devices import device_name
 from taco_svd.divergence import divergence
 from taco_svd.quantisation import quantise
 

@@ -44,9 +44,10 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 import taco_kernels
-from taco_svd.bench import device_name, percentiles
+from taco_svd.bench import percentiles
 from taco_svd.bench_models import from_shape, shape_structure
 from taco_svd.checkpoint import DEFAULT_MODEL
+from taco_svd.devices import device_name
 from taco_svd.latency import bootstrap, turns
 from taco_svd.modeling import as_compressed
 from taco_svd.replacement import structural_copy

@@ -28,7 +28,9 @@ from .bench_memory import cache_bytes, check_memory, tokens_seen, working_bytes
 from .bench_models import BenchModels
 from .bench_runner import MODES, PHASES, Runner, check_mode
 from .bridge_share import bridge_share
+from .bridge_window import overhead_in_windows
 from .calibration import context_length
+from .devices import device_name
 from .energy import energy_counter
 from .errors import TacoError
 from .experts import is_of_expert, share_of_experts
@@ -56,6 +58,9 @@ class Comparison:
         flops: of a prefill, over the other's; prefill only.
         bridges: time inside the bridges over the rest of a step's (`bridge_share`), and of how many samples: of a
             bridged model over removal, eagerly on a CPU.
+        windows: what the bridges add to a step, by a clock that runs only where they can (`bridge_window`), and of how
+            many rounds: of the same models.
+        windows_control: the same with the bridges off on both sides; with `BenchSettings.control`.
     """
 
     overhead: Ratio
@@ -64,6 +69,8 @@ class Comparison:
     bytes: float | None = None
     flops: float | None = None
     bridges: dict[str, float] | None = None
+    windows: dict[str, float] | None = None
+    windows_control: dict[str, float] | None = None
 
 
 @dataclass
@@ -308,7 +315,7 @@ def _measure(
             stopped,
             bytes=share if phase == "decode" else None,
             flops=share if phase == "prefill" else None,
-            bridges=_inside_bridges(models[one], other, samples[one], steps, mode, settings),
+            **_at_bridges(models[one], other, samples[one], steps, mode, settings),
         )
         compared[f"{one}/{other}"] = {
             **{key: value for key, value in asdict(comparison).items() if value is not None},
@@ -337,15 +344,23 @@ def _measure(
     }
 
 
-def _inside_bridges(
+def _at_bridges(
     model: PreTrainedModel, other: str, sample: Callable[[], float], steps: int, mode: str, settings: BenchSettings
-) -> dict[str, float] | None:
+) -> dict[str, dict[str, float]]:
+    """What clocks at the bridges say, under the names that `Comparison` has for them."""
     bridged = any(isinstance(module, LowRankBridge) for module in model.modules())
     if not bridged or other != "removal" or mode != "eager" or model.device.type != "cpu":
-        return None
+        return {}
+    found = {}
     with no_collections():
-        ratio, samples = bridge_share(model, sample, steps, settings.seconds / 4, settings.rounds)
-    return {**asdict(ratio), "samples": samples}
+        ratio, number = bridge_share(model, sample, steps, settings.seconds / 4, settings.rounds)
+        found["bridges"] = {**asdict(ratio), "samples": number}
+        for key in ("windows", "windows_control") if settings.control else ("windows",):
+            ratio, number = overhead_in_windows(
+                model, sample, steps, settings.seconds / 2, settings.rounds, control=key == "windows_control"
+            )
+            found[key] = {**asdict(ratio), "rounds": number}
+    return found
 
 
 def _ready_sample(
@@ -448,14 +463,3 @@ def work(model: PreTrainedModel, phase: str, batch: int, prompt: int) -> float:
     # two products over half of tokens times tokens each, less what lies outside a window
     attention = width * sum(prompt**2 - (prompt - seen) ** 2 for seen in tokens_seen(config, prompt))
     return float(batch * (prompt * layers + attention + (0 if head is None else head.weight.numel())))
-
-
-def device_name(device: torch.device) -> str:
-    """What the device calls itself."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return device.type

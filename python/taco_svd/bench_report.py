@@ -33,11 +33,14 @@ def bench_table(result: dict[str, Any]) -> Table:
             if share is not None and other == "dense":
                 what += f" ({'bytes' if 'bytes' in values else 'operations'} {share - 1:+.1%})"
             table.add_row("", "", "", what, "", "", text, f"{values['rounds']}, {values['stopped']}", style="bold")
-            if "bridges" in values:
-                alone = values["bridges"]
-                table.add_row(
-                    "", "", "", "bridges, timed inside", "", "", interval_text(alone), f"{alone['samples']}, samples"
-                )
+            for key, what, counted in (
+                ("bridges", "bridges, timed inside", "samples"),
+                ("windows", "bridges, on over off", "rounds"),
+                ("windows_control", "bridges, off over off", "rounds"),
+            ):
+                if key in values:
+                    ratio = values[key]
+                    table.add_row("", "", "", what, "", "", interval_text(ratio), f"{ratio[counted]}, {counted}")
         table.add_section()
     sizes = ", ".join(f"{name} {size / 1e9:.3f} GB" for name, size in result["weight_bytes"].items())
     table.caption = f"Weights: {sizes}. Energy: {_energy(result)}.{_predicted(result)}"

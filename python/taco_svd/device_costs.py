@@ -28,10 +28,9 @@ from torch.nn import functional
 import taco_kernels
 from taco_kernels.env import build_digest
 
-from .bench import device_name
 from .bench_runner import capture
 from .budget import LEAST_SAVING, factor_parameters
-from .devices import on_device, waits_for
+from .devices import device_name, on_device, waits_for
 from .gauge import random_pivot
 from .replacement import LowRankBridge
 from .wide_products import in_natural_products
@@ -40,7 +39,7 @@ FORMAT = 2
 # at most, of the block that weights are cut from in turn: several times the last cache of common machines
 _BLOCK_BYTES = 256 << 20
 # what is swept between two calls of a bridge
-_SWEEP_BYTES = 96 << 20
+SWEEP_BYTES = 96 << 20
 _SAMPLES, _SECONDS = 25, 0.4
 # calls in one graph at least, so that starting it does not show, and at most
 _LEAST_CALLS, _MOST_CALLS = 100, 1000
@@ -246,7 +245,7 @@ class DeviceCosts:
         for _ in range(4):
             bridge = LowRankBridge(hidden, rank, True, 1e-6, device=self.device, dtype=self.dtype)
             bridges.append(bridge.requires_grad_(False).eval())
-        size = max(1, min(_SWEEP_BYTES, self.block_bytes) // self.dtype.itemsize // hidden)
+        size = max(1, min(SWEEP_BYTES, self.block_bytes) // self.dtype.itemsize // hidden)
         sweep, vector = next(self._pieces(size * hidden)).view(size, hidden), h[0, :1]
         count = iter(range(1 << 30))
         end = nn.Sequential(nn.Linear(hidden, 16), nn.SiLU(), nn.Linear(16, hidden)).to(self.device, self.dtype)

@@ -1,4 +1,4 @@
-"""The current GPU and the one that a model is on: streams, graphs and direct calls take the current one."""
+"""Devices: their names, and the current GPU, which streams, graphs and direct calls take, as against a model's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,17 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return device.type
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:

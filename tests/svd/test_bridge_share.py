@@ -87,5 +87,7 @@ def test_bench_says_it_of_a_bridged_model_over_removal() -> None:
             said = {pair for pair, values in row["comparisons"].items() if "bridges" in values}
             assert said == ({"compressed/removal"} if there else set())
             for pair in said:
-                inside = row["comparisons"][pair]["bridges"]
+                inside, added = (row["comparisons"][pair][clock] for clock in ("bridges", "windows"))
                 assert 0 < inside["low"] <= inside["median"] <= inside["high"] and inside["samples"] == 3
+                assert added["low"] <= added["median"] <= added["high"] and added["rounds"] == 3
+                assert row["comparisons"][pair]["windows_control"]["rounds"] == 3

@@ -141,7 +141,7 @@ def test_a_cache_that_cannot_be_written_does_no_harm(tmp_path: Path) -> None:
 def test_real_measurements_grow_with_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thousand times the bytes take longer on any machine, however busy."""
     monkeypatch.setattr(device_costs, "_BLOCK_BYTES", 1 << 20)
-    monkeypatch.setattr(device_costs, "_SWEEP_BYTES", 1 << 20)
+    monkeypatch.setattr(device_costs, "SWEEP_BYTES", 1 << 20)
     costs = DeviceCosts("cpu", torch.float32, tmp_path)
     small, large = costs.linear(32, 32), costs.linear(2048, 1024)
     assert 0 < small < large
