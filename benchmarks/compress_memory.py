@@ -61,7 +61,7 @@ def child(shape: str, depth: int, method: str, samples: int, seq_len: int, layer
     from taco_svd import compress
     from taco_svd.calibration import Calibration
     from taco_svd.memory import release
-    from taco_svd.pipeline import make_plan
+    from taco_svd.planning import make_plan
     from taco_svd.taco import GRADIENT_DAMPING, INPUT_DAMPING
 
     torch.manual_seed(0)

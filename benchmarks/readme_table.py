@@ -1,6 +1,6 @@
 """Writes the README's first table from the JSON that `taco-svd compare ... --json` printed; no figure is typed by hand.
 
-Usage: python benchmarks/readme_table.py benchmarks/results/cpu/compare-classics-16l.json
+Usage: python benchmarks/readme_table.py benchmarks/results/cpu-zen4/compare-classics-16l.json
 """
 
 from __future__ import annotations

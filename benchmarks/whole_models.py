@@ -5,7 +5,7 @@ what it tells; rows that this machine has measured already are left out. Nothing
 
     python benchmarks/whole_models.py --budget-seconds 1500      # ends between rows
     python benchmarks/whole_models.py --report                   # prints the tables again
-    python benchmarks/whole_models.py --docs                     # ... and writes them into docs/deployment.md
+    python benchmarks/whole_models.py --docs --out benchmarks/results/cpu-zen4   # ... writes them into the docs
 """
 
 from __future__ import annotations

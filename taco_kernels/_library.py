@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -126,21 +127,42 @@ def exact_products(device: torch.device) -> Iterator[None]:
 
     No autocast, and float32 products that are float32 products, whatever the caller has set (TF32, bfloat16).
     """
-    with contextlib.ExitStack() as stack:
+    global _exact_calls
+    with contextlib.ExitStack() as own:
         if _has_autocast(device.type):
-            stack.enter_context(torch.autocast(device.type, enabled=False))
-        # Since torch 2.9 each backend has a setting of its own, and asking for the common one may raise.
-        settings = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
-        if all(hasattr(setting, "fp32_precision") for setting in settings):
-            for setting in settings:
-                before = setting.fp32_precision  # type: ignore[union-attr]
-                if before not in ("ieee", "none"):  # these are exact already
-                    stack.callback(_set_back, setting, before)
-                    setting.fp32_precision = "ieee"  # type: ignore[union-attr]
-        elif (common := torch.get_float32_matmul_precision()) != "highest":
-            stack.callback(torch.set_float32_matmul_precision, common)
-            torch.set_float32_matmul_precision("highest")
-        yield
+            own.enter_context(torch.autocast(device.type, enabled=False))
+        with _exact_guard:
+            if not _exact_calls:
+                _make_products_exact(_exact_settings)
+            _exact_calls += 1
+        try:
+            yield
+        finally:
+            with _exact_guard:
+                _exact_calls -= 1
+                if not _exact_calls:
+                    _exact_settings.close()
+
+
+# The settings are the process's: the first of several threads makes products exact, and the last one sets them back.
+_exact_guard = threading.Lock()
+_exact_calls = 0
+_exact_settings = contextlib.ExitStack()
+
+
+def _make_products_exact(stack: contextlib.ExitStack) -> None:
+    """Changes what must be changed, and leaves on the stack what sets it back."""
+    # Since torch 2.9 each backend has a setting of its own, and asking for the common one may raise.
+    settings = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    if all(hasattr(setting, "fp32_precision") for setting in settings):
+        for setting in settings:
+            before = setting.fp32_precision  # type: ignore[union-attr]
+            if before not in ("ieee", "none"):  # these are exact already
+                stack.callback(_set_back, setting, before)
+                setting.fp32_precision = "ieee"  # type: ignore[union-attr]
+    elif (common := torch.get_float32_matmul_precision()) != "highest":
+        stack.callback(torch.set_float32_matmul_precision, common)
+        torch.set_float32_matmul_precision("highest")
 
 
 def register_batched(name: str, by_torch: Callable[..., Any]) -> None:

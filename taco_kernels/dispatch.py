@@ -56,7 +56,7 @@ isa: str = "" if native.module is None else native.module.cpu_isas()[0]
 # has no fast products of a 16-bit dtype, ours are several times faster for any number of rows.
 CPU_MAX_ROWS = {
     torch.float32: 256 if isa.startswith("avx512") else 64,
-    torch.float16: 16 if library_multiplies(torch.float16) else ANY,
+    torch.float16: 16 if library_multiplies(torch.float16) or isa == "baseline" else ANY,
     torch.bfloat16: 16 if library_multiplies(torch.bfloat16) or isa == "baseline" else ANY,
 }
 # Ranks from which the kernels for many rows win over two fast library products, and up to how many rows: bfloat16 on

@@ -15,7 +15,7 @@ from torch import Tensor
 from taco_kernels import direct, dispatch, native
 from taco_kernels._cuda import Member
 from taco_kernels._cuda import low_rank as _cuda_call
-from taco_kernels._factored import complain, fits, gradients, require_tensors, rows_2d
+from taco_kernels._factored import complain, fits, gradients, require_tensors, rows_2d, turned
 from taco_kernels._library import (
     apply_function,
     below_autograd,
@@ -140,7 +140,7 @@ def _compute(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, eps: f
     rows = h.numel() // width if width else 0
     device = h.device.type
     shape = None if device == "cpu" else ("low_rank_bridge", width, width, v.shape[0])
-    backend = dispatch.choose(device, h.dtype, rows, False, shape, v.shape[0])
+    backend = dispatch.choose(device, h.dtype, rows, turned(v) or turned(u), shape, v.shape[0])
     y = _BACKENDS[backend](h, v, u, bias, eps)
     if device == "cuda":
         direct.served("low_rank_bridge", backend, h, v, u, bias, eps)

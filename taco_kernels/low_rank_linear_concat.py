@@ -15,7 +15,7 @@ from torch import Tensor
 from taco_kernels import direct, dispatch
 from taco_kernels._cuda import Member
 from taco_kernels._cuda import low_rank as _cuda_call
-from taco_kernels._factored import complain, fits, rows_2d
+from taco_kernels._factored import complain, fits, require_tensors, rows_2d
 from taco_kernels._library import (
     any_autocast,
     below_autograd,
@@ -193,6 +193,7 @@ def low_rank_linear_concat(
     dtypes, rounding, reproducibility and errors are those of :func:`taco_kernels.low_rank_linear` and
     :func:`taco_kernels.pivoted_low_rank_linear`; differentiable in every floating tensor.
     """
+    require_tensors("low_rank_linear_concat", x=x)
     if biases is None:
         biases = [None] * len(vs)
     if pivots is None:

@@ -18,11 +18,13 @@ from taco_kernels._factored import require_tensors, rows_2d
 from taco_kernels._library import (
     FLOATS,
     any_autocast,
+    apply_function,
     below_autograd,
     computing_dtype,
     library,
     needs_grad,
     rows_of,
+    seen_as_op,
     transformed,
 )
 from taco_kernels.low_rank_linear import low_rank_linear
@@ -34,6 +36,7 @@ NAME = "low_rank_linear_int8"
 MOST_ROWS = 96
 LARGEST = 127
 """Of the integers: -128 is not used, so that signs are alike"""
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 # --- the format ------------------------------------------------------------------------------------------------------
@@ -43,7 +46,8 @@ def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Each row as integers of at most `LARGEST` in size, and its scale: ``rows ~ integers * scales[:, None]``.
 
     Args:
-        rows: [directions, n], floating: a right factor, or a left one transposed.
+        rows: [directions, n], floating: a right factor, or a left one transposed (turn its integers back with
+            ``.T.contiguous()``: kernels read rows).
 
     Returns:
         int8 [directions, n], and float32 [directions] that bfloat16 holds exactly (a model is cast as a whole). Every
@@ -72,16 +76,32 @@ def dequantise(integers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         integers: int8 [m, n].
         scales: float32 [m, 1] or [n].
     """
-    made = torch.empty(integers.shape, dtype=dtype, device=integers.device)
-    usable = native.module is not None and dispatch.get_backend() not in ("reference", "library")
-    if usable and integers.device.type == "cpu" and dtype in dispatch.CPP_DTYPES and integers.stride(1) == 1:
-        flat = scales.reshape(-1)  # names keep copies alive for the call
+    if _unpacks(integers, scales, dtype):
+        made = torch.empty(integers.shape, dtype=dtype, device=integers.device)
+        flat = scales.reshape(-1).contiguous()  # names keep copies alive for the call
         native.module.cpu_unpack_int8(  # type: ignore[union-attr]
             integers.data_ptr(), integers.stride(0), *integers.shape, flat.data_ptr(), scales.dim() == 2,
             made.data_ptr(), made.stride(0), dispatch.CPP_DTYPES[dtype], torch.get_num_threads(),
         )  # fmt: skip
         return made
-    return torch.mul(integers, scales.to(computing_dtype(dtype)), out=made)
+    wide = computing_dtype(dtype)
+    return (integers.to(wide) * scales.to(wide)).to(dtype)
+
+
+def _unpacks(integers: Tensor, scales: Tensor, dtype: torch.dtype) -> bool:
+    """Whether there are addresses to unpack from: none in what is traced or transformed."""
+    return (
+        native.module is not None
+        and dispatch.get_backend() not in ("reference", "library")
+        and type(integers) in _PLAIN
+        and type(scales) in _PLAIN
+        and integers.device.type == "cpu"
+        and dtype in dispatch.CPP_DTYPES
+        and integers.stride(1) == 1
+        and not torch.compiler.is_compiling()
+        and not transformed()
+        and not torch._C._len_torch_dispatch_stack()
+    )
 
 
 # --- reference and backends ------------------------------------------------------------------------------------------
@@ -106,8 +126,8 @@ def low_rank_linear_int8_reference(
     if pivot is None:
         t = (inputs @ v.to(wide).T) * v_scale.to(wide)
     else:
-        behind = (inputs[..., pivot[rank:].long()] @ v.to(wide).T) * v_scale.to(wide)
-        t = inputs[..., pivot[:rank].long()] + behind
+        behind = (inputs.index_select(-1, pivot[rank:]) @ v.to(wide).T) * v_scale.to(wide)
+        t = inputs.index_select(-1, pivot[:rank]) + behind
     y = (t * u_scale.to(wide)) @ u.to(wide).T
     return (y if bias is None else y + bias).to(x.dtype)
 
@@ -162,7 +182,7 @@ def _by_factors(
     bias: Tensor | None,
     pivot: Tensor | None,
 ) -> Tensor:
-    """By the ops of floating factors, which choose their own backend and are differentiable (here in x and bias).
+    """By the ops of floating factors, which choose their own backend.
 
     For many rows, which do not wait for bytes: the factors are written out for the time of the call.
     """
@@ -290,6 +310,34 @@ def _fake(
     return x.new_empty((*x.shape[:-1], u.shape[0]))
 
 
+class _Int8LowRankLinear(torch.autograd.Function):
+    """Saves the integers, and writes the factors out again on the way back: a model's are all alive until then."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, v: Tensor, v_scale: Tensor, u: Tensor, u_scale: Tensor, bias: Tensor | None, pivot: Tensor | None
+    ) -> Tensor:
+        with below_autograd():
+            return _op(x, v, v_scale, u, u_scale, bias, pivot)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:5], inputs[6])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        v, v_scale, u, u_scale, pivot = ctx.saved_tensors
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            inner = grad @ dequantise(u, u_scale, grad.dtype)
+            grad_x = inner @ dequantise(v, v_scale[:, None], grad.dtype)
+            if pivot is not None:
+                grad_x = torch.cat([inner, grad_x], -1).index_select(-1, pivot.argsort())
+        if ctx.needs_input_grad[5]:
+            grad_bias = rows_2d(grad).sum(0)
+        return grad_x, None, None, None, None, grad_bias, None
+
+
 def _autograd(
     x: Tensor,
     v: Tensor,
@@ -299,9 +347,10 @@ def _autograd(
     bias: Tensor | None = None,
     pivot: Tensor | None = None,
 ) -> Tensor:
-    if needs_grad(x, bias) or transformed():
-        check(x, v, v_scale, u, u_scale, bias, pivot)
-        return _by_factors(x, v, v_scale, u, u_scale, bias, pivot)
+    if transformed():
+        return low_rank_linear_int8_reference(x, v, v_scale, u, u_scale, bias, pivot)
+    if needs_grad(x, bias):
+        return apply_function(_Int8LowRankLinear, x, v, v_scale, u, u_scale, bias, pivot)
     with below_autograd():
         return _op(x, v, v_scale, u, u_scale, bias, pivot)
 
@@ -324,7 +373,7 @@ def _register_autocast(device_type: str, key: str) -> None:
 
 _register_autocast("cpu", "AutocastCPU")
 _register_autocast("cuda", "AutocastCUDA")
-library.impl(NAME, lambda *args: _by_factors(*args, *[None] * (7 - len(args))), "FuncTorchBatched")
+library.impl(NAME, low_rank_linear_int8_reference, "FuncTorchBatched")
 
 
 # --- public function -------------------------------------------------------------------------------------------------
@@ -363,15 +412,15 @@ def low_rank_linear_int8(
         TypeError, ValueError: dtypes or shapes that do not fit together.
         IndexError or RuntimeError: an index of the pivot out of range; a backend was forced that cannot serve the call.
     """
-    if torch.compiler.is_compiling() or any_autocast() or needs_grad(x, bias) or transformed():
+    if torch.compiler.is_compiling() or any_autocast() or transformed():
         return _op(x, v, v_scale, u, u_scale, bias, pivot)
+    if needs_grad(x, bias):
+        arguments = (x, v, v_scale, u, u_scale, bias, pivot)
+        return _op(*arguments) if seen_as_op() else apply_function(_Int8LowRankLinear, *arguments)
     if _is_plain(x, v, v_scale, u, u_scale, bias, pivot):
         return _cpp(x, v, v_scale, u, u_scale, bias, pivot)
     with below_autograd():
         return _op(x, v, v_scale, u, u_scale, bias, pivot)
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _is_plain(
@@ -406,6 +455,8 @@ def _is_plain(
             and type(u) in _PLAIN
             and (bias is None or (bias.is_cpu and bias.dtype is x.dtype and bias.shape == u.shape[:1]))
             and (pivot is None or (pivot.is_cpu and pivot.dtype in _INDICES and pivot.shape == (width,)))
+            # of a single element a lazily negated view is contiguous, and its address that of the positive number
+            and not (x.is_neg() or v_scale.is_neg() or u_scale.is_neg() or (bias is not None and bias.is_neg()))
             and not torch._C._len_torch_dispatch_stack()
             and not torch._C._len_torch_function_stack()
             and torch._C._get_tracing_state() is None

@@ -17,7 +17,7 @@ from taco_kernels import direct, dispatch, native
 from taco_kernels._cpu import map_of
 from taco_kernels._cuda import Member
 from taco_kernels._cuda import low_rank as _cuda_call
-from taco_kernels._factored import complain, factors_fit, fits, gradients, require_tensors, rows_2d
+from taco_kernels._factored import complain, factors_fit, fits, gradients, require_tensors, rows_2d, turned
 from taco_kernels._library import (
     apply_function,
     below_autograd,
@@ -195,6 +195,7 @@ def _compute(x: Tensor, *arguments: Any) -> Tensor:
     rows = x.numel() // width if width else x.shape[:-1].numel()
     device, shape = x.device.type, None
     ranks = gate[1].shape[1] + up[1].shape[1]
+    transposed = any(map(turned, (*gate[:2], *up[:2], *down[:2])))
     if device != "cpu":
         shape = ("low_rank_mlp", width, 2 * gate[1].shape[0], ranks)
     elif (
@@ -202,10 +203,10 @@ def _compute(x: Tensor, *arguments: Any) -> Tensor:
         and dispatch.multiplies_many_rows(x.dtype)
         and not dispatch.within(_fused_rows(x.dtype), ranks, rows)
     ):
-        two = GROUP[dispatch.choose(device, x.dtype, rows, rank=ranks)]
-        one = LINEAR[dispatch.choose(device, x.dtype, rows, rank=down[1].shape[1])]
+        two = GROUP[dispatch.choose(device, x.dtype, rows, transposed, rank=ranks)]
+        one = LINEAR[dispatch.choose(device, x.dtype, rows, transposed, rank=down[1].shape[1])]
         return _composed(two, one, x, gate, up, down, act)
-    return _BACKENDS[dispatch.choose(device, x.dtype, rows, False, shape)](x, gate, up, down, act)
+    return _BACKENDS[dispatch.choose(device, x.dtype, rows, transposed, shape)](x, gate, up, down, act)
 
 
 def _compute_on_cpu(x: Tensor, *arguments: Any) -> Tensor:

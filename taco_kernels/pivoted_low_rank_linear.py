@@ -18,7 +18,7 @@ from taco_kernels._cpu import map_of
 from taco_kernels._cuda import Member
 from taco_kernels._cuda import gather as gather_on_gpu
 from taco_kernels._cuda import low_rank as _cuda_call
-from taco_kernels._factored import require_tensors, rows_2d
+from taco_kernels._factored import require_tensors, rows_2d, turned
 from taco_kernels._library import (
     FLOATS,
     any_autocast,
@@ -46,8 +46,9 @@ def pivoted_low_rank_linear_reference(
     wide = computing_dtype(x.dtype)
     rank = v.shape[0]
     full = torch.zeros(rank, x.shape[-1], dtype=wide, device=x.device)
-    full[:, pivot[:rank].long()] = torch.eye(rank, dtype=wide, device=x.device)
-    full[:, pivot[rank:].long()] = v.to(wide)
+    # by index_copy_, which takes no index from behind as Python's brackets do
+    full.index_copy_(1, pivot[:rank].long(), torch.eye(rank, dtype=wide, device=x.device))
+    full.index_copy_(1, pivot[rank:].long(), v.to(wide))
     y = x.to(wide) @ full.T @ u.to(wide).T
     if bias is not None:
         y = y + bias
@@ -214,7 +215,7 @@ def _compute(
     rows = x.numel() // width if width else x.shape[:-1].numel()
     device = x.device.type
     shape = None if device == "cpu" else ("pivoted_low_rank_linear", width, u.shape[0], v.shape[0])
-    chosen = dispatch.choose(device, x.dtype, rows, False, shape, v.shape[0], dispatch.pivoted_rows)
+    chosen = dispatch.choose(device, x.dtype, rows, turned(v) or turned(u), shape, v.shape[0], dispatch.pivoted_rows)
     # Behind a pivot Triton has kernels for few rows only.
     backend = "library" if chosen == "triton" and rows > dispatch.TRITON_MAX_ROWS else chosen
     y = BACKENDS[backend](x, v, u, pivot, bias, residual)

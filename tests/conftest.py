@@ -1,7 +1,12 @@
-"""What all tests share: fixed seeds, the slow switch, and the evaluation texts beside the repository."""
+"""What all tests share: seeds, the slow switch, and the evaluation texts beside the repository.
+
+Drawn inputs start from `TACO_TEST_SEED` (0 if it is not set: a red run is red again), those of hypothesis are fresh in
+every run, and told when one fails.
+"""
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from collections.abc import Callable
@@ -10,12 +15,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
+SEED = int(os.environ.get("TACO_TEST_SEED", "0"))
+# no deadline: one load may wait for a busy disk
+settings.register_profile("taco", deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+settings.load_profile("taco")
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow (minutes each)")
+
+
+def pytest_report_header() -> str:
+    return f"TACO_TEST_SEED={SEED}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -30,9 +44,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _seeds() -> None:
     """Every test starts from the same random state, whatever ran before it."""
-    random.seed(0)
-    np.random.seed(0)  # noqa: NPY002 (libraries under test may draw from the global generator)
-    torch.manual_seed(0)
+    random.seed(SEED)
+    np.random.seed(SEED)  # noqa: NPY002 (libraries under test may draw from the global generator)
+    torch.manual_seed(SEED)
 
 
 @pytest.fixture(scope="session")

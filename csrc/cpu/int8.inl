@@ -58,6 +58,7 @@ struct StoresQuickly<BF16> {
 
 template <class T, class A = Arch>
 void unpack_rows(const Int8Rows& p, std::int64_t begin, std::int64_t end) {
+  if (p.columns == 0) return;  // then there may be no scale to read, and no addresses at all
   for (std::int64_t r = begin; r < end; ++r) {
     const std::int8_t* const row = p.integers + r * p.stride;
     T* const out = static_cast<T*>(p.out) + r * p.out_stride;

@@ -17,8 +17,9 @@ from .structure import BridgeSpec, Structure
 if TYPE_CHECKING:
     from .adapters import with_lora_support
     from .checkpoint import save_compressed
-    from .pipeline import apply_plan, compress, make_plan
+    from .pipeline import apply_plan, compress
     from .plan import Plan
+    from .planning import make_plan
 
 register()
 hook()
@@ -27,7 +28,7 @@ _LATER = {
     "Plan": "plan",
     "apply_plan": "pipeline",
     "compress": "pipeline",
-    "make_plan": "pipeline",
+    "make_plan": "planning",
     "save_compressed": "checkpoint",
     "with_lora_support": "adapters",
 }

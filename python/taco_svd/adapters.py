@@ -92,7 +92,7 @@ def follow_modules(model: nn.Module) -> None:
     architecture = Architecture(model, quantised=True)  # type: ignore[arg-type]
     for site in architecture.sites():
         module = architecture.module(site)
-        if isinstance(module, LowRankLinear):
+        if isinstance(module, (LowRankLinear, Int8LowRankLinear)):
             source = structure.kept[site.layer]
             low_rank.setdefault(source, {})[site.path] = module.rank
             if module.pivot is not None:

@@ -71,10 +71,15 @@ class Calibration:
 CalibrationSource = str | Path | torch.Tensor | Iterable[Any] | Calibration
 
 
+def text_config(model: PreTrainedModel) -> Any:
+    """The config of what reads text: of a model that also sees, a part of its config."""
+    return model.config.get_text_config(decoder=True)
+
+
 def context_length(model: PreTrainedModel) -> int:
     """The longest window the model was made for (position embeddings), or 2048 where its config does not say."""
-    for key in ("max_position_embeddings", "n_positions", "n_ctx"):
-        value = getattr(model.config, key, None)
+    for key in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
+        value = getattr(text_config(model), key, None)
         if isinstance(value, int) and value > 0:
             # RoBERTa's kind counts positions from behind its padding token's, whose row and those before it are none
             positions = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
@@ -90,20 +95,19 @@ def embedding_weight(model: PreTrainedModel) -> torch.Tensor:
     return weight
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel) -> None:
-    """Refuses a tokenizer that can produce tokens the model has no embedding for.
+def check_vocabulary(tokens: torch.Tensor, model: PreTrainedModel) -> None:
+    """Refuses tokens of a text that the model has no embedding for: its tokenizer is another model's.
+
+    A tokenizer may know more tokens than a model has rows, if none of them occurs (pictures, padding that was added).
 
     Raises:
-        TacoError: naming both sizes.
+        TacoError: naming both numbers.
     """
-    if tokenizer is None:
-        return
-    rows = embedding_weight(model).shape[0]
-    largest = max(tokenizer.get_vocab().values(), default=-1)
+    rows, largest = embedding_weight(model).shape[0], int(tokens.max()) if tokens.numel() else -1
     if largest >= rows:
         raise TacoError(
-            f"The tokenizer does not fit the model: it has token number {largest}, the model's embedding has {rows} "
-            "rows. Pass the tokenizer that the model was trained with."
+            f"The tokenizer does not fit the model: it finds token number {largest} in this text, the model has "
+            f"{rows}. Pass the tokenizer that the model was trained with."
         )
 
 
@@ -138,7 +142,7 @@ def check_activations(model: PreTrainedModel, calibration: Calibration) -> None:
 
 def needed_begin_token(model: PreTrainedModel) -> int | None:
     """The begin-of-text token of a model that reads nothing well without it (`NEED_BEGIN_TOKEN`), else None."""
-    token = getattr(model.config, "bos_token_id", None)
+    token = getattr(text_config(model), "bos_token_id", None)
     kind: str = getattr(model.config, "base_class", model.config).model_type  # a compressed model's: of its source
     return token if kind.startswith(NEED_BEGIN_TOKEN) and isinstance(token, int) else None
 
@@ -224,7 +228,7 @@ def sample_from_model(
         TacoError: see `check_seed`; or the model's logits are not finite.
     """
     check_seed(seed)
-    config = model.config
+    config = text_config(model)
     start = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
     if isinstance(start, list):
         start = start[0]
@@ -417,10 +421,11 @@ def load_calibration(
         return Calibration(sample_from_model(model, samples, seq_len, seed, progress=progress), "self", seed)
     if tokenizer is None:
         raise TacoError("Calibrating on text needs the model's tokenizer; pass it, or calibrate on 'self'.")
-    check_vocabulary(tokenizer, model)
     if named:
         text, name = named_text(given, tokenizer, test=False), recorded_name(given)
     else:
         text, name = documents_text(numbered(given), tokenizer, "calibration"), "texts"
     begin = begin_token(tokenizer, model)
-    return Calibration(text_windows(text, tokenizer, samples, seq_len, seed, name, begin), name, seed)
+    windows = text_windows(text, tokenizer, samples, seq_len, seed, name, begin)
+    check_vocabulary(windows, model)
+    return Calibration(windows, name, seed)

@@ -342,14 +342,15 @@ def quantize(
 def main() -> None:
     """Entry point: user errors end with one sentence and exit code 2, Ctrl-C with 130."""
     from .errors import LostProcessError, TacoError
+    from .untrusted import printable
 
     # tokenizers warns about forks that never happen here
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         app()
     except TacoError as error:
-        # names of files need not be text
-        print(f"taco-svd: {error}".encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
+        # names of files need not be text, and may be anything else
+        print(f"taco-svd: {printable(str(error))}", file=sys.stderr, flush=True)
         if isinstance(error, LostProcessError):
             # what is left of the connection to the lost one may abort the process when it is taken down
             sys.stdout.flush()
@@ -366,7 +367,11 @@ def main() -> None:
         # torch's own allocators raise RuntimeErrors
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in ("allocate memory", "of memory")):
             raise
-        print("taco-svd: out of memory; fewer --samples or a smaller --seq-len need less.", file=sys.stderr)
+        print(
+            "taco-svd: out of memory. Smaller numbers of these need less: --samples, --seq-len (compress, compare), "
+            "--seq-len, --batch (heal), --window (eval, report), --batch, --prompt (bench).",
+            file=sys.stderr,
+        )
         sys.exit(2)
 
 

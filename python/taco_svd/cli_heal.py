@@ -79,7 +79,17 @@ def heal(
 
     check_dtype(dtype)
     quiet_libraries()
-    options = HealingOptions(token_count(tokens), objective, lr, batch, seq_len, seed, held_out, evaluations, norms)
+    options = HealingOptions(
+        tokens=token_count(tokens),
+        objective=objective,
+        lr=lr,
+        batch=batch,
+        seq_len=seq_len,
+        seed=seed,
+        held_out=held_out,
+        evaluations=evaluations,
+        norms=norms,
+    )
     record = heal_checkpoint(directory, out, text, options, dense, work, dtype, device, force, Bars(as_json))
     if as_json:
         print_json({"directory": str(out), **record})

@@ -49,12 +49,13 @@ def report(
     Example: taco-svd report small --text book.txt --out report.html
     """
     from .errors import TacoError
-    from .html_report import write_page
+    from .html_report import check_pictures, write_page
     from .report_data import gather
 
     check_dtype(dtype)
     if not can_be_replaced(out):
         raise TacoError(f"--out {out} cannot be written: it must be an ordinary file in a directory that can be.")
+    check_pictures()
     quiet_libraries()
     record = gather(
         directory, text, dense, compare, window, max_windows, rounds, dtype, device, seed, progress=Bars(as_json)

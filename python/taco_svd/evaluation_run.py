@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import taco_kernels
 
-from .calibration import check_vocabulary, context_length, sample_from_model, tokenize
+from .calibration import check_vocabulary, context_length, embedding_weight, sample_from_model, tokenize
 from .checkpoint import load_model, parameter_count, weight_bytes
 from .divergence import divergence
 from .errors import TacoError
@@ -57,8 +57,9 @@ def evaluation_tokens(
     check_text_name(text)
     if tokenizer is None:
         raise TacoError("The model has no tokenizer; a text cannot be evaluated.")
-    check_vocabulary(tokenizer, model)
-    return tokenize(named_text(text, tokenizer, test=True), tokenizer), recorded_name(text)
+    tokens = tokenize(named_text(text, tokenizer, test=True), tokenizer)
+    check_vocabulary(tokens, model)
+    return tokens, recorded_name(text)
 
 
 def evaluate_model(
@@ -148,7 +149,9 @@ def _dense(model: PreTrainedModel, name: str | None, against: str | None) -> tup
         if not compressed or name is None:
             return None, "this is a dense model; --against MODEL compares it with another one"
         try:
-            against = source_path(Plan.load(name), name)
+            # of a model from the hub there is no file of that name
+            plan = model.current_plan if isinstance(model, CompressedModel) else None
+            against = source_path(plan or Plan.load(name), name)
             dense, _ = load_model(against, model.dtype, str(model.device), here=True)
             check_source(model, dense, against)
         except TacoError as error:  # also of a model that was trained on, or given other tokens: its perplexity counts
@@ -157,6 +160,12 @@ def _dense(model: PreTrainedModel, name: str | None, against: str | None) -> tup
         dense, _ = load_model(against, model.dtype, str(model.device))
         if compressed:
             check_source(model, dense, against, untouched=False)
+        sizes = [embedding_weight(side).shape[0] for side in (model, dense)]
+        if sizes[0] != sizes[1]:
+            raise TacoError(
+                f"--against {against} has {sizes[1]:,} tokens and this model {sizes[0]:,}: their predictions cannot be "
+                "compared. Leave it out for the perplexity alone."
+            )
     # of a local path only its last part, as in plans
     return dense, Path(against).name if Path(against).exists() else against
 

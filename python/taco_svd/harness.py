@@ -46,7 +46,8 @@ def read_pairs(path: str | Path | None) -> list[dict[str, str]]:
     if path is None:
         raise TacoError('The task taco_minimal_pairs needs a file: --metadata \'{"pairs": "FILE.jsonl"}\'.')
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # a sentence may hold what ends lines elsewhere (U+2028), and a file may begin with a mark
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise TacoError(f"{path} cannot be read as minimal pairs ({error}).") from error
     found = []

@@ -30,11 +30,14 @@ from .calibration import (
     text_windows,
     tokenize,
 )
+from .directory_lock import check_free, hold
 from .errors import TacoError
 from .healing import HealingOptions, HealingState, trainable_names
+from .mapped import weight_sums
 from .progress import Report
 from .store import disk_full_told
 from .texts import named_text, recorded_name
+from .work_directory import weights_digest
 
 # A kill costs about this much work at most, or 50 times what writing a state takes (2% of the run) where that is more.
 SECONDS_BETWEEN_STATES = 10.0
@@ -68,7 +71,6 @@ def healing_windows(
     else:
         if tokenizer is None:
             raise TacoError("Healing on text needs the model's tokenizer, and the checkpoint has none.")
-        check_vocabulary(tokenizer, dense)
         raw = named_text(text, tokenizer, test=False)
         begin = begin_token(tokenizer, dense)
         if len(raw) // (length * CHARACTERS_PER_TOKEN) >= LONG_TEXT_FACTOR * wanted:
@@ -82,6 +84,7 @@ def healing_windows(
             # no more windows than fit side by side: an overlap would show held-out tokens to the training
             windows = random_windows(tokens, min(wanted, slots), of_text, seed, Path(text).name)
             windows = begun_with(begin, windows)
+    check_vocabulary(windows, dense)
     held_out = max(1, min(options.held_out, len(windows) // 10))
     return windows[:-held_out].contiguous(), windows[-held_out:].contiguous()
 
@@ -100,10 +103,12 @@ class HealingFiles:
     """The work directory of a run.
 
     Raises:
-        TacoError: it belongs to a run with other options, another model, text or dtype, or is damaged.
+        TacoError: it belongs to a run with other options, other models, another text or dtype, is damaged, or in use.
     """
 
-    def __init__(self, path: Path, options: HealingOptions, student: PreTrainedModel, text: str) -> None:
+    def __init__(
+        self, path: Path, options: HealingOptions, student: PreTrainedModel, teacher: PreTrainedModel, text: str
+    ) -> None:
         self.path = path
         self.identity: dict[str, Any] = {
             "options": options.to_dict(),
@@ -111,8 +116,10 @@ class HealingFiles:
             # of the arithmetic: a 16-bit checkpoint starts from the same parameters in any
             "dtype": str(student.dtype).removeprefix("torch."),
             "start": start_digest(student, trainable_names(student, options.norms)),
+            "dense model": weights_digest(weight_sums(teacher)),
         }
         self._last, self._cost = time.monotonic(), 0.0
+        check_free(path)
         if (path / RUN).is_file():
             found = self._json(RUN)
             if found != self.identity:
@@ -129,11 +136,12 @@ class HealingFiles:
         """The windows of the run that is gone on with, or None where none began."""
         if not (self.path / RUN).is_file():
             return None
+        self._lock = hold(self.path)  # as long as this lives
         tensors = self._tensors(WINDOWS)
         return tensors["train"], tensors["held_out"]
 
     def begin(self, train: torch.Tensor, held_out: torch.Tensor) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = hold(self.path)
         with disk_full_told(self.path, "free some, and give the same command again."):
             save_file({"train": train, "held_out": held_out}, self.path / WINDOWS)
             self._write_json(RUN, self.identity)

@@ -69,8 +69,8 @@ def heal_checkpoint(
     if options.seq_len > limit:
         raise TacoError(f"--seq-len {options.seq_len} is longer than the model's context of {limit} tokens.")
     trainable_names(student, options.norms)
-    files = HealingFiles(work, options, student, text)
     teacher = load_source(student, plan, directory, dense, dtype, device)
+    files = HealingFiles(work, options, student, teacher, text)
     windows = files.windows()
     if windows is None:
         with progress.step("training text") as report:

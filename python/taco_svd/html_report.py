@@ -9,12 +9,12 @@ from __future__ import annotations
 import base64
 import html
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import TacoError
+from .report_files import number as finite
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,9 +38,8 @@ def escape(value: object) -> str:
 
 def number(value: Any, form: str) -> str:
     """A number as text, or a dash where there is none (plans and comparisons are files, anything can be in them)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return "-"
-    return format(value, form)
+    found = finite(value)
+    return "-" if found is None else format(value, form)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], own: int | None = None) -> str:
@@ -61,16 +60,23 @@ def picture(figure: Figure, about: str) -> str:
     return f'<img alt="{escape(about)}" src="data:image/svg+xml;base64,{data}">'
 
 
-def render(record: Mapping[str, Any]) -> str:
-    """The page of a record that `report_data.gather` made.
-
-    Raises:
-        TacoError: matplotlib (extra ``taco-kernels[plot]``) is missing.
+def check_pictures() -> None:
+    """Raises:
+    TacoError: matplotlib (extra ``taco-kernels[plot]``) is missing.
     """
     try:
         from . import figures  # noqa: F401
     except ImportError as error:
         raise TacoError("The report's pictures need matplotlib: pip install 'taco-kernels[plot]'.") from error
+
+
+def render(record: Mapping[str, Any]) -> str:
+    """The page of a record that `report_data.gather` made.
+
+    Raises:
+        TacoError: see `check_pictures`.
+    """
+    check_pictures()
     sections: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
         ("Size, speed and quality", _summary),
         ("Layer importance", _importance),

@@ -38,8 +38,8 @@ MODEL_TYPE = "taco_svd"
 # fields are below "base_config", without a model_type, or transformers would read them as a nested config.
 GUARD_FIELD = "vocab_size"
 GUARD = (
-    "this is a Taco-SVD checkpoint: `import taco_svd` (pip install taco-kernels) first, and load it by an Auto class "
-    "(AutoModelForCausalLM.from_pretrained)"
+    "this is a Taco-SVD checkpoint: `import taco_svd` (of the package taco-kernels) first, and load it by an Auto "
+    "class (AutoModelForCausalLM.from_pretrained)"
 )
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -199,7 +199,7 @@ class CompressedModel:
                 check_depth(config, len(stored), str(directory))
                 skeleton = cls._skeleton(config, directory)
                 required = cls._required(config, [key for key, _ in skeleton.named_parameters()], new_head)
-                check_size(skeleton, stored, str(directory), required)
+                check_size(skeleton, stored, str(directory), required, stored.integers)
             check_checksums(directory)
         try:
             model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
@@ -258,10 +258,18 @@ class CompressedModel:
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", True):
-            write_checksums(Path(save_directory))
-            plan = self.current_plan
-            if plan is not None:
-                plan.save(Path(save_directory) / PLAN_FILE)
+            self._write_beside(Path(save_directory))
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        """What `push_to_hub=True` calls at the end of `save_pretrained`: everything is to be there by then."""
+        self._write_beside(Path(working_dir))
+        return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
+
+    def _write_beside(self, directory: Path) -> None:
+        write_checksums(directory)
+        plan = self.current_plan
+        if plan is not None:
+            plan.save(directory / PLAN_FILE)
 
 
 def stored_plan(path: Any, options: dict[str, Any]) -> Plan | None:

@@ -39,7 +39,7 @@ def quantise(model: PreTrainedModel, maps: Mapping[int, Collection[str]] | None 
         raise TacoError("No matrix of this model is factorised, so there are no factors to quantise.")
     made: PreTrainedModel = structural_copy(model)
     architecture = Architecture(made, quantised=True)
-    paths: dict[int, tuple[str, ...]] = {}
+    paths, already = dict(structure.int8), dict(structure.int8)
     for site in architecture.sites():
         module = architecture.module(site)
         chosen = maps is None or site.path in maps.get(structure.kept[site.layer], ())
@@ -50,9 +50,9 @@ def quantise(model: PreTrainedModel, maps: Mapping[int, Collection[str]] | None 
                 raise TacoError(f"layer {site.layer}, {site.path}: {error}.") from error
             source = structure.kept[site.layer]
             paths[source] = (*paths.get(source, ()), site.path)
-    if not paths:
+    if paths == already:
         raise TacoError("The factors of this model are 8-bit integers already.")
-    changed = replace(structure, int8={layer: (*structure.int8.get(layer, ()), *own) for layer, own in paths.items()})
+    changed = replace(structure, int8=paths)
     set_structure(made, changed)
     plan = model.current_plan
     made.taco_plan = None if plan is None else changed_plan(plan, changed, made)  # type: ignore[assignment]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,18 @@ from typing import Any
 from .errors import TacoError
 from .healing_run import CURVE_FILE
 from .plan import Plan
+from .untrusted import read_json
 
 
 def number(value: Any) -> float | None:
     """A finite number, or None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value)
+    try:
+        found = float(value)
+    except OverflowError:  # an integer beyond all numbers
+        return None
+    return found if math.isfinite(found) else None
 
 
 def consistency(plan: Plan) -> list[dict[str, Any]]:
@@ -56,18 +60,18 @@ def healing(directory: str | Path, plan: Plan) -> dict[str, Any] | None:
     curve = None
     keys = ("tokens", "kl", "objective")
     try:
-        found = json.loads((Path(directory) / CURVE_FILE).read_text(encoding="utf-8"))["curve"]
+        found = read_json(Path(directory) / CURVE_FILE)["curve"]
         if found and all(number(point.get(key)) is not None for point in found for key in keys):
             curve = found
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, TacoError, KeyError, TypeError, AttributeError):
         pass  # without its curve the record still says what healing did
     return {**record, "text": str(record.get("text")), "curve": curve}
 
 
 def _comparison(path: str | Path) -> dict[str, Any]:
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        values = read_json(Path(path), constants=True)
+    except (OSError, TacoError) as error:
         raise TacoError(f"{path} is not readable as the JSON of `taco-svd compare --save` ({error}).") from error
     if not isinstance(values, dict) or not isinstance(values.get("models"), list):
         raise TacoError(f"{path} is not what `taco-svd compare --save` writes: it has no list `models`.")

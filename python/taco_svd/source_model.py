@@ -80,8 +80,12 @@ def check_source(compressed: PreTrainedModel, dense: PreTrainedModel, name: str,
     ours, theirs = embedding_weight(compressed), embedding_weight(dense)
     same = ours.shape == theirs.shape
     if same and untouched:
-        # the coarser of both precisions: one of them may have been loaded in another dtype
-        coarse = min((ours.dtype, theirs.dtype), key=lambda dtype: torch.finfo(dtype).bits)
+        # the coarsest of their precisions: one of them may have been stored, or loaded, in another dtype
+        dtypes = [ours.dtype, theirs.dtype]
+        plan = compressed.current_plan
+        if plan is not None and plan.result.get("dtype") in ("bfloat16", "float16"):
+            dtypes.insert(0, getattr(torch, plan.result["dtype"]))  # what it was compressed and stored in
+        coarse = min(dtypes, key=lambda dtype: torch.finfo(dtype).bits)
         rows = slice(0, 4096)  # the first rows tell two models apart; vocabularies can be gigabytes
         same = torch.equal(ours[rows].to(coarse).cpu(), theirs[rows].to(coarse).cpu())
     if not same:

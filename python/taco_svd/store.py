@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .checksums import file_digest
+from .directory_lock import hold
 from .errors import DiskFullError, TacoError
 from .scratch import ScratchDirectory
 from .team import Team
@@ -36,6 +37,9 @@ class Store:
             bytes in a temporary directory that goes with the store.
         memory: bytes of entries that may be held in memory when there is no directory.
         team: processes with a store each. `in` then means that all of them have the entry, and all must ask.
+
+    Raises:
+        TacoError: another process or thread has a store in that directory, or its index is not readable.
     """
 
     def __init__(self, directory: str | Path | None = None, memory: int = 0, team: Team | None = None) -> None:
@@ -48,7 +52,7 @@ class Store:
         self._checked: set[str] = set()
         self._temporary: ScratchDirectory | None = None
         if self._directory is not None:
-            self._directory.mkdir(parents=True, exist_ok=True)
+            self._lock = hold(self._directory)  # as long as the store lives
             self._index = self._read_index()
 
     # -- entries ----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from .errors import TacoError
-from .untrusted import MAX_JSON_BYTES, check_regular, parse_json
+from .untrusted import MAX_JSON_BYTES, check_regular, parse_json, printable
 
 # Corpora that `datasets` knows how to fetch; (path, name, split, text column).
 NAMED_CORPORA = {
@@ -65,8 +65,8 @@ def check_text_name(name: str | Path) -> None:
 
 
 def recorded_name(source: str | Path) -> str:
-    """What records call a text: a corpus by its name, a file without its author's directories."""
-    return str(source) if str(source) in ("self", *NAMED_CORPORA) else Path(source).name
+    """What records call a text: a corpus by its name, a file without its author's directories, printable."""
+    return str(source) if str(source) in ("self", *NAMED_CORPORA) else printable(Path(source).name)
 
 
 def named_text(source: str | Path, tokenizer: PreTrainedTokenizerBase, *, test: bool) -> str:

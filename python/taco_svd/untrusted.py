@@ -11,12 +11,13 @@ import math
 import os
 import re
 import stat
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .errors import TacoError
 
@@ -36,10 +37,28 @@ MAX_BUFFER_BYTES = 1 << 28
 MAX_LABELS = 1 << 20
 # A quantiser packs several weights into one stored number: at most 16, of two bits into an int32.
 PACKING = 16
-# Names and shapes of the tensors in a checkpoint's files.
-Shapes = dict[str, tuple[int, ...]]
+
+
+class Shapes(dict[str, tuple[int, ...]]):
+    """Names and shapes of the tensors in a checkpoint's files.
+
+    Attributes:
+        integers: the names of those that hold integers.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.integers: set[str] = set()
+
+
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL")
+
+
+def printable(text: str) -> str:
+    """A text of anybody's for a terminal: whatever could steer that, or is no text, stands as an escape."""
+    return _CONTROL.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
 
 
 # -- JSON --------------------------------------------------------------------------------------------------------
@@ -275,15 +294,18 @@ def check_headers(files: list[Path], index: dict[str, str] | None) -> Shapes:
         TacoError: a file is no whole safetensors file, or holds other tensors than the index says.
     """
     found: dict[str, str] = {}
-    shapes: Shapes = {}
+    shapes = Shapes()
     for file in files:
         try:
             with safe_open(file, "pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118 (not a dict)
                     if key in found:
-                        raise TacoError(f"{file.parent}: {key[:200]} is in {found[key]} and in {file.name}.")
+                        raise TacoError(f"{file.parent}: {key[:200]!a} is in {found[key]} and in {file.name}.")
                     found[key] = file.name
-                    shapes[key] = tuple(tensors.get_slice(key).get_shape())
+                    part = tensors.get_slice(key)
+                    shapes[key] = tuple(part.get_shape())
+                    if part.get_dtype() in INTEGERS:
+                        shapes.integers.add(key)
         except (SafetensorError, OSError, ValueError, OverflowError) as error:
             raise TacoError(
                 f"The model {file.parent} cannot be loaded: {file.name} is no whole safetensors file "
@@ -292,7 +314,7 @@ def check_headers(files: list[Path], index: dict[str, str] | None) -> Shapes:
     if index is not None and found != index:
         wrong = next(key for key in sorted({*found, *index}) if found.get(key) != index.get(key))
         raise TacoError(
-            f"{files[0].parent}: {wrong[:200]} should be in {index.get(wrong, 'no file')} and is in "
+            f"{files[0].parent}: {wrong[:200]!a} should be in {index.get(wrong, 'no file')} and is in "
             f"{found.get(wrong, 'none')}; files were renamed, mixed or lost. Copy the checkpoint again."
         )
     return shapes
@@ -325,7 +347,13 @@ def check_depth(config: Any, most: int, name: str) -> None:
             raise TacoError(f"{name}: {key} is {str(value)[:40]}, but there can be {most} at most; it is damaged.")
 
 
-def check_size(skeleton: Any, stored: Shapes, name: str, required: Collection[str] | None = None) -> None:
+def check_size(
+    skeleton: Any,
+    stored: Mapping[str, tuple[int, ...]],
+    name: str,
+    required: Collection[str] | None = None,
+    integers: Collection[str] = (),
+) -> None:
     """Refuses a model that its files do not hold, before memory is taken for it.
 
     Of tensors that go by the same name on both sides shapes are compared, of all others only how many numbers they
@@ -337,9 +365,10 @@ def check_size(skeleton: Any, stored: Shapes, name: str, required: Collection[st
         skeleton: the model, built on the meta device.
         required: the parameters that the files must hold; default: all. Of others (a head that is yet to be trained)
             there may be no more than the files hold together.
+        integers: which of the tensors in the files hold integers.
 
     Raises:
-        TacoError: a weight is missing or has another shape.
+        TacoError: a weight is missing, has another shape, or holds integers where it should not.
     """
     tied = set(getattr(skeleton, "all_tied_weights_keys", None) or ())
     shapes = {key: tuple(parameter.shape) for key, parameter in skeleton.named_parameters() if key not in tied}
@@ -351,6 +380,14 @@ def check_size(skeleton: Any, stored: Shapes, name: str, required: Collection[st
             f"{name}: the shape of {wrong[0]} is {stored[wrong[0]]} in the files and {shapes[wrong[0]]} by the config; "
             "they do not belong together. Copy the checkpoint again, or compress again."
         )
+    # read as what the config says they were made into numbers without a word: codes into weights, or weights into codes
+    for key, parameter in skeleton.named_parameters():
+        if key in compared and key in stored and parameter.is_floating_point() == (key in integers):
+            here, there = ("integers", "numbers") if key in integers else ("numbers", "integers")
+            raise TacoError(
+                f"{name}: {key} holds {here} in the files and {there} by the config; they do not belong together. Copy "
+                "the checkpoint again, or compress again."
+            )
     new = {key: shapes.pop(key) for key in list(shapes) if required is not None and key not in required}
     needed, numbers, made = (sum(math.prod(shape) for shape in side.values()) for side in (shapes, stored, new))
     if made > numbers:
@@ -370,7 +407,9 @@ def _packed(skeleton: Any) -> set[str]:
     """The weights that the files of a quantised model may hold in another form; empty for any other model."""
     if getattr(skeleton.config, "quantization_config", None) is None:
         return set()
-    return {f"{path}.weight" for path, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
+    # bitsandbytes takes GPT-2's maps too
+    maps = (nn.Linear, Conv1D)
+    return {f"{path}.weight" for path, module in skeleton.named_modules() if isinstance(module, maps)}
 
 
 def check_regular(path: Path, what: str) -> None:

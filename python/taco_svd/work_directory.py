@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .directory_lock import check_free, hold
 from .errors import StoppedError, TacoError
 from .mapped import WeightSums
 from .store import INDEX, Store, entry_file
@@ -56,12 +57,14 @@ def check_work_directory(path: str | Path, resume: bool) -> None:
     """Refuses a directory that holds another run's steps, or is something else, before the model is loaded.
 
     Raises:
-        TacoError: it is a file, holds other files than a run's, or finished steps that `resume` does not ask for.
+        TacoError: it is a file, holds other files than a run's, finished steps that `resume` does not ask for, or
+            another run is working there.
     """
     path = led_to(path)
     check_can_be_made(path, "--work-dir")
     if not path.exists():
         return
+    check_free(path)
     inside = [entry.name for entry in path.iterdir()]
     # it is taken away in the end, so without an index it may hold only what a run killed before it had one has left
     first, unfinished = entry_file(RUN), (f".{entry_file(RUN)}.", f".{INDEX}.")
@@ -102,10 +105,13 @@ def finished_steps_kept(path: Path) -> Iterator[None]:
     """
     path = led_to(path)  # the link would stay, and all that is there
     there_before = path.exists()
+    lock = hold(path)
     try:
         yield
     except KeyboardInterrupt as stop:
-        if not path.exists():
+        if not (path / INDEX).exists():
+            if not there_before:
+                shutil.rmtree(path, ignore_errors=True)
             raise
         raise KeyboardInterrupt(
             f"finished steps are in {path}: the same command with --resume goes on from them."
@@ -116,7 +122,10 @@ def finished_steps_kept(path: Path) -> Iterator[None]:
         if not there_before:
             shutil.rmtree(path, ignore_errors=True)
         raise
-    shutil.rmtree(path, ignore_errors=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+    finally:
+        del lock  # only now: whoever comes next finds no directory
 
 
 def weights_digest(looked: Iterable[WeightSums]) -> str:

@@ -22,7 +22,7 @@ ROOT = HERE.parents[1]
 WORK = ROOT / "build" / "fuzz"
 # small inputs are enough to reach every branch, and fast
 MAX_LENGTH = 4096
-NAMES = ("json", "structure", "plan", "config", "shard", "header", "checksums", "ops")
+NAMES = ("json", "structure", "plan", "config", "shard", "header", "checksums", "documents", "ops")
 
 
 def environment() -> Path:

@@ -19,6 +19,7 @@ from taco_svd import Structure, TacoError
 from taco_svd.structure import FORMAT_VERSION
 from taco_svd.untrusted import parse_json
 
+from .run_atheris import NAMES
 from .targets import TARGETS
 
 # TACO_FUZZ_CASES=20: many more cases than the test suite has time for
@@ -203,3 +204,7 @@ def test_layers_are_named_in_one_way_only(index: str) -> None:
 def test_kept_corpus(file: Path) -> None:
     """What once went wrong, and what reached new code: it must not go wrong again."""
     TARGETS[file.parent.name](file.read_bytes())
+
+
+def test_every_target_is_fuzzed():
+    assert set(NAMES) == set(TARGETS)

@@ -1,4 +1,4 @@
-"""A saved compression to damage, and hypothesis settings: no deadline (one load may wait for a busy disk)."""
+"""A saved compression to damage."""
 
 from __future__ import annotations
 
@@ -9,20 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 from svd.tiny_models import VOCABULARY, tiny_model
 
 from taco_svd import compress, save_compressed
 
 # TACO_FUZZ_CASES=20 tries twenty times as many cases (long runs on demand)
 FACTOR = int(os.environ.get("TACO_FUZZ_CASES", "1"))
-settings.register_profile(
-    "hostile", deadline=None, suppress_health_check=list(HealthCheck), print_blob=True, derandomize=FACTOR == 1
-)
-settings.load_profile("hostile")
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

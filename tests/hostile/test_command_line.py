@@ -5,11 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from taco_svd.checkpoint import DEFAULT_MODEL
+from taco_svd.untrusted import printable
 
 Invoke = Callable[..., tuple[int, str, str]]
 
@@ -101,11 +108,12 @@ def test_every_command_on_a_damaged_checkpoint(
         directory.write_text("x")
     extra = {"export": ("--dense", directory.parent / "plain"), "eval": ("--text", "self", "--against", "none")}
     extra["report"] = ("--out", directory.parent / "page.html", "--rounds", "0")
-    if command == "info" and damage in ("cut weights", "bad config"):
-        return  # reads the plan alone
-    if command in ("eval", "export") and "plan" in damage:
-        return  # need no plan
-    refused(invoke(command, directory, *extra.get(command, ())))
+    result = invoke(command, directory, *extra.get(command, ()))
+    # info reads the plan alone, and eval needs none
+    if (command == "info" and damage in ("cut weights", "bad config")) or (command == "eval" and "plan" in damage):
+        assert result[0] == 0, result
+    else:
+        refused(result)
     if directory.is_file():
         directory.unlink()
 
@@ -129,3 +137,24 @@ def test_names_that_no_file_can_have(tmp_path: Path, invoke: Invoke) -> None:
     for name in ("x" * 300, os.fsdecode(b"\xff\xfe"), "a/b/c/d"):
         refused(invoke("info", tmp_path / name))
         refused(invoke("compress", "/" + name, "--out", tmp_path / "out", "--layers", "1"))
+
+
+def test_names_of_tensors_steer_no_terminal(tmp_path: Path) -> None:
+    """What a weight file's header says is shown, and stands as text."""
+    directory = shutil.copytree(DEFAULT_MODEL, tmp_path / "model")
+    weights = load_file(directory / "model.safetensors")
+    name = "\x1b]0;title\x07\x9b2J"
+    save_file({name: torch.zeros(1)}, directory / "model-00002-of-00002.safetensors")
+    (directory / "model.safetensors").rename(directory / "model-00001-of-00002.safetensors")
+    index = dict.fromkeys(weights, "model-00001-of-00002.safetensors")
+    index["other"] = "model-00002-of-00002.safetensors"
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    done = subprocess.run(
+        [sys.executable, "-m", "taco_svd", "eval", directory, "--text", "self"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    assert not any(character in done.stderr for character in "\x1b\x07\x9b")
+    assert printable(f"a\nb\t{name}\udc80") == "a\nb\t\\x1b]0;title\\x07\\x9b2J\\udc80"

@@ -153,18 +153,20 @@ def mlp_bound(x: Tensor, gate: Projection, up: Projection, down: Projection, act
     """Largest error of low_rank_mlp that rounding explains, elementwise, carried through step by step.
 
     The activations have a slope of at most 1.13 and are computed to a few units of their value or, near their zero,
-    of their argument. Where the backend rounds intermediates, an activation's result and the product with the other
-    side are rounded once more each; ``library`` also rounds each rank-sized intermediate.
+    of their argument. The product of both sides is rounded once (not by ``reference``); ``library`` and ``triton`` also
+    round either side, the activation's result and each rank-sized intermediate.
     """
     kind = torch.finfo(x.dtype)
     u32, u = torch.finfo(torch.float32).eps / 2, kind.eps / 2
     step = u32 if backend == "reference" else u
+    # of gate, up and activation, which stay in float32 elsewhere
+    stored = u if backend in ("library", "triton") else u32
     middle_step = u if backend in ("library", "triton") else u32
     (opened, opened_error), (raised, raised_error) = (
-        _linear_and_error(x.double(), 0.0, *member, middle_step, step) for member in (gate, up)
+        _linear_and_error(x.double(), 0.0, *member, middle_step, stored) for member in (gate, up)
     )
     activated = ACTIVATIONS[act](opened)
-    activated_error = 1.13 * opened_error + step * activated.abs() + 16 * u32 * (activated.abs() + opened.abs())
+    activated_error = 1.13 * opened_error + stored * activated.abs() + 16 * u32 * (activated.abs() + opened.abs())
     hidden = activated * raised
     hidden_error = activated_error * (raised.abs() + raised_error) + (activated.abs() + activated_error) * raised_error
     hidden_error = hidden_error + step * (hidden.abs() + hidden_error) + kind.tiny * kind.eps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -156,25 +157,26 @@ resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), used + (64 << 20)))
 rows = torch.zeros(1).expand(1 << 22, 64)   # no memory; the result would have a gigabyte
 wide = torch.zeros(1).expand(64, 1 << 24)   # the scratch memory of one row would have 64 MB and more
 thin = torch.zeros(1).expand(1 << 24, 64)
-failed = 0
-for call in (
+failed = []
+for number, call in enumerate((
     lambda: taco_kernels.low_rank_linear(rows, v, u),
     lambda: taco_kernels.low_rank_bridge(rows, v, u),
     lambda: taco_kernels.low_rank_linear_group(rows, [v, v], [u, u]),
     lambda: taco_kernels.low_rank_linear(x, thin, wide),
     lambda: taco_kernels.low_rank_mlp(x, (v, torch.zeros(1).expand(1 << 26, 16), None),
-                                      (v, torch.zeros(1).expand(1 << 26, 16), None), (wide, u, None)),
+                                      (v, torch.zeros(1).expand(1 << 26, 16), None),
+                                      (torch.zeros(1).expand(16, 1 << 26), u, None)),
     lambda: taco_kernels.randomized_svd(torch.zeros(1).expand(1 << 14, 1 << 14), 64),
     lambda: taco_kernels.singular_attribution(rows, rows, torch.zeros(64, 16), v),
-):
+)):
     try:
         call()
-    except (RuntimeError, MemoryError, ValueError) as error:
-        failed += 1
+    except (RuntimeError, MemoryError):
+        failed.append(number)
     assert torch.equal(taco_kernels.low_rank_linear(x, v, u), want)
 print(failed)
 """
-    assert int(run(code)) >= 5
+    assert {0, 1, 2, 3, 4} <= set(json.loads(run(code)))
 
 
 def test_an_allocation_inside_the_kernel_fails():

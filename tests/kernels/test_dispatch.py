@@ -240,3 +240,29 @@ def test_a_pivots_call_asks_its_own_limits(monkeypatch):
     for rows in (5, 6):
         op._compute(x[:rows], v, u, pivot)
     assert chosen == ["cpp", "library"]
+
+
+@pytest.mark.skipif(native.module is None, reason=f"cpp backend: {native.reason}")
+def test_transposed_factors_are_not_copied_at_every_call(monkeypatch):
+    """As an SVD gives them, columns in one piece: every op leaves them to the library, which reads them as they are."""
+    import taco_kernels
+    from taco_kernels import low_rank_bridge, low_rank_linear_group, low_rank_mlp, pivoted_low_rank_linear
+
+    asked = []
+    choose = dispatch.choose
+    monkeypatch.setattr(dispatch, "choose", lambda *a, **k: asked.append(choose(*a, **k)) or asked[-1])
+    x = torch.randn(2, 64)
+    left, _, right = torch.linalg.svd(torch.randn(64, 64))
+    v, u = right[:8], left[:, :8]
+    assert u.stride(0) == 1 and v.stride(0) == 1
+    calls = {
+        low_rank_bridge: (x, v, u),
+        low_rank_linear_group: (x, [v.contiguous(), v], [u.contiguous()] * 2),
+        low_rank_mlp: (x, *[(v.contiguous(), u.contiguous(), None)] * 2, (v, u.contiguous(), None)),
+        pivoted_low_rank_linear: (x, v[:, 8:], u.contiguous(), torch.randperm(64)),
+        taco_kernels.low_rank_linear: (x, v, u),
+    }
+    for op, arguments in calls.items():
+        asked.clear()
+        op(*arguments)
+        assert set(asked) == {"library"}, op

@@ -12,6 +12,7 @@ import torch
 from kernel_cases import using
 
 from taco_kernels import second_moment_, second_moment_dense, second_moment_zeros
+from taco_kernels._library import exact_products
 
 module = sys.modules["taco_kernels.second_moment"]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -157,3 +158,26 @@ def test_precision_that_the_user_allows_is_for_other_products():
 def test_moments_that_would_stop_growing_are_refused():
     with pytest.raises(TypeError, match="would stop growing"):
         second_moment_(torch.zeros(6, dtype=torch.bfloat16), torch.ones(2, 3, dtype=torch.bfloat16))
+
+
+def test_products_stay_exact_until_the_last_thread_is_done():
+    """The setting is the process's: the thread that came first must not set it back under one that is at work."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        first, second = (exact_products(torch.device("cpu")) for _ in range(2))
+        asked = torch.backends.mkldnn.matmul if hasattr(torch.backends.mkldnn, "matmul") else None
+        changed = precision(asked)
+        first.__enter__()
+        exact = precision(asked)
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert precision(asked) == exact != changed
+        second.__exit__(None, None, None)
+        assert precision(asked) == changed
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def precision(setting):
+    return torch.get_float32_matmul_precision() if setting is None else setting.fp32_precision

@@ -121,7 +121,10 @@ def test_defaults_suit_the_rows(rows, element_size):
 
 
 def test_shipped_tables_load():
-    for path in configs.TUNED_DIR.glob("*.json"):
+    tables = list(configs.TUNED_DIR.glob("*.json"))
+    if not tables:
+        pytest.skip("no GPU has been tuned for yet: taco_kernels/tuned is empty")
+    for path in tables:
         # A run that was cut short has measured backends and tuned nothing.
         assert load_table(path) or load_choices(path)
         assert configs.gpu_slug(json.loads(path.read_text())["gpu"]) == path.stem

@@ -19,6 +19,7 @@ from taco_svd import TacoError, adapter_hook, compress, save_compressed, with_lo
 from taco_svd.checkpoint import parameter_count
 from taco_svd.modeling import CompressedConfig
 from taco_svd.plan import Plan
+from taco_svd.quantisation import quantise
 from taco_svd.replacement import LowRankLinear
 
 from .conftest import METHODS, ROOT, needs
@@ -265,6 +266,27 @@ def test_merging_a_part_keeps_the_other_maps_pivoted(compressed_tiny: Callable, 
         layer: tuple(path for path in paths if "up_proj" not in path)
         for layer, paths in model.structure.pivoted.items()
     }
+
+
+def test_merging_beside_integers_keeps_them(compressed_tiny: Callable, ids: torch.Tensor, tmp_path: Path) -> None:
+    """Adapters on the floating factors of a model whose other factors are 8-bit integers."""
+    needs("peft")
+    import peft
+
+    model = compressed_tiny("llama", "taco")[1]
+    structure = model.structure
+    half = {layer: tuple(path for path in ranks if "mlp" in path) for layer, ranks in structure.low_rank.items()}
+    part = quantise(model, half)
+    adapted = peft.get_peft_model(copy.deepcopy(part), lora(target_modules=["q_proj", "o_proj"]))
+    give_weights(adapted)
+    expected = adapted(ids).logits
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(ids).logits, expected, **ROUNDINGS)
+    assert merged.structure.int8 == part.structure.int8
+    merged.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert again.structure == merged.structure
+    torch.testing.assert_close(again(ids).logits, expected, **ROUNDINGS)
 
 
 def test_experts_are_adapted_and_merged(calibration_tokens: torch.Tensor, ids: torch.Tensor, tmp_path: Path) -> None:

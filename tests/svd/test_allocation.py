@@ -56,6 +56,11 @@ def test_budget_is_met_and_used(name: str, method: str, keep: float, calibration
         ("bridge", {"layers": 1, "bridge_rank": 33}, "between 1 and the hidden size"),
         ("magic", {"layers": 1}, "--method"),
         ("taco", {"layers": 1, "importance": "magic"}, "--importance"),
+        ("removal", {"layers": [1], "importance": "greedy"}, "these are named"),
+        ("replaceme", {"layers": 1, "importance": "greedy"}, "its own way"),
+        ("asvd", {"keep": 0.8, "importance": "angular"}, "compresses all layers"),
+        ("taco", {"max_latency": 0.8, "importance": "greedy"}, "compresses all layers"),
+        ("paper", {"layers": 1, "consistency": False}, "--no-consistency"),
     ],
 )
 def test_wrong_budgets_are_refused(

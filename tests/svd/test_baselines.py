@@ -142,7 +142,9 @@ def test_shared_statistics_against_autograd(name: str, calibration_tokens: torch
         close = {"rtol": 1e-3, "atol": 1e-3}
         torch.testing.assert_close(moments.mean[site], x.mean(0), **close)
         torch.testing.assert_close(moments.magnitude[site], x.abs().mean(0), **close)
-        torch.testing.assert_close(moments.inputs(site).double(), x.T @ x / (samples * length), **close)
+        expected = x.T @ x / (samples * length)
+        largest = float(expected.abs().max())
+        torch.testing.assert_close(moments.inputs(site).double() / largest, expected / largest, rtol=1e-4, atol=1e-5)
         size = float(total.abs().max())
         torch.testing.assert_close(moments.weight_gradient[site].double() / size, total / size, **close)
         torch.testing.assert_close(moments.fisher_rows[site] / fisher.max(), fisher / fisher.max(), **close)

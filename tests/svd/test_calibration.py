@@ -14,7 +14,13 @@ from transformers import PreTrainedTokenizerFast
 import taco_svd.calibration
 from taco_svd import TacoError
 from taco_svd.bench_memory import cache_bytes
-from taco_svd.calibration import context_length, load_calibration, random_windows, sample_from_model
+from taco_svd.calibration import (
+    context_length,
+    load_calibration,
+    needed_begin_token,
+    random_windows,
+    sample_from_model,
+)
 from taco_svd.sequential import held_out_windows
 
 from .tiny_models import VOCABULARY, tiny_model
@@ -126,9 +132,12 @@ def test_unusable_files_are_named(content: bytes | None, says: str, tmp_path: Pa
 
 
 def test_tokenizer_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "other.txt").write_text(f"w{VOCABULARY} " * 100)
+    with pytest.raises(TacoError, match=f"finds token number {VOCABULARY} in this text, the model has {VOCABULARY}"):
+        load_calibration(tmp_path / "other.txt", tiny_model("llama"), tokenizer(VOCABULARY + 1), 4, 16)
+    # tokens that no text has (pictures, padding) may be more than a model has rows
     (tmp_path / "text.txt").write_text("w1 " * 100)
-    with pytest.raises(TacoError, match="does not fit"):
-        load_calibration(tmp_path / "text.txt", tiny_model("llama"), tokenizer(VOCABULARY + 1), 4, 16)
+    load_calibration(tmp_path / "text.txt", tiny_model("llama"), tokenizer(VOCABULARY + 1), 4, 16)
     with pytest.raises(TacoError, match="needs the model's tokenizer"):
         load_calibration(tmp_path / "text.txt", tiny_model("llama"), None, 4, 16)
 
@@ -175,3 +184,18 @@ def test_a_context_is_what_positions_there_are() -> None:
     assert context_length(model) == 18
     model(torch.full((1, 18), 7))
     assert context_length(tiny_model("gpt2")) == tiny_model("gpt2").config.n_positions
+    mpt = transformers.MptConfig(d_model=16, n_heads=2, n_layers=2, vocab_size=96, max_seq_len=24)
+    assert context_length(transformers.MptForCausalLM(mpt)) == 24
+
+
+def test_a_model_that_also_sees_reads_as_its_text_config_says() -> None:
+    common = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+    text = {
+        **common, "vocab_size": 96, "num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 8,
+        "max_position_embeddings": 48, "bos_token_id": 2,
+    }  # fmt: skip
+    vision = {**common, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    assert needed_begin_token(model) == 2 and context_length(model) == 48
+    assert sample_from_model(model, 2, 6, 0).shape == (2, 6)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +28,9 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
+    PreTrainedModel,
 )
+from transformers.pytorch_utils import Conv1D
 
 from taco_svd import Plan, Structure, TacoError, compress, save_compressed
 from taco_svd.checkpoint import check_output, describe, load_model, write_whole
@@ -153,7 +156,8 @@ def test_weight_of_the_wrong_shape_is_an_error(damaged: Path) -> None:
     tensors = load_file(shard)
     tensors[key] = tensors[key][:, :-1].contiguous()
     save_file(tensors, shard, metadata={"format": "pt"})
-    with pytest.raises(TacoError):
+    (damaged / "taco_checksums.json").unlink()
+    with pytest.raises(TacoError, match="the shape of .*mlp.up_proj.u"):
         load_model(damaged)
 
 
@@ -168,7 +172,7 @@ def test_truncated_file_is_an_error(damaged: Path, share: float) -> None:
 
 def test_missing_shard_is_an_error(damaged: Path) -> None:
     next(iter(damaged.glob("*.safetensors"))).unlink()
-    with pytest.raises(TacoError):
+    with pytest.raises(TacoError, match="which is not there"):
         load_model(damaged)
 
 
@@ -438,12 +442,14 @@ def test_the_path_can_be_given_by_its_name(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("packed", [2, 8])
+@pytest.mark.parametrize("name", ["qwen3", "gpt2"])
 def test_quantised_weights_have_their_quantisers_shapes(
-    packed: int, compressed_tiny: Callable[..., Compressed]
+    name: str, packed: int, compressed_tiny: Callable[..., Compressed]
 ) -> None:
     """Several weights in one stored number, as bitsandbytes' 4 bits have it; all others as the config says."""
-    _, model, _ = compressed_tiny("qwen3", "paper")
-    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    _, model, _ = compressed_tiny(name, "paper")
+    maps = (torch.nn.Linear, Conv1D)
+    linear = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, maps)}
     stored = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     quantised = {name: (math.prod(shape) // packed, 1) if name in linear else shape for name, shape in stored.items()}
     with pytest.raises(TacoError, match="shape"):
@@ -455,8 +461,12 @@ def test_quantised_weights_have_their_quantisers_shapes(
     factor = next(name for name in stored if name.endswith(".u"))
     with pytest.raises(TacoError, match=factor):
         check_size(model, {**quantised, factor: (1, 1)}, "small")
+    with pytest.raises(TacoError, match=f"{factor} holds integers in the files and numbers by the config"):
+        check_size(model, quantised, "small", integers={factor, *linear})
+    check_size(model, quantised, "small", integers=linear)
+    first = next(path for path, shape in stored.items() if len(shape) == 1)
     with pytest.raises(TacoError, match="weights are missing"):
-        check_size(model, {"model.norm.weight": stored["model.norm.weight"]}, "small")
+        check_size(model, {first: stored[first]}, "small")
 
 
 def test_a_plain_config_can_be_made_of_the_file(checkpoint: Path) -> None:
@@ -472,3 +482,20 @@ def test_description_agrees_with_the_files(checkpoint: Path, compressed_tiny: Ca
     assert told["method"] == "taco" and told["redundant_layers"] == list(plan.redundant)
     assert told["low_rank"]["2"] == plan.structure.low_rank[2]
     json.dumps(told)
+
+
+def test_all_files_are_there_when_a_model_goes_to_the_hub(
+    compressed_tiny: Callable[..., Compressed], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, model, _ = compressed_tiny("llama", "taco")
+    seen: list[set[str]] = []
+
+    def upload(self: Any, working_dir: Any, *_: Any, **__: Any) -> None:
+        seen.append({file.name for file in Path(working_dir).iterdir()})
+
+    hub = SimpleNamespace(create_repo=lambda name, **_: SimpleNamespace(repo_id=name))
+    for name, value in (("hf_api", lambda: hub), ("create_repo", hub.create_repo)):
+        monkeypatch.setattr(f"transformers.modeling_utils.{name}", value, raising=False)
+    monkeypatch.setattr(PreTrainedModel, "_upload_modified_files", upload)
+    model.save_pretrained(tmp_path / "model", push_to_hub=True, repo_id="someone/model")
+    assert seen and {"taco_checksums.json", "taco_plan.json", "model.safetensors"} <= seen[-1]

@@ -10,7 +10,7 @@ import types
 import pytest
 import torch
 
-from taco_svd import cli
+from taco_svd import TacoError, cli, evaluation_run
 from taco_svd.checkpoint import DEFAULT_MODEL, load_model
 
 
@@ -66,6 +66,48 @@ def test_divergence_can_be_left_out_or_taken_from_another_model(small, text, inv
     assert same["divergence"]["kl"] == pytest.approx(0, abs=1e-6)
     code, _, stderr = invoke("eval", small, *common, "--against", small)
     assert code == 2 and "compressed model" in stderr
+
+
+def test_models_of_other_vocabularies_are_refused_before_anything_is_measured(text, invoke, tmp_path, monkeypatch):
+    model, tokenizer = load_model(DEFAULT_MODEL)
+    model.resize_token_embeddings(model.config.vocab_size + 7)
+    model.save_pretrained(tmp_path / "more")
+    tokenizer.save_pretrained(tmp_path / "more")
+    monkeypatch.setattr(evaluation_run, "perplexity", lambda *_, **__: pytest.fail("too early"))
+    code, _, stderr = invoke("eval", DEFAULT_MODEL, "--text", text, "--window", "32", "--against", tmp_path / "more")
+    assert code == 2 and "2,055 tokens and this model 2,048" in stderr
+
+
+def test_a_dense_model_in_another_dtype_is_the_same_model(text, invoke, tmp_path):
+    """Stored in float32, compressed in bfloat16, and both read in float32: one rounded, the other not."""
+    model, tokenizer = load_model(DEFAULT_MODEL, "float32")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        embedding = model.get_input_embeddings().weight
+        embedding += 1e-4 * torch.randn(embedding.shape, generator=generator)
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    small = tmp_path / "small"
+    made = invoke("compress", tmp_path / "dense", "--dtype", "bfloat16", "--method", "removal", "--layers", "2",
+                  "--samples", "2", "--seq-len", "16", "--out", small)  # fmt: skip
+    assert made[0] == 0, made[2]
+    for dtype in ("auto", "float32"):
+        found = json.loads(invoke("eval", small, "--text", text, "--window", "32", "--dtype", dtype, "--json")[1])
+        assert found["divergence"]["kl"] > 0
+
+
+def test_a_compressed_model_knows_its_plan_where_its_name_is_no_directory(compressed_tiny, monkeypatch):
+    """As of one from the hub, which is loaded by a name."""
+    _, model, plan = compressed_tiny("llama", "removal")
+    asked = []
+
+    def source_path(plan, directory):
+        asked.append((plan, directory))
+        raise TacoError("Not here.")
+
+    monkeypatch.setattr(evaluation_run, "source_path", source_path)
+    assert evaluation_run._dense(model, "someone/model", None)[1].startswith("Not here.")
+    assert asked == [(plan, "someone/model")]
 
 
 def test_a_dense_model_that_is_not_found_is_told_without_json_too(small, text, invoke, tmp_path):

@@ -134,3 +134,10 @@ def test_the_harness_command_line_loads_a_compressed_checkpoint(pairs_file, tmp_
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert PAIRS_TASK in done.stdout and "acc" in done.stdout
+
+
+def test_pairs_are_lines_whatever_else_their_sentences_hold(tmp_path):
+    sentence = "one\u2028two\u0085three"
+    line = json.dumps({"sentence_good": sentence, "sentence_bad": "x"}, ensure_ascii=False)
+    (tmp_path / "pairs.jsonl").write_text(f"\ufeff{line}\r\n\n{line}\n", encoding="utf-8")
+    assert [pair["sentence_good"] for pair in read_pairs(tmp_path / "pairs.jsonl")] == [sentence] * 2

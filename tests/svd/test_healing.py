@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -364,18 +365,40 @@ def test_a_run_goes_on_only_as_it_began(saved, monkeypatch):
 
 
 def test_a_run_goes_on_only_in_the_dtype_it_began_in(compressed_tiny, tmp_path):
-    _, student, _ = compressed_tiny("llama", "bridge", torch.bfloat16)
-    HealingFiles(tmp_path / "work", SMALL, student, "self").begin(*windows_for(SMALL))
-    HealingFiles(tmp_path / "work", SMALL, student, "self")
+    dense, student, _ = compressed_tiny("llama", "bridge", torch.bfloat16)
+    HealingFiles(tmp_path / "work", SMALL, student, dense, "self").begin(*windows_for(SMALL))
+    HealingFiles(tmp_path / "work", SMALL, student, dense, "self")
     with pytest.raises(TacoError, match="another dtype"):
-        HealingFiles(tmp_path / "work", SMALL, own_copy(student).float(), "self")
+        HealingFiles(tmp_path / "work", SMALL, own_copy(student).float(), dense, "self")
+
+
+def test_a_run_goes_on_only_with_the_dense_model_it_began_with(compressed_tiny, tmp_path):
+    dense, student, _ = compressed_tiny("llama", "bridge")
+    HealingFiles(tmp_path / "work", SMALL, student, dense, "self").begin(*windows_for(SMALL))
+    other = own_copy(dense)
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    with pytest.raises(TacoError, match="another dense model"):
+        HealingFiles(tmp_path / "work", SMALL, student, other, "self")
+
+
+def test_two_runs_do_not_share_a_work_directory(compressed_tiny, tmp_path):
+    dense, student, _ = compressed_tiny("llama", "bridge")
+    work = tmp_path / "work"
+    files = HealingFiles(work, SMALL, student, dense, "self")
+    files.begin(*windows_for(SMALL))
+    with ThreadPoolExecutor(1) as another, pytest.raises(TacoError, match="Another run is working in"):
+        another.submit(HealingFiles, work, SMALL, student, dense, "self").result()
+    del files
+    with ThreadPoolExecutor(1) as another:
+        assert another.submit(lambda: HealingFiles(work, SMALL, student, dense, "self").windows()).result()
 
 
 def test_a_state_is_whole_or_not_there(compressed_tiny, tmp_path, monkeypatch):
     """A crash between writing the tensors and naming them leaves the state before."""
     dense, cached, _ = compressed_tiny("llama", "bridge")
     student = own_copy(cached)
-    files = HealingFiles(tmp_path / "work", SMALL, student, "self")
+    files = HealingFiles(tmp_path / "work", SMALL, student, dense, "self")
     files.begin(*windows_for(SMALL))
     states = []
 
@@ -509,3 +532,22 @@ def test_held_out_windows_are_not_those_that_the_model_was_calibrated_on(tmp_pat
     calibrated = {tuple(row) for row in calibration.tokens.tolist()}
     assert not calibrated & {tuple(row) for row in held_out.tolist()}
     assert calibrated & {tuple(row) for row in train.tolist()}  # the same draw, or the test shows nothing
+
+
+def test_the_command_line_hands_every_option_on(invoke, monkeypatch, tmp_path):
+    asked = {}
+
+    def fake(directory, out, text, options, dense, work, dtype, device, force, progress):
+        asked.update(options=options, paths=(directory, out, text, dense, work), rest=(dtype, device, force))
+        raise TacoError("far enough")
+
+    monkeypatch.setattr(healing_run, "heal_checkpoint", fake)
+    code, _, stderr = invoke(
+        "heal", tmp_path / "a", "--out", tmp_path / "b", "--text", "self", "--tokens", "3k", "--objective", "hidden",
+        "--dense", "dense", "--lr", "0.5", "--batch", "5", "--seq-len", "17", "--norms", "--held-out", "11",
+        "--evaluations", "7", "--work", tmp_path / "c", "--dtype", "bfloat16", "--seed", "13", "--force",
+    )  # fmt: skip
+    assert code == 2 and "far enough" in stderr
+    assert asked["options"] == HealingOptions(3000, "hidden", 0.5, 5, 17, 13, 11, 7, True)
+    assert asked["paths"] == (tmp_path / "a", tmp_path / "b", "self", "dense", tmp_path / "c")
+    assert asked["rest"] == ("bfloat16", "cpu", True)

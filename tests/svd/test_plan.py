@@ -14,8 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from taco_svd import Plan, TacoError, compress
+from taco_svd import Plan, TacoError, apply_plan, compress, make_plan
 from taco_svd.architectures import Architecture
+from taco_svd.calibration import Calibration
 from taco_svd.replacement import LowRankLinear
 from taco_svd.structure import Structure
 
@@ -173,3 +174,17 @@ def test_numbers_of_other_libraries(calibration_tokens: torch.Tensor, tmp_path: 
     for keep in (numpy.float32(0.8), torch.tensor(0.8, dtype=torch.float64), Fraction(4, 5)):
         found = compress(model, method="svd", keep=keep, calibration=calibration_tokens)[1]
         assert found.structure == expected.structure
+
+
+@pytest.mark.parametrize(
+    "method, budget", [("taco", {"keep": 0.8}), ("bridge", {"layers": 2}), ("paper", {"layers": 2})]
+)
+def test_a_plan_and_what_comes_of_it_are_compress_in_two_steps(method, budget, calibration_tokens):
+    calibration = Calibration(calibration_tokens, "tokens", 0)
+    model = tiny_model("llama")
+    plan = make_plan(model, calibration, method, **budget)
+    carried = apply_plan(model, plan, calibration)
+    whole, made = compress(model, method=method, calibration=calibration_tokens, **budget)
+    assert plan.structure == made.structure and plan.redundant == made.redundant
+    ours, theirs = carried.state_dict(), whole.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -149,6 +149,30 @@ def test_a_plan_with_such_factors_is_carried_out(
     assert quantise(part).structure.int8.keys() == made.structure.int8.keys()
 
 
+def test_factors_that_are_integers_already_stay_so(
+    compressed_tiny: Callable, tmp_path: Path, ids: torch.Tensor
+) -> None:
+    """Of a model whose first layer is done whole, the rest; and the files must be what the config says."""
+    model = compressed_tiny("llama", "taco")[1]
+    whole = quantise(model)
+    first = next(iter(whole.structure.int8))
+    part = quantise(model, {first: whole.structure.int8[first]})
+    rest = quantise(part)
+    assert {layer: set(paths) for layer, paths in rest.structure.int8.items()} == {
+        layer: set(paths) for layer, paths in whole.structure.int8.items()
+    }
+    assert torch.equal(rest(ids).logits, whole(ids).logits)
+    with pytest.raises(TacoError, match="8-bit integers already"):
+        quantise(rest)
+    rest.save_pretrained(tmp_path / "rest")
+    config = tmp_path / "rest" / "config.json"
+    values = json.loads(config.read_text())
+    del values["taco_svd"]["int8"][str(first)]
+    config.write_text(json.dumps(values))
+    with pytest.raises(TacoError, match="holds integers in the files and numbers by the config"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "rest")
+
+
 def test_what_has_no_factors_is_refused(compressed_tiny: Callable) -> None:
     with pytest.raises(TacoError, match="not a compressed model"):
         quantise(tiny_model("llama"))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import base64
 import json
 import os
+import sys
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
 import torch
 
-from taco_svd import Plan, save_compressed
+import taco_svd
+from taco_svd import Plan, html_report, report_files, save_compressed
 from taco_svd.drift import measure_drift
 from taco_svd.replacement import LowRankBridge, LowRankLinear
 from taco_svd.report_data import product_spectrum
@@ -245,6 +247,21 @@ def test_bad_input_is_one_sentence(compressed_tiny, tmp_path, invoke, arguments,
     code, stdout, stderr = invoke("report", small, *words)
     assert code == 2 and says in stderr and len(stderr.strip().splitlines()) == 1 and stdout == ""
     assert not (tmp_path / "r.html").exists() and pipe.is_fifo()
+
+
+@pytest.mark.parametrize("huge", [10**400, float("inf"), True, "7"], ids=str)
+def test_what_is_no_number_has_no_place(huge):
+    assert report_files.number(huge) is None and html_report.number(huge, ".3f") == "-"
+    assert html_report.number(7, ",") == "7" and html_report.number(0.5, ".1%") == "50.0%"
+
+
+def test_without_matplotlib_nothing_is_measured(compressed_tiny, tmp_path, invoke, monkeypatch):
+    monkeypatch.setitem(sys.modules, "taco_svd.figures", None)
+    monkeypatch.delattr(taco_svd, "figures", raising=False)  # where it is known already
+    monkeypatch.setattr("taco_svd.report_data.gather", lambda *_, **__: pytest.fail("too early"))
+    small = save(compressed_tiny, tmp_path)
+    code, _, stderr = invoke("report", small, "--out", tmp_path / "report.html")
+    assert code == 2 and "taco-kernels[plot]" in stderr
 
 
 def test_the_same_figure_gives_the_same_bytes():

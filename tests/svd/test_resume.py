@@ -163,13 +163,13 @@ def test_killed_and_resumed(dense: Path, tmp_path: Path, invoke) -> None:
                 process.send_signal(signal.SIGKILL)
                 break
         process.wait()
-    assert process.returncode in (-signal.SIGKILL, 0)
-    assert out.exists() == (process.returncode == 0)  # it may be faster than this test looks
-    if not out.exists():
-        code, _, stderr = invoke(*command(dense, out))
-        assert code == 2 and "--resume" in stderr
-        code, _, stderr = invoke(*command(dense, out, stream, "--resume"))
-        assert code == 0, stderr
+    if process.returncode == 0:
+        pytest.skip("the run was over before this test could kill it")
+    assert process.returncode == -signal.SIGKILL and not out.exists()
+    code, _, stderr = invoke(*command(dense, out))
+    assert code == 2 and "--resume" in stderr
+    code, _, stderr = invoke(*command(dense, out, stream, "--resume"))
+    assert code == 0, stderr
     assert files(out) == files(whole)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "whole"]
 

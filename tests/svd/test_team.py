@@ -54,7 +54,11 @@ def start(arguments: list[str], timeout: float = 60, size: int = 2) -> list[subp
 
 
 def finish(processes: list[subprocess.Popen]) -> list[str]:
-    return [process.communicate(timeout=240)[1] for process in processes]
+    try:
+        return [process.communicate(timeout=240)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 @pytest.mark.parametrize("arguments", [("--keep", "0.8"), BRIDGE], ids=["taco", "bridge"])

@@ -63,14 +63,16 @@ def vllm_answers(
     adapter = first(engine)
     parameters = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, logprobs=0)
     inputs = [{"prompt_token_ids": prompt} for prompt in asked]
-    results = engine.generate(inputs, parameters, use_tqdm=False, lora_request=adapter)
+    try:
+        results = engine.generate(inputs, parameters, use_tqdm=False, lora_request=adapter)
+    finally:
+        engine.llm_engine.engine_core.shutdown()
     answers = []
     for result in results:
         output = result.outputs[0]
         assert output.logprobs is not None
         logprobs = [entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True)]
         answers.append(Answer(list(output.token_ids), logprobs))
-    engine.llm_engine.engine_core.shutdown()
     return answers
 
 
