@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from taco_kernels import dispatch
-from taco_svd import cli_compare, cli_shared, comparison, compress, evaluation_run, pipeline
+from taco_svd import cli_compare, cli_shared, comparison, compress, evaluation_run, planning
 from taco_svd.baselines import BASELINES, Workspace
 from taco_svd.baselines.workspace import Moments
 from taco_svd.calibration import Calibration
@@ -137,9 +137,9 @@ def test_statistics_are_gathered_once_for_all_methods_and_budgets(monkeypatch: p
 
 def test_layers_are_ranked_once_per_measure_and_count(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
-    real = pipeline.rank_layers
+    real = planning.rank_layers
     monkeypatch.setattr(
-        pipeline,
+        planning,
         "rank_layers",
         lambda runner, kind, count, *rest: passes.append((kind, count)) or real(runner, kind, count, *rest),
     )
