@@ -1,7 +1,8 @@
 """What all tests share: seeds, the slow switch, and the evaluation texts beside the repository.
 
-Drawn inputs start from `TACO_TEST_SEED` (0 if it is not set: a red run is red again), those of hypothesis are fresh in
-every run, and told when one fails.
+Drawn inputs start from `TACO_TEST_SEED` (0 if it is not set: a red run is red again). Those of hypothesis are fresh in
+every run, and told when one fails; `TACO_FIXED_CASES=1` draws the same ones always, for a gate that should fail by what
+has changed only.
 """
 
 from __future__ import annotations
@@ -19,7 +20,13 @@ from hypothesis import HealthCheck, settings
 
 SEED = int(os.environ.get("TACO_TEST_SEED", "0"))
 # no deadline: one load may wait for a busy disk
-settings.register_profile("taco", deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+settings.register_profile(
+    "taco",
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    print_blob=True,
+    derandomize=os.environ.get("TACO_FIXED_CASES") == "1",
+)
 settings.load_profile("taco")
 ROOT = Path(__file__).resolve().parents[1]
 
