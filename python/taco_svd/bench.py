@@ -18,11 +18,8 @@ from functools import partial
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers import PreTrainedModel
-
-import taco_kernels
 
 from .bench_memory import cache_bytes, check_memory, tokens_seen, working_bytes
 from .bench_models import BenchModels
@@ -35,6 +32,7 @@ from .energy import energy_counter
 from .errors import TacoError
 from .experts import is_of_expert, share_of_experts
 from .latency import Ratio, bootstrap
+from .plan import versions
 from .progress import Progress, Silent
 from .replacement import LowRankBridge
 from .wide_products import needs_wide_products
@@ -232,11 +230,7 @@ def run_bench(
         "settings": asdict(settings),
         "weight_bytes": {name: weight_bytes_of(entry) for name, entry in models.items() if name != "control"},
         "results": [],
-        "versions": {
-            "taco_kernels": taco_kernels.__version__,
-            "torch": str(torch.__version__),
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
     }
     for mode in settings.modes:
         for batch in settings.batches:

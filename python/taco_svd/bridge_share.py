@@ -24,6 +24,18 @@ LEAST_SAMPLES, MOST_SAMPLES = 12, 400
 
 
 @contextmanager
+def called_as(kind: type[LowRankBridge], bridges: list[LowRankBridge]) -> Iterator[None]:
+    """While open, calls of the bridges are those of `kind`: a module's call is looked up in its class."""
+    for bridge in bridges:
+        bridge.__class__ = kind
+    try:
+        yield
+    finally:
+        for bridge in bridges:
+            bridge.__class__ = LowRankBridge
+
+
+@contextmanager
 def bridges_timed(model: nn.Module) -> Iterator[list[float]]:
     """While open, the seconds of each call of a bridge of `model` are appended to the list, what calls it included.
 
@@ -38,14 +50,8 @@ def bridges_timed(model: nn.Module) -> Iterator[list[float]]:
             spent.append(time.perf_counter() - start)
             return result
 
-    bridges = [module for module in model.modules() if type(module) is LowRankBridge]
-    for bridge in bridges:
-        bridge.__class__ = Timed  # a module's call is looked up in its class
-    try:
+    with called_as(Timed, [module for module in model.modules() if type(module) is LowRankBridge]):
         yield spent
-    finally:
-        for bridge in bridges:
-            bridge.__class__ = LowRankBridge
 
 
 def bridge_share(
@@ -61,7 +67,7 @@ def bridge_share(
     shares: list[float] = []
     began = time.perf_counter()
     with bridges_timed(model) as spent:
-        while not _enough(len(shares), samples, time.perf_counter() - began > seconds):
+        while not enough(len(shares), samples, time.perf_counter() - began > seconds):
             spent.clear()
             whole = sample()
             inside = sum(spent) / steps
@@ -69,7 +75,8 @@ def bridge_share(
     return bootstrap(shares), len(shares)
 
 
-def _enough(done: int, wanted: int | None, late: bool) -> bool:
+def enough(done: int, wanted: int | None, late: bool) -> bool:
+    """Whether a measurement is done: of so many samples as are wanted, or of what it may take."""
     if wanted is not None:
         return done >= wanted
     return done >= MOST_SAMPLES or (late and done >= LEAST_SAMPLES)

@@ -19,12 +19,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .architectures import Architecture
+from .bridge_share import called_as, enough
 from .device_costs import SWEEP_BYTES
 from .latency import Ratio, bootstrap
 from .replacement import LowRankBridge
-
-# Rounds before an interval is believed, and beyond which more say nothing new.
-LEAST_ROUNDS, MOST_ROUNDS = 12, 400
 
 
 class BridgeWindows:
@@ -63,15 +61,12 @@ class BridgeWindows:
         handles = [
             self._layers[end].register_forward_hook(lambda *_, end=end: self._close(end)) for end in set(ends.values())
         ]
-        for bridge, _ in self._bridges:
-            bridge.__class__ = Switched  # a module's call is looked up in its class
         try:
-            yield
+            with called_as(Switched, [bridge for bridge, _ in self._bridges]):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
-            for bridge, _ in self._bridges:
-                bridge.__class__ = LowRankBridge
 
     def _open(self, end: int) -> None:
         if self._since is None:
@@ -106,18 +101,23 @@ def overhead_in_windows(
 
     Args:
         sample: runs the model `steps` times and gives the seconds of one.
-        seconds: limit, beyond the first `LEAST_ROUNDS`; or
+        seconds: limit, beyond the first `bridge_share.LEAST_SAMPLES` rounds; or
         rounds: exactly so many. Each is two samples with and two without the bridges: A B B A, then B A A B.
         control: the bridges stay off in both: an interval around zero shows what the measurement can resolve.
     """
     windows = BridgeWindows(model)
     found: list[float] = []
     began = time.perf_counter()
+
+    def late() -> bool:
+        # after an even number: within a round one of the two follows itself, and a cache may still hold its weights
+        return time.perf_counter() - began > seconds and len(found) % 2 == 0
+
     with windows.running():
         for on in (True, False):  # warms up
             windows.on = on
             sample()
-        while not _enough(len(found), rounds, time.perf_counter() - began > seconds):
+        while not enough(len(found), rounds, late()):
             first = len(found) % 2 == 0
             inside, whole = {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}
             for on in (first, not first, not first, first):
@@ -126,10 +126,3 @@ def overhead_in_windows(
                 inside[on] += windows.spent
             found.append((inside[True] - inside[False]) / whole[False])
     return bootstrap(found), len(found)
-
-
-def _enough(done: int, wanted: int | None, late: bool) -> bool:
-    if wanted is not None:
-        return done >= wanted
-    # an even number: within a round one of the two has followed itself, and a cache may still hold its weights
-    return done >= MOST_ROUNDS or (late and done >= LEAST_ROUNDS and done % 2 == 0)

@@ -25,11 +25,11 @@ _guard = threading.Lock()
 
 
 class DirectoryLock:
-    """Held until it is garbage or `release` is called; made by `hold`."""
+    """Held as long as somebody refers to it; made by `hold`."""
 
     def __init__(self, descriptor: int) -> None:
         self.thread = threading.get_ident()
-        self.release = weakref.finalize(self, os.close, descriptor)
+        weakref.finalize(self, os.close, descriptor)
 
 
 def hold(path: str | Path) -> DirectoryLock | None:
@@ -52,7 +52,7 @@ def hold(path: str | Path) -> DirectoryLock | None:
                 continue
             key = _identity(os.fstat(descriptor))
             mine = _held.get(key)
-            if mine is not None and mine.release.alive:
+            if mine is not None:
                 os.close(descriptor)
                 if mine.thread != threading.get_ident():
                     raise _in_use(path)
@@ -65,11 +65,10 @@ def hold(path: str | Path) -> DirectoryLock | None:
             except OSError:  # some network file systems lock no directories
                 os.close(descriptor)
                 return None
-            lock = DirectoryLock(descriptor)
             if _is_still(path, key):
-                _held[key] = lock
+                lock = _held[key] = DirectoryLock(descriptor)
                 return lock
-            lock.release()  # what was locked is what a run that has ended has taken away
+            os.close(descriptor)  # what was locked is what a run that has ended has taken away
 
 
 def check_free(path: str | Path) -> None:
@@ -79,8 +78,7 @@ def check_free(path: str | Path) -> None:
         TacoError: it is in use.
     """
     if Path(path).is_dir():
-        lock = hold(path)
-        del lock
+        hold(path)  # and lets go of it
 
 
 def _identity(found: os.stat_result) -> tuple[int, int]:

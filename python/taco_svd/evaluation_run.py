@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-import taco_kernels
 
 from .calibration import check_vocabulary, context_length, embedding_weight, sample_from_model, tokenize
 from .checkpoint import load_model, parameter_count, weight_bytes
@@ -21,6 +18,7 @@ from .evaluation import perplexity, resolve_windows
 from .harness import require_harness, run_tasks
 from .modeling import CompressedModel
 from .plan import Plan
+from .plan import versions as package_versions
 from .progress import Progress, Silent
 from .report import NOT_ASKED
 from .source_model import check_source, source_path
@@ -172,9 +170,4 @@ def _dense(model: PreTrainedModel, name: str | None, against: str | None) -> tup
 
 def versions() -> dict[str, str]:
     """What made a result: this package and what it computes with."""
-    return {
-        "taco_kernels": taco_kernels.__version__,
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
+    return {**package_versions(), "python": platform.python_version()}

@@ -42,8 +42,8 @@ from .loss_curves import divergence_between
 from .mapped import not_finite, weight_sums
 from .model_checks import check_structure, check_weights, factorisable, fitting, refuse_compressed
 from .modeling import as_compressed
-from .plan import Plan
-from .planning import analysis, config_of, describe_source, make_plan, versions
+from .plan import Plan, versions
+from .planning import analysis, config_of, describe_source, make_plan
 from .progress import Progress, Silent
 from .quantisation import quantise
 from .replacement import drop_layers, structural_copy

@@ -14,6 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
+import taco_kernels
+
 from .errors import TacoError
 from .json_values import without_infinities
 from .structure import Structure
@@ -27,6 +32,15 @@ METHODS = (
 )  # fmt: skip
 # Methods that take layers out whole: no compression ratio applies to them.
 REMOVING_METHODS = ("removal", "bridge", "sleb", "replaceme")
+
+
+def versions() -> dict[str, str]:
+    """What computes here: this package, torch and transformers."""
+    return {
+        "taco_kernels": taco_kernels.__version__,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+    }
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import PreTrainedModel
-
-import taco_kernels
 
 from .allocation import Sizes, bridge_structure, low_rank_structure, removal_structure, structure_parameters
 from .architectures import Architecture
@@ -27,7 +24,7 @@ from .importance import LayerImportance, rank_layers
 from .mapped import is_mapped
 from .model_checks import check_model, factorisable
 from .one_shot import importance_and_attribution
-from .plan import Plan
+from .plan import Plan, versions
 from .progress import Progress, Silent
 from .suffix import SuffixRunner, evaluating
 from .taco import BRIDGE_GRADIENT_DAMPING, GRADIENT_DAMPING, INPUT_DAMPING, Analysis
@@ -170,14 +167,6 @@ def make_plan(
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
     """Tuples as lists, as JSON has them."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-
-
-def versions() -> dict[str, str]:
-    return {
-        "taco_kernels": taco_kernels.__version__,
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-    }
 
 
 def describe_source(model: PreTrainedModel) -> dict[str, Any]:

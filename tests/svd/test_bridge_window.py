@@ -11,7 +11,8 @@ from transformers import LlamaForCausalLM
 
 from taco_svd import bridge_window as module
 from taco_svd.architectures import Architecture
-from taco_svd.bridge_window import LEAST_ROUNDS, MOST_ROUNDS, BridgeWindows, overhead_in_windows
+from taco_svd.bridge_share import LEAST_SAMPLES, MOST_SAMPLES
+from taco_svd.bridge_window import BridgeWindows, overhead_in_windows
 from taco_svd.export import with_layers_removed
 from taco_svd.replacement import LowRankBridge, attach_bridge
 
@@ -116,7 +117,7 @@ def test_off_is_removal_and_the_model_is_itself_again(compressed_tiny: Callable)
     assert not any(layer._forward_hooks for layer in Architecture(model).layers)
 
 
-@pytest.mark.parametrize("seconds, expected", [(0.0, LEAST_ROUNDS), (16 * 4 * 32.5, 34), (1e9, MOST_ROUNDS)])
+@pytest.mark.parametrize("seconds, expected", [(0.0, LEAST_SAMPLES), (16 * 4 * 32.5, 34), (1e9, MOST_SAMPLES)])
 def test_it_ends_in_time_on_an_even_round(seconds: float, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     clocked = Clocked((2,), monkeypatch)
     monkeypatch.setattr(clocked.model, "forward", lambda *_: None)
