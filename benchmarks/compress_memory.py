@@ -61,6 +61,7 @@ def child(shape: str, depth: int, method: str, samples: int, seq_len: int, layer
     from taco_svd import compress
     from taco_svd.calibration import Calibration
     from taco_svd.memory import release
+    from taco_svd.options import CompressionOptions
     from taco_svd.planning import make_plan
     from taco_svd.taco import GRADIENT_DAMPING, INPUT_DAMPING
 
@@ -73,7 +74,11 @@ def child(shape: str, depth: int, method: str, samples: int, seq_len: int, layer
     plan = None
     if method == "taco-build":
         layers = list(range(1, depth))
-        plan = make_plan(model, Calibration(tokens, "tokens", 0), "svd", None, layers, 0.8, "bi", None, True)
+        plan = make_plan(
+            model,
+            Calibration(tokens, "tokens", 0),
+            CompressionOptions(method="svd", layers=layers, compression_ratio=0.8),
+        )
         options = {"input_damping": INPUT_DAMPING, "gradient_damping": GRADIENT_DAMPING, "consistency": True}
         plan = dataclasses.replace(plan, method="taco", options=options)
     release()  # what was freed, and compress would give back, is not ours either

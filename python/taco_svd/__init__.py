@@ -17,6 +17,7 @@ from .structure import BridgeSpec, Structure
 if TYPE_CHECKING:
     from .adapters import with_lora_support
     from .checkpoint import save_compressed
+    from .options import CompressionOptions
     from .pipeline import apply_plan, compress
     from .plan import Plan
     from .planning import make_plan
@@ -25,6 +26,7 @@ register()
 hook()
 
 _LATER = {
+    "CompressionOptions": "options",
     "Plan": "plan",
     "apply_plan": "pipeline",
     "compress": "pipeline",
@@ -51,6 +53,7 @@ def __dir__() -> list[str]:
 __all__ = [
     "BridgeSpec",
     "CompressedModel",
+    "CompressionOptions",
     "Plan",
     "Structure",
     "TacoError",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .architectures import Architecture, LinearSite, dense_weight, linear_shape
+from .architectures import Architecture, dense_weight, linear_shape
 from .errors import TacoError
 from .plan import REMOVING_METHODS
 from .structure import BridgeSpec, Structure
@@ -139,7 +139,7 @@ def _unreachable(keep: float, least: float, method: str) -> str:
 def low_rank_structure(architecture: Architecture, redundant: list[int], compression_ratio: float) -> Structure:
     """All layers stay; every linear map of a redundant layer is factorised at the paper's rank for ratio c."""
     ranks = {
-        path: paper_rank(*linear_shape(architecture.module(LinearSite(0, path, ""))), compression_ratio)
+        path: paper_rank(*linear_shape(architecture.module(architecture.site(0, path))), compression_ratio)
         for path in architecture.paths
     }
     depth = len(architecture.layers)
@@ -195,11 +195,11 @@ def structure_parameters(architecture: Architecture, structure: Structure) -> in
     total = sizes.total - len(structure.removed) * sizes.layer
     for ranks in structure.low_rank.values():
         for path, rank in ranks.items():
-            m, n = dense_weight(architecture.module(LinearSite(0, path, ""))).shape
+            m, n = dense_weight(architecture.module(architecture.site(0, path))).shape
             total += rank * (m + n) - m * n
     for specs in structure.narrow.values():
         for path, spec in specs.items():
-            dense = architecture.module(LinearSite(0, path, ""))
+            dense = architecture.module(architecture.site(0, path))
             m, n = dense_weight(dense).shape
             stored = {"rows": spec.rows, "columns": spec.columns, "none": 0}[spec.spread]
             lost_bias = (m - spec.rows) * (getattr(dense, "bias", None) is not None)

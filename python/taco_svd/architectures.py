@@ -10,8 +10,9 @@ says what was found.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,6 +47,14 @@ class LinearSite:
     @property
     def name(self) -> str:
         return f"{self.layer}.{self.path}"
+
+
+def set_config(model: nn.Module, config: Any) -> None:
+    """Gives a model another config: attention blocks and the inner model hold it too, and read it in forward."""
+    old = model.config
+    for module in model.modules():
+        if getattr(module, "config", None) is old:
+            module.config = config
 
 
 class Architecture:
@@ -216,6 +225,19 @@ class Architecture:
         assert isinstance(stack, nn.ModuleList)
         return stack
 
+    def put_layers(self, layers: Iterable[nn.Module]) -> None:
+        """Makes these the model's stack, and tells their attention blocks which layers of it they are."""
+        stack = nn.ModuleList(layers)
+        self.model.set_submodule(self.stack_path, stack)
+        for position, layer in enumerate(stack):
+            for module in layer.modules():
+                if isinstance(getattr(module, "layer_idx", None), int):
+                    module.layer_idx = position  # type: ignore[assignment]
+
+    def site(self, layer: int, path: str) -> LinearSite:
+        """The linear map at `path` of a layer, as `sites` names it."""
+        return LinearSite(layer, path, self.block_of(path))
+
     def block_of(self, path: str) -> str:
         return "attention" if path == self._attention_path or path.startswith(self._attention_path + ".") else "mlp"
 
@@ -223,10 +245,7 @@ class Architecture:
         """All linear maps of the given layers (default: all), in module order, of one block or of both."""
         chosen = range(len(self.layers)) if layers is None else layers
         return [
-            LinearSite(layer, path, self.block_of(path))
-            for layer in chosen
-            for path in self.paths
-            if block in (None, self.block_of(path))
+            self.site(layer, path) for layer in chosen for path in self.paths if block in (None, self.block_of(path))
         ]
 
     def module(self, site: LinearSite) -> nn.Module:

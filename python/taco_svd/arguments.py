@@ -74,8 +74,10 @@ def _refuse_quantised(model: PreTrainedModel) -> None:
 
 
 def check_given_tokenizer(tokenizer: Any) -> None:
-    """Raises:
-    TacoError: no tokenizer of transformers; a processor has one.
+    """Refuses what is not a tokenizer of transformers.
+
+    Raises:
+        TacoError: no tokenizer of transformers; a processor has one.
     """
     if tokenizer is None or isinstance(tokenizer, PreTrainedTokenizerBase):
         return

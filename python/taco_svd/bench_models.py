@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .allocation import DEFAULT_COMPRESSION_RATIO, Sizes, bridge_structure, layers_and_ratio, low_rank_structure
-from .architectures import Architecture, LinearSite, linear_shape, slice_config
+from .architectures import Architecture, linear_shape, slice_config
 from .budget import LARGE_MAP, LEAST_SAVING, RANK_MULTIPLE, factor_parameters
 from .errors import TacoError
 from .export import dense_stand_in, with_layers_removed
@@ -108,7 +108,7 @@ def uniform_pivoted_structure(architecture: Architecture, keep: float) -> Struct
     ranks: dict[str, int] = {}
     pivoted: list[str] = []
     for path in architecture.paths:
-        m, n = linear_shape(architecture.module(LinearSite(0, path, "")))
+        m, n = linear_shape(architecture.module(architecture.site(0, path)))
         # r (m + n - r) = share m n
         rank = int(((m + n) - math.sqrt((m + n) ** 2 - 4 * share * m * n)) / 2)
         step = RANK_MULTIPLE if min(m, n) >= LARGE_MAP else 1
@@ -209,7 +209,7 @@ def from_shape(
     fill = RandomFill(dtype, seed=1)
     for layer, ranks in structure.low_rank.items():
         for path, rank in ranks.items():
-            site = LinearSite(layer, path, "")
+            site = architecture.site(layer, path)
             old = architecture.module(site)
             out_features, in_features = linear_shape(old)
             bias, pivoted = getattr(old, "bias", None) is not None, structure.is_pivoted(layer, path)

@@ -112,8 +112,10 @@ def check_vocabulary(tokens: torch.Tensor, model: PreTrainedModel) -> None:
 
 
 def check_seed(seed: int) -> None:
-    """Raises:
-    TacoError: a seed that random generators do not take.
+    """Refuses seeds that do not fit in 64 bits.
+
+    Raises:
+        TacoError: a seed that random generators do not take.
     """
     if not -(1 << 63) <= seed < 1 << 63:
         raise TacoError(f"--seed must fit in 64 bits, got {str(seed)[:40]}.")

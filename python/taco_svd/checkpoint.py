@@ -121,11 +121,15 @@ def save_compressed(
     out: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     force: bool = False,
-    max_shard_size: str = "5GB",
+    max_shard_size: int | str | None = None,
 ) -> None:
     """Writes a compressed model as a checkpoint that `from_pretrained` loads after ``import taco_svd``.
 
     Safetensors and JSON only: weights (sharded), config, generation config, tokenizer, plan.
+
+    Args:
+        max_shard_size: of a weight file, in bytes or as text ("5GB"); default: 5 GB, of a model that is streamed from
+            its files 1 GB, since one shard is in memory at a time.
 
     Raises:
         TacoError: see `write_whole`; or the model is not a compressed one.
@@ -135,10 +139,10 @@ def save_compressed(
 
     def write(directory: Path) -> None:
         if is_mapped(model):
-            save_mapped(model, directory)
+            save_mapped(model, directory, max_shard_size or "1GB")
             write_checksums(directory)
         else:
-            model.save_pretrained(directory, max_shard_size=max_shard_size)
+            model.save_pretrained(directory, max_shard_size=max_shard_size or "5GB")
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
         plan.save(directory / PLAN_FILE)

@@ -5,7 +5,6 @@ On a GPU both are of CUDA graphs (not yet run on one): eager decoding takes what
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .allocation import bridge_structure
-from .architectures import Architecture, slice_config
+from .architectures import Architecture, set_config, slice_config
 from .bench import weight_bytes_of, work
 from .bench_runner import PHASES, Runner
 from .budget import Costs
@@ -22,6 +21,7 @@ from .calibration import context_length
 from .device_costs import DeviceCosts
 from .errors import TacoError
 from .experts import open_modules
+from .options import parse_latency
 from .progress import Progress, Silent
 from .replacement import drop_layers, structural_copy
 from .structure import Structure
@@ -31,44 +31,6 @@ from .wide_products import in_natural_products
 # rest covers the interval's width and what single calls do not show.
 SAFETY = 2 / 3
 PROMPT = 512
-
-_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-
-
-def parse_keep(text: str | float) -> tuple[float | None, int | None]:
-    """(share, bytes), one of them None: ``0.8`` is a share of the parameters, ``4.2GB`` or ``900MiB`` are bytes.
-
-    Raises:
-        TacoError: neither.
-    """
-    if not isinstance(text, str):
-        return float(text), None
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", text)
-    if match and not match[2]:
-        return float(match[1]), None
-    if match and match[2].lower() in _UNITS:
-        return None, int(float(match[1]) * _UNITS[match[2].lower()])
-    raise TacoError(f"--keep takes a share of the parameters (0.8) or bytes (4.2GB, 900MiB), got {text!r}.")
-
-
-def parse_latency(text: str | float) -> tuple[float | None, float | None]:
-    """(fraction of the dense model's, seconds per decoded token), one of them None: ``0.8``, or ``12.5ms``.
-
-    Raises:
-        TacoError: neither, or not above zero.
-    """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(ms)?\s*", str(text))
-    if not match or float(match[1]) <= 0:
-        raise TacoError(
-            f"--max-latency takes a fraction of the dense model's (0.8) or milliseconds per decoded token (12.5ms), "
-            f"got {text!r}."
-        )
-    value = float(match[1])
-    if match[2]:
-        return None, value / 1e3
-    if value >= 1:
-        raise TacoError(f"--max-latency as a fraction must be below 1, got {text}; milliseconds are written {text}ms.")
-    return value, None
 
 
 @in_natural_products
@@ -99,10 +61,7 @@ def without_layers(model: PreTrainedModel, gone: list[int]) -> PreTrainedModel:
     depth = len(Architecture(bare).layers)
     keep = [layer for layer in range(depth) if layer not in gone]
     drop_layers(Architecture(bare), keep)
-    config, old = slice_config(model.config, keep), bare.config
-    for module in bare.modules():
-        if getattr(module, "config", None) is old:
-            module.config = config  # type: ignore[assignment]
+    set_config(bare, slice_config(model.config, keep))
     return bare.eval()
 
 
@@ -277,45 +236,3 @@ class LatencyCosts(Costs):
             "predicted_latency": cost,
             "prompt": self.prompt,
         }
-
-
-@dataclass(frozen=True)
-class CostBudget:
-    """What a budget asks for beside a share of parameters; everything None asks for nothing.
-
-    Attributes:
-        keep_bytes: bytes of all weights that may remain.
-        max_overhead: method "bridge": cost of all bridges over the latency of bare removal.
-        max_latency: method "taco": see `parse_latency`.
-    """
-
-    keep_bytes: int | None = None
-    max_overhead: float | None = None
-    max_latency: str | float | None = None
-
-    def check(
-        self,
-        method: str,
-        keep: float | None,
-        layers: Any,
-        bridge_rank: int | None,
-        compression_ratio: float | None = None,
-    ) -> None:
-        """Raises TacoError for budgets that contradict each other or the method; long work comes later."""
-        if self.max_overhead is not None:
-            if method != "bridge":
-                raise TacoError(
-                    "--max-overhead goes with --method bridge; --method taco takes --max-latency, or a --keep."
-                )
-            if bridge_rank is not None:
-                raise TacoError("Give --max-overhead or --bridge-rank, not both.")
-            if not 0 < self.max_overhead < 1:
-                raise TacoError(f"--max-overhead must be above 0 and below 1 (0.003 is 0.3%), got {self.max_overhead}.")
-        if self.max_latency is not None:
-            if method != "taco":
-                raise TacoError("--max-latency goes with --method taco.")
-            if keep is not None or self.keep_bytes is not None or layers is not None:
-                raise TacoError("--max-latency is a budget of its own: leave out --keep and --layers.")
-            if compression_ratio is not None:
-                raise TacoError("--compression-ratio goes with --layers; --max-latency decides every rank by itself.")
-            parse_latency(self.max_latency)

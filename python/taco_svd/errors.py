@@ -1,4 +1,4 @@
-"""The one exception type that means "the input is wrong, and here is what to do about it"."""
+"""`TacoError` and its kinds: what a user can mend, and work that was stopped from outside."""
 
 from __future__ import annotations
 

@@ -144,8 +144,13 @@ def _dense(model: PreTrainedModel, name: str | None, against: str | None) -> tup
         return None, NOT_ASKED
     compressed = isinstance(model, CompressedModel)
     if against is None:
-        if not compressed or name is None:
+        if not compressed:
             return None, "this is a dense model; --against MODEL compares it with another one"
+        if name is None:
+            return (
+                None,
+                "it is not known which directory the model came from; --against MODEL (against=) names the dense one",
+            )
         try:
             # of a model from the hub there is no file of that name
             plan = model.current_plan if isinstance(model, CompressedModel) else None

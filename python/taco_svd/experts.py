@@ -52,7 +52,8 @@ class OpenExperts(nn.ModuleList):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """
+        """Each token's experts, weighted and added up.
+
         Args:
             hidden_states: [tokens, hidden].
             top_k_index: int64 [tokens, k], the experts of each token; a number beyond the last expert is none.

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .architectures import Architecture, copy_implementations, slice_config
+from .architectures import Architecture, copy_implementations, set_config, slice_config
 from .errors import TacoError
 from .experts import OpenExperts, put_module, stacked
 from .int8_linear import SCALES, Int8LowRankLinear
@@ -37,11 +37,8 @@ def _base_class(model: PreTrainedModel) -> type[PreTrainedModel]:
 
 def as_ordinary(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
     """Gives a compressed model whose modules are all ordinary its base class and `config`, in place."""
-    old_config = model.config
     model.__class__ = _base_class(model)
-    for module in model.modules():
-        if getattr(module, "config", None) is old_config:
-            module.config = config  # type: ignore[assignment]
+    set_config(model, config)
     return model
 
 
@@ -173,10 +170,5 @@ def dense_stand_in(model: PreTrainedModel, source_config: dict[str, Any]) -> Pre
         else:
             # a deep copy with weights of its own: shared weights would be found in the cache
             restored.append(copy.deepcopy(layers[min(source, len(layers) - 1)]))
-    parent_path, _, name = architecture.stack_path.rpartition(".")
-    setattr(dense.get_submodule(parent_path), name, nn.ModuleList(restored))
-    for position, layer in enumerate(restored):
-        for module in layer.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx = position
+    architecture.put_layers(restored)
     return as_ordinary(dense, config)

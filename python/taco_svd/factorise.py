@@ -47,7 +47,7 @@ def factorise(
         TacoError: when the plan's method makes no low-rank layers.
     """
     if plan.method == "svd":
-        _factorise_plain(architecture, plan, runner, progress, store)
+        _factorise_plain(architecture, plan, progress, store)
     elif plan.method == "paper":
         _factorise_paper(architecture, plan, runner, progress, store, attributed)
     else:
@@ -62,7 +62,7 @@ def check_ranks(architecture: Architecture, structure: Structure) -> None:
         for path, rank in ranks.items():
             if path not in architecture.paths:
                 raise TacoError(f"The plan names {path!r}; this model has {', '.join(architecture.paths)}.")
-            shape = linear_shape(architecture.module(LinearSite(layer, path, "")))
+            shape = linear_shape(architecture.module(architecture.site(layer, path)))
             if rank > min(shape):
                 raise TacoError(f"The plan wants rank {rank} for layer {layer}, {path}, a {shape[0]} x {shape[1]} map.")
     hidden = architecture.model.config.hidden_size
@@ -111,9 +111,7 @@ def _planned_sites(architecture: Architecture, plan: Plan) -> list[LinearSite]:
     return [site for site in architecture.sites() if site.path in plan.structure.low_rank.get(site.layer, {})]
 
 
-def _factorise_plain(
-    architecture: Architecture, plan: Plan, runner: SuffixRunner, progress: Progress, store: Store | None
-) -> None:
+def _factorise_plain(architecture: Architecture, plan: Plan, progress: Progress, store: Store | None) -> None:
     """Largest singular values of each weight."""
     sites = _planned_sites(architecture, plan)
     layers = sorted({site.layer for site in sites})

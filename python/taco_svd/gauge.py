@@ -30,8 +30,7 @@ def pivoted_factors(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, tor
     # Orthonormal rows first: the choice of inputs and what follows then do not suffer from v's scaling.
     q, r = torch.linalg.qr(v.detach().double().T)  # v = r^T q^T
     left = u.detach().double() @ r.T
-    _, pivots, _ = _lu(q)
-    order = pivots
+    order = _row_order(q)
     chosen, rest = order[:rank], order[rank:]
     between = torch.linalg.solve(q[chosen].T, q[rest].T)  # [rank, in - rank]
     for _ in range(MOST_EXCHANGES if rest.numel() else 0):
@@ -59,10 +58,10 @@ def random_pivot(in_features: int, rank: int, generator: torch.Generator | None 
     return torch.cat([order[:rank].sort().values, order[rank:].sort().values]).to(torch.int32)
 
 
-def _lu(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """LU with row pivoting of a tall matrix; the pivots as a permutation of its rows, the chosen ones first."""
-    factors, swaps = torch.linalg.lu_factor(q)
+def _row_order(q: torch.Tensor) -> torch.Tensor:
+    """A permutation of the rows of a tall matrix: those that an LU decomposition with row pivoting chooses first."""
+    _, swaps = torch.linalg.lu_factor(q)
     order = list(range(q.shape[0]))
     for i, j in enumerate((swaps - 1).tolist()):
         order[i], order[j] = order[j], order[i]
-    return factors, torch.tensor(order, device=q.device), swaps
+    return torch.tensor(order, device=q.device)

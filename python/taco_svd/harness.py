@@ -24,8 +24,10 @@ Z95 = 1.959963984540054
 
 
 def require_harness() -> None:
-    """Raises:
-    TacoError: lm-evaluation-harness is not installed.
+    """Checks that lm-evaluation-harness can be imported.
+
+    Raises:
+        TacoError: lm-evaluation-harness is not installed.
     """
     try:
         import lm_eval  # noqa: F401

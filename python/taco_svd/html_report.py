@@ -1,7 +1,7 @@
 """One self-contained HTML page about a compressed model: no scripts, no network, pictures inside.
 
-`gather` measures and collects a plain record; `render` turns a record into the page. Everything that comes from files
-is escaped; pictures are SVG inside image elements, where nothing in them can run.
+`report_data.gather` measures and collects a plain record; `render` turns a record into the page. Everything that comes
+from files is escaped; pictures are SVG inside image elements, where nothing in them can run.
 """
 
 from __future__ import annotations
@@ -61,8 +61,10 @@ def picture(figure: Figure, about: str) -> str:
 
 
 def check_pictures() -> None:
-    """Raises:
-    TacoError: matplotlib (extra ``taco-kernels[plot]``) is missing.
+    """Checks that pictures can be drawn.
+
+    Raises:
+        TacoError: matplotlib (extra ``taco-kernels[plot]``) is missing.
     """
     try:
         from . import figures  # noqa: F401

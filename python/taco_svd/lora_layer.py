@@ -108,8 +108,10 @@ def lora_class() -> type[nn.Module]:
             return change
 
         def check_merge(self, names: list[str]) -> None:
-            """Raises:
-            TacoError: the adapters `names` cannot be merged here.
+            """Refuses adapters that a factorised layer cannot take into its factors.
+
+            Raises:
+                TacoError: the adapters `names` cannot be merged here.
             """
             base = self.get_base_layer()
             where = self.kwargs.get("target_name") or "A factorised map"

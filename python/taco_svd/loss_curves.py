@@ -53,13 +53,11 @@ class LossCurves:
     Attributes:
         maps: per linear map float64 [full rank + 1]: the loss when that many directions stay; 0 at full rank.
         removal: per layer the loss when it is taken out.
-        measured: what was measured: (map, rank, loss).
         bridged: per run of layers (first, last) the rank and the loss when one bridge stands for it.
     """
 
     maps: Mapping[LinearSite, torch.Tensor]
     removal: Mapping[int, float]
-    measured: tuple[tuple[LinearSite, int, float], ...] = field(default=())
     bridged: Mapping[Run, tuple[int, float]] = field(default_factory=dict)
 
 
@@ -202,8 +200,7 @@ class CurveMeasurement:
             site: scaled_curve(tail, points.get(site) or _between(site, tail, points, tails, self.shares)).cpu()
             for site, tail in tails.items()
         }
-        measured = tuple((site, rank, loss) for site, values in points.items() for rank, loss in values)
-        return LossCurves(curves, removal, measured, spans)
+        return LossCurves(curves, removal, spans)
 
     # -- one group of layers ----------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -101,31 +102,24 @@ def model_of(
     return model.eval()
 
 
-def save_mapped(model: PreTrainedModel, directory: Path, shard_bytes: int = 1 << 30) -> None:
+def save_mapped(model: PreTrainedModel, directory: Path, max_shard_size: int | str = "1GB") -> None:
     """As ``model.save_pretrained(directory)``, with at most a shard in memory.
 
     For models whose parameters have the names of their checkpoint, as `load_mapped` makes them.
     """
     tensors = {**dict(model.named_parameters()), **lasting_buffers(model)}
-    shards: list[list[str]] = [[]]
-    used = 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        if shards[-1] and used + size > shard_bytes:
-            shards.append([])
-            used = 0
-        shards[-1].append(name)
-        used += size
-    places: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file = WEIGHTS_FILE if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+    split = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.numel() * tensor.element_size(),
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    for file, names in split.filename_to_tensors.items():
         save_file({name: tensors[name].detach().contiguous() for name in names}, directory / file, {"format": "pt"})
         for name in names:
             page_out_tensor(tensors[name])
-            places[name] = file
-    if len(shards) > 1:
-        total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": places}
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(directory)

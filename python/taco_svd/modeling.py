@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.hub import cached_file
 
-from .architectures import PER_LAYER_CONFIG_LISTS, copy_implementations
+from .architectures import PER_LAYER_CONFIG_LISTS, copy_implementations, set_config
 from .checksums import check_checksums, write_checksums
 from .errors import TacoError
 from .int8_linear import SCALES, Int8LowRankLinear
@@ -59,8 +59,10 @@ class CompressedConfig:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Raises:
-        TacoError: the structure is damaged, or the base config is none.
+        """The config of a checkpoint; what it says of the structure is checked.
+
+        Raises:
+            TacoError: the structure is damaged, or the base config is none.
         """
         values = dict(config_dict)
         if "base_config" in values:
@@ -410,12 +412,8 @@ def as_compressed(model: PreTrainedModel, config: PreTrainedConfig, structure: S
     compressed_config = model_class.config_class.from_dict({**config.to_dict(), "taco_svd": structure.to_dict()})
     compressed_config._name_or_path = config._name_or_path
     copy_implementations(config, compressed_config)
-    old_config = model.config
     model.__class__ = model_class
-    for module in model.modules():
-        # attention blocks and the inner model hold the config too, and read it in forward
-        if getattr(module, "config", None) is old_config:
-            module.config = compressed_config  # type: ignore[assignment]
+    set_config(model, compressed_config)
     model._no_split_modules = set(model._no_split_modules or ()) | set(model_class._no_split_modules or ())
     return model
 

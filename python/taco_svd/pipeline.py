@@ -12,14 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .architectures import Architecture, slice_config
-from .arguments import (
-    check_given_model,
-    check_given_tokenizer,
-    fraction_or_none,
-    given_layers,
-    whole_number,
-    whole_or_none,
-)
+from .arguments import check_given_model, check_given_tokenizer, whole_number, whole_or_none
 from .baselines import BASELINES, Workspace
 from .calibration import (
     HELD_OUT_SHARE,
@@ -31,8 +24,6 @@ from .calibration import (
     recognised,
 )
 from .checkpoint import OF_THE_MODEL, parameter_count, weight_bytes
-from .choices import check_choices, count_and_ratio, how_many, named_layers, share_of_parameters
-from .cost_budget import CostBudget, parse_keep
 from .decomposition import numerical_errors_named
 from .errors import TacoError
 from .experts import EXPERTS, set_idle
@@ -40,15 +31,17 @@ from .factorise import factorise
 from .gathering import gathered, is_scattered
 from .loss_curves import divergence_between
 from .mapped import not_finite, weight_sums
-from .model_checks import check_structure, check_weights, factorisable, fitting, refuse_compressed
+from .model_checks import check_structure, check_weights, fitting, refuse_compressed
 from .modeling import as_compressed
+from .options import CompressionOptions, resolve
 from .plan import Plan, versions
-from .planning import analysis, config_of, describe_source, make_plan
+from .planning import analysis, config_of, decide, describe_source
 from .progress import Progress, Silent
 from .quantisation import quantise
 from .replacement import drop_layers, structural_copy
 from .sequential import held_out_windows
 from .shapes import skeleton
+from .store import Store
 from .suffix import SuffixRunner, evaluating
 from .taco import build_upwards
 from .team import Team
@@ -184,7 +177,7 @@ def compress(
         progress: is told of every step (`progress.Progress`); default: nobody is.
         workspace: statistics of the dense model, to be shared by calls on the same model and calibration.
         consistency: methods "taco" and "bridge" re-fit the maps that write to the residual stream (see `consistency`).
-        plan: carries out this plan instead of making one (method, keep, layers ... are then not looked at).
+        plan: carries out this plan instead of making one; method, keep, layers ... are then left out.
         work_dir: keeps finished steps in this directory, so that the same call with `resume` goes on from them after
             an interruption and gives the same bits. The compressed model's factors are mapped from its files: delete
             it once the model is saved (`taco-svd compress` does both).
@@ -201,30 +194,33 @@ def compress(
     Raises:
         TacoError: anything wrong with the arguments, the model, the tokenizer or the text, before long work.
     """
-    progress = progress or Silent()
+    progress, team = progress or Silent(), team or Team()
     check_given_model(model)
     check_given_tokenizer(tokenizer)
-    layers, samples, seed = given_layers(layers), whole_number("samples", samples), whole_number("seed", seed)
-    seq_len, bridge_rank = whole_or_none("seq_len", seq_len), whole_or_none("bridge_rank", bridge_rank)
-    if not isinstance(keep, str):
-        keep = fraction_or_none("keep", keep)
-    compression_ratio = fraction_or_none("compression_ratio", compression_ratio)
-    max_overhead = fraction_or_none("max_overhead", max_overhead)
-    if plan is not None and not isinstance(plan, Plan):
-        raise TacoError(f"plan must be a Plan, got {type(plan).__name__}; Plan.load reads one from a file.")
+    samples, seed, seq_len = (
+        whole_number("samples", samples),
+        whole_number("seed", seed),
+        whole_or_none("seq_len", seq_len),
+    )
+    options = CompressionOptions(
+        method=method,
+        keep=keep,
+        layers=layers,
+        compression_ratio=compression_ratio,
+        importance=importance,
+        bridge_rank=bridge_rank,
+        one_shot=one_shot,
+        consistency=consistency,
+        max_overhead=max_overhead,
+        max_latency=max_latency,
+        experts=experts,
+    )
+    _check_given_plan(plan, options)
     if work_dir is not None and not isinstance(work_dir, (str, Path)):
         raise TacoError(f"work_dir must be the name of a directory, got {work_dir!r:.80}.")
-    share, keep_bytes = (None, None) if keep is None else parse_keep(keep)
-    budget = CostBudget(keep_bytes, max_overhead, max_latency)
-    team = team or Team()
     if not isinstance(calibration, (str, Path)) or (team.rank == 0 and not resume):  # see where it is loaded
         calibration = recognised(calibration)
-    if team.size > 1 and plan is None and (max_overhead is not None or max_latency is not None):
-        raise TacoError(
-            "A budget of time is measured by one process that has the machine to itself: start one, or give --keep."
-        )
-    if team.size > 1 and (method if plan is None else plan.method) not in TEAM_METHODS:
-        raise TacoError(f"Several processes work on --method {', '.join(TEAM_METHODS)} only; start one for {method}.")
+    _check_team(team, plan, options)
     if work_dir is not None:
         check_work_directory(work_dir, resume)
         if workspace is not None:
@@ -243,19 +239,7 @@ def compress(
     if plan is not None:
         fitting(architecture, plan)
     else:  # what the arguments alone can tell, before calibration takes its time
-        timed = max_latency is not None
-        check_choices(method, importance, bridge_rank, one_shot, consistency, layers, keep, timed)
-        named_layers(architecture, layers)
-        budget.check(method, share, layers, bridge_rank, compression_ratio)
-        seen = factorisable(architecture, method, experts, timed=timed)
-        if max_latency is None:
-            part = share
-            if keep_bytes is not None:
-                whole = weight_bytes(model)
-                if not 0 < keep_bytes < whole:
-                    raise TacoError(f"--keep {keep} must be above 0 and below the model's {whole:,} bytes of weights.")
-                part = share_of_parameters(model, keep_bytes)
-            count_and_ratio(seen, method, part, how_many(layers), compression_ratio, bridge_rank)
+        resolve(options, architecture, model)
     if scattered:
         with progress.step("bringing the weights together") as report:
             model = gathered(model, None if work_dir is None else Path(work_dir).absolute().parent, team, report)
@@ -266,81 +250,38 @@ def compress(
     store = None
     if work_dir is not None:
         arguments = {
-            "method": method,
-            "keep": keep,
-            "layers": layers,
-            "compression_ratio": compression_ratio,
+            **dataclasses.asdict(options),
             "calibration": _calibration_name(calibration),
             "samples": samples,
             "seq_len": seq_len,
             "seed": seed,
-            "importance": importance,
-            "bridge_rank": bridge_rank,
-            "one_shot": one_shot,
-            "consistency": consistency,
-            "max_overhead": max_overhead,
-            "max_latency": max_latency,
-            "experts": experts,
             "plan": None if plan is None else hashlib.sha256(json.dumps(plan.to_dict()).encode()).hexdigest(),
         }
         digest = hashlib.sha256(json.dumps(config_of(model), sort_keys=True).encode()).hexdigest()
         run = {**arguments, "weights": weights_digest(looked), "config": digest, "versions": versions()}
-        run["processes"] = team.size
-        store = open_run(work_dir, run, resume, team)
-        if "calibration" in store:
-            kept = store.note("calibration")
-            calibration = Calibration(store.get("calibration")["tokens"], kept["source"], kept["seed"])
-    if not isinstance(calibration, Calibration):
-        with progress.step("calibration text") as report:
-            if team.rank == 0:
-                calibration = load_calibration(calibration, model, tokenizer, samples, seq_len, seed, report)
-        calibration = team.broadcast(calibration)
-        assert isinstance(calibration, Calibration)
-    if team.size > 1 and len(calibration.tokens) < HELD_OUT_SHARE * team.size:
-        raise TacoError(
-            f"{team.size} processes need at least {HELD_OUT_SHARE * team.size} calibration windows, there are "
-            f"{len(calibration.tokens)}."
-        )
-    if store is not None and "calibration" not in store:
-        note = {"source": calibration.source, "seed": calibration.seed}
-        store.put("calibration", {"tokens": calibration.tokens}, note)
-    check_activations(model, calibration)
+        store = open_run(work_dir, {**run, "processes": team.size}, resume, team)
+    windows = _calibrated(calibration, model, tokenizer, (samples, seq_len, seed), store, team, progress)
+    check_activations(model, windows)
     if workspace is None:
-        workspace = Workspace(model, calibration, store, team)
-    elif not workspace.is_for(model, calibration):
+        workspace = Workspace(model, windows, store, team)
+    elif not workspace.is_for(model, windows):
         raise TacoError("The workspace belongs to another model or another calibration set.")
     if plan is None and store is not None and "plan" in store:
         plan = Plan.from_dict(store.note("plan"))
     if plan is None:
-        plan = make_plan(
-            model,
-            calibration,
-            method,
-            share,
-            layers,
-            compression_ratio,
-            importance,
-            bridge_rank,
-            consistency,
-            progress,
-            one_shot,
-            workspace,
-            architecture,
-            budget,
-            experts,
-        )
-        plan = team.broadcast(plan)  # measured costs differ from process to process
+        # measured costs differ from process to process
+        plan = team.broadcast(decide(resolve(options, architecture), options, workspace, progress))
         assert plan is not None
         if store is not None:
             store.put("plan", {}, plan.to_dict())
-    compressed, record = _carry_out(model, plan, calibration, progress, workspace)
-    windows = held_out_windows(calibration.tokens)
-    if plan.method in ("taco", "bridge") and len(windows) and "measured_loss" not in record:
+    compressed, record = _carry_out(model, plan, windows, progress, workspace)
+    held_out = held_out_windows(windows.tokens)
+    if plan.method in ("taco", "bridge") and len(held_out) and "measured_loss" not in record:
         with progress.step("measuring the loss on held-out windows"):
-            record["measured_loss"] = divergence_between(model, compressed, windows)
+            record["measured_loss"] = divergence_between(model, compressed, held_out)
     plan = dataclasses.replace(
         plan,
-        calibration=calibration.describe(),
+        calibration=windows.describe(),
         source=describe_source(model),
         result={
             **{key: value for key, value in plan.result.items() if key not in OF_THE_MODEL},
@@ -353,3 +294,64 @@ def compress(
     )
     compressed.taco_plan = plan  # type: ignore[assignment]
     return compressed, plan
+
+
+def _check_given_plan(plan: Any, options: CompressionOptions) -> None:
+    """A plan has decided what options would."""
+    if plan is None:
+        return
+    if not isinstance(plan, Plan):
+        raise TacoError(f"plan must be a Plan, got {type(plan).__name__}; Plan.load reads one from a file.")
+    if options.given():
+        raise TacoError(
+            f"The plan has decided what is compressed, how and how much; leave out {', '.join(options.given())}."
+        )
+
+
+def _check_team(team: Team, plan: Plan | None, options: CompressionOptions) -> None:
+    """What several processes cannot do together."""
+    if team.size == 1:
+        return
+    if options.max_overhead is not None or options.max_latency is not None:
+        raise TacoError(
+            "A budget of time is measured by one process that has the machine to itself: start one, or give --keep."
+        )
+    method = options.method if plan is None else plan.method
+    if method not in TEAM_METHODS:
+        raise TacoError(f"Several processes work on --method {', '.join(TEAM_METHODS)} only; start one for {method}.")
+
+
+def _calibrated(
+    given: CalibrationSource,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    draw: tuple[int, int | None, int],
+    store: Store | None,
+    team: Team,
+    progress: Progress,
+) -> Calibration:
+    """The windows that decide, the same in every process of a team; from the store where it has them.
+
+    Args:
+        given: as `recognised` gives it.
+        draw: samples, tokens per window, seed.
+    """
+    if store is not None and "calibration" in store:
+        kept = store.note("calibration")
+        given = Calibration(store.get("calibration")["tokens"], kept["source"], kept["seed"])
+    if isinstance(given, Calibration):
+        found = given
+    else:
+        with progress.step("calibration text") as report:
+            drawn = load_calibration(given, model, tokenizer, *draw, report) if team.rank == 0 else None
+        shared = team.broadcast(drawn)
+        assert isinstance(shared, Calibration)
+        found = shared
+    if team.size > 1 and len(found.tokens) < HELD_OUT_SHARE * team.size:
+        raise TacoError(
+            f"{team.size} processes need at least {HELD_OUT_SHARE * team.size} calibration windows, there are "
+            f"{len(found.tokens)}."
+        )
+    if store is not None and "calibration" not in store:
+        store.put("calibration", {"tokens": found.tokens}, {"source": found.source, "seed": found.seed})
+    return found

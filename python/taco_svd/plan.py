@@ -192,9 +192,8 @@ _FIELDS = {
         "sha256": _is_text,
     },
     "options": {
-        "input_damping": _is_number, "gradient_damping": _is_number, "consistency": lambda value: isinstance(
-            value, (bool, list)
-        ),
+        "input_damping": _is_number, "gradient_damping": _is_number,
+        "consistency": lambda value: isinstance(value, bool),
         "one_shot": lambda value: isinstance(value, bool),
     },
     "source": {

@@ -11,21 +11,21 @@ import torch
 from transformers import PreTrainedModel
 
 from .allocation import Sizes, bridge_structure, low_rank_structure, removal_structure, structure_parameters
-from .architectures import Architecture
-from .attributed import Attributed
 from .baselines import BASELINES, Workspace, choose_run, everywhere, make_budget
 from .budget import ByteCosts, Costs, allocate
 from .calibration import Calibration
 from .checkpoint import parameter_count, weight_bytes
-from .choices import check_choices, count_and_ratio, how_many, named_layers, share_of_parameters
-from .cost_budget import CostBudget, LatencyCosts, bridges_within
-from .experts import EXPERTS, open_modules
+from .cost_budget import LatencyCosts, bridges_within
+from .decomposition import numerical_errors_named
+from .experts import open_modules
 from .importance import LayerImportance, rank_layers
 from .mapped import is_mapped
-from .model_checks import check_model, factorisable
+from .model_checks import check_model
 from .one_shot import importance_and_attribution
+from .options import CompressionOptions, Resolved, resolve
 from .plan import Plan, versions
 from .progress import Progress, Silent
+from .structure import Structure
 from .suffix import SuffixRunner, evaluating
 from .taco import BRIDGE_GRADIENT_DAMPING, GRADIENT_DAMPING, INPUT_DAMPING, Analysis
 from .untrusted import printable
@@ -35,133 +35,165 @@ from .wide_products import in_wide_products
 GREEDY_SAMPLES = 16
 
 
+@numerical_errors_named()
 @in_wide_products
 @evaluating
 def make_plan(
     model: PreTrainedModel,
     calibration: Calibration,
-    method: str = "taco",
-    keep: float | None = None,
-    layers: int | list[int] | None = None,
-    compression_ratio: float | None = None,
-    importance: str = "bi",
-    bridge_rank: int | None = None,
-    consistency: bool = True,
+    options: CompressionOptions | None = None,
+    *,
     progress: Progress | None = None,
-    one_shot: bool = False,
     workspace: Workspace | None = None,
-    _architecture: Architecture | None = None,
-    cost: CostBudget | None = None,
-    experts: str = EXPERTS[0],
 ) -> Plan:
-    """Decides which layers are redundant and what replaces them; arguments as in `compress`."""
-    progress = progress or Silent()
-    cost = cost or CostBudget()
-    check_choices(method, importance, bridge_rank, one_shot, consistency, layers, keep, cost.max_latency is not None)
-    architecture = factorisable(
-        _architecture or check_model(model), method, experts, timed=cost.max_latency is not None
+    """Decides which layers are redundant and what replaces them; `apply_plan` carries that out.
+
+    Args:
+        model: a dense decoder-only transformers model; it stays as it is.
+        calibration: the windows that decide.
+        options: how much, and how: `CompressionOptions(keep=0.8)`.
+        progress: is told of every step; default: nobody is.
+        workspace: statistics of the dense model, to be shared by calls on the same model and calibration.
+
+    Raises:
+        UnsupportedModelError: the model's structure.
+        TacoError: the model is compressed already, not all here or damaged; or the options do not fit it.
+    """
+    options = options or CompressionOptions()
+    return decide(
+        resolve(options, check_model(model)),
+        options,
+        workspace or Workspace(model, calibration),
+        progress or Silent(),
     )
-    model = architecture.model
-    chosen = named_layers(architecture, layers)
-    measured: dict[str, Any]
-    attributed: Attributed | None = None
-    cost.check(method, keep, layers, bridge_rank, compression_ratio)
-    if cost.keep_bytes is not None:
-        keep = share_of_parameters(model, cost.keep_bytes)
-    count, ratio = 0, None
-    if cost.max_latency is None:
-        count, ratio = count_and_ratio(architecture, method, keep, how_many(layers), compression_ratio, bridge_rank)
-    baseline = BASELINES.get(method)
-    workspace = workspace or Workspace(model, calibration)
-    depth = len(architecture.layers)
-    if chosen is not None:
-        redundant, measured = sorted(chosen), {"measure": "given"}
-    elif everywhere(method, keep) or cost.max_latency is not None:
-        redundant, measured = list(range(depth)), {"measure": "all layers"}
-    elif method == "replaceme":
-        redundant, distances = choose_run(workspace, count, progress)
-        measured = {"measure": "cosine distance of runs", "scores": distances}
-    else:
-        importance = (baseline and baseline.importance) or importance
-        tokens = workspace.team.windows(calibration.tokens)
-        if importance == "greedy":  # one loss decides after the other: every process finds the same
-            tokens = calibration.tokens[:GREEDY_SAMPLES]
-        # a streamed model's layers are read one by one; passes over the whole model would read it once per batch
-        if one_shot and importance == "bi" and ratio is not None and not is_mapped(model):
-            with progress.step("layer importance and gradient attribution") as report:
-                ranking, attributed = importance_and_attribution(architecture, tokens, count, ratio, report)
-        else:
-            step = f"layer importance ({importance})"
 
-            def ranked() -> LayerImportance:
-                with progress.step(step) as report:
-                    return rank_layers(SuffixRunner(architecture, tokens, 0), importance, count, report, workspace.team)
 
-            # how much each layer changes the hidden states does not depend on how many layers are to go
-            ranking = workspace.keep(step if importance == "bi" else f"{step} of {count}", ranked)
-        redundant, measured = sorted(ranking.order[:count]), dataclasses.asdict(ranking)
-    options: dict[str, Any] = {}
-    result: dict[str, Any] = {}
-    if method == "removal" or (baseline is not None and baseline.removes):
-        structure = removal_structure(architecture, redundant)
-    elif method == "bridge" and cost.max_overhead is not None:
-        within = bridges_within(model, redundant, cost.max_overhead, progress=progress)
-        structure, result = within.structure, {"cost_budget": within.record}
-    elif method == "bridge":
-        structure = bridge_structure(architecture, redundant, bridge_rank)
-    elif baseline is not None and baseline.allocate is not None:
-        # entries of an index are int64, whatever the weights are
-        index_size = 1.0 if cost.keep_bytes is None else torch.int64.itemsize / model.dtype.itemsize
-        budget = make_budget(architecture, method, keep, redundant, ratio, index_size)
-        decision = baseline.allocate(workspace, budget, progress)
-        structure, options = decision.structure, decision.options
-    elif cost.max_latency is not None:
-        structure = removal_structure(architecture, [])  # taco's allocator decides below
-    else:
-        assert ratio is not None
-        structure = low_rank_structure(architecture, redundant, ratio)
-        workspace.attributed = None if attributed is None else (structure, attributed)
-    parameters = structure_parameters(architecture, structure)
-    if one_shot:
-        options = {"one_shot": True}
-    if method == "bridge":
-        options = {"gradient_damping": BRIDGE_GRADIENT_DAMPING, "consistency": consistency}
-    if method == "taco":
-        options = {
-            "input_damping": INPUT_DAMPING,
-            "gradient_damping": GRADIENT_DAMPING,
-            "consistency": consistency,
-        }
-        # with `layers`, the budget is what the paper's method needs for the same arguments
-        most: float = parameters if keep is None else int(keep * parameter_count(model))
-        costs: Costs | None = None
-        if cost.keep_bytes is not None:
-            most = cost.keep_bytes
-            costs = ByteCosts(Sizes.of(architecture), model.dtype.itemsize, weight_bytes(model))
-        elif cost.max_latency is not None:  # measured before the long work: the budget may be met already
-            costs = LatencyCosts(model, progress=progress)
-            most = costs.budget(cost.max_latency)
-        curves = analysis(workspace, model, calibration).curves(options, progress)
-        allocation = allocate(architecture, curves, most, chosen, costs)
-        structure, parameters = allocation.structure, allocation.parameters
-        result = {"budget": most, "predicted_loss": allocation.predicted_loss}
-        if costs is not None:
-            result["budget_unit"] = costs.unit
-        if isinstance(costs, LatencyCosts):
-            result["cost_budget"] = costs.record(most, allocation.cost)
-            costs.costs.close()
+def decide(resolved: Resolved, options: CompressionOptions, workspace: Workspace, progress: Progress) -> Plan:
+    """As `make_plan`, of a model that was checked and options that were held against it."""
+    architecture, model = resolved.architecture, resolved.architecture.model
+    redundant, measured = _redundant_layers(resolved, options, workspace, progress)
+    decision = _replacement(resolved, redundant, options, workspace, progress)
+    parameters = decision.result.pop("parameters", None) or structure_parameters(architecture, decision.structure)
     return Plan(
-        method=method,
-        structure=structure,
+        method=options.method,
+        structure=decision.structure,
         redundant=tuple(redundant),
-        compression_ratio=ratio,
+        compression_ratio=resolved.ratio,
         importance=_plain(measured),
-        calibration=calibration.describe(),
-        options=options,
+        calibration=workspace.calibration.describe(),
+        options=decision.options,
         source=describe_source(model),
-        result={"parameters": parameters, "share": parameters / parameter_count(model), **result},
+        result={"parameters": parameters, "share": parameters / parameter_count(model), **decision.result},
         versions=versions(),
     )
+
+
+def _redundant_layers(
+    resolved: Resolved, options: CompressionOptions, workspace: Workspace, progress: Progress
+) -> tuple[list[int], dict[str, Any]]:
+    """The layers that may be replaced, in order; and how they were found."""
+    architecture, count, ratio = resolved.architecture, resolved.count, resolved.ratio
+    if resolved.layers is not None:
+        return sorted(resolved.layers), {"measure": "given"}
+    if everywhere(options.method, resolved.share) or options.max_latency is not None:
+        return list(range(len(architecture.layers))), {"measure": "all layers"}
+    if options.method == "replaceme":
+        redundant, distances = choose_run(workspace, count, progress)
+        return redundant, {"measure": "cosine distance of runs", "scores": distances}
+    baseline = BASELINES.get(options.method)
+    importance = (baseline and baseline.importance) or options.importance
+    calibration = workspace.calibration
+    tokens = workspace.team.windows(calibration.tokens)
+    if importance == "greedy":  # one loss decides after the other: every process finds the same
+        tokens = calibration.tokens[:GREEDY_SAMPLES]
+    # a streamed model's layers are read one by one; passes over the whole model would read it once per batch
+    if options.one_shot and importance == "bi" and ratio is not None and not is_mapped(architecture.model):
+        with progress.step("layer importance and gradient attribution") as report:
+            ranking, attributed = importance_and_attribution(architecture, tokens, count, ratio, report)
+        redundant = sorted(ranking.order[:count])
+        # for `_carry_out` of the same call, if it carries out this structure
+        workspace.attributed = (low_rank_structure(architecture, redundant, ratio), attributed)
+        return redundant, dataclasses.asdict(ranking)
+    step = f"layer importance ({importance})"
+
+    def ranked() -> LayerImportance:
+        with progress.step(step) as report:
+            return rank_layers(SuffixRunner(architecture, tokens, 0), importance, count, report, workspace.team)
+
+    # how much each layer changes the hidden states does not depend on how many layers are to go
+    ranking = workspace.keep(step if importance == "bi" else f"{step} of {count}", ranked)
+    return sorted(ranking.order[:count]), dataclasses.asdict(ranking)
+
+
+@dataclasses.dataclass
+class _Replacement:
+    """What comes in place of the redundant layers, and what the plan says of how that was decided."""
+
+    structure: Structure
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    result: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def _replacement(
+    resolved: Resolved, redundant: list[int], options: CompressionOptions, workspace: Workspace, progress: Progress
+) -> _Replacement:
+    architecture, method = resolved.architecture, options.method
+    baseline = BASELINES.get(method)
+    if method == "taco":
+        return _taco(resolved, redundant, options, workspace, progress)
+    if method == "removal" or (baseline is not None and baseline.removes):
+        return _Replacement(removal_structure(architecture, redundant))
+    if method == "bridge":
+        found = _Replacement(
+            bridge_structure(architecture, redundant, options.bridge_rank),
+            {"gradient_damping": BRIDGE_GRADIENT_DAMPING, "consistency": options.consistency},
+        )
+        if options.max_overhead is not None:
+            within = bridges_within(architecture.model, redundant, options.max_overhead, progress=progress)
+            found.structure, found.result = within.structure, {"cost_budget": within.record}
+        return found
+    if baseline is not None and baseline.allocate is not None:
+        # entries of an index are int64, whatever the weights are
+        itemsize = architecture.model.dtype.itemsize
+        index_size = 1.0 if options.keep_bytes is None else torch.int64.itemsize / itemsize
+        budget = make_budget(architecture, method, resolved.share, redundant, resolved.ratio, index_size)
+        decision = baseline.allocate(workspace, budget, progress)
+        return _Replacement(decision.structure, decision.options)
+    assert resolved.ratio is not None
+    structure = low_rank_structure(architecture, redundant, resolved.ratio)
+    return _Replacement(structure, {"one_shot": True} if options.one_shot else {})
+
+
+def _taco(
+    resolved: Resolved, redundant: list[int], options: CompressionOptions, workspace: Workspace, progress: Progress
+) -> _Replacement:
+    """One budget over the whole model; `redundant` only says what the budget is where it is a number of layers."""
+    architecture, model = resolved.architecture, resolved.architecture.model
+    costs: Costs | None = None
+    if options.max_latency is not None:  # measured before the long work: the budget may be met already
+        costs = LatencyCosts(model, progress=progress)
+        most: float = costs.budget(options.max_latency)
+    elif options.keep_bytes is not None:
+        costs, most = ByteCosts(Sizes.of(architecture), model.dtype.itemsize, weight_bytes(model)), options.keep_bytes
+    elif resolved.share is not None:
+        most = int(resolved.share * parameter_count(model))
+    else:  # what the paper's method needs for the same number of layers
+        assert resolved.ratio is not None
+        most = structure_parameters(architecture, low_rank_structure(architecture, redundant, resolved.ratio))
+    settings = {
+        "input_damping": INPUT_DAMPING,
+        "gradient_damping": GRADIENT_DAMPING,
+        "consistency": options.consistency,
+    }
+    curves = analysis(workspace, model, workspace.calibration).curves(settings, progress)
+    found = allocate(architecture, curves, most, resolved.layers, costs)
+    result: dict[str, Any] = {"parameters": found.parameters, "budget": most, "predicted_loss": found.predicted_loss}
+    if costs is not None:
+        result["budget_unit"] = costs.unit
+    if isinstance(costs, LatencyCosts):
+        result["cost_budget"] = costs.record(most, found.cost)
+        costs.costs.close()
+    return _Replacement(found.structure, settings, result)
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

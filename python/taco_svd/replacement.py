@@ -76,10 +76,6 @@ class LowRankLinear(nn.Module):
             return taco_kernels.pivoted_low_rank_linear(x, self.v, self.u, self.pivot, self.bias)
         return taco_kernels.low_rank_linear(x, self.v, self.u, self.bias)
 
-    def pivot_is_permutation(self) -> bool:
-        """Whether the pivot names every input once (true where there is none)."""
-        return pivot_is_permutation(self)
-
     def full_right_factor(self) -> torch.Tensor:
         """The right factor [rank, in_features], float32, whichever way it is stored."""
         v = self.v.detach().float()
@@ -326,16 +322,10 @@ def drop_layers(architecture: Architecture, keep: tuple[int, ...] | list[int]) -
     The caller replaces the config (`architectures.slice_config`); without that the key/value cache breaks.
     """
     stack = architecture.layers
-    kept = nn.ModuleList([stack[index] for index in keep])
-    parent_path, _, name = architecture.stack_path.rpartition(".")
-    setattr(architecture.model.get_submodule(parent_path), name, kept)
-    for position, layer in enumerate(kept):
-        for module in layer.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx = position  # type: ignore[assignment]
+    architecture.put_layers([stack[index] for index in keep])
 
 
-def install(model: PreTrainedModel, structure: Structure, device: torch.device | str | None = None) -> None:
+def install(model: PreTrainedModel, structure: Structure) -> None:
     """Puts empty replacement modules into a model that already has only the kept layers.
 
     Raises:
@@ -388,7 +378,7 @@ def _place(
     if path not in architecture.paths:
         name = type(architecture.model).__name__
         raise TacoError(f"The checkpoint's structure names {path!r}, which {name} has not.")
-    site = LinearSite(structure.position(source_layer), path, architecture.block_of(path))
+    site = architecture.site(structure.position(source_layer), path)
     dense = architecture.module(site)
     reference = dense.weight
     assert isinstance(reference, torch.Tensor)

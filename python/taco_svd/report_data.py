@@ -120,8 +120,8 @@ def gather(
         "states": _states(plan),
         "allocation": _allocation(architecture, plan.structure),
         "spectra": spectra,
-        "predicted_loss": number(plan.result.get("predicted_loss", plan.options.get("predicted_loss"))),
-        "measured_loss": number(plan.result.get("measured_loss", plan.options.get("measured_loss"))),
+        "predicted_loss": number(plan.result.get("predicted_loss")),
+        "measured_loss": number(plan.result.get("measured_loss")),
         "consistency": consistency(plan),
         "drift": drift,
         "alternatives": _alternatives(rows, measured),
@@ -225,7 +225,7 @@ def _allocation(architecture: Architecture, structure: Structure) -> dict[str, A
     low_rank = []
     for layer, ranks in structure.low_rank.items():
         for path, rank in ranks.items():
-            module = architecture.module(LinearSite(structure.position(layer), path, architecture.block_of(path)))
+            module = architecture.module(architecture.site(structure.position(layer), path))
             out_features, in_features = linear_shape(module)
             used = sum(parameter.numel() for name, parameter in module.named_parameters() if name != "bias")
             share = used / (out_features * in_features)
@@ -274,7 +274,7 @@ def _alternatives(rows: list[dict[str, Any]], measured: dict[str, dict[str, Any]
 
 def _weights(architecture: Architecture, position: int, path: str) -> int:
     """Elements of a matrix; of its dense form where the module remembers its outer sizes."""
-    module = architecture.module(LinearSite(position, path, architecture.block_of(path)))
+    module = architecture.module(architecture.site(position, path))
     out_features, in_features = linear_shape(module)
     return out_features * in_features
 
@@ -313,7 +313,7 @@ def _spectra(model: PreTrainedModel, dense: PreTrainedModel | None, structure: S
         chosen = _spread(layers_of.get(path, []), LINES_PER_PANEL)
         skipped += len(layers_of.get(path, [])) - len(chosen)
         for layer in chosen:
-            site = LinearSite(structure.position(layer), path, architecture.block_of(path))
+            site = architecture.site(structure.position(layer), path)
             module = architecture.module(site)
             if isinstance(module, Int8LowRankLinear):
                 module = in_floats(module, torch.float32)

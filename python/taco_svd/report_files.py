@@ -26,8 +26,6 @@ def number(value: Any) -> float | None:
 def consistency(plan: Plan) -> list[dict[str, Any]]:
     """Records {layer, path, before, after, adopted}; whatever else stands there is left out."""
     records = plan.result.get("consistency")
-    if not isinstance(records, list):
-        records = plan.options.get("consistency")
     found = []
     for record in records if isinstance(records, list) else []:
         if not isinstance(record, dict):

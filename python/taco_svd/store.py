@@ -225,8 +225,10 @@ def entry_file(name: str) -> str:
 
 @contextmanager
 def disk_full_told(folder: str | Path, advice: str) -> Iterator[None]:
-    """Raises:
-    DiskFullError: in place of whatever said, inside, that there is no space left.
+    """Turns "no space left" inside the block into an error that says what to do.
+
+    Raises:
+        DiskFullError: in place of whatever said, inside, that there is no space left.
     """
     try:
         yield

@@ -7,9 +7,8 @@ architecture: the skipped layers are silenced in place, the first of them handin
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -125,43 +124,6 @@ class SuffixRunner:
             self._hidden = captured
         return self._hidden
 
-    def at(self, layer: int) -> SuffixRunner:
-        """A runner of the same set from a higher layer upwards; only the layers in between are run for it."""
-        if layer <= self.first_layer:
-            return self
-        with torch.no_grad():
-            hidden = [self._entering(index, layer) for index in range(len(self.batches))]
-        higher = copy.copy(self)
-        higher.first_layer, higher._starts = layer, [layer]
-        higher._hidden = [{layer: entering} for entering in hidden]
-        return higher
-
-    def _entering(self, index: int, layer: int) -> torch.Tensor:
-        """Hidden states that enter `layer` in batch `index`; nothing above it is run."""
-        captured: list[torch.Tensor] = []
-
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            captured.append(_hidden_argument(args, kwargs).detach())
-            raise _Enough
-
-        def after(_: nn.Module, __: Any, output: Any) -> None:
-            self._returns_tuple = isinstance(output, tuple)
-
-        layers = self.architecture.layers
-        with ExitStack() as stack:
-            stack.callback(layers[layer].register_forward_pre_hook(before, with_kwargs=True).remove)
-            stack.callback(layers[self.first_layer].register_forward_hook(after).remove)
-            stack.enter_context(suppress(_Enough))
-            self.logits(index)
-        return captured[0]
-
-    @property
-    def returns_tuple(self) -> bool:
-        """Whether this model's layers return a tuple (older transformers) rather than the hidden states."""
-        if self.first_layer > 0:
-            self._capture()
-        return self._returns_tuple
-
     @contextmanager
     def _skipping(self, index: int, start: int) -> Iterator[None]:
         """While open, layers below `start` do nothing and batch `index`'s hidden states come out of them."""
@@ -251,20 +213,17 @@ class SuffixRunner:
         sites: Sequence[LinearSite],
         callback: SiteCallback,
         progress: Callable[[int, int], None] | None = None,
-        residual_callback: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
-        residual_layers: Sequence[int] = (),
     ) -> float:
         """One forward and backward pass over the set; hands every site's input and output gradient to `callback`.
 
         One pass serves all sites. The graph begins at the lowest layer among them; no parameter gets a gradient.
-        `residual_callback(layer, hidden, gradient)` is called likewise for the hidden states that leave each of
-        `residual_layers`. Returns the mean loss (nats per token) over the set.
+        Returns the mean loss (nats per token) over the set.
 
         Raises:
             RuntimeError: when a site was not run by the model's forward (its statistics would be silently empty).
         """
         model = self.architecture.model
-        lowest = min([site.layer for site in sites] + list(residual_layers))
+        lowest = min(site.layer for site in sites)
         start = max((layer for layer in self._starts if layer <= lowest), default=self.first_layer)
         # a float16 gradient of the mean over all tokens would be subnormal; hooks take the factor out again
         scale = float(self.samples * self.seq_len) if model.dtype == torch.float16 else 1.0
@@ -290,15 +249,6 @@ class SuffixRunner:
                     output.register_hook(lambda gradient: callback(site, x, unscaled(gradient)))
 
                 stack.callback(self.architecture.module(site).register_forward_hook(watch).remove)
-            for layer in residual_layers:
-
-                def watch_residual(_: nn.Module, __: Any, output: Any, layer: int = layer) -> None:
-                    hidden = _hidden_output(output)
-                    kept = hidden.detach()
-                    assert residual_callback is not None
-                    hidden.register_hook(lambda gradient: residual_callback(layer, kept, unscaled(gradient)))
-
-                stack.callback(self.architecture.layers[layer].register_forward_hook(watch_residual).remove)
             stack.enter_context(self._recomputing(lowest))
             stack.enter_context(self._attention())  # the backward pass may run layers again
             for index in range(len(self.batches)):

@@ -198,7 +198,7 @@ def build_upwards(
 ) -> dict[str, Any]:
     """Carries out a plan of method "taco" or "bridge" on `working`, a structural copy of `model`.
 
-    Returns what the plan's result should say of it: `consistency`, `drift`.
+    Returns what the plan's result should say of it: `consistency`, `drift`, `measured_loss`.
     """
     structure = plan.structure
     analysis = analysis or Analysis(model, calibration)

@@ -21,7 +21,7 @@ from .forwards import forward_replaced
 from .mapped import held, is_mapped, page_out
 from .suffix import _Enough, _hidden_argument, _hidden_output, explicit_attention
 
-# site, its input [batch, tokens, in], its output [batch, tokens, out]
+# of a linear map: its input [batch, tokens, in], its output [batch, tokens, out]
 Watch = Callable[[torch.Tensor, torch.Tensor], None]
 
 

@@ -17,7 +17,7 @@ from taco_svd.baselines import Workspace
 from taco_svd.baselines.asvd import activation_scaled_svd
 from taco_svd.baselines.budget import Budget
 from taco_svd.baselines.fwsvd import fisher_weighted_svd
-from taco_svd.baselines.kfac import Options, depth_factor, divergence, least_error, options_of, scales, tail_energy
+from taco_svd.baselines.kfac import Options, depth_factor, divergence, least_error, options_of, scales
 from taco_svd.baselines.modegpt import lost_shares, nystroem, output_moment, query_key_dimensions, value_output
 from taco_svd.baselines.replaceme import cosine_distances, linear_bridge
 from taco_svd.baselines.svd_llm import input_moments, refit_left_factor
@@ -27,6 +27,7 @@ from taco_svd.baselines.zs_svd import drop_effects, zero_sum_ranks
 from taco_svd.calibration import Calibration
 from taco_svd.decomposition import damped, weighted_svd
 from taco_svd.errors import TacoError
+from taco_svd.loss_curves import tail_energies
 from taco_svd.progress import Silent
 from taco_svd.walk import Walk
 
@@ -309,7 +310,7 @@ def test_zero_sum_keeps_the_sum_near_zero() -> None:
 
 def test_tail_energy_and_depth_factor() -> None:
     sigma = torch.tensor([3.0, 2.0, 1.0])
-    assert tail_energy(sigma).tolist() == [14.0, 5.0, 1.0, 0.0]
+    assert tail_energies(sigma).tolist() == [14.0, 5.0, 1.0, 0.0]
     assert depth_factor(0, 8, 1.3, 5.0) == pytest.approx(6.0)
     assert depth_factor(7, 8, 1.3, 5.0) == pytest.approx(1.0)
     sums = [sum((k + 1) ** -1.3 for k in range(layer, 8)) for layer in range(8)]
@@ -319,7 +320,7 @@ def test_tail_energy_and_depth_factor() -> None:
 
 
 def test_options_end_in_dense_and_never_cost_more() -> None:
-    tail = tail_energy(torch.linspace(5, 1, 10))
+    tail = tail_energies(torch.linspace(5, 1, 10))
     options = options_of(tail, (10, 15), 2.0, 0.3)
     assert options.ranks == (2, 3, 4, 5, 0)  # break-even is 6, where factors cost what the matrix costs
     assert options.costs.tolist() == [50, 75, 100, 125, 150]
@@ -335,7 +336,7 @@ def test_allocation_against_all_combinations(seed: int, place: float) -> None:
     for key in range(3):
         sigma = torch.rand(9, generator=generator).sort(descending=True).values
         scale = float(torch.rand((), generator=generator)) + 0.1
-        options[key] = options_of(tail_energy(sigma), (9, 12), scale, 0.3)
+        options[key] = options_of(tail_energies(sigma), (9, 12), scale, 0.3)
     least = sum(float(o.costs.min()) for o in options.values())
     parameters = int(least + place * (3 * 9 * 12 - least))
     choice = least_error(options, parameters)

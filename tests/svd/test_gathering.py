@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from taco_svd import TacoError, apply_plan, compress, make_plan
+from taco_svd import CompressionOptions, TacoError, apply_plan, compress, make_plan
 from taco_svd.baselines import Workspace
 from taco_svd.calibration import Calibration
 from taco_svd.errors import DiskFullError
@@ -164,7 +164,7 @@ def test_what_only_a_whole_model_can_do_is_said(tmp_path: Path, calibration_toke
     model = put_aside(tiny_model("llama"), tmp_path)
     calibration = Calibration(calibration_tokens, "tokens", 0)
     with pytest.raises(TacoError, match="compress"):
-        make_plan(model, calibration, layers=1)
+        make_plan(model, calibration, CompressionOptions(layers=1))
     _, plan = compress(tiny_model("llama"), method="bridge", layers=1, calibration=calibration)
     with pytest.raises(TacoError, match="compress"):
         apply_plan(model, plan, calibration)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from taco_svd import Plan, TacoError, apply_plan, compress, make_plan
+from taco_svd import CompressionOptions, Plan, TacoError, apply_plan, compress, make_plan
 from taco_svd.architectures import Architecture
 from taco_svd.calibration import Calibration
 from taco_svd.replacement import LowRankLinear
@@ -182,7 +182,7 @@ def test_numbers_of_other_libraries(calibration_tokens: torch.Tensor, tmp_path: 
 def test_a_plan_and_what_comes_of_it_are_compress_in_two_steps(method, budget, calibration_tokens):
     calibration = Calibration(calibration_tokens, "tokens", 0)
     model = tiny_model("llama")
-    plan = make_plan(model, calibration, method, **budget)
+    plan = make_plan(model, calibration, CompressionOptions(method=method, **budget))
     carried = apply_plan(model, plan, calibration)
     whole, made = compress(model, method=method, calibration=calibration_tokens, **budget)
     assert plan.structure == made.structure and plan.redundant == made.redundant

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .asvd import ASVD
 from .base import Baseline, Decision, uniform
-from .budget import Budget, make_budget, redundant_budget, uniform_budget
+from .budget import Budget, make_budget, uniform_budget
 from .fwsvd import FWSVD
 from .kfac import KFAC
 from .modegpt import MODEGPT
@@ -41,6 +41,5 @@ __all__ = [
     "choose_run",
     "everywhere",
     "make_budget",
-    "redundant_budget",
     "uniform_budget",
 ]

@@ -93,7 +93,7 @@ def truncating(
 
     def carry_out(workspace: Workspace, architecture: Architecture, plan: Plan, progress: Progress) -> None:
         planned = [
-            (LinearSite(layer, path, architecture.block_of(path)), rank)
+            (architecture.site(layer, path), rank)
             for layer, ranks in plan.structure.low_rank.items()
             for path, rank in ranks.items()
         ]

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, replace
 
 from ..allocation import DEFAULT_COMPRESSION_RATIO, Sizes, paper_rank
-from ..architectures import Architecture, LinearSite, linear_shape
+from ..architectures import Architecture, linear_shape
 from ..errors import TacoError
 
 
@@ -109,4 +109,4 @@ def make_budget(
 
 
 def _shapes(architecture: Architecture) -> dict[str, tuple[int, int]]:
-    return {path: linear_shape(architecture.module(LinearSite(0, path, ""))) for path in architecture.paths}
+    return {path: linear_shape(architecture.module(architecture.site(0, path))) for path in architecture.paths}

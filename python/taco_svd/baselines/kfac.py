@@ -27,6 +27,7 @@ from torch.nn import functional
 from ..architectures import Architecture, LinearSite, dense_weight
 from ..decomposition import Decomposition, damped, weighted_svd
 from ..errors import TacoError
+from ..loss_curves import tail_energies
 from ..progress import Progress
 from ..replacement import structural_copy
 from ..suffix import SuffixRunner
@@ -57,12 +58,6 @@ def _decomposition(workspace: Workspace, site: LinearSite, progress: Progress) -
         )
 
     return workspace.keep_decomposition(("kfac", site), make)
-
-
-def tail_energy(sigma: torch.Tensor) -> torch.Tensor:
-    """Sum of the squared singular values that each rank 0 .. k drops: float64 [k + 1]."""
-    squares = sigma.double().square()
-    return torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
 
 
 def depth_factor(layer: int, depth: int, alpha: float, gamma: float) -> float:
@@ -169,7 +164,7 @@ def scales(workspace: Workspace, progress: Progress, layers: tuple[int, ...]) ->
                 rank = max(1, round(MEASURED_SHARE * m * n / (m + n)))
                 parts = _decomposition(workspace, site, progress)
                 put_factors(trial, site, *parts.factors(torch.arange(rank, device=parts.sigma.device)))
-                tail = float(tail_energy(parts.sigma)[rank])
+                tail = float(tail_energies(parts.sigma)[rank])
                 measured = divergence(runners[site.layer], reference)
                 trial.replace(site, dense)
                 measured_scales[site] = measured / tail if tail > 0 else 0.0
@@ -196,7 +191,7 @@ def _allocate(workspace: Workspace, budget: Budget, progress: Progress) -> Decis
     sites = workspace.sites(budget.layers)
     depth = len(workspace.architecture.layers)
     # what is reckoned from here on is small, and reckoned on the CPU
-    tails = {site: tail_energy(_decomposition(workspace, site, progress).sigma.cpu()) for site in sites}
+    tails = {site: tail_energies(_decomposition(workspace, site, progress).sigma.cpu()) for site in sites}
     reference = workspace.keep("log-probabilities", lambda: _log_probabilities(workspace.runner(0, WINDOWS)))
     least = LEAST_SHARE if budget.share >= 0.5 else LEAST_SHARE_SMALL
     best: tuple[float, dict[int, dict[str, int]], float, float] | None = None
@@ -233,7 +228,7 @@ def _measure(
     trial = Architecture(structural_copy(workspace.architecture.model))
     for layer, paths in ranks.items():
         for path, rank in paths.items():
-            site = LinearSite(layer, path, trial.block_of(path))
+            site = trial.site(layer, path)
             parts = _decomposition(workspace, site, progress)
             put_factors(trial, site, *parts.factors(torch.arange(rank, device=parts.sigma.device)))
     return divergence(SuffixRunner(trial, workspace.calibration.tokens[:WINDOWS], 0), reference)

@@ -314,7 +314,7 @@ def _carry_out(workspace: Workspace, architecture: Architecture, plan: Plan, pro
         for done, (layer, specs) in enumerate(narrow.items()):
 
             def site(path: str, layer: int = layer) -> LinearSite:
-                return LinearSite(layer, path, architecture.block_of(path))
+                return architecture.site(layer, path)
 
             def weight_and_bias(path: str, layer: int = layer) -> tuple[torch.Tensor, torch.Tensor | None]:
                 dense = architecture.module(site(path, layer))

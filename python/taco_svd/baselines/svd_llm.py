@@ -14,7 +14,7 @@ from contextlib import ExitStack
 
 import torch
 
-from ..architectures import Architecture, LinearSite, dense_weight
+from ..architectures import Architecture, dense_weight
 from ..plan import Plan
 from ..progress import Progress
 from ..walk import Walk, watching
@@ -80,7 +80,7 @@ def _carry_out(workspace: Workspace, architecture: Architecture, plan: Plan, pro
             ranks = planned.get(index, {})
             moments = input_moments(architecture, walk, index, list(ranks), hidden) if ranks else {}
             for path, rank in ranks.items():
-                site = LinearSite(index, path, architecture.block_of(path))
+                site = architecture.site(index, path)
                 weight = dense_weight(architecture.module(site)).detach()
                 u, v = whitened(workspace, site, progress).factors(torch.arange(rank, device=weight.device))
                 put_factors(architecture, site, refit_left_factor(weight, u, v, moments.pop(path)), v)
