@@ -187,9 +187,7 @@ def main() -> int:
     parser.add_argument("--calibration", help="text file to calibrate on")
     parser.add_argument("--text", help="text file that calibration has not seen")
     parser.add_argument("--windows", type=int, default=48)
-    parser.add_argument(
-        "--docs", type=Path, help="a result: writes its tables into the documents, measures nothing"
-    )
+    parser.add_argument("--docs", type=Path, help="a result: writes its tables into the documents, measures nothing")
     arguments = parser.parse_args()
     if arguments.docs is not None:
         values = json.loads(arguments.docs.read_text())

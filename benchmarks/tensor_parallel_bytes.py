@@ -108,22 +108,19 @@ def models_of(shape: str, keep: float, share: float) -> dict[str, PreTrainedMode
 
 
 def table(shape: str, keep: float, share: float, counts: list[int]) -> str:
-    """In markdown: one row per model and number of ranks; shares are of the dense model's at the same number."""
+    """In markdown, a column for each number of ranks: GB per rank, and their share of what the dense model takes."""
     lines = [
-        "| model | ranks | linear layers, GB per rank | of dense | all weights, GB per rank | of dense |",
-        "|---|---|---|---|---|---|",
+        "| GB per rank (share of dense) | model | " + " | ".join(f"{n} rank{'s' * (n > 1)}" for n in counts) + " |",
+        "|" + "---|" * (2 + len(counts)),
     ]
     models = models_of(shape, keep, share)
-    for ranks in counts:
-        dense_linear = layer_bytes(models["dense"], ranks)
-        dense_all = dense_linear + other_bytes(models["dense"], ranks)
-        for name, model in models.items():
-            linear = layer_bytes(model, ranks)
-            everything = linear + other_bytes(model, ranks)
-            lines.append(
-                f"| {name} | {ranks} | {linear / 1e9:.2f} | {linear / dense_linear:.2f} | {everything / 1e9:.2f} "
-                f"| {everything / dense_all:.2f} |"
-            )
+    linear = {name: [layer_bytes(model, n) for n in counts] for name, model in models.items()}
+    rest = {name: [other_bytes(model, n) for n in counts] for name, model in models.items()}
+    whole = {name: [a + b for a, b in zip(linear[name], rest[name], strict=True)] for name in models}
+    for what, found in (("linear layers", linear), ("all weights", whole)):
+        for name, sizes in found.items():
+            cells = [f"{one / 1e9:.2f} ({one / dense:.2f})" for one, dense in zip(sizes, found["dense"], strict=True)]
+            lines.append(f"| {what} | {name} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"{shape}, {str(DTYPE).removeprefix('torch.')}."])
 
 
