@@ -9,7 +9,7 @@ map in bfloat16 and in 8 bits. Weights come from memory; pairs take turns.
 
     python benchmarks/int8_factors.py --calibration ../shared/data/classics-train-sample.txt \\
         --text ../shared/data/classics-test.txt --out benchmarks/results/cpu-zen4/int8-factors.json
-    python benchmarks/int8_factors.py --docs FILE.json    # writes its tables into docs/deployment.md
+    python benchmarks/int8_factors.py --docs FILE.json    # writes docs/deployment.md and benchmarks/README.md
 """
 
 from __future__ import annotations
@@ -55,8 +55,11 @@ MADE: tuple[dict[str, Any], ...] = (
     {"method": "paper", "layers": 4, "compression_ratio": 0.7},
     {"method": "svd", "keep": 0.8},
 )
-DOCS = Path(__file__).resolve().parent.parent / "docs" / "deployment.md"
+ROOT = Path(__file__).resolve().parent.parent
+DOCS, ALL_POINTS = ROOT / "docs" / "deployment.md", ROOT / "benchmarks" / "README.md"
 BEGIN, END = "<!-- int8:begin -->", "<!-- int8:end -->"
+# What docs/deployment.md shows of the points: where 8-bit factors gain, and where they lose.
+SHOWN_OUT, SHOWN_RANKS, SHOWN_ROWS = 11008, (256, 1024), (1, 8)
 
 
 def rounded(weight: torch.Tensor, bits: int, group: int) -> torch.Tensor:
@@ -102,17 +105,26 @@ def quality(calibration: str, text: str, windows: int) -> list[dict[str, Any]]:
 
 
 def documentation(values: dict[str, Any]) -> str:
-    """Both tables in markdown."""
+    """For docs/deployment.md: the losses, and a few of the times."""
     lines = ["| | KL to the dense model | with 8-bit factors |", "|---|---|---|"]
     for row in values["quality"]:
         eight = f"{row['8 bit']['kl']:.4f}" if "8 bit" in row else "-"
         lines.append(f"| {row['what']} | {row['kl']:.4f} ± {row['kl_standard_error']:.4f} | {eight} |")
-    lines += [
-        "",
+    shown = [
+        point
+        for point in values["points"]
+        if point["out"] == SHOWN_OUT and point["rank"] in SHOWN_RANKS and point["rows"] in SHOWN_ROWS
+    ]
+    return "\n".join([*lines, "", times(values, shown)])
+
+
+def times(values: dict[str, Any], points: list[dict[str, Any]]) -> str:
+    """How much faster than the alternatives, a row for each of the points, in markdown."""
+    lines = [
         "| in x out | rank | rows | us | 16-bit factors | two 8-bit calls | dense, 16 bit | dense, 8 bit | of read |",
         "|" + "---|" * 9,
     ]
-    for point in values["points"]:
+    for point in points:
         cells = [f"x{point[name]['p50']:.2f}" for name in NAMES[:-1]]
         lines.append(
             f"| {point['in']} x {point['out']} | {point['rank']} | {point['rows']} "
@@ -175,12 +187,12 @@ def main() -> int:
     parser.add_argument("--calibration", help="text file to calibrate on")
     parser.add_argument("--text", help="text file that calibration has not seen")
     parser.add_argument("--windows", type=int, default=48)
-    parser.add_argument(
-        "--docs", type=Path, help="a result: writes its tables into docs/deployment.md, measures nothing"
-    )
+    parser.add_argument("--docs", type=Path, help="a result: writes its tables into the documents, measures nothing")
     arguments = parser.parse_args()
     if arguments.docs is not None:
-        write_docs(documentation(json.loads(arguments.docs.read_text())), DOCS, BEGIN, END)
+        values = json.loads(arguments.docs.read_text())
+        write_docs(documentation(values), DOCS, BEGIN, END)
+        write_docs(times(values, values["points"]), ALL_POINTS, BEGIN, END)
         return 0
     if (arguments.calibration is None) != (arguments.text is None):
         parser.error("--calibration and --text go together")

@@ -19,7 +19,7 @@ BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 
 def markdown(values: dict) -> str:
     lines = [
-        "| | perplexity | over dense | parameters | kept | MB | prefill ms | decode ms/token |",
+        "| | perplexity | increase over dense | parameters | kept | MB | prefill ms | decode ms/token |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in values["models"]:

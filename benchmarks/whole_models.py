@@ -147,7 +147,7 @@ def report(folder: Path) -> str:
     """Both tables in markdown, of what is in the folder."""
     overhead = [
         "| shape | phase | batch | threads | bridges | removal | whole latencies (95%) | rounds "
-        "| on over off (95%) | rounds | inside the bridges (95%) | predicted | <= 0.3% |"
+        "| bridges on against off (95%) | rounds | inside the bridges (95%) | predicted | <= 0.3% |"
     ]
     overhead += ["|" + "---|" * 13]
     factors = [
@@ -187,7 +187,7 @@ def _overhead_row(result: dict[str, Any], row: dict[str, Any], pair: str, compar
     met = "-" if not judged else "yes" if ratio["high"] <= TARGET_OVERHEAD else "no"
     added = f"{interval_text(windows)} | {rounds}" if windows else "- | -"
     if "windows_control" in compared:
-        added = f"{interval_text(windows)}; off over off {interval_text(compared['windows_control'])} | {rounds}"
+        added = f"{interval_text(windows)}; off against off {interval_text(compared['windows_control'])} | {rounds}"
     inside = interval_text(compared["bridges"]) if "bridges" in compared else "-"
     milliseconds = row["models"]["removal"]["seconds"]["p50"] * 1e3
     return (

@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -215,6 +216,27 @@ def test_row_parallel(pivoted: bool, bias: bool, ranks: int, monkeypatch: pytest
         found, _ = finished(layer)(x.chunk(ranks, dim=1)[rank].contiguous())
         parts.append(found.double())
     close(torch.stack(parts).sum(0), maps["mlp.down_proj"](x), WIDE, 17)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("row", [False, True])
+@pytest.mark.parametrize("pivoted", [False, True])
+def test_a_rank_holds_as_many_bytes_as_the_benchmark_counts(
+    pivoted: bool, row: bool, ranks: int, monkeypatch: pytest.MonkeyPatch, repo_root: Path
+) -> None:
+    """benchmarks/tensor_parallel_bytes.py counts from shapes what these layers hold; docs/vllm.md has its table."""
+    spec = importlib.util.spec_from_file_location("counts", repo_root / "benchmarks" / "tensor_parallel_bytes.py")
+    assert spec is not None and spec.loader is not None
+    counts = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(counts)
+    on_rank(monkeypatch, 0, ranks)
+    one, name = Map(HIDDEN, WIDE, 17, pivoted), "mlp.down_proj"
+    kind = linear.RowParallelLinear if row else linear.ColumnParallelLinear
+    layer: Any = kind(WIDE, HIDDEN, bias=False, quant_config=config_for({name: one}), prefix=f"model.layers.0.{name}")
+    load(layer, one.stored)
+    held = sum(parameter.numel() * parameter.element_size() for parameter in finished(layer).parameters())
+    itemsize = one.stored["u"].element_size()
+    assert held == counts.linear_bytes(HIDDEN, WIDE, 17, pivoted, row, ranks, itemsize)
 
 
 RELOADED = {
