@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from origin import origin
 
 from taco_kernels import dispatch, singular_attribution
 
@@ -117,6 +118,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    made_with = origin()
     rows = []
     for block in arguments.blocks.split(","):
         for name in arguments.dtypes.split(","):
@@ -139,7 +141,7 @@ def main() -> None:
             "what": "attribution of one decoder block against autograd",
             "isa": dispatch.isa,
             "threads": torch.get_num_threads(),
-            "torch": str(torch.__version__),
+            **made_with,
         }
         arguments.out.write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n")
 

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch
 from cpu.bench import LIBRARY, OURS
 from cpu.timing import Arena, read_cold, spread
+from origin import origin
 from torch import Tensor
 
 from taco_kernels import direct, native, pivoted_low_rank_linear
@@ -106,6 +107,7 @@ def main() -> int:
     if native.module is None:
         print(f"there is nothing to measure: {native.reason}", file=sys.stderr)
         return 2
+    made_with = origin()
     ways = {}
     with torch.no_grad():
         for way in ("direct", "ordinary") if direct.usable else ("ordinary",):
@@ -123,7 +125,7 @@ def main() -> int:
             "dtype": arguments.dtype,
             "threads": torch.get_num_threads(),
             "machine": platform.machine(),
-            "torch": str(torch.__version__),
+            **made_with,
             "ways": ways,
         }
         arguments.out.write_text(json.dumps(result, indent=2) + "\n")

@@ -57,6 +57,7 @@ def status(key: str) -> int:
 def child(shape: str, depth: int, method: str, samples: int, seq_len: int, layers: list[int]) -> dict[str, Any]:
     import torch
     import transformers
+    from origin import origin
 
     from taco_svd import compress
     from taco_svd.calibration import Calibration
@@ -65,6 +66,7 @@ def child(shape: str, depth: int, method: str, samples: int, seq_len: int, layer
     from taco_svd.planning import make_plan
     from taco_svd.taco import GRADIENT_DAMPING, INPUT_DAMPING
 
+    made_with = origin()
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**SHAPES[shape] | {"num_hidden_layers": depth}, tie_word_embeddings=False)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -138,7 +140,7 @@ def child(shape: str, depth: int, method: str, samples: int, seq_len: int, layer
         "layers": layers,
         "depth": depth,
         "threads": torch.get_num_threads(),
-        "torch": str(torch.__version__),
+        **made_with,
         "steps": steps,
     }
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from origin import origin
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -207,6 +208,7 @@ def main() -> None:
     parser.add_argument("--dtypes", default="bfloat16,float32")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    made_with = origin()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model)
     source: Any = arguments.text
@@ -240,7 +242,7 @@ def main() -> None:
         "rounds": arguments.rounds,
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
-        "torch": str(torch.__version__),
+        **made_with,
         "rows": rows,
     }
     if arguments.out:

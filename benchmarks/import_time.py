@@ -49,10 +49,12 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=5)
     count = parser.parse_args().processes
     import torch
+    from origin import origin
 
     from taco_svd.checkpoint import DEFAULT_MODEL
     from taco_svd.devices import device_name
 
+    made_with = origin()
     with tempfile.TemporaryDirectory() as folder:
         small = str(Path(folder) / "small")
         command = ["compress", "--out", small, "--layers", "4", "--samples", "4", "--seq-len", "64"]
@@ -67,7 +69,7 @@ def main() -> None:
     result = {
         "device": device_name(torch.device("cpu")),
         "threads": torch.get_num_threads(),
-        "torch": str(torch.__version__),
+        **made_with,
         "processes": count,
         "seconds": {name: {"median": medians[name], "all": values} for name, values in times.items()},
         "first_call_added": added,

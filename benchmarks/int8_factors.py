@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from cpu.timing import Arena, pairs_of, ratio_spread, read_cold, spread
+from origin import origin
 from rich.console import Console
 from rich.table import Table
 from torch.nn import functional
@@ -32,7 +33,6 @@ from transformers import PreTrainedModel
 from whole_models import write_docs
 
 from taco_kernels import dispatch, low_rank_linear, low_rank_linear_int8
-from taco_kernels.env import build_digest
 from taco_kernels.low_rank_linear_int8 import low_rank_linear_int8_reference
 from taco_svd import compress
 from taco_svd.architectures import Architecture
@@ -196,6 +196,7 @@ def main() -> int:
         return 0
     if (arguments.calibration is None) != (arguments.text is None):
         parser.error("--calibration and --text go together")
+    made_with = origin()
     torch.manual_seed(0)
     arenas = {"16 bit": Arena(torch.bfloat16), "8 bit": Arena(torch.bfloat16)}
     # any bytes are integers; of these the halves of random numbers
@@ -221,7 +222,7 @@ def main() -> int:
     if arguments.out is not None:
         values = {
             "device": device_name(torch.device("cpu")), "cpu": cpu_identity(), "threads": torch.get_num_threads(),
-            "isa": dispatch.isa, "torch": str(torch.__version__), "build": build_digest(), "points": points,
+            "isa": dispatch.isa, **made_with, "points": points,
             "quality": losses,
         }  # fmt: skip
         arguments.out.write_text(json.dumps(values, indent=1) + "\n")

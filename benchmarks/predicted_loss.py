@@ -15,6 +15,7 @@ import random
 from pathlib import Path
 
 import torch
+from origin import origin
 
 from taco_svd.architectures import Architecture, dense_weight, linear_shape
 from taco_svd.calibration import load_calibration
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
 
+    made_with = origin()
     model, tokenizer = load_model(DEFAULT_MODEL, dtype=torch.float32)
     calibration = load_calibration(options.calibration, model, tokenizer, 64, 256, options.seed)
     text = load_calibration(options.text, model, tokenizer, 16, 256, options.seed + 1).tokens
@@ -87,7 +89,7 @@ def main() -> None:
         "calibration": Path(options.calibration).name,
         "text": Path(options.text).name,
         "seed": options.seed,
-        "torch": str(torch.__version__),
+        **made_with,
     }
     print(f"rank correlation of predicted and measured loss over {len(plans)} plans: {result['rank_correlation']:.3f}")
     if options.out:

@@ -107,11 +107,13 @@ def child(
     directory: Path, out: Path, method: str, layers: int, keep: float, samples: int, seq_len: int
 ) -> dict[str, Any]:
     import torch
+    from origin import origin
 
     from taco_svd import compress, save_compressed
     from taco_svd.checkpoint import load_model, weight_bytes
     from taco_svd.mapped import is_mapped, not_finite
 
+    made_with = origin()
     steps: list[dict[str, Any]] = []
 
     class Steps:
@@ -143,7 +145,7 @@ def child(
         "seq_len": seq_len,
         "decoder_layers": model.config.num_hidden_layers,
         "threads": torch.get_num_threads(),
-        "torch": str(torch.__version__),
+        **made_with,
         "work_directory_bytes": sum(file.stat().st_size for file in out.with_name("work").iterdir()),
         "steps": steps,
     }

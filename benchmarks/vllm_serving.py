@@ -36,19 +36,20 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import transformers
+from origin import origin
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-import taco_kernels
-from taco_svd.bench import percentiles
 from taco_svd.bench_models import from_shape, shape_structure
 from taco_svd.checkpoint import DEFAULT_MODEL
 from taco_svd.devices import device_name
-from taco_svd.latency import bootstrap, turns
+from taco_svd.intervals import bootstrap, percentiles
+from taco_svd.latency import turns
 from taco_svd.modeling import as_compressed
 from taco_svd.replacement import structural_copy
 from taco_svd.shapes import SHAPES, shape_config
@@ -331,19 +332,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def described(benchmark: str, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
-    """What a result says of its origin: benchmark, machine, versions, options."""
-    import vllm
-
+    """What a result says of itself: benchmark, machine, versions, build, options. To be asked before the run."""
+    made_with = origin()
     return {
         "benchmark": benchmark,
         "device": device_name(device),
         "cores": len(os.sched_getaffinity(0)),
-        "versions": {
-            "taco_kernels": taco_kernels.__version__,
-            "vllm": vllm.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        **made_with,
+        "versions": {**made_with["versions"], "vllm": version("vllm")},
         "options": {key: value for key, value in vars(options).items() if key not in ("lock", "out")},
     }
 
@@ -372,11 +368,12 @@ def main() -> int:
     options = parser.parse_args()
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    about = described("vllm_serving", device, options)
     with tempfile.TemporaryDirectory() as folder:
         found = measure(options, Path(folder))
     rates, costs = found.pop("rates"), found.pop("costs")
     result = {
-        **described("vllm_serving", device, options),
+        **about,
         **found,
     }
     if found["red"]:

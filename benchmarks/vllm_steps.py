@@ -35,7 +35,8 @@ from vllm_serving import ROOT, add_model_options, check, described, prompts, sum
 from vllm_shared_weights import SharedWeights
 
 from taco_svd.bench import no_collections
-from taco_svd.latency import bootstrap, turns
+from taco_svd.intervals import bootstrap
+from taco_svd.latency import turns
 
 # before vLLM is imported: the engine in this process, where its steps can be called one by one
 SETTINGS = {
@@ -159,6 +160,7 @@ def main() -> int:
         os.environ.setdefault(name, value)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    about = described("vllm_steps", device, options)
     with tempfile.TemporaryDirectory() as folder:
         directories, description = write_models(options, Path(folder))
         length = max(options.prompt + options.tokens + 1, 64)
@@ -175,7 +177,7 @@ def main() -> int:
         print(f"{name}: log-probabilities off by {found['difference']:.2g}, bound {found['bound']:.2g}")
     red = [name for name, found in checks.items() if not found["difference"] <= found["bound"]]
     result: dict[str, Any] = {
-        **described("vllm_steps", device, options),
+        **about,
         **description,
         "layers_of_shared_weights": weights.shared,
         "check": checks,

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from taco_kernels.env import build_digest
 from taco_svd.bench import LEAST_ROUNDS
-from taco_svd.bench_report import interval_text
+from taco_svd.bench_report import interval_text, stand_in_note
 from taco_svd.device_costs import cpu_identity
 from taco_svd.devices import device_name
+from taco_svd.plan import versions
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "deployment.md"
@@ -88,12 +88,16 @@ def main() -> int:
         start = time.monotonic()
         partial = path.with_suffix(".partial")  # the last whole result stays until there is another
         saved = ["--device", arguments.device, "--save", str(partial), *mode_of(arguments.device)]
+        made = made_by(command, arguments.device)  # before the run: sources may be edited while it lasts
         done = subprocess.run([sys.executable, "-m", "taco_svd", "bench", *command, *saved], stdout=subprocess.DEVNULL)
-        if done.returncode == 0:
-            stamp(partial, command, arguments.device)
+        problem = f"exit code {done.returncode}" if done.returncode else ""
+        if not problem and made_by(command, arguments.device) != made:
+            problem = "not kept: what it was made by has changed while it ran; leave the sources alone and run it again"
+        if not problem:
+            stamp(partial, made)
             partial.replace(path)
-        failed += done.returncode != 0
-        print(f"  {time.monotonic() - start:.0f} s" + (f", exit code {done.returncode}" * (done.returncode != 0)))
+        failed += bool(problem)
+        print(f"  {time.monotonic() - start:.0f} s" + f", {problem}" * bool(problem))
     print(report(folder))
     if arguments.docs:
         write_docs(report(folder), DOCS)
@@ -120,21 +124,27 @@ def whole_result(path: Path) -> dict[str, Any] | None:
 
 
 def made_by(command: list[str], device: str) -> dict[str, Any]:
-    """What a result depends on: it counts while this is what it was made by."""
+    """What a result depends on, as it is now: it counts while this is what it was made by."""
+    installed = versions()
     return {
         "arguments": command,
         "device": device_name(torch.device(device)),
         "cpu": cpu_identity(),
         "threads": threads_of(command),
-        "build": build_digest(),
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
+        "build": build_now(),
+        "torch": installed["torch"],
+        "transformers": installed["transformers"],
     }
 
 
-def stamp(path: Path, command: list[str], device: str) -> None:
+def build_now() -> str:
+    """The build that a process started now would run: `build_digest` remembers that of its first call."""
+    return build_digest.__wrapped__()
+
+
+def stamp(path: Path, made: dict[str, Any]) -> None:
     """Writes into a result what it was made by."""
-    path.write_text(json.dumps({**json.loads(path.read_text()), "made_by": made_by(command, device)}, indent=2) + "\n")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "made_by": made}, indent=2) + "\n")
 
 
 def is_current(path: Path, command: list[str], device: str) -> bool:
@@ -164,7 +174,8 @@ def report(folder: Path) -> str:
                 (overhead if pair.endswith("/removal") else factors).append(line(result, row, pair, compared))
     machine = sorted({f"{r['device']}, torch {r['versions']['torch']}, {r['dtype']}" for r in read})
     left_out = f" Left out, since damaged or incomplete: {', '.join(unusable)}." if unusable else ""
-    return "\n".join([*overhead, "", *factors, "", f"Measured on {'; '.join(machine)}.{left_out}"])
+    notes = f"Measured on {'; '.join(machine)}.{stand_in_note(*read)}{left_out}"
+    return "\n".join([*overhead, "", *factors, "", notes])
 
 
 def write_docs(tables: str, path: Path, begin: str = BEGIN, end: str = END) -> None:

@@ -2,7 +2,7 @@
 
 A round is A B B A: drift of the machine, and whatever a model finds in the caches after the other one or after itself,
 hits both alike. A comparison is the median over rounds of the ratio within a round, minus one, with a bootstrap 95%
-interval over rounds that allows for rounds like the one before (`latency.bootstrap`). Only two models take turns at a
+interval over rounds that allows for rounds like the one before (`intervals.bootstrap`). Only two models take turns at a
 time.
 """
 
@@ -21,6 +21,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from taco_kernels.env import build_digest
+
 from .bench_memory import cache_bytes, check_memory, tokens_seen, working_bytes
 from .bench_models import BenchModels
 from .bench_runner import MODES, PHASES, Runner, check_mode
@@ -31,13 +33,14 @@ from .devices import device_name
 from .energy import energy_counter
 from .errors import TacoError
 from .experts import is_of_expert, share_of_experts
-from .latency import Ratio, bootstrap
+from .intervals import Ratio, bootstrap, percentiles
 from .plan import versions
 from .progress import Progress, Silent
 from .replacement import LowRankBridge
 from .wide_products import needs_wide_products
 
-FORMAT = 1
+# 2: `settings.decode_steps`, which was `settings.window` in 1, and `build`. Reports read neither.
+FORMAT = 2
 # A sample shorter than this is timed as several steps at once: the clock and the synchronisation would show.
 LEAST_SAMPLE_SECONDS = 0.005
 # Rounds before an interval is believed: the bootstrap of a median of fewer is too narrow.
@@ -45,7 +48,7 @@ LEAST_ROUNDS = 12
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PairResult:
     """One model against another, in one phase.
 
     Attributes:
@@ -76,7 +79,7 @@ class BenchSettings:
     """What is measured and how long.
 
     Attributes:
-        batches, prompt, window: sequences at once; tokens each; tokens decoded before the cache is taken back.
+        batches, prompt, decode_steps: sequences at once; tokens each; tokens decoded before the cache is taken back.
         modes, phases: of `bench_runner.MODES` and `PHASES`.
         pairs: names to compare; models that are missing are left out.
         precision: half the width of the interval, as a fraction, at which a comparison against removal is done;
@@ -90,7 +93,7 @@ class BenchSettings:
 
     batches: tuple[int, ...] = (1,)
     prompt: int = 128
-    window: int = 64
+    decode_steps: int = 64
     modes: tuple[str, ...] = ("eager",)
     phases: tuple[str, ...] = PHASES
     pairs: tuple[tuple[str, str], ...] = (("compressed", "removal"), ("compressed", "dense"))
@@ -103,11 +106,11 @@ class BenchSettings:
     @property
     def length(self) -> int:
         """Tokens per sequence at most."""
-        return self.prompt + (self.window if "decode" in self.phases else 0)
+        return self.prompt + (self.decode_steps if "decode" in self.phases else 0)
 
     def check(self) -> None:
         """Raises TacoError for what cannot be measured."""
-        if min(self.batches, default=0) < 1 or self.prompt < 1 or self.window < 1:
+        if min(self.batches, default=0) < 1 or self.prompt < 1 or self.decode_steps < 1:
             raise TacoError("--batch, --prompt and --decode must be at least 1.")
         if self.rounds is not None and self.rounds < 1:
             raise TacoError("--rounds must be at least 1.")
@@ -205,7 +208,7 @@ def run_bench(
     model = models["compressed"]
     limit = context_length(model)
     if settings.length > limit:
-        decoded = f" and {settings.window} decoded ones" if "decode" in settings.phases else ""
+        decoded = f" and {settings.decode_steps} decoded ones" if "decode" in settings.phases else ""
         raise TacoError(f"{settings.prompt} prompt tokens{decoded} exceed the context of {limit}.")
     if settings.control and "removal" in models:
         from .replacement import structural_copy
@@ -231,6 +234,7 @@ def run_bench(
         "weight_bytes": {name: weight_bytes_of(entry) for name, entry in models.items() if name != "control"},
         "results": [],
         "versions": versions(),
+        "build": build_digest(),
     }
     for mode in settings.modes:
         for batch in settings.batches:
@@ -289,7 +293,7 @@ def _measure(
                 memory[name] = peak
         steps = 1
         if phase == "decode":
-            steps = _steps_of_a_sample(list(samples.values()), settings.window)
+            steps = _steps_of_a_sample(list(samples.values()), settings.decode_steps)
             samples = {name: partial(decode, steps) for name, decode in samples.items()}
         precision = settings.precision * (10 if other == "dense" else 1)
         with no_collections():
@@ -303,7 +307,7 @@ def _measure(
                 if joules is not None:
                     energy[name] = joules / (batch * (settings.prompt if phase == "prefill" else 1))
         share = work(models[one], phase, batch, settings.prompt) / work(models[other], phase, batch, settings.prompt)
-        comparison = Comparison(
+        comparison = PairResult(
             ratio,
             len(both[0]) // 2,
             stopped,
@@ -341,7 +345,7 @@ def _measure(
 def _at_bridges(
     model: PreTrainedModel, other: str, sample: Callable[[], float], steps: int, mode: str, settings: BenchSettings
 ) -> dict[str, dict[str, float]]:
-    """What clocks at the bridges say, under the names that `Comparison` has for them."""
+    """What clocks at the bridges say, under the names that `PairResult` has for them."""
     bridged = any(isinstance(module, LowRankBridge) for module in model.modules())
     if not bridged or other != "removal" or mode != "eager" or model.device.type != "cpu":
         return {}
@@ -360,7 +364,7 @@ def _at_bridges(
 def _ready_sample(
     model: PreTrainedModel, settings: BenchSettings, mode: str, batch: int, phase: str
 ) -> Callable[[], float]:
-    runner = Runner(model, mode, batch, settings.prompt, settings.window, (phase,))
+    runner = Runner(model, mode, batch, settings.prompt, settings.decode_steps, (phase,))
     sample: Callable[[], float] = runner.prefill if phase == "prefill" else runner.decode
     sample()  # the first call compiles, packs weights, fills pools
     return sample
@@ -382,14 +386,14 @@ def with_peak(
     return made, torch.cuda.max_memory_allocated(device) - before + weight_bytes_of(model)
 
 
-def _steps_of_a_sample(decodes: Sequence[Callable[[], float]], window: int) -> int:
-    """Decode steps that make a sample of each of a pair long enough for the clock.
+def _steps_of_a_sample(decodes: Sequence[Callable[[], float]], most: int) -> int:
+    """Decode steps that make a sample of each of a pair long enough for the clock; at most `most`.
 
     As many for both: the first step of a sample finds the other model's weights in the caches and the later ones its
     own, and at any time the two caches of keys and values are to be equally long.
     """
     quick = min(decode() for _ in range(3) for decode in decodes)
-    return max(1, min(window, int(LEAST_SAMPLE_SECONDS / max(quick, 1e-9)) + 1))
+    return max(1, min(most, int(LEAST_SAMPLE_SECONDS / max(quick, 1e-9)) + 1))
 
 
 def _joules(sample: Callable[[], float], counter: Callable[[], float], seconds: float = 1.0) -> float | None:
@@ -405,14 +409,6 @@ def _joules(sample: Callable[[], float], counter: Callable[[], float], seconds: 
         return None
     # watts times the seconds of one step: a sample may be several steps, and what lies between them counts too
     return (after - before) / elapsed * one
-
-
-def percentiles(values: list[float]) -> dict[str, float]:
-    """20th, 50th and 80th."""
-    if len(values) < 2:
-        return {"p20": values[0], "p50": values[0], "p80": values[0]}
-    cuts = statistics.quantiles(values, n=10, method="inclusive")
-    return {"p20": cuts[1], "p50": cuts[4], "p80": cuts[7]}
 
 
 def weight_bytes_of(model: PreTrainedModel) -> int:

@@ -43,13 +43,27 @@ def bench_table(result: dict[str, Any]) -> Table:
                     table.add_row("", "", "", what, "", "", interval_text(ratio), f"{ratio[counted]}, {counted}")
         table.add_section()
     sizes = ", ".join(f"{name} {size / 1e9:.3f} GB" for name, size in result["weight_bytes"].items())
-    table.caption = f"Weights: {sizes}. Energy: {_energy(result)}.{_predicted(result)}"
+    table.caption = f"Weights: {sizes}. Energy: {_energy(result)}.{_predicted(result)}{stand_in_note(result)}"
     return table
 
 
 def interval_text(ratio: dict[str, float]) -> str:
     """Median and interval of a ratio minus one, in percent."""
     return f"{ratio['median']:+.2%} ({ratio['low']:+.2%} to {ratio['high']:+.2%})"
+
+
+def stand_in_note(*results: dict[str, Any]) -> str:
+    """What a reader must know of models that were made from a shape; nothing for checkpoints."""
+    made = [result for result in results if result.get("weights") == "random"]
+    if not made:
+        return ""
+    text = " All weights are random: this is about latency and says nothing about quality."
+    if any(result["method"] == "taco" for result in made):
+        text += (
+            " Here taco is a stand-in: every map keeps the same share of its parameters, with the same ranks in every "
+            "layer, where the method would allocate ranks by what each map was measured to cost."
+        )
+    return text
 
 
 def _predicted(result: dict[str, Any]) -> str:

@@ -32,7 +32,7 @@ class Runner:
         model: in eval mode, on its device.
         mode: one of `MODES`.
         batch, prompt: sequences at once, and tokens each before decoding starts.
-        window: tokens decoded before the cache goes back to the prompt's end (not timed).
+        decode_steps: tokens decoded before the cache goes back to the prompt's end (not timed).
         phases: what will be asked for; only that is prepared.
 
     The cache of a batch holds one prompt `batch` times: attention costs the same, and a prefill of the whole batch,
@@ -48,11 +48,12 @@ class Runner:
         mode: str = "eager",
         batch: int = 1,
         prompt: int = 128,
-        window: int = 32,
+        decode_steps: int = 32,
         phases: tuple[str, ...] = PHASES,
     ) -> None:
         check_mode(model, mode)
-        self.model, self.mode, self.batch, self.prompt, self.window = model, mode, batch, prompt, window
+        self.model, self.mode, self.batch, self.prompt = model, mode, batch, prompt
+        self.decode_steps = decode_steps
         self.device = model.device
         self.wait = waits_for(self.device)
         vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
@@ -83,7 +84,7 @@ class Runner:
     def decode(self, steps: int = 1) -> float:
         """Seconds per step of one token for each sequence, over `steps` steps after another."""
         with on_device(self.device):
-            if self.used + steps > self.window:
+            if self.used + steps > self.decode_steps:
                 self._rewind()
             self.used += steps
             self.wait()
@@ -160,7 +161,7 @@ class Runner:
         if self.mode == "eager":
             self._cache = DynamicCache(config=self.model.config)
         else:
-            self._cache = _static_cache(self.model, self.batch, self.prompt + self.window)
+            self._cache = _static_cache(self.model, self.batch, self.prompt + self.decode_steps)
         for index, states in enumerate(self._prompt_states):
             keys, values = (state.expand(self.batch, *state.shape[1:]) for state in states)
             self._cache.update(keys, values, index)

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from .latency import Ratio, bootstrap
+from .intervals import Ratio, bootstrap
 from .replacement import LowRankBridge
 
 # Samples before an interval is believed, and beyond which more say nothing new.

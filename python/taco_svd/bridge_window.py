@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from .architectures import Architecture
 from .bridge_share import called_as, enough
 from .device_costs import SWEEP_BYTES
-from .latency import Ratio, bootstrap
+from .intervals import Ratio, bootstrap
 from .replacement import LowRankBridge
 
 
@@ -38,7 +38,7 @@ class BridgeWindows:
 
     def __init__(self, model: PreTrainedModel, swept: int = SWEEP_BYTES) -> None:
         self.on, self.spent = True, 0.0
-        self._model, self._layers = model, Architecture(model).layers
+        self._layers = Architecture(model).layers
         self._since: float | None = None
         self._end = -1
         sizes = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in self._layers]

@@ -38,9 +38,19 @@ def bench(
     context: typer.Context,
     directory: Annotated[Path | None, typer.Argument(help="Compressed model; or give --shape.")] = None,
     shape: Annotated[
-        str | None, typer.Option(help="Random weights of a known model's shape, e.g. llama-2-7b; --shape list.")
+        str | None,
+        typer.Option(
+            help="Latency of a known model's shape with random weights, e.g. llama-2-7b; --shape list. It says nothing "
+            "of quality: there is no calibration."
+        ),
     ] = None,
-    method: Annotated[str, typer.Option(help="With --shape: bridge, paper or taco.")] = "bridge",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="With --shape: bridge, paper or taco. There taco is a stand-in for the allocator: the same share of "
+            "every map's parameters, with the same ranks in every layer."
+        ),
+    ] = "bridge",
     layers: Annotated[
         str | None, typer.Option(help="With --shape: number of redundant layers, or which: 20,21,22.")
     ] = None,
@@ -100,7 +110,7 @@ def bench(
     settings = BenchSettings(
         batches=batches,
         prompt=prompt,
-        window=decode,
+        decode_steps=decode,
         modes=tuple(name.strip() for name in mode.split(",")),
         phases=tuple(name.strip() for name in phase.split(",")),
         pairs=tuple(("compressed", name) for name in OTHERS if name in others),

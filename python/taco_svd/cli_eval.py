@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -18,18 +18,6 @@ from .cli_shared import (
     out_console,
     print_json,
 )
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from .evaluation import Perplexity
-
-
-def perplexity_of(model: PreTrainedModel, tokens: Any, bars: Bars, title: str, **options: Any) -> Perplexity:
-    from .evaluation import perplexity
-
-    with bars.step(title) as report:
-        return perplexity(model, tokens, progress=report, **options)
 
 
 def evaluate(

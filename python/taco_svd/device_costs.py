@@ -12,12 +12,13 @@ launched one by one, a model's step takes what its launches take and a queue of 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,25 @@ def cpu_identity() -> dict[str, str]:
         with contextlib.suppress(OSError):
             found[name] = Path(path).read_text(encoding="utf-8").strip()
     return found
+
+
+@functools.cache  # a budget asks for hundreds of ranks of every map
+def measured_ranks(out_features: int, in_features: int, pivoted: bool) -> tuple[int, ...]:
+    """Ranks to measure, ascending: where `factor_parameters` chooses this gauge and factors are smaller than the
+    matrix.
+    """
+    most = (1 - LEAST_SAVING) * out_features * in_features
+    usable = []
+    for rank in range(1, min(out_features, in_features) + 1):
+        parameters, is_pivoted = factor_parameters(out_features, in_features, rank)
+        if is_pivoted == pivoted and parameters <= most:
+            usable.append(rank)
+    if not usable:
+        return (1,)
+    first, last = usable[0], usable[-1]
+    # multiples of 16 where there are any: other ranks can fall onto slow paths, and are not chosen either
+    found = {first + (last - first) * part // 4 for part in range(5)}
+    return tuple(sorted({max(first, rank - rank % 16) if rank >= 16 else rank for rank in found}))
 
 
 class DeviceCosts:
@@ -136,7 +156,8 @@ class DeviceCosts:
     def low_rank(self, out_features: int, in_features: int, rank: int, pivoted: bool, rows: int = 1) -> float:
         """A factorised map; between measured ranks a straight line, never falling with the rank."""
         op = "pivoted" if pivoted else "low_rank"
-        return self._between(op, out_features, in_features, rank, rows, self._ranks(out_features, in_features, pivoted))
+        ranks = measured_ranks(out_features, in_features, pivoted)
+        return self._between(op, out_features, in_features, rank, rows, ranks)
 
     def bridge(self, hidden: int, rank: int, rows: int = 1) -> float:
         """A bridge, its module and the norm included."""
@@ -145,24 +166,9 @@ class DeviceCosts:
         ranks = sorted({min(point, hidden) for point in points})
         return self._between("bridge", hidden, hidden, rank, rows, ranks)
 
-    @staticmethod
-    def _ranks(out_features: int, in_features: int, pivoted: bool) -> list[int]:
-        """Ranks to measure: where `factor_parameters` chooses this gauge and factors are smaller than the matrix."""
-        size = out_features * in_features
-        usable = [
-            rank
-            for rank in range(1, min(out_features, in_features) + 1)
-            if factor_parameters(out_features, in_features, rank)[1] == pivoted
-            and factor_parameters(out_features, in_features, rank)[0] <= (1 - LEAST_SAVING) * size
-        ]
-        if not usable:
-            return [1]
-        first, last = usable[0], usable[-1]
-        # multiples of 16 where there are any: other ranks can fall onto slow paths, and are not chosen either
-        found = {first + (last - first) * part // 4 for part in range(5)}
-        return sorted({max(first, rank - rank % 16) if rank >= 16 else rank for rank in found})
-
-    def _between(self, op: str, out_features: int, in_features: int, rank: int, rows: int, ranks: list[int]) -> float:
+    def _between(
+        self, op: str, out_features: int, in_features: int, rank: int, rows: int, ranks: Sequence[int]
+    ) -> float:
         known = [self._point(op, out_features, in_features, point, rows) for point in ranks]
         for index in range(1, len(known)):  # a larger rank moves more bytes: what says otherwise is noise
             known[index] = max(known[index], known[index - 1])

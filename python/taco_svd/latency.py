@@ -7,7 +7,6 @@ hits them alike; what is reported is the median over rounds of the ratio within 
 
 from __future__ import annotations
 
-import statistics as stats
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,20 +15,11 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from .bench_runner import PHASES
 from .devices import on_device, waits_for
 from .errors import TacoError
+from .intervals import Ratio, bootstrap, percentiles
 from .wide_products import in_natural_products
-
-PHASES = ("prefill", "decode")
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A ratio of latencies minus one, as fractions: median over rounds and a bootstrap 95% interval."""
-
-    median: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -54,45 +44,6 @@ class LatencyReport:
         return asdict(self)
 
 
-def bootstrap(ratios: list[float], draws: int = 2000, seed: int = 0) -> Ratio:
-    """Median of ratios, in the order of their rounds, and the 95% interval of that median, by resampling rounds.
-
-    Resampling takes rounds to be independent. Where a neighbour on the machine slows one of the two for a while, rounds
-    that follow each other are alike and say less than their number: the interval is widened by the square root of how
-    many of them count as one.
-    """
-    values = torch.tensor(ratios, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    picks = torch.randint(len(values), (draws, len(values)), generator=generator)
-    medians = values[picks].quantile(0.5, dim=1)
-    low, high = medians.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    median, wider = float(values.quantile(0.5)), rounds_like_one(ratios) ** 0.5
-    return Ratio(median, median - wider * (median - low), median + wider * (high - median))
-
-
-def rounds_like_one(ratios: list[float]) -> float:
-    """How many rounds of a series tell as much of its median as one independent round: 1 where none resembles the last.
-
-    The integrated autocorrelation time of the side of the median that a round lies on, which is what a median's error
-    depends on. Correlations are summed by Geyer's initial monotone sequence: in pairs of lags, as long as the pairs are
-    above zero and falling, since what is behind them is noise (Practical Markov Chain Monte Carlo, 1992).
-    """
-    values = torch.tensor(ratios, dtype=torch.float64)
-    sides = (values - values.quantile(0.5)).sign()
-    sides -= sides.mean()
-    power = float(sides @ sides)
-    if power == 0:
-        return 1.0
-    total, last = -1.0, float("inf")
-    for lag in range(0, len(sides) // 2, 2):
-        pair = sum(float(sides[: len(sides) - by] @ sides[by:]) for by in (lag, lag + 1)) / power
-        if pair <= 0:
-            break
-        last = min(last, pair)
-        total += 2 * last
-    return max(1.0, total)
-
-
 def turns(names: list[str], number: int) -> list[str]:
     """The order in which round `number` takes its models: every second round is the one before it backwards, and each
     such two begin with another model.
@@ -107,7 +58,11 @@ def turns(names: list[str], number: int) -> list[str]:
 
 @torch.inference_mode()
 def _one(model: PreTrainedModel, ids: torch.Tensor, steps: int, wait: Callable[[], None]) -> tuple[float, float]:
-    """(prefill seconds, seconds per decode step) of one prompt batch."""
+    """(prefill seconds, seconds per decode step) of one prompt batch.
+
+    Not by a `Runner`, which keeps a cache of its own: here all models of a setting are alive at once, and only the one
+    that is timed has a cache.
+    """
     cache = DynamicCache(config=model.config)
     last = torch.tensor([ids.shape[1] - 1], device=ids.device)  # see Runner._prepare_prefill
     wait()
@@ -179,9 +134,7 @@ def compare_latency(
                 times[name]["decode"].append(decode)
         if progress is not None and round_ >= 0:
             progress(round_ + 1, rounds)
-    seconds = {
-        name: {phase: _percentiles(values) for phase, values in phases.items()} for name, phases in times.items()
-    }
+    seconds = {name: {phase: percentiles(values) for phase, values in phases.items()} for name, phases in times.items()}
     overhead = {
         f"{one}/{other}": {
             phase: bootstrap([a / b - 1 for a, b in zip(times[one][phase], times[other][phase], strict=True)])
@@ -190,10 +143,3 @@ def compare_latency(
         for one, other in against
     }
     return LatencyReport(batch, prompt, decode_steps, rounds, torch.get_num_threads(), str(device), seconds, overhead)
-
-
-def _percentiles(values: list[float]) -> dict[str, float]:
-    if len(values) < 2:
-        return {"p20": values[0], "p50": values[0], "p80": values[0]}
-    cuts = stats.quantiles(values, n=10, method="inclusive")
-    return {"p20": cuts[1], "p50": cuts[4], "p80": cuts[7]}

@@ -10,7 +10,6 @@ from rich.table import Table
 
 from .errors import TacoError
 from .experts import kind_of
-from .latency import LatencyReport
 
 # why an evaluation has no KL divergence, where that needs no telling
 NOT_ASKED = "not asked for"
@@ -135,25 +134,6 @@ def compare_plot(values: dict[str, Any], path: str | Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="small", ncols=2)
     save_figure(figure, path)
-
-
-def latency_table(report: LatencyReport) -> Table:
-    table = Table(
-        title=f"batch {report.batch}, prompt {report.prompt}, {report.decode_steps} tokens decoded, "
-        f"{report.rounds} interleaved rounds, {report.device}, {report.threads} threads"
-    )
-    for name in ("", "prefill ms (p20 / p50 / p80)", "decode ms per step (p20 / p50 / p80)"):
-        table.add_column(name)
-    for name, phases in report.seconds.items():
-        cells = [" / ".join(f"{phases[phase][p] * 1e3:.2f}" for p in ("p20", "p50", "p80")) for phase in phases]
-        table.add_row(name, *cells)
-    for name, ratios in report.overhead.items():
-        one, other = name.split("/")
-        table.add_row(
-            f"{one} against {other}",
-            *(f"{r.median:+.1%} (95%: {r.low:+.1%} to {r.high:+.1%})" for r in ratios.values()),
-        )
-    return table
 
 
 def info_table(info: dict[str, Any]) -> Table:

@@ -332,10 +332,10 @@ def test_a_process_that_does_not_die_is_not_waited_for(conductor, tmp_path, monk
     monkeypatch.setattr(conductor, "plan", lambda workers: [conductor.Step("build", 0.02, grace=0.0)])
     killed = []
     monkeypatch.setattr(conductor.os, "killpg", lambda group, number: killed.append(group))
-    began = time.monotonic()
     try:
         assert not conducted(conductor, tmp_path, ["build"]).run()
-        assert time.monotonic() - began < 60 and killed  # the script's own time
+        # it runs on by itself: of a process that was waited for, or has ended, there would be no command line
+        assert killed and Path(f"/proc/{killed[0]}/cmdline").read_text()
     finally:
         for group in killed:
             os.kill(group, 9)
@@ -791,7 +791,11 @@ def test_all_tools_of_compute_sanitizer_run_at_once_on_our_kernels(gpu, tmp_path
     script.write_text(
         f'#!/bin/bash\necho "$@" > {tmp_path}/$2.args\n'
         'while [ $# -gt 0 ]; do case "$1" in --out) out=$2;; esac; shift; done\n'
-        'sleep 2\necho \'{"points": {"a": {}}}\' > $out/check-small.json\n'
+        # each writes its result only once all have begun
+        "for _ in $(seq 600); do\n"
+        f"set -- {tmp_path}/*.args; [ $# -eq {len(parts.SANITIZERS)} ] && break; sleep 0.05\n"
+        "done\n"
+        f'[ $# -eq {len(parts.SANITIZERS)} ] && echo \'{{"points": {{"a": {{}}}}}}\' > $out/check-small.json\n'
     )
     script.chmod(0o755)
     monkeypatch.setattr(parts.shutil, "which", lambda name: str(script))
@@ -803,9 +807,7 @@ def test_all_tools_of_compute_sanitizer_run_at_once_on_our_kernels(gpu, tmp_path
     )  # fmt: skip
     run = suite.Suite(options)
     run.dry = False
-    began = time.monotonic()
     assert parts.sanitize(run)
-    assert time.monotonic() - began < 5.0
     content = json.loads((tmp_path / "sanitize.json").read_text())
     assert content["complete"] and set(content["points"]) == set(parts.SANITIZERS)
     for kind in parts.SANITIZERS:

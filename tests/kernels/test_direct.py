@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -429,29 +428,39 @@ def test_many_threads_at_once() -> None:
     assert wrong == []
 
 
+@pytest.fixture
+def _no_switching() -> Iterator[None]:
+    """A thread keeps the interpreter's lock until it gives it up itself, which the calls under test do in a kernel."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(600)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("_no_switching")
 def test_lists_that_change_while_a_group_is_computed() -> None:
     """Without the interpreter's lock another thread may empty them; what was in them must outlive the kernel."""
-    x, ready = torch.randn(64, 2048), threading.Event()
-    for _ in range(20):
+    x, call = torch.randn(64, 2048), entry("low_rank_linear_group")
+    for _ in range(20):  # on a busy machine a kernel may be over before this thread gets a turn
         factors = [[torch.randn(256, 2048) for _ in range(4)], [torch.randn(2048, 256) for _ in range(4)]]
         tensors = [weakref.ref(t) for part in factors for t in part]
-        results: list[Any] = []
+        begun, results = threading.Event(), []
 
-        def work(factors: list[list[torch.Tensor]] = factors, results: list[Any] = results) -> None:
+        def work(
+            factors: list[list[torch.Tensor]] = factors, begun: threading.Event = begun, results: list[Any] = results
+        ) -> None:
             with torch.no_grad():
-                ready.set()
-                results.append(entry("low_rank_linear_group")(x, *factors, [None] * 4))
+                begun.set()
+                results.append(call(x, *factors, [None] * 4))
 
         thread = threading.Thread(target=work)
         thread.start()
-        ready.wait()
-        time.sleep(0.005)  # the kernel takes a multiple of it
-        for part in factors:
-            part.clear()
+        if begun.is_set():
+            for part in factors:
+                part.clear()
         alive = [t() is not None for t in tensors]
-        begun_and_not_over = not results
+        begun_and_not_over = begun.is_set() and not results
         thread.join()
-        ready.clear()
         if begun_and_not_over and results[0] is not None:
             assert all(alive)
             return

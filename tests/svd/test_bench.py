@@ -18,7 +18,8 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from taco_svd import TacoError, bench_memory, bench_runner, checkpoint, compress, latency, save_compressed
+from taco_kernels.env import build_digest
+from taco_svd import TacoError, bench_memory, bench_runner, checkpoint, compress, intervals, latency, save_compressed
 from taco_svd.allocation import Sizes, structure_parameters
 from taco_svd.architectures import Architecture
 from taco_svd.bench import BenchSettings, compare_pair, run_bench, weight_bytes_of, with_peak, work
@@ -80,9 +81,9 @@ def test_an_interval_that_is_narrow_once_is_looked_at_again(monkeypatch: pytest.
     widths = iter([0.001, 0.003, 0.001, 0.001])
     looks: list[int] = []
 
-    def look(ratios: list[float]) -> latency.Ratio:
+    def look(ratios: list[float]) -> intervals.Ratio:
         looks.append(len(ratios))
-        return latency.Ratio(0.0, 0.0, next(widths))
+        return intervals.Ratio(0.0, 0.0, next(widths))
 
     monkeypatch.setattr("taco_svd.bench.bootstrap", look)
     _, stopped, ones, _ = Machine().compare(precision=0.001, seconds=1e9)
@@ -108,21 +109,21 @@ def series(likeness: float, count: int, seed: int) -> list[float]:
 
 @pytest.mark.parametrize("likeness, least", [(0.0, 0.9), (0.8, 0.85)])
 def test_intervals_hold_the_median_where_rounds_resemble_the_last(likeness: float, least: float) -> None:
-    found = [latency.bootstrap(series(likeness, 160, seed), draws=500) for seed in range(100)]
+    found = [intervals.bootstrap(series(likeness, 160, seed), draws=500) for seed in range(100)]
     # resampling alone gives 0.58 at a likeness of 0.8
     assert sum(ratio.low <= 0 <= ratio.high for ratio in found) / 100 >= least
 
 
 def test_independent_rounds_count_one_each_and_alike_ones_together() -> None:
     mean = {
-        likeness: sum(latency.rounds_like_one(series(likeness, 400, seed)) for seed in range(20)) / 20
+        likeness: sum(intervals.rounds_like_one(series(likeness, 400, seed)) for seed in range(20)) / 20
         for likeness in (0.0, 0.8)
     }
     assert mean[0.0] < 1.3
     # of the sides of a Gaussian series: 1 + 2 sum of (2 / pi) asin(0.8 ** lag) is 6.4
     assert 4 < mean[0.8] < 9
-    assert latency.rounds_like_one([0.1]) == latency.rounds_like_one([0.1] * 30) == 1
-    assert latency.rounds_like_one([0.1, -0.1] * 20) == 1  # the order of a round turns around: that is no drift
+    assert intervals.rounds_like_one([0.1]) == intervals.rounds_like_one([0.1] * 30) == 1
+    assert intervals.rounds_like_one([0.1, -0.1] * 20) == 1  # the order of a round turns around: that is no drift
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 6])
@@ -265,7 +266,7 @@ def test_what_is_timed_is_what_the_model_computes(mode: str, compressed_tiny: Ca
     original = type(model)
     model.__class__ = Watching
     try:
-        runner = Runner(model, mode, batch=2, prompt=6, window=3)
+        runner = Runner(model, mode, batch=2, prompt=6, decode_steps=3)
         if mode == "compiled":  # a list cannot be appended to inside the compiled graph: watch it from outside
             # and without generated code, which takes longer to build than all other tests of this file
             compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
@@ -301,7 +302,7 @@ def test_what_is_timed_is_what_the_model_computes(mode: str, compressed_tiny: Ca
 def test_decoding_goes_on_after_a_prompt_that_is_longer_than_a_sliding_window(name: str, mode: str) -> None:
     """The cache that steps are timed on: what it holds, and where it says that the prompt ended."""
     model = tiny_model(name).eval()
-    runner = Runner(model, "eager", batch=2, prompt=24, window=4)
+    runner = Runner(model, "eager", batch=2, prompt=24, decode_steps=4)
     runner.mode = mode  # the static cache, filled without compiling anything
     runner._cache = None
     with torch.inference_mode():
@@ -351,7 +352,7 @@ def test_compiled_decoding_is_one_graph_while_a_window_fills_and_slides(
         lambda forward, _: torch.compile(forward, fullgraph=True, dynamic=False, backend=backend),
     )  # fmt: skip
     torch._dynamo.reset()
-    runner = Runner(tiny_model(name).eval(), "compiled", batch=2, prompt=3, window=12, phases=("decode",))
+    runner = Runner(tiny_model(name).eval(), "compiled", batch=2, prompt=3, decode_steps=12, phases=("decode",))
     for _ in range(13):
         assert runner.decode() > 0
     assert len(graphs) == 1
@@ -386,7 +387,7 @@ def test_a_runner_goes_with_its_caches_when_it_is_let_go(
     gc.collect()
     gc.disable()
     try:
-        runner = Runner(model, mode, batch=2, prompt=6, window=3)
+        runner = Runner(model, mode, batch=2, prompt=6, decode_steps=3)
         runner.prefill()
         runner.decode(2)
         runner.decode(2)
@@ -417,7 +418,7 @@ def test_only_one_pair_of_runners_is_alive(compressed_tiny: Callable, monkeypatc
     gc.collect()
     gc.disable()
     try:
-        run_bench(made, BenchSettings(batches=(1, 2), prompt=4, window=2, rounds=1, control=True, energy=False))
+        run_bench(made, BenchSettings(batches=(1, 2), prompt=4, decode_steps=2, rounds=1, control=True, energy=False))
     finally:
         gc.enable()
     assert len(most) == 2 * 2 * 3 * 2 and max(most) == 2
@@ -439,7 +440,7 @@ def test_both_of_a_pair_decode_as_many_steps_at_the_same_lengths(
     _, model, _ = compressed_tiny("llama", "bridge")
     made = from_shape(CONFIGS["llama"](), model.structure, [2, 3], torch.float32)
     pairs = (("compressed", "dense"),)
-    run_bench(made, BenchSettings(prompt=4, window=8, phases=("decode",), pairs=pairs, rounds=4, energy=False))
+    run_bench(made, BenchSettings(prompt=4, decode_steps=8, phases=("decode",), pairs=pairs, rounds=4, energy=False))
     ours, dense = calls.values()
     assert ours == dense and ours[-1][0] == 3
 
@@ -498,7 +499,7 @@ def test_what_is_timed_runs_with_the_models_device_as_the_current_one(
         monkeypatch.setattr(module, "waits_for", lambda device: lambda: seen.append(list(current)))
     hook = model.register_forward_pre_hook(lambda *_: seen.append(list(current)))
     try:
-        runner = Runner(model, batch=1, prompt=4, window=2)
+        runner = Runner(model, batch=1, prompt=4, decode_steps=2)
         runner.prefill()
         runner.decode(2)
         runner.decode(1)
@@ -565,7 +566,7 @@ def test_a_run_from_a_checkpoint(compressed_tiny: Callable, tmp_path: Path) -> N
     _, model, plan = compressed_tiny("llama", "bridge")
     save_compressed(model, plan, tmp_path / "small")
     made = from_checkpoint(tmp_path / "small", model)
-    settings = BenchSettings(batches=(1, 2), prompt=4, window=4, modes=("eager",), rounds=2, control=True)
+    settings = BenchSettings(batches=(1, 2), prompt=4, decode_steps=4, modes=("eager",), rounds=2, control=True)
     told: list[tuple[bool, int]] = []
     result = run_bench(made, settings, on_row=lambda part: told.append((part["complete"], len(part["results"]))))
     assert told == [(False, count) for count in (1, 2, 3, 4)] and result["complete"]
@@ -581,7 +582,7 @@ def test_a_run_from_a_checkpoint(compressed_tiny: Callable, tmp_path: Path) -> N
             assert ratio["low"] <= ratio["median"] <= ratio["high"]
             assert comparison["rounds"] == 2 and comparison["stopped"] == "rounds"
             # the rounds themselves, in their order: another interval can be computed from them
-            assert asdict(latency.bootstrap(comparison["ratios"])) == pytest.approx(ratio, abs=1e-6)
+            assert asdict(intervals.bootstrap(comparison["ratios"])) == pytest.approx(ratio, abs=1e-6)
         share = row["comparisons"]["compressed/dense"]["bytes" if row["phase"] == "decode" else "flops"]
         assert 0 < share < 1
         tokens = row["batch"] * (4 if row["phase"] == "prefill" else 1)
@@ -596,7 +597,9 @@ def test_a_control_needs_no_comparison_with_removal(compressed_tiny: Callable) -
     structure, redundant = shape_structure(CONFIGS["llama"](), "bridge", 1, dtype=torch.float32)
     made = from_shape(CONFIGS["llama"](), structure, redundant, torch.float32)
     pairs = (("compressed", "dense"),)
-    settings = BenchSettings(prompt=4, window=2, phases=("decode",), rounds=1, pairs=pairs, control=True, energy=False)
+    settings = BenchSettings(
+        prompt=4, decode_steps=2, phases=("decode",), rounds=1, pairs=pairs, control=True, energy=False
+    )
     row = run_bench(made, settings)["results"][0]
     assert set(row["comparisons"]) == {"compressed/dense", "control/removal"}
     assert set(made.models) == {"dense", "removal", "compressed"}
@@ -644,7 +647,7 @@ def test_many_models_and_batches_can_be_compiled_in_one_run(monkeypatch: pytest.
     settings = BenchSettings(
         batches=(1, 2, 3, 4, 5),
         prompt=4,
-        window=2,
+        decode_steps=2,
         modes=("compiled",),
         phases=("decode",),
         pairs=(("compressed", "removal"),),  # two layers each: quicker to trace than the dense model
@@ -664,7 +667,7 @@ def test_many_models_and_batches_can_be_compiled_in_one_run(monkeypatch: pytest.
         ({"batches": (0,)}, "at least 1"),
         ({"rounds": 0}, "--rounds"),
         ({"precision": 0.0}, "--precision"),
-        ({"prompt": 60, "window": 10}, "exceed the context of 64"),
+        ({"prompt": 60, "decode_steps": 10}, "exceed the context of 64"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict, said: str) -> None:
@@ -686,7 +689,7 @@ def test_what_does_not_fit_is_refused_with_figures(monkeypatch: pytest.MonkeyPat
     made = from_shape(CONFIGS["llama"](), structure, redundant, torch.float32)
     monkeypatch.setattr(bench_memory, "available_bytes", lambda device: 10**5)
     with pytest.raises(TacoError, match="Caches of batch 8"):
-        run_bench(made, BenchSettings(batches=(1, 8), prompt=32, window=8))
+        run_bench(made, BenchSettings(batches=(1, 8), prompt=32, decode_steps=8))
 
 
 def test_energy_counters(tmp_path: Path) -> None:
@@ -707,7 +710,7 @@ def test_energy_lands_in_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module._joules, "__defaults__", (0.01,))
     structure, redundant = shape_structure(CONFIGS["llama"](), "bridge", 1, dtype=torch.float32)
     made = from_shape(CONFIGS["llama"](), structure, redundant, torch.float32)
-    row = run_bench(made, BenchSettings(prompt=4, window=4, rounds=1, phases=("decode",)))["results"][0]
+    row = run_bench(made, BenchSettings(prompt=4, decode_steps=4, rounds=1, phases=("decode",)))["results"][0]
     assert row["energy"] == "a test"
     assert all(values["joules_per_token"] > 0 for values in row["models"].values())
 
@@ -744,11 +747,13 @@ def test_bench_of_a_shape_writes_json_and_a_picture(
     result = json.loads(stdout)
     assert result == json.loads((tmp_path / "a.json").read_text())
     assert result["shape"] == "tiny" and result["redundant"] == [2, 3] and result["dtype"] == "bfloat16"
+    assert result["settings"]["decode_steps"] == 2 and result["build"] == build_digest()
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     code, stdout, _ = invoke(*arguments, "--method", "taco", "--keep", "0.9", "--dtype", "float32")
     assert code == 2  # taco takes no --layers
     code, stdout, _ = invoke(*arguments[:3], *arguments[5:], "--method", "taco", "--phase", "decode")
     assert code == 0 and "compressed over dense" in stdout and "removal" not in stdout
+    assert "taco is a stand-in" in " ".join(stdout.split())
 
 
 @pytest.mark.parametrize(
@@ -806,7 +811,7 @@ def test_a_prefill_may_be_as_long_as_the_context(compressed_tiny: Callable) -> N
     model = compressed_tiny("llama", "bridge")[1]
     made = BenchModels({"removal": with_layers_removed(model, [2, 3]), "compressed": model})
     limit = context_length(model)
-    settings = BenchSettings(prompt=limit, window=8, phases=("prefill",), rounds=1)
+    settings = BenchSettings(prompt=limit, decode_steps=8, phases=("prefill",), rounds=1)
     assert run_bench(made, settings)["complete"]
     with pytest.raises(TacoError, match="decoded ones exceed the context"):
         run_bench(made, replace(settings, phases=("decode",)))

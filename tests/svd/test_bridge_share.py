@@ -82,7 +82,8 @@ def test_bench_says_it_of_a_bridged_model_over_removal() -> None:
         structure, redundant = shape_structure(CONFIGS["llama"](), method, 1, dtype=torch.float32)
         made = from_shape(CONFIGS["llama"](), structure, redundant, torch.float32)
         pairs = (("compressed", "removal"), ("compressed", "dense"))
-        result = run_bench(made, BenchSettings(prompt=4, window=2, rounds=3, pairs=pairs, control=True, energy=False))
+        settings = BenchSettings(prompt=4, decode_steps=2, rounds=3, pairs=pairs, control=True, energy=False)
+        result = run_bench(made, settings)
         for row in result["results"]:
             said = {pair for pair, values in row["comparisons"].items() if "bridges" in values}
             assert said == ({"compressed/removal"} if there else set())

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import taco_kernels
-from taco_svd import Plan, TacoError, compress, device_costs
+from taco_svd import Plan, TacoError, bench_runner, compress, device_costs
 from taco_svd import cost_budget as module
 from taco_svd.allocation import Sizes
 from taco_svd.architectures import Architecture, linear_shape
-from taco_svd.budget import ByteCosts, ParameterCosts, allocate, map_options
+from taco_svd.budget import ByteCosts, ParameterCosts, allocate, factor_parameters, map_options
 from taco_svd.checkpoint import weight_bytes
 from taco_svd.cost_budget import LatencyCosts, bridges_within, without_layers
 from taco_svd.device_costs import DeviceCosts
 from taco_svd.experts import Expert, OpenExperts
 from taco_svd.loss_curves import LossCurves, tail_energies
 from taco_svd.options import parse_keep, parse_latency
+from taco_svd.replacement import LowRankBridge
 
 from .tiny_models import CONFIGS, tiny_model
 
@@ -139,16 +141,80 @@ def test_a_cache_that_cannot_be_written_does_no_harm(tmp_path: Path) -> None:
     costs.close()
 
 
-def test_real_measurements_grow_with_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thousand times the bytes take longer on any machine, however busy."""
+class Clock:
+    """A clock that only calls move, by 1 us and 1 ns for each weight that they read, and layers by what `layers_take`.
+
+    What is called really runs.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.patch = 0.0, monkeypatch
+        for place in (device_costs, bench_runner):
+            monkeypatch.setattr(place, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        linear = self.reading(torch.nn.functional.linear)
+        monkeypatch.setattr(device_costs, "functional", SimpleNamespace(linear=linear))
+        for name in ("low_rank_linear", "pivoted_low_rank_linear"):
+            monkeypatch.setattr(taco_kernels, name, self.reading(getattr(taco_kernels, name)))
+        bridge = LowRankBridge.forward
+
+        def forward(module: LowRankBridge, hidden: torch.Tensor) -> torch.Tensor:
+            self.read([parameter for parameter in module.parameters() if parameter.ndim == 2])
+            return bridge(module, hidden)
+
+        monkeypatch.setattr(LowRankBridge, "forward", forward)
+
+    def read(self, weights: Iterable[torch.Tensor]) -> None:
+        self.now += 1e-6 + 1e-9 * sum(weight.numel() for weight in weights)
+
+    def reading(self, call: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def timed(x: torch.Tensor, *weights: torch.Tensor | None) -> torch.Tensor:
+            self.read(weight for weight in weights if weight is not None and weight.is_floating_point())
+            return call(x, *weights)
+
+        return timed
+
+    def layers_take(self, seconds: float) -> None:
+        forward = LlamaDecoderLayer.forward
+
+        def timed(layer: LlamaDecoderLayer, *args: object, **kwargs: object) -> object:
+            self.now += seconds
+            return forward(layer, *args, **kwargs)
+
+        self.patch.setattr(LlamaDecoderLayer, "forward", timed)
+
+
+def test_calls_are_timed_with_all_their_weights_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also not what is swept before a bridge."""
     monkeypatch.setattr(device_costs, "_BLOCK_BYTES", 1 << 20)
     monkeypatch.setattr(device_costs, "SWEEP_BYTES", 1 << 20)
+    Clock(monkeypatch)
     costs = DeviceCosts("cpu", torch.float32, tmp_path)
-    small, large = costs.linear(32, 32), costs.linear(2048, 1024)
-    assert 0 < small < large
-    for pivoted in (False, True):
-        assert costs.low_rank(64, 64, 20, pivoted) > 0
-    assert 0 < costs.bridge(64, 8, rows=1) < costs.bridge(512, 512, rows=256)
+    assert costs.linear(64, 48) == pytest.approx(1e-6 + 1e-9 * 64 * 48)
+    for op, rank, weights in (
+        ("low_rank", 20, 20 * (64 + 48)), ("pivoted", 20, 20 * (64 + 48 - 20)), ("bridge", 8, 2 * 8 * 48)
+    ):  # fmt: skip
+        for rows in (1, 3):
+            seconds = costs._point(op, 48 if op == "bridge" else 64, 48, rank, rows)
+            assert seconds == pytest.approx(1e-6 + 1e-9 * weights)
+
+
+def test_ranks_to_measure_are_found_once_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A budget prices hundreds of ranks of every map; all ranks of the shape are looked through for the first."""
+    asked: list[int] = []
+
+    def counted(out_features: int, in_features: int, rank: int) -> tuple[int, bool]:
+        asked.append(rank)
+        return factor_parameters(out_features, in_features, rank)
+
+    monkeypatch.setattr(device_costs, "factor_parameters", counted)
+    device_costs.measured_ranks.cache_clear()
+    costs = costs_by_bytes()
+    for rank in range(1, 61):
+        for pivoted in (False, True):
+            assert costs.low_rank(60, 80, rank, pivoted) > 0
+    assert sorted(asked) == sorted([*range(1, 61), *range(1, 61)])
 
 
 # -- on a GPU, as far as it can be told without one ----------------------------------------------------------------
@@ -291,8 +357,11 @@ def test_compress_within_an_overhead_records_the_cost_model(
     monkeypatch: pytest.MonkeyPatch, calibration_tokens: torch.Tensor
 ) -> None:
     model = tiny_model("llama")
-    found = bridges_within(model, [2, 3], 0.9)  # measured for real: a tiny model's bridge is dear
-    assert found.rank >= 1 and 0 < max(found.predicted.values()) <= 0.9 * module.SAFETY
+    clock = Clock(monkeypatch)
+    clock.layers_take(1e-3)
+    found = bridges_within(model, [2, 3], 0.9)
+    cost = 1e-6 + 1e-9 * 2 * 32 * found.rank
+    assert found.rank >= 1 and found.predicted == {phase: pytest.approx(cost / 3e-3) for phase in ("prefill", "decode")}
     monkeypatch.setattr(module, "model_seconds", None)  # not used below
     monkeypatch.setattr(module.bridges_within, "__defaults__", (costs_by_bytes(), seconds_by_layers, None))
     compressed, plan = compress(model, method="bridge", layers=[2, 3], max_overhead=0.5, calibration=calibration_tokens)
@@ -433,6 +502,7 @@ def test_bench_of_a_shape_chooses_its_rank_by_cost(monkeypatch: pytest.MonkeyPat
     import taco_svd.shapes as shapes
 
     monkeypatch.setattr(shapes, "shape_config", lambda name: CONFIGS["llama"]())
+    Clock(monkeypatch).layers_take(1e-5)  # three of them: a bridge of rank 1 costs 3.5%
     arguments = ["bench", "--shape", "tiny", "--layers", "2", "--prompt", "4", "--decode", "2", "--rounds", "1"]
     code, stdout, stderr = invoke(*arguments, "--max-overhead", "0.95", "--json")
     assert code == 0, stderr

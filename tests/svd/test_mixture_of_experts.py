@@ -216,12 +216,12 @@ def test_open_experts_are_measured_eagerly_only() -> None:
     model = opened(dense, run_idle=False)
     with pytest.raises(TacoError, match="--mode compiled cannot run .* --experts whole"):
         Runner(model, "compiled", prompt=4)
-    settings = BenchSettings(prompt=4, window=2, modes=("eager", "compiled"), pairs=(("compressed", "dense"),))
+    settings = BenchSettings(prompt=4, decode_steps=2, modes=("eager", "compiled"), pairs=(("compressed", "dense"),))
     told: list[object] = []
     with pytest.raises(TacoError, match="Take --mode eager"):  # before anything is measured
         run_bench(BenchModels({"dense": dense, "compressed": model}), settings, on_row=told.append)
     assert told == []
-    assert Runner(model, "eager", prompt=4, window=2).decode() > 0
+    assert Runner(model, "eager", prompt=4, decode_steps=2).decode() > 0
 
 
 def test_work_counts_the_experts_that_are_used() -> None:

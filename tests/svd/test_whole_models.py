@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import transformers
+
+from taco_kernels import env
+from taco_svd.bench_report import bench_table, stand_in_note
 
 
 @pytest.fixture
@@ -47,7 +51,7 @@ def test_every_row_is_measured_and_reported(
         code, _, stderr = invoke("bench", *command, *extra)
         assert code == 0, (name, stderr)
         assert not script.is_current(path, command, "cpu")
-        script.stamp(path, command, "cpu")
+        script.stamp(path, script.made_by(command, "cpu"))
         assert script.is_current(path, command, "cpu")
         assert not script.is_current(path, [*command, "--prompt", "7"], "cpu")
         path.with_suffix(".part").write_text(json.dumps({**json.loads(path.read_text()), "complete": False}))
@@ -62,6 +66,7 @@ def test_every_row_is_measured_and_reported(
     ]
     assert len(lines) == 2 + len(measured)
     assert sum("removal again" in line for line in lines) == 1
+    assert "weights are random" in report and "taco is a stand-in" in report
     document = tmp_path / "document.md"
     document.write_text(f"above\n{script.BEGIN}\nold\n{script.END}\nbelow\n")
     for _ in range(2):
@@ -84,12 +89,63 @@ def test_results_of_another_machine_do_not_count(script: ModuleType, tmp_path: P
     assert not script.is_current(tmp_path / "bad.json", [], "cpu")
     path = tmp_path / "other.json"
     path.write_text(json.dumps({"complete": True}))
-    script.stamp(path, [], "cpu")
+    script.stamp(path, script.made_by([], "cpu"))
     assert script.is_current(path, [], "cpu")
     for name, value in script.made_by([], "cpu").items():
         assert value is not None, name
         path.write_text(json.dumps({"complete": True, "made_by": {**script.made_by([], "cpu"), name: "another"}}))
         assert not script.is_current(path, [], "cpu"), name
+
+
+def test_a_result_says_what_it_began_with(script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Sources that are edited while a row is measured leave no result that could pass for one of either build."""
+    build, after = ["first"], "first"
+
+    def run(command: list[str], **_: object) -> SimpleNamespace:
+        made = {"complete": True, "results": [], "device": "d", "dtype": "float32", "versions": {"torch": "2"}}
+        Path(command[command.index("--save") + 1]).write_text(json.dumps(made))
+        build[0] = after
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(script, "build_now", lambda: build[0])
+    monkeypatch.setattr(script, "subprocess", SimpleNamespace(run=run, DEVNULL=None))
+    monkeypatch.setattr(sys, "argv", ["whole_models.py", "--only", "one-thread", "--restart", "--out", str(tmp_path)])
+    path = tmp_path / "whole-model-tinyllama-1.1b-one-thread.json"
+    after = "second"
+    assert script.main() == 1 and not path.exists()
+    build[0] = after = "first"
+    assert script.main() == 0 and json.loads(path.read_text())["made_by"]["build"] == "first"
+    kept, after = path.read_text(), "second"
+    assert script.main() == 1 and path.read_text() == kept
+
+
+def test_each_row_is_of_the_sources_as_they_are_then(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The rows of one run take hours, and each is measured by a process that reads the sources anew."""
+    monkeypatch.setattr(env, "__file__", str(tmp_path / "env.py"))
+    (tmp_path / "op.py").write_text("old")
+    first = script.made_by([], "cpu")
+    (tmp_path / "op.py").write_text("new")
+    assert script.made_by([], "cpu") != first
+
+
+def test_kept_results_can_be_read(script: ModuleType) -> None:
+    """Of every format that has been written, and by everything that reads one."""
+    for path in script.RESULTS.glob("*/whole-model-*.json"):
+        result = script.whole_result(path)
+        assert result is not None, path
+        assert len(bench_table(result).rows) > 0
+        assert "damaged" not in script.report(path.parent)
+
+
+@pytest.mark.parametrize("weights, method, told", [
+    ("random", "taco", ("weights are random", "taco is a stand-in")), ("random", "bridge", ("weights are random",)),
+    ("checkpoint", "taco", ()),
+])  # fmt: skip
+def test_tables_say_what_models_of_a_shape_are(weights: str, method: str, told: tuple[str, ...]) -> None:
+    note = stand_in_note({"weights": weights, "method": method})
+    assert {words for words in ("weights are random", "taco is a stand-in") if words in note} == set(told)
 
 
 def test_damaged_and_incomplete_results_are_named_not_shown(script: ModuleType, tmp_path: Path) -> None:
