@@ -17,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .checksums import write_checksums
 from .devices import make_current
-from .errors import DiskFullError, TacoError
+from .errors import DiskFullError, TacoError, first_line
 from .int8_linear import Int8LowRankLinear
 from .mapped import is_mapped, load_mapped, save_mapped
 from .memory import free_memory
@@ -199,7 +199,7 @@ def load_model(
     except (TacoError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # transformers, huggingface_hub and safetensors raise many kinds
-        first = (str(error).strip() or type(error).__name__).split("\n")[0]
+        first = first_line(error)
         what = f"The model {name}" if looks_local else f"There is no directory {name} here, and from the hub it"
         raise TacoError(f"{what} cannot be loaded: {first}") from error
     missing = sorted(info["missing_keys"])
@@ -208,7 +208,7 @@ def load_model(
     try:
         model = model.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise TacoError(f"Device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise TacoError(f"Device {device!r} cannot be used: {first_line(error)}") from error
     make_current(model.device)
     model.eval()
     if path.is_dir():
@@ -234,7 +234,7 @@ def _try_out(model: PreTrainedModel, name: str) -> None:
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # model classes trust their configs: anything can go wrong in them
-        first = (str(error).strip() or type(error).__name__).split("\n")[0]
+        first = first_line(error)
         raise TacoError(f"The model {name} cannot run ({type(error).__name__}: {first[:300]}).") from error
 
 
@@ -277,7 +277,7 @@ def _tokenizer_of(name: str | Path, here: bool = False) -> PreTrainedTokenizerBa
     except BaseException as error:  # Rust code panics with a class of its own, which is no Exception
         if not local:  # a model without a tokenizer is usable on tokens
             return None
-        first = (str(error).strip() or type(error).__name__).split("\n")[0]
+        first = first_line(error)
         raise TacoError(
             f"The tokenizer of {name} cannot be loaded ({first[:300]}); copy its files again, or take them out to use "
             "the model on tokens."

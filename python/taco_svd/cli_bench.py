@@ -270,11 +270,11 @@ def _device(name: str) -> Any:
     import torch
 
     from .devices import make_current
-    from .errors import TacoError
+    from .errors import TacoError, first_line
 
     try:
         device = torch.empty(0, device=name).device  # with its index
         make_current(device)
     except (RuntimeError, AssertionError) as error:
-        raise TacoError(f"Device {name!r} is not usable: {str(error).splitlines()[0]}") from None
+        raise TacoError(f"Device {name!r} is not usable: {first_line(error)}") from None
     return device

@@ -24,7 +24,7 @@ from transformers.utils.hub import cached_file
 
 from .architectures import PER_LAYER_CONFIG_LISTS, copy_implementations
 from .checksums import check_checksums, write_checksums
-from .errors import TacoError
+from .errors import TacoError, first_line
 from .int8_linear import SCALES, Int8LowRankLinear
 from .plan import PLAN_FILE, Plan
 from .replacement import LowRankBridge, LowRankLinear, NarrowLinear, install, pivot_is_permutation
@@ -249,7 +249,7 @@ class CompressedModel:
         except TacoError:
             raise
         except Exception as error:  # model classes trust their configs: anything can go wrong in them
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            first = first_line(error)
             raise TacoError(f"{directory}: no model can be built from its config ({first[:300]}).") from error
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:

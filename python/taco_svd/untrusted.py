@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .errors import TacoError
+from .errors import TacoError, first_line
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -309,7 +309,7 @@ def check_headers(files: list[Path], index: dict[str, str] | None) -> Shapes:
         except (SafetensorError, OSError, ValueError, OverflowError) as error:
             raise TacoError(
                 f"The model {file.parent} cannot be loaded: {file.name} is no whole safetensors file "
-                f"({str(error).splitlines()[0]}). Copy it again."
+                f"({first_line(error)}). Copy it again."
             ) from error
     if index is not None and found != index:
         wrong = next(key for key in sorted({*found, *index}) if found.get(key) != index.get(key))
