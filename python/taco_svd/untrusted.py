@@ -270,12 +270,7 @@ def weight_files(directory: Path, variant: str | None = None) -> tuple[list[Path
             )
         raise TacoError(f"{directory} has no weights: neither {one_file} nor {index_file}.")
     path = check_contained(directory, index_file)
-    values = read_json(path)
-    index = values.get("weight_map") if isinstance(values, dict) else None
-    if not isinstance(index, dict) or not index or not all(isinstance(file, str) for file in index.values()):
-        raise TacoError(f"{path} has no `weight_map` from weights to files; it is damaged.")
-    if not isinstance(values.get("metadata"), dict):
-        raise TacoError(f"{path} has no `metadata`; it is damaged.")
+    index = read_index(path)
     files = []
     for name in sorted(set(index.values())):
         file = check_contained(directory, name)
@@ -285,6 +280,21 @@ def weight_files(directory: Path, variant: str | None = None) -> tuple[list[Path
             raise TacoError(f"{path} names {name!r}, which is not there; the checkpoint is incomplete. Copy it again.")
         files.append(file)
     return files, index
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """{tensor: file name} of a checkpoint in several files, as its index says; nothing is known of the files.
+
+    Raises:
+        TacoError: it is not to be trusted.
+    """
+    values = read_json(path)
+    index = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(index, dict) or not index or not all(isinstance(file, str) for file in index.values()):
+        raise TacoError(f"{path} has no `weight_map` from weights to files; it is damaged.")
+    if not isinstance(values.get("metadata"), dict):
+        raise TacoError(f"{path} has no `metadata`; it is damaged.")
+    return index
 
 
 def check_headers(files: list[Path], index: dict[str, str] | None) -> Shapes:
