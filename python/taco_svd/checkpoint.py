@@ -22,6 +22,7 @@ from .hub import snapshot
 from .int8_linear import Int8LowRankLinear
 from .mapped import is_mapped, load_mapped, save_mapped
 from .memory import free_memory
+from .model_card import write_card
 from .modeling import MODEL_TYPE, CompressedConfig, CompressedModel
 from .plan import PLAN_FILE, Plan
 from .replacement import LowRankLinear, NarrowLinear
@@ -126,7 +127,7 @@ def save_compressed(
 ) -> None:
     """Writes a compressed model as a checkpoint that `from_pretrained` loads after ``import taco_svd``.
 
-    Safetensors and JSON only: weights (sharded), config, generation config, tokenizer, plan.
+    Safetensors and JSON: weights (sharded), config, generation config, tokenizer, plan; and a model card, README.md.
 
     Raises:
         TacoError: see `write_whole`; or the model is not a compressed one.
@@ -135,6 +136,7 @@ def save_compressed(
         raise TacoError(f"{type(model).__name__} is not a compressed model; use its own save_pretrained.")
 
     def write(directory: Path) -> None:
+        write_card(directory, model.structure, plan)
         if is_mapped(model):
             save_mapped(model, directory)
             write_checksums(directory)

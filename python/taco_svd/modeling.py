@@ -26,6 +26,7 @@ from .architectures import PER_LAYER_CONFIG_LISTS, copy_implementations
 from .checksums import check_checksums, write_checksums
 from .errors import TacoError, first_line
 from .int8_linear import SCALES, Int8LowRankLinear
+from .model_card import write_card
 from .plan import PLAN_FILE, Plan
 from .replacement import LowRankBridge, LowRankLinear, NarrowLinear, install, pivot_is_permutation
 from .structure import MAX_LAYERS, Structure
@@ -253,7 +254,7 @@ class CompressedModel:
             raise TacoError(f"{directory}: no model can be built from its config ({first[:300]}).") from error
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Like `PreTrainedModel.save_pretrained`; the SHA-256 of every weight file and the plan go beside them."""
+        """Like `PreTrainedModel.save_pretrained`; the weight files' SHA-256, plan and model card go beside them."""
         # named as the modules are: the form on the hub (one tensor per expert, say) belongs to the base model's type
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
@@ -268,6 +269,7 @@ class CompressedModel:
     def _write_beside(self, directory: Path) -> None:
         write_checksums(directory)
         plan = self.current_plan
+        write_card(directory, self.structure, plan)
         if plan is not None:
             plan.save(directory / PLAN_FILE)
 
