@@ -38,7 +38,8 @@ def bench(
     context: typer.Context,
     directory: Annotated[Path | None, typer.Argument(help="Compressed model; or give --shape.")] = None,
     shape: Annotated[
-        str | None, typer.Option(help="Random weights of a known model's shape, e.g. llama-2-7b; --shape list.")
+        str | None,
+        typer.Option(help="Random weights of a known model's shape, e.g. llama-2-7b; list prints the known ones."),
     ] = None,
     method: Annotated[str, typer.Option(help="With --shape: bridge, paper or taco.")] = "bridge",
     layers: Annotated[
@@ -89,6 +90,14 @@ def bench(
     from .bench import BenchSettings, run_bench
     from .bench_report import bench_table, plot_bench
     from .errors import TacoError
+    from .shapes import SHAPES
+
+    if shape == "list":
+        if as_json:
+            print_json({"shapes": list(SHAPES)})
+        else:
+            print("\n".join(SHAPES))
+        return
 
     others = list(OTHERS) if against is None else [name.strip() for name in against.split(",") if name.strip()]
     if not others or any(name not in OTHERS for name in others):
@@ -232,10 +241,8 @@ def _from_shape(
     from .cli_shared import quiet_libraries
     from .cost_budget import bridges_within
     from .errors import TacoError
-    from .shapes import SHAPES, random_model, shape_config
+    from .shapes import random_model, shape_config
 
-    if shape == "list":
-        raise TacoError(f"Known shapes: {', '.join(SHAPES)}.")
     quiet_libraries()
     config = shape_config(shape)
     chosen: int | list[int] | None = None
