@@ -185,7 +185,6 @@ def compress(
     team = Team.from_environment(device)
     if team.rank == 0 and not resume:  # others, and a run that has its windows, read no text
         check_text_name(calibration)
-    as_json = as_json or team.rank > 0
     work_dir = work_dir or Path(f"{os.path.realpath(out)}.work")
     check_apart(work_dir, out, "--work-dir")
     decided = on_command_line(context, *DECIDED_BY_PLAN)
@@ -200,7 +199,8 @@ def compress(
             "Say how much to compress: --keep 0.8 (share of parameters) or 4.2GB, --layers N, --max-latency 0.8 or "
             "12.5ms, or --plan FILE."
         )
-    dense, tokenizer = _load(model, dtype, local_device(device), stream)
+    bars = Bars(as_json, silent=team.rank > 0)
+    dense, tokenizer = _load(model, dtype, local_device(device), stream, bars)
     check_output(out, force, needed_bytes=int(1.05 * weight_bytes(dense)))
     with finished_steps_kept(work_dir):
         compressed, made = run(
@@ -219,7 +219,7 @@ def compress(
             one_shot=one_shot,
             consistency=consistency,
             plan=loaded_plan,
-            progress=Bars(as_json),
+            progress=bars,
             max_overhead=max_overhead,
             max_latency=max_latency,
             work_dir=work_dir,
@@ -229,7 +229,8 @@ def compress(
         )
         if team.rank == 0:
             try:
-                save_compressed(compressed, made, out, tokenizer, force)
+                with bars.step("saving the model"):
+                    save_compressed(compressed, made, out, tokenizer, force)
             except StoppedError:
                 raise
             except TacoError as error:  # it was checked at the start; the work is not lost for what came in between
