@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from taco_svd.checkpoint import check_output, write_whole
-from taco_svd.errors import TacoError
+from taco_svd.errors import TacoError, first_line
 from taco_svd.evaluation import Perplexity, perplexity
 
 END_OF_TEXT = "<|endoftext|>"
@@ -274,7 +274,7 @@ def run(files: Sequence[Path], out: Path, recipe: Recipe, force: bool, device: s
         try:
             model.to(device)  # type: ignore[arg-type]
         except (RuntimeError, AssertionError) as error:
-            raise TacoError(f"Device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+            raise TacoError(f"Device {device!r} cannot be used: {first_line(error)}") from error
         task = progress.add_task("training", total=recipe.steps)
 
         def report(step: int, loss: float) -> None:

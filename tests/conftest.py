@@ -73,10 +73,14 @@ def shared_data() -> Path:
 
 @pytest.fixture
 def invoke(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command line in this process: (exit code, stdout, stderr). An exception is a failure of the test."""
+    """Runs the command line in this process: (exit code, stdout, stderr). An exception is a failure of the test.
+
+    What it says of its progress is left out of stderr (see svd/test_progress.py): everything else there is for people.
+    """
 
     def run(*arguments: object) -> tuple[int, str, str]:
         from taco_svd import cli
+        from taco_svd.cli_shared import PROGRESS_PREFIX
 
         monkeypatch.setattr(sys, "argv", ["taco-svd", *map(str, arguments)])
         capsys.readouterr()
@@ -85,6 +89,8 @@ def invoke(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
             cli.main()
         except SystemExit as stop:
             code = int(stop.code or 0)
-        return (code, *capsys.readouterr())
+        stdout, stderr = capsys.readouterr()
+        said = [line for line in stderr.splitlines(keepends=True) if not line.startswith(PROGRESS_PREFIX)]
+        return code, stdout, "".join(said)
 
     return run

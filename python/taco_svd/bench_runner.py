@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from .devices import on_device, waits_for
-from .errors import TacoError
+from .errors import TacoError, first_line
 from .experts import open_modules
 
 MODES = ("eager", "compiled", "graph")
@@ -233,7 +233,7 @@ def capture(run: Callable[[], object], reset: Callable[[], None]) -> torch.cuda.
     except RuntimeError as error:
         # the first of them is why: ending a capture that has failed is an error too
         cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
-        first = (str(cause).splitlines() or [type(cause).__name__])[0]
+        first = first_line(cause)
         raise TacoError(f"What is to be timed cannot be captured in a CUDA graph: {first}") from error
     reset()
     return graph

@@ -17,10 +17,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .checksums import write_checksums
 from .devices import make_current
-from .errors import DiskFullError, TacoError
+from .errors import DiskFullError, TacoError, first_line
+from .hub import snapshot
 from .int8_linear import Int8LowRankLinear
 from .mapped import is_mapped, load_mapped, save_mapped
 from .memory import free_memory
+from .model_card import write_card
 from .modeling import MODEL_TYPE, CompressedConfig, CompressedModel
 from .plan import PLAN_FILE, Plan
 from .replacement import LowRankLinear, NarrowLinear
@@ -125,7 +127,7 @@ def save_compressed(
 ) -> None:
     """Writes a compressed model as a checkpoint that `from_pretrained` loads after ``import taco_svd``.
 
-    Safetensors and JSON only: weights (sharded), config, generation config, tokenizer, plan.
+    Safetensors and JSON: weights (sharded), config, generation config, tokenizer, plan; and a model card, README.md.
 
     Args:
         max_shard_size: of a weight file, in bytes or as text ("5GB"); default: 5 GB, of a model that is streamed from
@@ -138,6 +140,7 @@ def save_compressed(
         raise TacoError(f"{type(model).__name__} is not a compressed model; use its own save_pretrained.")
 
     def write(directory: Path) -> None:
+        write_card(directory, model.structure, plan)
         if is_mapped(model):
             save_mapped(model, directory, max_shard_size or "1GB")
             write_checksums(directory)
@@ -161,50 +164,54 @@ def load_model(
 
     With `mapped` a dense model's weights stay in their files (see `mapped`); None: where they would take more than
     `MAPPED_SHARE` of the free memory. A GPU becomes the process's current one: direct calls of kernels work on that.
-    `here`: a hub's name is only looked for in the hub's cache on this machine.
+    A hub's name is loaded from its snapshot in the hub's cache (see `hub`), and stays the model's name; with `here`
+    nothing is fetched.
 
     Raises:
         TacoError: no such model, unreadable files, or weights that are missing or do not fit; or it was to be mapped
             and cannot be.
     """
     path = Path(name)
-    looks_local = os.path.exists(path) or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1
-    if looks_local:
+    from_hub = not (os.path.exists(path) or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1)
+    if not from_hub:
         if not os.path.isfile(path / "config.json"):
             raise TacoError(f"No model at {name}: there is no config.json in it.")
         _check_local(path)
     elif not str(name).isascii() or not str(name).strip():
         raise TacoError(f"{str(name)!r} is neither a directory nor the name of a model on the hub.")
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=here)
-        if path.is_dir() and not isinstance(config, CompressedConfig):  # compressed models check themselves
+        if from_hub:
+            path = snapshot(str(name), here)
+            _check_local(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if not isinstance(config, CompressedConfig):  # compressed models check themselves
             with torch.device("meta"):
                 skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
             check_size(skeleton, check_weights(path), str(name))
         if mapped or (mapped is None and device == "cpu" and _is_large(path)):
-            model = load_mapped(path, dtype) if path.is_dir() and device == "cpu" else None
+            model = load_mapped(path, dtype) if device == "cpu" else None
             if model is not None:
-                return model, _tokenizer_of(name, here)
+                _call(model, str(name))
+                return model, _tokenizer_of(path, str(name), from_hub)
             if mapped:
                 raise TacoError(
-                    f"{name} cannot be streamed: that takes a local directory of safetensors in the dtype that is "
-                    "asked for, named as the model names them, and --device cpu."
+                    f"{name} cannot be streamed: that takes safetensors in the dtype that is asked for, named as the "
+                    "model names them, and --device cpu."
                 )
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name,
+            path,
             config=config,
             dtype=dtype,
             output_loading_info=True,
             trust_remote_code=False,
             use_safetensors=True,
-            local_files_only=here,
         )
         model, info = loaded
     except (TacoError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # transformers, huggingface_hub and safetensors raise many kinds
-        first = (str(error).strip() or type(error).__name__).split("\n")[0]
-        what = f"The model {name}" if looks_local else f"There is no directory {name} here, and from the hub it"
+        first = first_line(error)
+        what = f"There is no directory {name} here, and from the hub it" if from_hub else f"The model {name}"
         raise TacoError(f"{what} cannot be loaded: {first}") from error
     missing = sorted(info["missing_keys"])
     if missing:
@@ -212,12 +219,17 @@ def load_model(
     try:
         model = model.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise TacoError(f"Device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise TacoError(f"Device {device!r} cannot be used: {first_line(error)}") from error
     make_current(model.device)
     model.eval()
-    if path.is_dir():
-        _try_out(model, str(name))
-    return model, _tokenizer_of(name, here)
+    _try_out(model, str(name))
+    _call(model, str(name))
+    return model, _tokenizer_of(path, str(name), from_hub)
+
+
+def _call(model: PreTrainedModel, name: str) -> None:
+    """Notes what the model is called: a hub model by its name there, and not by where its files are kept here."""
+    model.name_or_path = model.config.name_or_path = name
 
 
 def _is_large(directory: Path) -> bool:
@@ -238,7 +250,7 @@ def _try_out(model: PreTrainedModel, name: str) -> None:
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # model classes trust their configs: anything can go wrong in them
-        first = (str(error).strip() or type(error).__name__).split("\n")[0]
+        first = first_line(error)
         raise TacoError(f"The model {name} cannot run ({type(error).__name__}: {first[:300]}).") from error
 
 
@@ -260,28 +272,24 @@ def _check_local(path: Path) -> None:
     check_links(path)
 
 
-def _tokenizer_of(name: str | Path, here: bool = False) -> PreTrainedTokenizerBase | None:
-    """The model's tokenizer, None where there is none.
+def _tokenizer_of(path: Path, name: str, from_hub: bool) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in the model's directory, None where there is none.
 
     Raises:
-        TacoError: its files are there and cannot be read.
+        TacoError: its files are there and cannot be read, and the directory is the user's own.
     """
-    path = Path(name)
-    local = path.is_dir()
     # for a directory without tokenizer files transformers makes an empty tokenizer of the model's kind
-    if local and not any((path / file).is_file() for file in TOKENIZER_FILES):
+    if not any((path / file).is_file() for file in TOKENIZER_FILES):
         return None
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            name, trust_remote_code=False, local_files_only=here
-        )
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         return tokenizer
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # Rust code panics with a class of its own, which is no Exception
-        if not local:  # a model without a tokenizer is usable on tokens
+        if from_hub:  # a model without a tokenizer is usable on tokens
             return None
-        first = (str(error).strip() or type(error).__name__).split("\n")[0]
+        first = first_line(error)
         raise TacoError(
             f"The tokenizer of {name} cannot be loaded ({first[:300]}); copy its files again, or take them out to use "
             "the model on tokens."

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -145,7 +145,13 @@ def compress(
             "whole (vLLM serves those)."
         ),
     ] = "factorised",
-    plan: Annotated[Path | None, typer.Option(help="Carry out this plan (a file or a compressed directory).")] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            help="Carry out this plan (a file or a compressed directory), on the calibration it was made with unless "
+            "--calibration, --samples, --seq-len or --seed say otherwise."
+        ),
+    ] = None,
     work_dir: Annotated[
         Path | None, typer.Option(help="Where finished steps are kept until the model is saved; default: OUT.work.")
     ] = None,
@@ -174,6 +180,7 @@ def compress(
     from .checkpoint import check_output, describe, save_compressed, weight_bytes
     from .errors import StoppedError, TacoError
     from .plan import Plan
+    from .plan_calibration import DRAWN_BY, drawn_as_planned, draws_differ
     from .report import info_table
     from .team import Team, local_device
     from .texts import check_text_name
@@ -183,9 +190,6 @@ def compress(
     if model is not None and os.path.isdir(model) and os.path.realpath(model) == os.path.realpath(out):
         raise TacoError(f"--out {out} is the model itself, which would be replaced; choose another directory.")
     team = Team.from_environment(device)
-    if team.rank == 0 and not resume:  # others, and a run that has its windows, read no text
-        check_text_name(calibration)
-    as_json = as_json or team.rank > 0
     work_dir = work_dir or Path(f"{os.path.realpath(out)}.work")
     check_apart(work_dir, out, "--work-dir")
     decided = on_command_line(context, *DECIDED_BY_PLAN)
@@ -200,7 +204,15 @@ def compress(
             "Say how much to compress: --keep 0.8 (share of parameters) or 4.2GB, --layers N, --max-latency 0.8 or "
             "12.5ms, or --plan FILE."
         )
-    dense, tokenizer = _load(model, dtype, local_device(device), stream)
+    reads_text = team.rank == 0 and not resume  # others, and a run that has its windows, read none
+    windows: dict[str, Any] = {"calibration": calibration, "samples": samples, "seq_len": seq_len, "seed": seed}
+    if loaded_plan is not None:
+        given = [name for name in DRAWN_BY if on_command_line(context, name)]
+        windows |= drawn_as_planned(loaded_plan, given, look=reads_text)
+    if reads_text:
+        check_text_name(windows["calibration"])
+    bars = Bars(as_json, silent=team.rank > 0)
+    dense, tokenizer = _load(model, dtype, local_device(device), stream, bars)
     check_output(out, force, needed_bytes=int(1.05 * weight_bytes(dense)))
     with finished_steps_kept(work_dir):
         compressed, made = run(
@@ -210,26 +222,30 @@ def compress(
             keep=keep,
             layers=layers,
             compression_ratio=compression_ratio,
-            calibration=calibration,
-            samples=samples,
-            seq_len=seq_len,
-            seed=seed,
             importance=importance,
             bridge_rank=bridge_rank,
             one_shot=one_shot,
             consistency=consistency,
             plan=loaded_plan,
-            progress=Bars(as_json),
+            progress=bars,
             max_overhead=max_overhead,
             max_latency=max_latency,
             work_dir=work_dir,
             resume=resume,
             team=team,
             experts=experts,
+            **windows,
         )
+        if loaded_plan is not None and team.rank == 0 and draws_differ(loaded_plan, made):
+            print(
+                "taco-svd: warning: the calibration windows are not those that the plan was made with, though drawn in "
+                "the same way: another text, tokenizer or model. The factors follow what was drawn now.",
+                file=sys.stderr,
+            )
         if team.rank == 0:
             try:
-                save_compressed(compressed, made, out, tokenizer, force)
+                with bars.step("saving the model"):
+                    save_compressed(compressed, made, out, tokenizer, force)
             except StoppedError:
                 raise
             except TacoError as error:  # it was checked at the start; the work is not lost for what came in between

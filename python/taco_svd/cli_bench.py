@@ -40,8 +40,8 @@ def bench(
     shape: Annotated[
         str | None,
         typer.Option(
-            help="Latency of a known model's shape with random weights, e.g. llama-2-7b; --shape list. It says nothing "
-            "of quality: there is no calibration."
+            help="Latency of a known model's shape with random weights, e.g. llama-2-7b; list prints the known ones. It "
+            "says nothing of quality: there is no calibration."
         ),
     ] = None,
     method: Annotated[
@@ -99,6 +99,14 @@ def bench(
     from .bench import BenchSettings, run_bench
     from .bench_report import bench_table, plot_bench
     from .errors import TacoError
+    from .shapes import SHAPES
+
+    if shape == "list":
+        if as_json:
+            print_json({"shapes": list(SHAPES)})
+        else:
+            print("\n".join(SHAPES))
+        return
 
     others = list(OTHERS) if against is None else [name.strip() for name in against.split(",") if name.strip()]
     if not others or any(name not in OTHERS for name in others):
@@ -242,10 +250,8 @@ def _from_shape(
     from .cli_shared import quiet_libraries
     from .cost_budget import bridges_within
     from .errors import TacoError
-    from .shapes import SHAPES, random_model, shape_config
+    from .shapes import random_model, shape_config
 
-    if shape == "list":
-        raise TacoError(f"Known shapes: {', '.join(SHAPES)}.")
     quiet_libraries()
     config = shape_config(shape)
     chosen: int | list[int] | None = None
@@ -280,11 +286,11 @@ def _device(name: str) -> Any:
     import torch
 
     from .devices import make_current
-    from .errors import TacoError
+    from .errors import TacoError, first_line
 
     try:
         device = torch.empty(0, device=name).device  # with its index
         make_current(device)
     except (RuntimeError, AssertionError) as error:
-        raise TacoError(f"Device {name!r} is not usable: {str(error).splitlines()[0]}") from None
+        raise TacoError(f"Device {name!r} is not usable: {first_line(error)}") from None
     return device

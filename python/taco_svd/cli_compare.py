@@ -15,6 +15,7 @@ from .cli_shared import (
     ModelArgument,
     SeedOption,
     check_result_files,
+    duration,
     errors,
     load,
     out_console,
@@ -113,7 +114,7 @@ def compare(
     for name in (calibration, *_texts(text)):
         check_text_name(name)
     bars = Bars(as_json)
-    dense, tokenizer = load(model, dtype, device)
+    dense, tokenizer = load(model, dtype, device, bars=bars)
     resolve_windows(dense, window, None, max_windows)
     if rounds:
         check_lengths(dense, batch, prompt, DECODE_STEPS, rounds)
@@ -133,7 +134,7 @@ def compare(
         if save is not None:
             save_json(save, result.to_dict())
         if not as_json and result.finished:
-            errors.print(f"{result.finished} of {result.total} done, about {_duration(result.seconds_left)} left")
+            errors.print(f"{result.finished} of {result.total} done, about {duration(result.seconds_left)} left")
 
     measure = Measure(
         tokens, text_name, window, max_windows, batch, prompt, rounds, {name: texts[name] for name in others}
@@ -164,8 +165,3 @@ def compare(
 
 def _setting(values: dict) -> str:
     return ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items())
-
-
-def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

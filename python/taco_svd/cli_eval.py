@@ -61,7 +61,8 @@ def evaluate(
     from .evaluation_run import evaluate_model
     from .report import evaluation_lines
 
-    loaded, tokenizer = load(model, dtype, device)
+    bars = Bars(as_json)
+    loaded, tokenizer = load(model, dtype, device, bars=bars)
     values = evaluate_model(
         loaded,
         tokenizer,
@@ -75,7 +76,7 @@ def evaluate(
         stride=stride,
         max_windows=max_windows,
         seed=seed,
-        progress=Bars(as_json),
+        progress=bars,
     )
     if as_json:
         print_json(values)

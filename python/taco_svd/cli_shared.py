@@ -1,4 +1,4 @@
-"""What all commands share: options, progress bars, loading, printing."""
+"""What all commands share: options, progress, loading, printing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,8 +26,14 @@ if TYPE_CHECKING:
     from .progress import Report
 
 errors = Console(stderr=True)
+# A line of progress where no bars can be drawn: none in less than so many seconds.
+SECONDS_BETWEEN_LINES = 30.0
+PROGRESS_PREFIX = "[taco-svd] "
+clock = time.monotonic
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables; no progress bars.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object instead of tables; progress as plain lines on stderr.")
+]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
 DtypeOption = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
@@ -34,20 +41,71 @@ ModelArgument = Annotated[str | None, typer.Argument(help="Model directory or hu
 
 
 class Bars:
-    """Progress bars with an ETA on stderr; nothing when quiet."""
+    """Progress on stderr: bars with an ETA on a terminal, plain lines anywhere else (a scheduler's or CI's log).
 
-    def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet or not errors.is_terminal
+    Args:
+        as_json: plain lines on a terminal too, for the output is read by a program.
+        silent: nothing at all, for all but the first of several processes that do the same.
+    """
+
+    def __init__(self, as_json: bool, silent: bool = False) -> None:
+        self.silent = silent
+        # FORCE_COLOR, which CI systems set, asks for colours and not for a cursor that goes up and down in a log
+        self.lines = as_json or errors.is_dumb_terminal or not sys.stderr.isatty()
 
     @contextmanager
     def step(self, title: str) -> Iterator[Report]:
-        if self.quiet:
+        if self.silent:
             yield lambda done, total: None
+        elif self.lines:
+            lines = ProgressLines(title)
+            yield lines.report
+            lines.done()
+        else:
+            columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+            with Progress(
+                *columns, TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=errors
+            ) as bars:
+                task = bars.add_task(title, total=None)
+                yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+class ProgressLines:
+    """A step's progress as plain lines on stderr: one now, at most one every `SECONDS_BETWEEN_LINES`, one when done.
+
+    A step that fails has no last line: the error that follows says so.
+    """
+
+    def __init__(self, title: str) -> None:
+        from .untrusted import printable
+
+        self.title = " ".join(printable(title).split())  # there are names of files in titles
+        self.start = self.last = clock()
+        self._print("started")
+
+    def report(self, done: int, total: int) -> None:
+        now = clock()
+        if now - self.last < SECONDS_BETWEEN_LINES:
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-        with Progress(*columns, TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=errors) as bars:
-            task = bars.add_task(title, total=None)
-            yield lambda done, total: bars.update(task, completed=done, total=total)
+        self.last = now
+        if total <= 0:
+            self._print(f"{done}")
+            return
+        left = f", about {duration((now - self.start) / done * (total - done))} left" if 0 < done <= total else ""
+        self._print(f"{done}/{total} ({done / total:.0%}){left}")
+
+    def done(self) -> None:
+        self._print(f"done in {clock() - self.start:.1f} s")
+
+    def _print(self, said: str) -> None:
+        # flushed: logs are looked at while the work goes on
+        print(f"{PROGRESS_PREFIX}{self.title}: {said}", file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """A time for people: 45 s, 12 min, 3.5 h."""
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def on_command_line(context: typer.Context, *names: str) -> list[str]:
@@ -95,13 +153,15 @@ def check_dtype(dtype: str) -> None:
 
 
 def load(
-    name: str | None, dtype: str, device: str, mapped: bool | None = False
+    name: str | None, dtype: str, device: str, mapped: bool | None = False, bars: Bars | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     from .checkpoint import DEFAULT_MODEL, load_model
 
     quiet_libraries()
     check_dtype(dtype)
-    return load_model(name or DEFAULT_MODEL, dtype, device, mapped)
+    # minutes for a large one, and hours where it is fetched from the hub
+    with (bars or Bars(False, silent=True)).step("loading the model"):
+        return load_model(name or DEFAULT_MODEL, dtype, device, mapped)
 
 
 def can_be_replaced(path: Path) -> bool:

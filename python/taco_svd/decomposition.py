@@ -17,7 +17,7 @@ import torch
 import taco_kernels
 from taco_kernels._library import exact_products
 
-from .errors import TacoError
+from .errors import TacoError, first_line
 from .triangle import cholesky_below_, restore_below_
 
 # Eigenvalues below this share of the largest are rounding of float32 statistics, not information.
@@ -402,7 +402,7 @@ def numerical_errors_named() -> Iterator[None]:
     try:
         yield
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        first = str(error).splitlines()[0]
+        first = first_line(error)
         raise TacoError(
             f"The statistics of this model and calibration text cannot be decomposed ({first}): activations are "
             "constant, zero or beyond the range of numbers. Try another --calibration; --method svd needs none."

@@ -24,3 +24,8 @@ class DiskFullError(StoppedError):
 
 class LostProcessError(StoppedError):
     """Another process of the same run is gone, or did not answer in time."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, for a sentence about it; the name of its type where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .calibration import needed_begin_token
-from .errors import TacoError
+from .errors import TacoError, first_line
 
 # Task files of this package, for the harness's `include_path`.
 TASKS = Path(__file__).parent / "lm_eval_tasks"
@@ -139,7 +139,7 @@ def run_tasks(
     except TacoError:
         raise
     except Exception as error:  # tasks are other people's code: network, data sets, formats
-        first = (str(error).strip() or type(error).__name__).split("\n")[0]
+        first = first_line(error)
         raise TacoError(f"lm-evaluation-harness failed ({type(error).__name__}: {first}).") from error
     assert results is not None
     values: dict[str, Any] = {"tasks": {name: _metrics(found) for name, found in results["results"].items()}}

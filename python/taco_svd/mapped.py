@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from .errors import TacoError
+from .errors import TacoError, first_line
 from .untrusted import INDEX_FILE, WEIGHTS_FILE, weight_files
 
 # Numbers that are looked at at once.
@@ -52,7 +52,7 @@ def load_mapped(directory: str | Path, dtype: str | torch.dtype = "auto") -> Pre
                 for key in opened.keys():  # noqa: SIM118 - not a dict
                     stored[key] = opened.get_tensor(key)
         except (OSError, SafetensorError) as error:
-            raise TacoError(f"{file} cannot be read ({str(error).splitlines()[0]}); copy it again.") from error
+            raise TacoError(f"{file} cannot be read ({first_line(error)}); copy it again.") from error
     dtypes = {tensor.dtype for tensor in stored.values()}
     wanted = next(iter(dtypes)) if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if dtypes != {wanted}:

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from .architectures import Architecture, LinearSite
 from .arguments import check_given_model
-from .errors import TacoError, UnsupportedModelError
+from .errors import TacoError, UnsupportedModelError, first_line
 from .experts import names_experts, opened
 from .factorise import check_ranks
 from .gathering import is_scattered
@@ -100,7 +100,7 @@ def _probe(architecture: Architecture) -> None:
     except Exception as error:
         raise TacoError(
             f"{type(architecture.model).__name__}: a trial run of two tokens failed "
-            f"({type(error).__name__}: {(str(error).splitlines() or [''])[0]}); the model cannot be handled."
+            f"({type(error).__name__}: {first_line(error)}); the model cannot be handled."
         ) from error
     if sees_later:
         raise UnsupportedModelError(

@@ -24,8 +24,9 @@ from transformers.utils.hub import cached_file
 
 from .architectures import PER_LAYER_CONFIG_LISTS, copy_implementations, set_config
 from .checksums import check_checksums, write_checksums
-from .errors import TacoError
+from .errors import TacoError, first_line
 from .int8_linear import SCALES, Int8LowRankLinear
+from .model_card import write_card
 from .plan import PLAN_FILE, Plan
 from .replacement import LowRankBridge, LowRankLinear, NarrowLinear, install, pivot_is_permutation
 from .structure import MAX_LAYERS, Structure
@@ -251,11 +252,11 @@ class CompressedModel:
         except TacoError:
             raise
         except Exception as error:  # model classes trust their configs: anything can go wrong in them
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            first = first_line(error)
             raise TacoError(f"{directory}: no model can be built from its config ({first[:300]}).") from error
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Like `PreTrainedModel.save_pretrained`; the SHA-256 of every weight file and the plan go beside them."""
+        """Like `PreTrainedModel.save_pretrained`; the weight files' SHA-256, plan and model card go beside them."""
         # named as the modules are: the form on the hub (one tensor per expert, say) belongs to the base model's type
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
@@ -270,6 +271,7 @@ class CompressedModel:
     def _write_beside(self, directory: Path) -> None:
         write_checksums(directory)
         plan = self.current_plan
+        write_card(directory, self.structure, plan)
         if plan is not None:
             plan.save(directory / PLAN_FILE)
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
-from .errors import LostProcessError, TacoError
+from .errors import LostProcessError, TacoError, first_line
 
 # A process that waits longer than this for another one takes it for lost; TACO_TIMEOUT (seconds) sets it.
 TIMEOUT_SECONDS = 1800.0
@@ -51,7 +51,7 @@ class Team:
             try:
                 torch.cuda.set_device(own)  # NCCL works on the current device
             except (RuntimeError, AssertionError, ValueError) as error:
-                raise TacoError(f"Device {own!r} cannot be used: {str(error).splitlines()[0]}") from error
+                raise TacoError(f"Device {own!r} cannot be used: {first_line(error)}") from error
         if not distributed.is_initialized():
             seconds = float(os.environ.get("TACO_TIMEOUT", TIMEOUT_SECONDS))
             # NCCL has no collectives for what is on the CPU: sums of numbers, objects, weights that were left there
@@ -59,7 +59,7 @@ class Team:
             try:
                 distributed.init_process_group(backend, timeout=timedelta(seconds=seconds))
             except (RuntimeError, ValueError) as error:
-                first = str(error).splitlines()[0]
+                first = first_line(error)
                 raise TacoError(f"The processes of torchrun do not find each other: {first}") from error
         return cls(distributed.get_rank(), distributed.get_world_size())
 
@@ -112,7 +112,7 @@ class Team:
         try:
             collective()
         except RuntimeError as error:
-            first = str(error).splitlines()[0]
+            first = first_line(error)
             if "No backend type associated with device type" in first:
                 raise TacoError(
                     f"The process group has no backend for a device ({first}); make it with "

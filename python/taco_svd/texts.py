@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .errors import TacoError
+from .errors import TacoError, first_line
 from .untrusted import MAX_JSON_BYTES, check_regular, parse_json, printable
 
 # Corpora that `datasets` knows how to fetch; (path, name, split, text column).
@@ -267,7 +267,7 @@ def _templated(messages: Any, tools: Any, tokenizer: PreTrainedTokenizerBase, pl
     try:
         text = tokenizer.apply_chat_template(turns, tools=tools, tokenize=False)
     except Exception as error:  # a template is a program of its own
-        first = (str(error).splitlines() or [""])[0][:200]
+        first = first_line(error)[:200]
         raise TacoError(
             f"{place}: the tokenizer's chat template does not take these messages ({type(error).__name__}: {first!r})."
         ) from error

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .errors import TacoError
+from .errors import TacoError, first_line
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -270,12 +270,7 @@ def weight_files(directory: Path, variant: str | None = None) -> tuple[list[Path
             )
         raise TacoError(f"{directory} has no weights: neither {one_file} nor {index_file}.")
     path = check_contained(directory, index_file)
-    values = read_json(path)
-    index = values.get("weight_map") if isinstance(values, dict) else None
-    if not isinstance(index, dict) or not index or not all(isinstance(file, str) for file in index.values()):
-        raise TacoError(f"{path} has no `weight_map` from weights to files; it is damaged.")
-    if not isinstance(values.get("metadata"), dict):
-        raise TacoError(f"{path} has no `metadata`; it is damaged.")
+    index = read_index(path)
     files = []
     for name in sorted(set(index.values())):
         file = check_contained(directory, name)
@@ -285,6 +280,21 @@ def weight_files(directory: Path, variant: str | None = None) -> tuple[list[Path
             raise TacoError(f"{path} names {name!r}, which is not there; the checkpoint is incomplete. Copy it again.")
         files.append(file)
     return files, index
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """{tensor: file name} of a checkpoint in several files, as its index says; nothing is known of the files.
+
+    Raises:
+        TacoError: it is not to be trusted.
+    """
+    values = read_json(path)
+    index = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(index, dict) or not index or not all(isinstance(file, str) for file in index.values()):
+        raise TacoError(f"{path} has no `weight_map` from weights to files; it is damaged.")
+    if not isinstance(values.get("metadata"), dict):
+        raise TacoError(f"{path} has no `metadata`; it is damaged.")
+    return index
 
 
 def check_headers(files: list[Path], index: dict[str, str] | None) -> Shapes:
@@ -309,7 +319,7 @@ def check_headers(files: list[Path], index: dict[str, str] | None) -> Shapes:
         except (SafetensorError, OSError, ValueError, OverflowError) as error:
             raise TacoError(
                 f"The model {file.parent} cannot be loaded: {file.name} is no whole safetensors file "
-                f"({str(error).splitlines()[0]}). Copy it again."
+                f"({first_line(error)}). Copy it again."
             ) from error
     if index is not None and found != index:
         wrong = next(key for key in sorted({*found, *index}) if found.get(key) != index.get(key))

@@ -138,8 +138,7 @@ def test_files_that_a_tokenizer_reads_lie_in_the_checkpoint(dense_checkpoint: Pa
 
 def test_a_plan_fetches_nothing(taco_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that a file names is looked for on this machine only."""
-    import transformers
-
+    from taco_svd import hub
     from taco_svd.evaluation_run import _dense
     from taco_svd.plan import PLAN_FILE, Plan
     from taco_svd.source_model import load_source
@@ -151,12 +150,12 @@ def test_a_plan_fetches_nothing(taco_checkpoint: Path, tmp_path: Path, monkeypat
     plan.save(small / PLAN_FILE)
     asked: list[bool] = []
 
-    def config(name: str, **options: object) -> None:
+    def snapshot_download(name: str, **options: object) -> None:
         asked.append(bool(options.get("local_files_only")))
         raise OSError("not here")
 
     model, _ = load_model(small)
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", config)
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
     assert _dense(model, str(small), None)[0] is None
     with pytest.raises(TacoError, match="somebody/something"):
         load_source(model, plan, small)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import importlib.util
 import os
 import re
@@ -160,3 +161,18 @@ def test_native_code_keeps_its_rules():
 
 def test_ci_script_is_executable():
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_what_git_ignores_is_not_sent_to_a_container_build():
+    """Environments and builds of gigabytes, and extensions of another machine, would go along with `COPY . /src`."""
+    lines = {line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")}
+    ignored = [line for line in (ROOT / ".gitignore").read_text().splitlines() if line and not line.startswith("#")]
+    assert ".git" in lines and {f"**/{line.strip('/')}" for line in ignored} <= lines
+
+
+def test_a_container_build_is_sent_all_that_it_reads(tree):
+    patterns = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+    files = [path.relative_to(tree) for path in tree.rglob("*") if path.is_file()]
+    parts = {part for file in files for part in file.parts}
+    lost = [part for part in parts for pattern in patterns if fnmatch.fnmatch(part, pattern.removeprefix("**/"))]
+    assert len(files) > 100 and not lost

@@ -760,7 +760,6 @@ def test_bench_of_a_shape_writes_json_and_a_picture(
     "arguments, said",
     [
         (["--shape", "llama-9"], "--shape must be one of"),
-        (["--shape", "list"], "tinyllama-1.1b"),
         ([], "--shape"),
         (["DIR", "--shape", "llama-2-7b"], "not both"),
         (["DIR", "--batch", "one"], "--batch takes numbers"),
@@ -777,6 +776,13 @@ def test_bench_of_a_shape_writes_json_and_a_picture(
 def test_bad_arguments_are_one_sentence(arguments: list[str], said: str, invoke: Callable) -> None:
     code, stdout, stderr = invoke("bench", *arguments)
     assert code == 2 and stdout == "" and said in stderr and len(stderr.strip().splitlines()) == 1
+
+
+def test_the_list_of_shapes_is_no_mistake(invoke: Callable) -> None:
+    code, stdout, stderr = invoke("bench", "--shape", "list")
+    assert (code, stderr) == (0, "") and stdout.split() == list(SHAPES)
+    code, stdout, _ = invoke("bench", "--shape", "list", "--json")
+    assert code == 0 and json.loads(stdout) == {"shapes": list(SHAPES)}
 
 
 def test_results_take_the_place_of_no_pipe_and_no_device(tmp_path: Path, invoke: Callable) -> None:

@@ -74,8 +74,8 @@ def test_code_without_the_package_is_told_what_it_lacks(checkpoint: Path) -> Non
     assert answers == ["AutoModelForCausalLM True", "LlamaForCausalLM True", "AutoConfig True", "LlamaConfig True"]
 
 
-def test_only_safetensors_and_json_are_written(checkpoint: Path) -> None:
-    assert {file.suffix for file in checkpoint.iterdir()} == {".safetensors", ".json"}
+def test_only_safetensors_json_and_the_card_are_written(checkpoint: Path) -> None:
+    assert {file.name for file in checkpoint.iterdir() if file.suffix not in (".safetensors", ".json")} == {"README.md"}
     assert (checkpoint / "model.safetensors.index.json").is_file()
 
 
@@ -498,4 +498,4 @@ def test_all_files_are_there_when_a_model_goes_to_the_hub(
         monkeypatch.setattr(f"transformers.modeling_utils.{name}", value, raising=False)
     monkeypatch.setattr(PreTrainedModel, "_upload_modified_files", upload)
     model.save_pretrained(tmp_path / "model", push_to_hub=True, repo_id="someone/model")
-    assert seen and {"taco_checksums.json", "taco_plan.json", "model.safetensors"} <= seen[-1]
+    assert seen and {"taco_checksums.json", "taco_plan.json", "model.safetensors", "README.md"} <= seen[-1]
