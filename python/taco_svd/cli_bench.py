@@ -40,8 +40,8 @@ def bench(
     shape: Annotated[
         str | None,
         typer.Option(
-            help="Latency of a known model's shape with random weights, e.g. llama-2-7b; list prints the known ones. It "
-            "says nothing of quality: there is no calibration."
+            help="Latency of a known model's shape with random weights, e.g. llama-2-7b; list prints the known ones. "
+            "It says nothing of quality: there is no calibration."
         ),
     ] = None,
     method: Annotated[

@@ -35,6 +35,7 @@ from .model_checks import check_structure, check_weights, fitting, refuse_compre
 from .modeling import as_compressed
 from .options import CompressionOptions, resolve
 from .plan import Plan, versions
+from .plan_calibration import drawn_as_planned
 from .planning import analysis, config_of, decide, describe_source
 from .progress import Progress, Silent
 from .quantisation import quantise
@@ -49,6 +50,8 @@ from .texts import rows_digest
 from .wide_products import in_wide_products
 from .work_directory import check_work_directory, open_run, weights_digest
 
+# Calibration windows where nothing else is asked for.
+SAMPLES = 64
 # What several processes can do together.
 TEAM_METHODS = ("taco", "bridge", "removal")
 
@@ -129,8 +132,8 @@ def compress(
     keep: float | str | None = None,
     layers: int | list[int] | None = None,
     compression_ratio: float | None = None,
-    calibration: CalibrationSource = "self",
-    samples: int = 64,
+    calibration: CalibrationSource | None = None,
+    samples: int = SAMPLES,
     seq_len: int | None = None,
     seed: int = 0,
     importance: str = "bi",
@@ -164,7 +167,8 @@ def compress(
         compression_ratio: the paper's c for their matrices (default 0.7).
         calibration: "self" (text the model writes), "wikitext2", "ptb", "c4", a text file or one of JSON lines, a
             list of texts, rows of a data set (dicts with ``text``, ``messages``, or ``prompt`` and ``completion``),
-            int64 tokens [samples, seq_len], or a `Calibration`.
+            int64 tokens [samples, seq_len], or a `Calibration`. Default: "self", and with `plan` what the plan was
+            made with (a text file is looked for in the working directory).
         samples, seq_len, seed: number and length of calibration windows, and the seed of their draw.
         importance: how redundant layers are found: "bi", "angular" or "greedy".
         bridge_rank: rank of the bridges; default: all of them cost 0.3% of the layers that stay.
@@ -218,6 +222,14 @@ def compress(
     _check_given_plan(plan, options)
     if work_dir is not None and not isinstance(work_dir, (str, Path)):
         raise TacoError(f"work_dir must be the name of a directory, got {work_dir!r:.80}.")
+    if calibration is None:
+        calibration = "self"
+        if plan is not None and plan.calibration:
+            other = {"samples": samples != SAMPLES, "seq_len": seq_len is not None, "seed": seed != 0}
+            given = [name for name, differs in other.items() if differs]
+            drawn = drawn_as_planned(plan, given, look=team.rank == 0 and not resume)
+            calibration, samples = drawn["calibration"], drawn.get("samples", samples)
+            seq_len, seed = drawn.get("seq_len", seq_len), drawn.get("seed", seed)
     if not isinstance(calibration, (str, Path)) or (team.rank == 0 and not resume):  # see where it is loaded
         calibration = recognised(calibration)
     _check_team(team, plan, options)

@@ -19,7 +19,9 @@ from .tiny_models import LAYERS, tiny_model
 
 
 def compressed(model: PreTrainedModel, tokens: torch.Tensor, **how: object) -> tuple[dict[str, torch.Tensor], Plan]:
-    made, plan = compress(model, method="paper", compression_ratio=0.5, calibration=tokens, one_shot=True, **how)
+    if "plan" not in how:
+        how |= {"method": "paper", "compression_ratio": 0.5, "one_shot": True}
+    made, plan = compress(model, calibration=tokens, **how)
     return made.state_dict(), plan
 
 
@@ -84,13 +86,10 @@ def test_a_plan_of_another_size_is_not_given_these_attributions(calibration_toke
     def run(ratio: float, plan: Plan | None = None, shared: Workspace | None = None) -> tuple[dict, Plan]:
         made, found = compress(
             model,
-            method="paper",
-            layers=None if plan else 2,
-            compression_ratio=None if plan else ratio,
             calibration=calibration,
-            one_shot=plan is None,
             plan=plan,
             workspace=shared,
+            **({} if plan else {"method": "paper", "layers": 2, "compression_ratio": ratio, "one_shot": True}),
         )
         return made.state_dict(), found
 

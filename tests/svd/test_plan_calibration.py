@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from taco_svd import TacoError
+from taco_svd import TacoError, compress
 from taco_svd.plan import Plan
 from taco_svd.plan_calibration import drawn_as_planned, draws_differ
 from taco_svd.structure import Structure
@@ -103,3 +104,23 @@ def test_a_text_that_has_changed_is_told_and_one_that_is_gone_refused(
     assert code == 2 and "--calibration FILE" in stderr and stderr.count("\n") == 1 and not Path("four").exists()
     code, _, stderr = invoke(*common[:1], "--out", "four", "--plan", "one", "--calibration", "moved.txt")
     assert (code, stderr) == (0, "")
+
+
+def test_python_carries_a_plan_out_on_its_own_calibration() -> None:
+    model = tiny_model("llama")
+    one, made = compress(model, method="bridge", layers=1, samples=5, seq_len=12, seed=7)
+    two, again = compress(model, plan=made)
+    assert again.calibration == made.calibration and made.calibration["samples"] == 5
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+    assert compress(model, plan=made, seed=8)[1].calibration["seed"] == 8
+    tokens = torch.randint(3, 50, (4, 16))
+    _, given = compress(model, method="bridge", layers=1, calibration=tokens)
+    with pytest.raises(TacoError, match=r"calibration=\.\.\."):
+        compress(model, plan=given)
+    assert compress(model, plan=given, calibration=tokens)[1].calibration == given.calibration
+
+
+@pytest.mark.parametrize("option", [{"keep": 0.8}, {"method": "svd"}, {"consistency": False}, {"layers": 2}])
+def test_a_plan_leaves_nothing_to_options(option: dict[str, Any]) -> None:
+    with pytest.raises(TacoError, match=f"has decided.*{next(iter(option))}|goes with"):
+        compress(tiny_model("llama"), plan=plan_of(**RECORD), **option)
