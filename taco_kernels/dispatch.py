@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from taco_kernels import native
+from taco_kernels.triton_kernels.config import WHOLE_RANKS
 
 __all__ = ["BACKENDS", "CPP_DTYPES", "backends", "choose", "get_backend", "set_backend", "use_backend"]
 
@@ -257,7 +258,8 @@ def choose(
     sum in a group), which only a CPU asks for; ``limits`` are the op's there.
 
     ``turned`` says that a factor is a transposed view (as in a gradient): the C++ and CUDA kernels would have to copy
-    it, which costs more than they save. On a GPU that has been measured, the table decides (see ``tuned_choice``).
+    it, which costs more than they save. On a GPU that has been measured, the table decides (see ``tuned_choice``);
+    elsewhere, or where it says nothing, the CUDA kernels are left out for ranks that they read slowly.
 
     Raises ``RuntimeError`` when a backend is forced that cannot serve the call.
     """
@@ -278,7 +280,8 @@ def choose(
             known = tuned_choice(shape, dtype, rows)
             if known is not None:
                 return known
-        if not turned and rows <= CUDA_MAX_ROWS and not why_not("cuda", "cuda"):
+        whole = shape is None or shape[3] % WHOLE_RANKS == 0 or dtype == torch.float32
+        if whole and not turned and rows <= CUDA_MAX_ROWS and not why_not("cuda", "cuda"):
             return "cuda"
         if rows <= TRITON_MAX_ROWS and not why_not("triton", "cuda"):
             return "triton"
