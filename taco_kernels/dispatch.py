@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator
 import torch
 
 from taco_kernels import native
-from taco_kernels.triton_kernels.config import WHOLE_RANKS
 
 __all__ = ["BACKENDS", "CPP_DTYPES", "backends", "choose", "get_backend", "set_backend", "use_backend"]
 
@@ -234,15 +233,21 @@ def use_backend(name: str | None) -> Iterator[None]:
 def tuned_choice(shape: tuple[str, int, int, int], dtype: torch.dtype, rows: int) -> str | None:
     """The backend that was fastest near this shape where this kind of GPU was measured; None where it was not.
 
+    For ranks that the CUDA kernels read slowly there is an answer in any case: Triton, or beyond its rows the library.
+
     ``shape`` is (op, in, out, rank), sums over the members of a group, of an MLP those of gate and up. All GPUs of a
     process are taken to be of one kind. float16 moves the same bytes as bfloat16, which is what gets measured.
     """
-    from taco_kernels.triton_kernels.config import choice_for
+    from taco_kernels.triton_kernels.config import choice_for, whole_rank
 
     op, *sizes = shape
     name = "float32" if dtype == torch.float32 else "bfloat16"
     chosen = choice_for(op, name, rows, tuple(sizes), torch.cuda.get_device_name())  # type: ignore[arg-type]
-    return chosen if chosen in BACKENDS and not why_not(chosen, "cuda") else None
+    if chosen in BACKENDS and not why_not(chosen, "cuda"):
+        return chosen
+    if whole_rank(name, shape[3]):
+        return None
+    return "triton" if rows <= TRITON_MAX_ROWS and not why_not("triton", "cuda") else "library"
 
 
 def choose(
@@ -258,8 +263,7 @@ def choose(
     sum in a group), which only a CPU asks for; ``limits`` are the op's there.
 
     ``turned`` says that a factor is a transposed view (as in a gradient): the C++ and CUDA kernels would have to copy
-    it, which costs more than they save. On a GPU that has been measured, the table decides (see ``tuned_choice``);
-    elsewhere, or where it says nothing, the CUDA kernels are left out for ranks that they read slowly.
+    it, which costs more than they save. On a GPU that has been measured, the table decides (see ``tuned_choice``).
 
     Raises ``RuntimeError`` when a backend is forced that cannot serve the call.
     """
@@ -280,8 +284,7 @@ def choose(
             known = tuned_choice(shape, dtype, rows)
             if known is not None:
                 return known
-        whole = shape is None or shape[3] % WHOLE_RANKS == 0 or dtype == torch.float32
-        if whole and not turned and rows <= CUDA_MAX_ROWS and not why_not("cuda", "cuda"):
+        if not turned and rows <= CUDA_MAX_ROWS and not why_not("cuda", "cuda"):
             return "cuda"
         if rows <= TRITON_MAX_ROWS and not why_not("triton", "cuda"):
             return "triton"

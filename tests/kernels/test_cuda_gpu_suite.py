@@ -371,6 +371,9 @@ def test_a_step_is_complete_only_if_all_its_processes_came_to_their_end(conducto
         content = json.loads((tmp_path / "check.json").read_text())
         assert set(content["points"]) == {"a", "b"}
         assert content["complete"] == (None not in codes) == ("triton" in content["left_of"])
+    paths[1].write_text(json.dumps({"points": {}}))  # died before it could say what it has left
+    conductor.merged(tmp_path / "check.json", paths[1:], [None])
+    assert not json.loads((tmp_path / "check.json").read_text())["complete"]
 
 
 def test_what_is_not_timed_runs_side_by_side(conductor, tmp_path, monkeypatch):

@@ -102,6 +102,7 @@ def test_ranks_that_the_cuda_kernels_read_slowly_go_elsewhere(a_gpu, monkeypatch
     """Half types whose rank is no multiple of 8 come in two bytes at a time there; forcing the kernels still works."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU that nobody has measured")
     a_gpu()
+    dispatch.tuned_choice.cache_clear()
 
     def choice(rank, rows=1, dtype=torch.bfloat16):
         return dispatch.choose("cuda", dtype, rows, False, ("low_rank_linear", 4096, 4096, rank), rank)
@@ -112,9 +113,11 @@ def test_ranks_that_the_cuda_kernels_read_slowly_go_elsewhere(a_gpu, monkeypatch
         assert choice(409, 17, dtype) == "library"
     assert choice(409, dtype=torch.float32) == "cuda"
     monkeypatch.setitem(dispatch._reasons, ("triton", "cuda"), "triton is not installed")
+    dispatch.tuned_choice.cache_clear()
     assert choice(409) == "library"
     monkeypatch.setattr(dispatch, "_forced", "cuda")
     assert choice(409) == "cuda"
+    dispatch.tuned_choice.cache_clear()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
