@@ -276,7 +276,6 @@ class Conductor:
     ) -> None:  # fmt: skip
         self.out, self.arguments, self.seconds, self.facts = out, arguments, seconds, facts
         self.started = began
-        self.workers = workers
         self.steps = [step for step in plan(workers, "--quick" in arguments) if belongs(step, parts)]
         self.record: list[dict[str, Any]] = []
         self.blame = Blame()
