@@ -15,11 +15,14 @@ PIP   := $(BIN)/python -m pip --disable-pip-version-check --no-input -q
 VLLM_VENV  := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 VLLM_PIP   := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --no-input -q
+PEERS_VENV  := .venv-integrations
+PEERS_STAMP := $(PEERS_VENV)/.installed
+PEERS_PIP   := $(PEERS_VENV)/bin/python -m pip --disable-pip-version-check --no-input -q
 BUILD_INPUTS := setup.py pyproject.toml constraints.txt taco_kernels/_version.py \
                 $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-packaging test-vllm test-sanitizers fuzz test-matrix lint format bench env clean distclean
+.PHONY: help venv demo test test-packaging test-integrations test-vllm test-sanitizers fuzz test-matrix lint format bench env clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +54,20 @@ test: $(STAMP)  ## the whole test suite, without the packaging matrix
 
 test-packaging: $(STAMP)  ## installs in fresh environments in every supported way (minutes, needs a package index)
 	@$(BIN)/python -m pytest -q --slow tests/packaging $(PYTEST_ARGS)
+
+# What `make test` skips for want of a package: large ones, and some that hold torch or transformers back.
+$(PEERS_STAMP): $(BUILD_INPUTS)
+	@echo "setting up $(PEERS_VENV) (a few minutes)"
+	@$(PYTHON) -m venv $(PEERS_VENV)
+	@$(PEERS_PIP) install -c constraints.txt setuptools wheel pybind11 ninja
+	@$(PEERS_PIP) install -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@$(PEERS_PIP) install -c constraints.txt --no-build-isolation -e '.[test,eval,integrations]'
+	@touch $@
+
+test-integrations: $(PEERS_STAMP)  ## with lm-eval, datasets, PEFT, TRL, torchao and bitsandbytes, in .venv-integrations (minutes)
+	@OMP_NUM_THREADS=1 $(PEERS_VENV)/bin/python -m pytest -q -rs -n auto --maxprocesses 8 tests/svd/test_integrations.py \
+		tests/svd/test_integrations_peers.py tests/svd/test_adapters.py tests/svd/test_harness.py tests/svd/test_cli_eval.py \
+		$(PYTEST_ARGS)
 
 # An environment of its own, since vLLM pins torch and an older transformers. torchvision and its kin, which it brings,
 # are built for another torch, and importing them fails.
@@ -102,8 +119,8 @@ env: $(STAMP)  ## what was built, what is usable here, and why the rest is not
 
 clean:  ## build output, not the environment
 	@rm -rf build dist *.egg-info python/*.egg-info taco_kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	@rm -f $(STAMP) $(VLLM_STAMP)
+	@rm -f $(STAMP) $(VLLM_STAMP) $(PEERS_STAMP)
 	@find . -name __pycache__ -not -path './$(VENV)*/*' -prune -exec rm -rf {} +
 
 distclean: clean  ## everything that make made
-	@rm -rf $(VENV) $(VLLM_VENV)
+	@rm -rf $(VENV) $(VLLM_VENV) $(PEERS_VENV)

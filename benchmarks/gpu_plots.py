@@ -50,10 +50,12 @@ def roofline(content: dict[str, Any]) -> Any:
             axes.scatter(*zip(*xy, strict=True), s=10, label=op, color=COLOURS[op])
     if machine and points:
         low, high = min(x for _, x, _ in points), max(x for _, x, _ in points)
-        peak, slope = machine["matmul_tflop_s"], machine["copy_gb_s"] / 1e3
+        peak, slope = machine["matmul_tflop_s"], machine["read_gb_s"] / 1e3
         corner = peak / slope
         line = sorted({low, high, *([corner] if low < corner < high else [])})
-        axes.plot(line, [min(x * slope, peak) for x in line], "k--", lw=1, label="copy and 8192^3 product, measured")
+        axes.plot(
+            line, [min(x * slope, peak) for x in line], "k--", lw=1, label="sum over 1 GiB and 8192^3 product, measured"
+        )
     axes.set(xscale="log", yscale="log", xlabel="operations per byte (least bytes)", ylabel="TFLOP/s")
     axes.set_title(f"{content.get('gpu', '')}: what the dispatcher chose")
     axes.legend(fontsize=8)

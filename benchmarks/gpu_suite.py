@@ -28,6 +28,7 @@ for folder in (ROOT, ROOT / "python", ROOT / "benchmarks"):
 
 import torch  # noqa: E402  (the search path comes first)
 from gpu import conductor  # noqa: E402
+from gpu.store import identity  # noqa: E402
 
 # Exit code of a part that an error ended.
 BROKEN = 4
@@ -59,9 +60,9 @@ def main(arguments: list[str] | None = None) -> int:
     # what the processes of a run are told
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)  # check small shapes (for sanitize)
-    parser.add_argument("--only", action="append", help=argparse.SUPPRESS)  # check these backends
+    parser.add_argument("--only", action="append", help=argparse.SUPPRESS)  # check these; compile ahead for these parts
     parser.add_argument("--without", action="append", help=argparse.SUPPRESS)  # these versions hang or crash
-    parser.add_argument("--rows", choices=("decode", "prefill"), help=argparse.SUPPRESS)  # bench these
+    parser.add_argument("--rows", choices=("decode", "prefill"), help=argparse.SUPPRESS)  # bench these, or compile them
     parser.add_argument("--shard", help=argparse.SUPPRESS)  # i/n: the i-th of n processes that share the points
     options = parser.parse_args(arguments)
     if "warm" in (options.part or ()) and not options.inside:
@@ -73,11 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
         return inside(options)
     chosen = options.part or list(PARTS)
     conductor.prepare(options.out, chosen, options.resume)
-    facts = {
-        "gpu": "none (dry run)" if options.dry_run else torch.cuda.get_device_name(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+    gpu = "none (dry run)" if options.dry_run else torch.cuda.get_device_name()
+    facts = {**identity(gpu, options.dry_run), "python": platform.python_version()}
     handed = ["--dry-run"] * options.dry_run + ["--quick"] * options.quick
     workers = 2 if options.dry_run else max(1, min(10, (os.cpu_count() or 2) * 2 // 3))
     run = conductor.Conductor(options.out, chosen, handed, options.budget_seconds, facts, workers, BEGAN)

@@ -233,15 +233,21 @@ def use_backend(name: str | None) -> Iterator[None]:
 def tuned_choice(shape: tuple[str, int, int, int], dtype: torch.dtype, rows: int) -> str | None:
     """The backend that was fastest near this shape where this kind of GPU was measured; None where it was not.
 
+    For ranks that the CUDA kernels read slowly there is an answer in any case: Triton, or beyond its rows the library.
+
     ``shape`` is (op, in, out, rank), sums over the members of a group, of an MLP those of gate and up. All GPUs of a
     process are taken to be of one kind. float16 moves the same bytes as bfloat16, which is what gets measured.
     """
-    from taco_kernels.triton_kernels.config import choice_for
+    from taco_kernels.triton_kernels.config import choice_for, whole_rank
 
     op, *sizes = shape
     name = "float32" if dtype == torch.float32 else "bfloat16"
     chosen = choice_for(op, name, rows, tuple(sizes), torch.cuda.get_device_name())  # type: ignore[arg-type]
-    return chosen if chosen in BACKENDS and not why_not(chosen, "cuda") else None
+    if chosen in BACKENDS and not why_not(chosen, "cuda"):
+        return chosen
+    if whole_rank(name, shape[3]):
+        return None
+    return "triton" if rows <= TRITON_MAX_ROWS and not why_not("triton", "cuda") else "library"
 
 
 def choose(

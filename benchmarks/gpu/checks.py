@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import shapes
+from .capture import captured
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -354,14 +357,34 @@ def using(name: str) -> Iterator[None]:
         _cuda.set_launch(None)
 
 
-def check(case: Case, backend: str, device: str) -> dict[str, Any]:
-    """Runs one case on one backend, twice; ``ok`` also needs the same bits from both runs."""
+def drawn(case: Case, device: str) -> Inputs:
+    """Fresh random inputs of a case."""
     inputs = draw(
         *case[:6], device, bias=case.bias, residual=case.residual, pad=case.pad, scale=case.scale, act=case.act
     )
-    if case.turned:
-        members = (m._replace(v=m.v.T.contiguous().T, u=m.u.T.contiguous().T) for m in inputs.members)
-        inputs = inputs._replace(members=tuple(members))
+    if not case.turned:
+        return inputs
+    members = (m._replace(v=m.v.T.contiguous().T, u=m.u.T.contiguous().T) for m in inputs.members)
+    return inputs._replace(members=tuple(members))
+
+
+def equal(a: Tensor | list[Tensor], b: Tensor | list[Tensor]) -> bool:
+    """Whether two results are the same bits."""
+    return all(torch.equal(one, other) for one, other in zip(parts(a), parts(b), strict=True))
+
+
+def compared(
+    first: Tensor | list[Tensor], second: Tensor | list[Tensor], inputs: Inputs, backend: str
+) -> dict[str, Any]:
+    """What is kept of a check: ``ok`` for a result within the backend's bound, and the same bits at the second time."""
+    worst, same = worst_error(first, inputs, backend), equal(first, second)
+    return {"ok": worst <= 1.0 and same, "worst": round(worst, 4) if worst < 1e9 else "inf", "same_bits": same}
+
+
+def check(case: Case, backend: str, device: str, twin: str | None = None) -> dict[str, Any]:
+    """Runs one case on one backend, twice; ``ok`` also needs the same bits from both runs, and from ``twin``, another
+    launch of the same kernels."""
+    inputs = drawn(case, device)
     with using(backend), poisoned_memory():
         first, second = call(inputs), call(inputs)
     computed = backend.partition(" ")[0]
@@ -369,9 +392,12 @@ def check(case: Case, backend: str, device: str) -> dict[str, Any]:
         # Behind a pivot Triton's kernels are for few rows, and where the identity is all of v there is one product.
         few = case.rows <= 16 or computed != "triton"
         computed = computed if few and all(member.v.numel() for member in inputs.members) else "library"
-    worst = worst_error(first, inputs, computed)
-    same = all(torch.equal(a, b) for a, b in zip(parts(first), parts(second), strict=True))
-    return {"ok": worst <= 1.0 and same, "worst": round(worst, 4) if worst < 1e9 else "inf", "same_bits": same}
+    found = compared(first, second, inputs, computed)
+    if twin is None:
+        return found
+    with using(twin), poisoned_memory():
+        same = equal(first, call(inputs))
+    return {**found, "ok": found["ok"] and same, f"bits_of_{twin}": same}
 
 
 # Sizes of the statistics' kernels: (rows, columns), and (sequences, tokens, in, out, directions). Of whole tiles, of
@@ -458,54 +484,67 @@ def check_attribution(
     return {"ok": worst <= 1.0 and same, "worst": round(worst, 4), "same_bits": same}
 
 
-def joined(inputs: Inputs) -> Tensor:
-    """All results of a call, one after the other."""
-    return torch.cat([part.flatten() for part in parts(call(inputs))])
+def joined(*sets: Inputs) -> Tensor:
+    """All results of a call with each set of inputs, one after the other."""
+    return torch.cat([part.flatten() for inputs in sets for part in parts(call(inputs))])
 
 
-def on_streams(inputs: Inputs) -> tuple[Tensor, Tensor, torch.cuda.CUDAGraph]:
+def on_streams(*sets: Inputs) -> tuple[Tensor, Tensor, torch.cuda.CUDAGraph]:
     """What `joined` gives on a side stream, what it will give when the graph is replayed, and that graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        aside = joined(inputs)
+        aside = joined(*sets)
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        replayed = joined(inputs)
+    with captured() as graph:
+        replayed = joined(*sets)
     return aside, replayed, graph
 
 
-def _outs(op: str) -> int | tuple[int, ...]:
-    return (1024, 256, 256) if op in ("low_rank_linear_group", "low_rank_linear_concat") else 1024
+def _small(op: str) -> Case:
+    outs = (1024, 256, 256) if op in ("low_rank_linear_group", "low_rank_linear_concat") else 1024
+    return Case(op, 1024, outs, 128, 4, "bfloat16")
 
 
-def check_streams(backend: str, op: str) -> dict[str, Any]:
+_WIDE = Case("low_rank_linear", 4096, 11008, 1024, 4, "bfloat16")
+_BEHIND_PIVOT = Case("pivoted_low_rank_linear", 4096, 4096, 2256, 16, "bfloat16")
+# What is run on streams, by name: one small call of each op; and those that fill the GPU, with many blocks to wait for
+# at a barrier, alone and beside each other.
+CALLS: dict[str, tuple[Case, ...]] = {op: (_small(op),) for op in shapes.OPS}
+LARGE_CALLS = {
+    "4096x11008 r1024": (_WIDE,),
+    "4096x4096 r2256 behind a pivot": (_BEHIND_PIVOT,),
+    "both": (_WIDE, _BEHIND_PIVOT),
+}
+
+
+def check_streams(backend: str, cases: tuple[Case, ...]) -> dict[str, Any]:
     """On a GPU: on a side stream, and replayed from a CUDA graph with new input values, results must be the same."""
-    inputs = draw(op, 1024, _outs(op), 128, 4, "bfloat16", "cuda")
+    sets = [drawn(case, "cuda") for case in cases]
     with using(backend):
-        expected = joined(inputs)
-        aside, replayed, graph = on_streams(inputs)
+        expected = joined(*sets)
+        aside, replayed, graph = on_streams(*sets)
         same = bool(torch.equal(aside, expected))
         for _ in range(3):
-            inputs.x.normal_(generator=generator(inputs.x.device.type))
+            for inputs in sets:
+                inputs.x.normal_(generator=generator(inputs.x.device.type))
             graph.replay()
-            same = same and bool(torch.equal(replayed, joined(inputs)))
+            same = same and bool(torch.equal(replayed, joined(*sets)))
     return {"ok": same}
 
 
-def check_together(backend: str, op: str) -> dict[str, Any]:
+def check_together(backend: str, cases: tuple[Case, ...]) -> dict[str, Any]:
     """On a GPU: what streams compute at the same time, each call right behind another, is what each gives alone.
 
-    A grid-wide barrier needs all of its blocks on the GPU at once: none may wait there for half of another's.
+    A grid-wide barrier needs all of its blocks on the GPU at once: none may wait there for half of another's. Three
+    streams take the cases in turn.
     """
-    sets = [draw(op, 1024, _outs(op), 128, 4, "bfloat16", "cuda") for _ in range(3)]
+    sets = [drawn(cases[i % len(cases)], "cuda") for i in range(3)]
     graphs, found = [], []
     with using(backend):
         expected = [joined(inputs) for inputs in sets]
         for inputs in sets:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with captured() as graph:
                 found.append([joined(inputs) for _ in range(50)])
             graphs.append(graph)
     streams = [torch.cuda.Stream() for _ in sets]
@@ -546,7 +585,7 @@ def check_direct(op: str) -> dict[str, Any]:
 
     if not direct.usable:
         return {"ok": True, "skipped": direct.reason}
-    inputs = draw(op, 1024, _outs(op), 128, 4, "bfloat16", "cuda")
+    inputs = drawn(_small(op), "cuda")
     entry = importlib.import_module(f"taco_kernels.{op}")._direct
     x, (v, u, bias, pivot) = inputs.x, inputs.members[0]
     arguments: tuple[Any, ...] = {

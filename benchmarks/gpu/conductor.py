@@ -3,7 +3,8 @@
 The most telling comes first, and no step takes more than its share of the time. A process that dies is started again
 and goes on behind the point that it died at, which is noted as failed. A version or backend whose call hung, or killed
 process after process, is left out from then on, so that what is wrong with one does not keep the others from being
-measured: a grid-wide barrier that never opens would otherwise take the time of every point.
+measured: a grid-wide barrier that never opens would otherwise take the time of every point. A configuration that ends
+its process while it is tuned is left out of that point.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .store import RUNNING, failed, forget_failed, same_run, what_ran, write_json
+from .store import RUNNING, all_checked, blame, failed, forget_failed, same_run, what_ran, write_json
 
 SUITE = Path(__file__).resolve().parents[1] / "gpu_suite.py"
 FOREVER = float("inf")
@@ -63,22 +64,50 @@ class Step(NamedTuple):
 
 
 TIMED = ("tune", "bench", "svd")
-# It has no points, and nothing of it is missed that is cut short.
-WARM = Step("warm", 0.25, stall=FOREVER, grace=0.0)
+# Parts whose results are in `suite.json`, so that a machine that gives few files back has room for others.
+FOLDED = ("build", "sanitize", "svd")
 
 
-def plan(workers: int) -> list[Step]:
-    """In the order of what a first run on a GPU must tell: whether our CUDA kernels are right, then how fast."""
+def warm(part: str, share: float, workers: int, *options: str) -> Step:
+    """Compiles ahead what ``part`` times. It has no points, and nothing of it is missed that is cut short."""
+    return Step("warm", share, ("--only", part, *options), workers, stall=FOREVER, grace=0.0, beside_next=True)
+
+
+def plan(workers: int, quick: bool = True) -> list[Step]:
+    """In the order of what a first run on a GPU must tell: whether our CUDA kernels are right, then how fast.
+
+    ``quick`` tunes what prefill runs alone, so decode is timed before; else the backends for decode are chosen with
+    what was tuned.
+    """
+    some = max(1, workers // 2)  # beside checks, which compile as well
+    decode = Step("bench", 0.3, ("--rows", "decode"), stall=VERSION_STALL_SECONDS)
+    checks = [
+        Step("sanitize", 0.2, stall=FOREVER, beside_next=True),
+        Step("check", 0.3, ("--only", "triton", "--only", "cpp", "--only", "library"), workers),
+    ]
+    tune = [Step("tune", 0.2, stall=VERSION_STALL_SECONDS), Step("check", 0.1, ("--only", "tuned"), workers)]
+    warm_tune = warm("tune", 0.25, some if quick else workers)
     return [
         Step("build", 0.5, stall=FOREVER),
+        *([] if quick else [warm_tune]),
+        warm("bench", 0.25, workers, "--rows", "decode"),
         Step("check", 0.2, ("--only", "cuda", "--only", "cuda dependent"), stall=SHORT_STALL_SECONDS),
-        Step("bench", 0.3, ("--rows", "decode"), stall=VERSION_STALL_SECONDS),
-        Step("sanitize", 0.2, stall=FOREVER, beside_next=True),
-        Step("check", 0.25, ("--only", "triton", "--only", "cpp", "--only", "library"), workers),
-        Step("tune", 0.2),
+        *([] if quick else tune),
+        decode,
+        *([warm_tune] if quick else []),
+        warm("bench", 0.25, some, "--rows", "prefill"),
+        *checks,
+        *(tune if quick else []),
         Step("bench", 0.3, ("--rows", "prefill"), stall=VERSION_STALL_SECONDS),
         Step("svd", 0.15, stall=LONG_STALL_SECONDS),
     ]
+
+
+def belongs(step: Step, parts: list[str]) -> bool:
+    """Whether a step is to run where these parts are."""
+    if step.part == "warm":
+        return step.options[1] in parts
+    return step.part in parts and (step.options != ("--only", "tuned") or "tune" in parts)
 
 
 class Blame:
@@ -166,12 +195,17 @@ class Worker:
             self.deaths[-1] += f"; {left_out} is left out from here on"
         path = self.out / f"{part}.json"
         ends = not path.exists() or not key or len(self.deaths) > MOST_DEATHS or time.monotonic() > self.end
-        again = part == "bench" and left_out is not None and not ends  # the point, without that version
-        if key and path.exists() and not again:
+        # the point, without that version
+        again = not ends and not late and bool(version) and part in ("bench", "tune")
+        if again and left_out is None:
+            self.deaths[-1] += "; it is left out of this point"
+        if key and path.exists():
             content = json.loads(path.read_text())
-            if not failed(content["points"].get(key, {})):
+            if again:
+                blame(content, key, version, reason)
+            elif not failed(content["points"].get(key, {})):
                 content["points"][key] = {"ok": False, "error": ": ".join(filter(None, (version, reason)))}
-                write_json(path, content)
+            write_json(path, content)
         if not ends:
             self._start()
         return ends
@@ -197,8 +231,11 @@ def wait_for(workers: list[Worker]) -> None:
             worker.stop()
 
 
-def merged(target: Path, parts: list[Path]) -> None:
-    """Adds the points of processes that shared a step to the part's file."""
+def merged(target: Path, parts: list[Path], codes: list[int | None]) -> None:
+    """Adds the points of processes that shared a step to the part's file.
+
+    ``codes`` are those that they ended with; of one that did not come to its end (None) nobody knows what it has left.
+    """
     content = json.loads(target.read_text()) if target.exists() else {}
     left: dict[str, int] = {}
     for path in parts:
@@ -212,10 +249,12 @@ def merged(target: Path, parts: list[Path]) -> None:
             left[backend] = left.get(backend, 0) + count
     if not content:
         return  # no process came so far as to write anything
-    content["left_of"] = {**content.get("left_of", {}), **left}
+    left_of = {**content.get("left_of", {}), **left}
+    ended = None not in codes
+    # Not counted as done is then whatever these processes shared.
+    content["left_of"] = {name: count for name, count in left_of.items() if ended or name not in left}
     content["left"] = sum(content["left_of"].values())
-    names = [name for name in content.get("backends", []) if name != "reference"]
-    content["complete"] = all(content["left_of"].get(name, 1) == 0 for name in names)
+    content["complete"] = ended and all_checked(content["left_of"], content.get("backends", []))
     write_json(target, content)
 
 
@@ -226,7 +265,7 @@ class Conductor:
         out: folder of the result files, which exists.
         parts: those that are to run.
         arguments: options that every process is handed.
-        facts: of the machine, for `suite.json`.
+        facts: of the machine and what runs on it (see ``store.identity``), for `suite.json`.
         workers: processes that share what is not timed.
         began: by `time.monotonic`, when the budget began to run.
     """
@@ -237,11 +276,10 @@ class Conductor:
     ) -> None:  # fmt: skip
         self.out, self.arguments, self.seconds, self.facts = out, arguments, seconds, facts
         self.started = began
-        self.workers = workers
-        self.steps = [step for step in plan(workers) if step.part in parts]
+        self.steps = [step for step in plan(workers, "--quick" in arguments) if belongs(step, parts)]
         self.record: list[dict[str, Any]] = []
         self.blame = Blame()
-        self.warming: list[Worker] | None = None  # before it has begun; nobody once it is over
+        self.folded: dict[str, Any] = {}  # results of parts that are over, by part
 
     @property
     def left(self) -> float:
@@ -252,28 +290,14 @@ class Conductor:
         with tempfile.TemporaryDirectory(prefix="taco-gpu-suite-", ignore_cleanup_errors=True) as folder:
             scratch = Path(folder)
             together: list[Step] = []
-            try:
-                for number, step in enumerate(self.steps):
-                    together.append(step)
-                    behind = self.steps[number + 1 :]
-                    if step.beside_next and behind and behind[0].part not in TIMED:
-                        continue
-                    self._prepare(together, self.steps[number:], scratch)
-                    self._steps(together, scratch)
-                    together = []
-            finally:
-                for worker in self.warming or []:
-                    worker.stop()
+            for number, step in enumerate(self.steps):
+                together.append(step)
+                behind = self.steps[number + 1 :]
+                if step.beside_next and behind and behind[0].part not in TIMED:
+                    continue
+                self._steps(together, scratch)
+                together = []
         return all(entry["ok"] for entry in self.record)
-
-    def _prepare(self, steps: list[Step], rest: list[Step], scratch: Path) -> None:
-        """Compiling ahead begins behind the build, and is over before anything is timed or compiled by many."""
-        timed_later = any(step.part in ("tune", "bench") for step in rest)
-        if steps[0].part != "build" and self.warming is None and timed_later:
-            self.warming = self._started(WARM._replace(workers=self.workers), scratch)
-        if any(step.part in TIMED or step.workers > 1 for step in steps):
-            wait_for(self.warming or [])
-            self.warming = []
 
     def _started(self, step: Step, scratch: Path) -> list[Worker]:
         seconds = max(0.0, min(step.share * self.seconds, self.left))
@@ -281,11 +305,14 @@ class Conductor:
             return [Worker(step, self.out, [*self.arguments, *step.options], seconds, scratch, False, self.blame)]
         found = []
         for number in range(step.workers):
-            out = scratch / f"{step.name}-{number}".replace(" ", "-")
-            out.mkdir(exist_ok=True)
-            so_far = self.out / f"{step.part}.json"
-            if so_far.exists():  # what is done is not done again
-                shutil.copyfile(so_far, out / so_far.name)
+            out = self.out  # where ``warm`` reads what is done; it writes nothing
+            if step.part != "warm":
+                out = scratch / f"{step.name}-{number}".replace(" ", "-")
+                out.mkdir(exist_ok=True)
+                for part in (step.part, "tune"):  # what is done already, and what is to be checked once it is tuned
+                    so_far = self.out / f"{part}.json"
+                    if so_far.exists():
+                        shutil.copyfile(so_far, out / so_far.name)
             arguments = [*self.arguments, *step.options, "--shard", f"{number}/{step.workers}"]
             found.append(Worker(step, out, arguments, seconds, scratch, True, self.blame))
         return found
@@ -316,15 +343,35 @@ class Conductor:
     def _skipped(self, step: Step) -> str | None:
         if self.left <= 0:
             return "the budget is spent"
-        if "--dry-run" in self.arguments and (step.part == "sanitize" or "cuda" in step.options):
+        if "--dry-run" in self.arguments and (step.part in ("sanitize", "warm") or "cuda" in step.options):
             return "it needs a GPU"
-        return None
+        return "all of it is done" if self._done(step) else None
+
+    def _done(self, step: Step) -> bool:
+        """Whether a former run has left nothing of a step (``prepare`` has taken out what is to be tried again)."""
+        ran = {one.part for one, entry in zip(self.steps, self.record, strict=False) if "skipped" not in entry}
+        if step.part == "build" or ("tuned" in step.options and "tune" in ran):
+            return False  # a bare machine has no extension, and no check has seen what was tuned just now
+        names = [option for option in step.options if not option.startswith("--")]
+        path = self.out / f"{names.pop(0) if step.part == 'warm' else step.part}.json"
+        content = json.loads(path.read_text()) if path.exists() else {}
+        if not content or not same_run(content, self.facts):
+            return False
+        if not names:
+            return bool(content.get("complete"))
+        usable, left_of = content.get("backends"), content.get("left_of", {})
+        asked = [name for name in names if usable is None or name.partition(" ")[0] in (*usable, "tuned")]
+        return bool(asked) and all(left_of.get(name, 1) == 0 for name in asked)
 
     def _conclude(self, step: Step, entry: dict[str, Any], workers: list[Worker]) -> None:
+        codes = [worker.code for worker in workers]
+        if step.part == "warm":  # whatever fails there fails again, and is noted, where it is measured
+            entry |= {"cut_short": True} if None in codes else {}
+            return
         if len(workers) > 1:
-            merged(self.out / f"{step.part}.json", [worker.out / f"{step.part}.json" for worker in workers])
+            merged(self.out / f"{step.part}.json", [worker.out / f"{step.part}.json" for worker in workers], codes)
         deaths = [death for worker in workers for death in worker.deaths]
-        entry["ok"] = not deaths and all(worker.code == 0 for worker in workers)
+        entry["ok"] = not deaths and all(code == 0 for code in codes)
         entry |= {"deaths": deaths} if deaths else {}
 
     def _line(self, step: Step, entry: dict[str, Any]) -> str:
@@ -332,6 +379,8 @@ class Conductor:
         content = {"points": {}, **(json.loads(path.read_text()) if path.exists() else {})}
         wrong = {key: point for key, point in content["points"].items() if failed(point)}
         said = f"{len(content['points'])} points, {len(wrong)} wrong, {content.get('left', 0)} left"
+        if step.part == "warm":
+            said = "cut short" if "cut_short" in entry else "compiled ahead"
         if "skipped" in entry:
             said = f"not run, {entry['skipped']}"
         lines = [f"{entry['step']}: {said} ({entry['seconds']:.0f} s; {max(0.0, self.left):.0f} s left)"]
@@ -343,18 +392,31 @@ class Conductor:
         return "\n".join(lines)
 
     def save(self) -> None:
+        """Writes `suite.json`, and moves the results of ``FOLDED`` parts that are over into it."""
         for rest in self.out.glob("*.partial"):  # of a process that was killed while it wrote
             rest.unlink(missing_ok=True)
         verdicts: dict[str, bool] = {}
         for entry, step in zip(self.record, self.steps, strict=False):
-            verdicts[step.part] = verdicts.get(step.part, True) and entry["ok"]
+            if step.part != "warm":
+                verdicts[step.part] = verdicts.get(step.part, True) and entry["ok"]
+        ahead = {step.part for step in self.steps[len(self.record) :]}
+        over = [path for part in FOLDED if part not in ahead and (path := self.out / f"{part}.json").exists()]
+        self.folded |= {path.stem: json.loads(path.read_text()) for path in over}
         facts = {**self.facts, "ok": verdicts, "steps": self.record, "left_out": self.blame.left_out}
-        write_json(self.out / "suite.json", {**facts, "seconds": round(time.monotonic() - self.started, 1)})
+        facts |= {"seconds": round(time.monotonic() - self.started, 1), "parts": self.folded}
+        write_json(self.out / "suite.json", facts)
+        for path in over:
+            path.unlink()
 
 
 def prepare(out: Path, parts: list[str], resume: bool) -> None:
     """Makes the folder of results: of parts that are to run nothing stays, or with ``resume`` all but what failed."""
     out.mkdir(parents=True, exist_ok=True)
+    suite = out / "suite.json"
+    former = json.loads(suite.read_text()).get("parts", {}) if suite.exists() else {}
+    for part in FOLDED:  # each has a file of its own while it runs
+        if part in former and not (out / f"{part}.json").exists():
+            write_json(out / f"{part}.json", former[part])
     for part in parts:
         path = out / f"{part}.json"
         if path.exists() and resume:

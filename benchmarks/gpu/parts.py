@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from . import bench, checks, shapes, svd, timing, tuning
+from . import bench, checks, forced, shapes, svd, timing, tuning
 from .conductor import BURIAL_SECONDS, OWN_GROUP, SUITE
-from .store import ROOT, RUNNING, Store, failed
+from .store import ROOT, RUNNING, Store, all_checked, failed
 from .suite import Suite
 
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
@@ -77,13 +77,11 @@ def _with_cuda(suite: Suite) -> dict[str, Any]:
 def _check_work(suite: Suite, backend: str) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """(key, what checks it) of one backend, those that every process of the step shares out alike."""
     full = suite.dry or suite.small
-    if not full and backend == "cuda":
-        for op in shapes.OPS:
-            if op not in ("low_rank_mlp", "low_rank_linear_concat"):  # which have no direct calls
-                yield f"direct/{op}", functools.partial(checks.check_direct, op)
-    if not full and backend.partition(" ")[0] in ("cuda", "triton"):
-        for op in shapes.OPS:
-            yield f"{backend}/streams/{op}", functools.partial(checks.check_streams, backend, op)
+    if backend == "tuned":
+        for point, config in _tuned_configs(suite):
+            key = f"tuned/{point.key}/{tuning.name_of(config)}"
+            yield key, functools.partial(forced.check, forced.neighbour(point), config, suite.device)
+        return
     if backend == "triton":  # statistics of the compression, which have no CUDA kernel
         for dtype in ("bfloat16", "float16"):
             for sizes in checks.TINY_MOMENTS if suite.dry else checks.MOMENTS:
@@ -98,6 +96,11 @@ def _check_work(suite: Suite, backend: str) -> Iterator[tuple[str, Callable[[], 
                 for pivoted in (False, True):
                     key = f"triton/int8/{dtype}/{'x'.join(map(str, sizes))}{'/pivoted' if pivoted else ''}"
                     yield key, functools.partial(checks.check_int8, *sizes, pivoted, dtype, suite.device)
+    if backend == "triton":
+        for case, config in forced.cases(suite.dry):
+            key = f"triton/forced/{config.path}/{case.key}/p{config.persistent or config.out_split}"
+            yield key, functools.partial(forced.check, case, config, suite.device)
+    twin = "cuda" if backend == "cuda dependent" and not suite.small and "cuda" not in suite.without else None
     for case in checks.cases(suite.small, suite.dry):
         # Triton compiles for every dtype, path and alignment: a part of the grid reaches every kernel.
         if backend == "triton" and not full:
@@ -107,10 +110,20 @@ def _check_work(suite: Suite, backend: str) -> Iterator[tuple[str, Callable[[], 
         # Separate steps overflow float16 where the fused ones do not; that is not theirs to answer for.
         if backend == "library" and (suite.small or case.scale != 1.0):
             continue
-        yield f"{backend}/{case.key}", functools.partial(checks.check, case, backend, suite.device)
-    if not full and backend.partition(" ")[0] == "cuda":  # last: should it hang, nothing else is left out
+        yield f"{backend}/{case.key}", functools.partial(checks.check, case, backend, suite.device, twin)
+    if full or backend.partition(" ")[0] not in ("cuda", "triton"):
+        return
+    # Behind all that needs no graph: a capture that fails ends the process, and ends all checks where every one fails.
+    if backend == "cuda":
         for op in shapes.OPS:
-            yield f"{backend}/together/{op}", functools.partial(checks.check_together, backend, op)
+            if op not in ("low_rank_mlp", "low_rank_linear_concat"):  # which have no direct calls
+                yield f"direct/{op}", functools.partial(checks.check_direct, op)
+    calls = checks.CALLS if backend == "triton" else {**checks.CALLS, **checks.LARGE_CALLS}
+    for name, cases in calls.items():
+        yield f"{backend}/streams/{name}", functools.partial(checks.check_streams, backend, cases)
+    if backend != "triton":  # last: should it hang, nothing else is left out
+        for name, cases in calls.items():
+            yield f"{backend}/together/{name}", functools.partial(checks.check_together, backend, cases)
 
 
 def _kernels_of(key: str) -> str:
@@ -133,6 +146,7 @@ def check(suite: Suite) -> bool:
     usable = suite.usable()
     order = ("cuda", "cuda dependent", "triton", "cpp", "library")
     names = [name for name in order if name.partition(" ")[0] in usable]
+    names += ["tuned"] if "tuned" in suite.only and "triton" in usable else []
     if not (suite.dry or suite.small) and suite.shard == 0:
         store.add("cuda is usable", _with_cuda(suite))
     # of processes that share the points each says what it left itself
@@ -152,8 +166,7 @@ def check(suite: Suite) -> bool:
                 left[backend] += 1
                 continue
             suite.run(store, key, work)
-    complete = all(left.get(name, 1) == 0 for name in names)
-    store.save(complete=complete, left=sum(left.values()), left_of=left, backends=sorted(usable))
+    store.save(complete=all_checked(left, names), left=sum(left.values()), left_of=left, backends=sorted(usable))
     return not any(failed(point) for point in store.points.values())
 
 
@@ -234,8 +247,13 @@ def _adopt_table(suite: Suite) -> None:
         shutil.copyfile(target, installed)
 
 
-def _install(suite: Suite, tuned: dict[str, Any], measured: dict[str, Any] | None = None) -> tuple[str, int]:
-    """Writes the GPU's table under ``--out`` and into the package; what this process looked up before is forgotten."""
+def _install(
+    suite: Suite, tuned: dict[str, Any] | None, measured: dict[str, Any] | None = None, forget: bool = True
+) -> tuple[str, int]:
+    """Writes the GPU's table under ``--out`` and into the package (see ``tuning.write_table``).
+
+    Returns its name and the number of tuned entries. With ``forget`` this process looks up anew what it knows of it.
+    """
     from taco_kernels import _cuda, dispatch
     from taco_kernels.triton_kernels import config
 
@@ -245,6 +263,7 @@ def _install(suite: Suite, tuned: dict[str, Any], measured: dict[str, Any] | Non
     entries = tuning.write_table(target, suite.gpu, tuned, measured)
     if not suite.dry:
         shutil.copyfile(target, installed)
+    if forget and not suite.dry:
         config.forget_tables()
         dispatch.tuned_choice.cache_clear()
         _cuda.set_launch(None)
@@ -257,13 +276,22 @@ def _tune_points(suite: Suite) -> list[shapes.Point]:
     return [point for point in points if point.op not in shapes.BEHIND_PIVOT]
 
 
+def _tuned_configs(suite: Suite) -> list[tuple[shapes.Point, Any]]:
+    """The points that have been tuned, and their configurations."""
+    from taco_kernels.triton_kernels.config import Config
+
+    known = suite.store("tune").points
+    found = [(point, known.get(point.key, {}).get("config")) for point in _tune_points(suite)]
+    return [(point, Config(**config)) for point, config in found if config]
+
+
 def tune(suite: Suite) -> bool:
     """Triton configurations, into the repository's table and a copy under ``--out``."""
     if "triton" not in suite.usable():
         print("tune: skipped (the Triton backend is not usable here)")
         return True
     store = suite.store("tune")
-    left = 0
+    left, (name, entries) = 0, _install_tuned(suite, store)
     for point in _tune_points(suite):
         if store.done(point.key):
             continue
@@ -271,10 +299,10 @@ def tune(suite: Suite) -> bool:
             left += 1
             continue
         suite.run(store, point.key, functools.partial(_tuned, suite, store, point))
-    tuned = {key: point for key, point in store.points.items() if point.get("config")}
-    name, entries = _install(suite, tuned)
+        name, entries = _install_tuned(suite, store)  # what ends this process takes none of it along
     store.save(complete=left == 0, left=left)
-    gains = [p["default_us"] / p["us"] for p in tuned.values() if p.get("default_us") and p.get("us")]
+    tuned = [point for point in store.points.values() if point.get("config")]
+    gains = [p["default_us"] / p["us"] for p in tuned if p.get("default_us") and p.get("us")]
     print(
         f"tune: {entries} entries in {name}; x{bench.geomean(gains)} over the defaults (geomean); "
         f"{len(store.points) - len(tuned)} without a working configuration"
@@ -282,11 +310,29 @@ def tune(suite: Suite) -> bool:
     return not any(failed(point) for point in store.points.values())
 
 
+def _install_tuned(suite: Suite, store: Store) -> tuple[str, int]:
+    tuned = {key: point for key, point in store.points.items() if point.get("config")}
+    return _install(suite, tuned or None)
+
+
 def _tuned(suite: Suite, store: Store, point: shapes.Point) -> dict[str, Any]:
     facts = {"op": point.op, "dtype": point.dtype, "table_shape": point.table_shape, "rows": point.rows}
     at = functools.partial(suite.within, store, point.key)
-    result = tuning.tune_point(point, suite.device, suite.processors, suite.cache, suite.dry, at)
+    result = tuning.tune_point(
+        point, suite.device, suite.processors, suite.cache, suite.dry, at, store.blamed(point.key),
+        lambda: suite.budget.spent,
+    )  # fmt: skip
     return {**facts, "ok": result["config"] is not None, **result}
+
+
+def _uninstall_wrong(suite: Suite) -> None:
+    """Takes what ``check`` found wrong beside the point that it was tuned at out of the table."""
+    points, checked = suite.store("tune").points, suite.store("check").points
+    configs = _tuned_configs(suite)
+    keys = {point.key: f"tuned/{point.key}/{tuning.name_of(config)}" for point, config in configs}
+    good = {key: points[key] for key, check in keys.items() if not failed(checked.get(check, {}))}
+    if len(good) < len(keys):
+        _install(suite, good)
 
 
 def _bench_points(suite: Suite) -> list[shapes.Point]:
@@ -297,13 +343,27 @@ def _compiles(suite: Suite, point: shapes.Point) -> bool:
     return not suite.dry and (not suite.quick or point.rank == 512)
 
 
+def _wanted(suite: Suite, point: shapes.Point) -> bool:
+    return suite.rows in (None, "decode" if point.rows <= 16 else "prefill")
+
+
+def _choose_anew() -> None:
+    """Keeps torch.compile from using choices of kernels that it has made beside other work: they are no baseline."""
+    import torch._inductor.config
+
+    torch._inductor.config.autotune_local_cache = False
+
+
 def warm(suite: Suite) -> bool:
-    """Compiles what later parts time, into the caches on the disk: many processes do it at once, no GPU waits for it.
+    """Compiles what ``tune`` or ``bench`` has yet to time, into the caches on the disk.
+
+    Many processes do it at once, so that no GPU waits for it. ``--only`` names the part, ``--rows`` the points of it.
 
     Nothing is kept of the results, and whatever fails here fails again, and is noted, where it is measured.
     """
     if suite.dry:
         return True
+    _choose_anew()
     usable = suite.usable()
     work: list[Callable[[], Any]] = []
 
@@ -318,16 +378,22 @@ def warm(suite: Suite) -> bool:
     def configurations(point: shapes.Point) -> None:
         inputs = inputs_of(point)
         for config in tuning.candidates(point, suite.processors):
+            if suite.budget.spent:
+                break
             with contextlib.suppress(Exception):
                 tuning.run(config, inputs)
 
-    points = sorted(_bench_points(suite), key=lambda point: point.rows > 16)
-    for point in points:
-        versions = bench.versions_for(point, suite.device, usable, _compiles(suite, point), suite.without)
-        compiled = [versions[name] for name in ("taco triton", "compiled") if name in versions]
-        work += [functools.partial(call, version, point) for version in compiled]
-    if "triton" in usable:
-        work += [functools.partial(configurations, point) for point in _tune_points(suite)]
+    if "tune" in suite.only and "triton" in usable:
+        done = suite.store("tune").done
+        work += [functools.partial(configurations, point) for point in _tune_points(suite) if not done(point.key)]
+    if "bench" in suite.only:
+        done = suite.store("bench").done
+        for point in _bench_points(suite):
+            if done(point.key) or not _wanted(suite, point):
+                continue
+            versions = bench.versions_for(point, suite.device, usable, _compiles(suite, point), suite.without)
+            compiled = [versions[name] for name in ("taco triton", "compiled") if name in versions]
+            work += [functools.partial(call, version, point) for version in compiled]
     for number, one in enumerate(work):
         if suite.mine(number) and not suite.budget.spent:
             with contextlib.suppress(Exception):
@@ -351,18 +417,24 @@ def _eager_overheads(usable: list[str], without: list[str]) -> dict[str, Any]:
     return found
 
 
+def _timed(store: Store) -> dict[str, dict[str, Any]]:
+    return {key: point for key, point in store.points.items() if "us" in point}
+
+
 def run_bench(suite: Suite) -> bool:
     """Times and speed-ups; the ceilings are measured first, in the same process."""
     store = suite.store("bench")
     _adopt_table(suite)
+    _uninstall_wrong(suite)
+    _choose_anew()
     machine = {} if suite.dry or suite.budget.spent else timing.ceilings()
     usable = suite.usable()
-    left = 0
+    left_of = {"decode": 0, "prefill": 0}
     for point in _bench_points(suite):
         if store.done(point.key):
             continue
-        if suite.budget.spent or suite.rows not in (None, "decode" if point.rows <= 16 else "prefill"):
-            left += 1
+        if suite.budget.spent or not _wanted(suite, point):
+            left_of["decode" if point.rows <= 16 else "prefill"] += 1
             continue
 
         def measured(point: shapes.Point = point) -> dict[str, Any]:
@@ -370,26 +442,30 @@ def run_bench(suite: Suite) -> bool:
                 point, suite.device, usable, machine, suite.cache, suite.dry, _compiles(suite, point), suite.without,
                 functools.partial(suite.within, store, point.key),
             )  # fmt: skip
-            return {**result, "machine": machine}
+            return {**result, "red": {**result["red"], **store.blamed(point.key)}, "machine": machine}
 
         suite.run(store, point.key, measured)
-    if not suite.dry and not suite.budget.spent:
-        store.save(eager_us=_eager_overheads(usable, suite.without))
-    timed = {key: point for key, point in store.points.items() if "us" in point}
+        if timed := _timed(store):  # what ends this process takes none of it along; "taco" stays what it is in here
+            _install(suite, None, timed, forget=False)
+    timed = _timed(store)
     for key, version in bench.chosen(timed).items():
         timed[key]["chosen"] = version
     if timed:
-        _install(suite, {}, timed)
+        _install(suite, None, timed)
+    if not suite.dry and not suite.budget.spent:
+        store.save(eager_us=_eager_overheads(usable, suite.without))
     launches, report = bench.launches(timed), bench.summary(timed)
     if machine:
         store.save(machine=machine)
     ranks = bench.fastest_rank(timed)
-    store.save(complete=left == 0, left=left, summary=report, launches=launches, faster_than_dense_up_to_rank=ranks)
+    left = sum(left_of.values())
+    store.save(complete=left == 0, left=left, left_of=left_of)
+    store.save(summary=report, launches=launches, faster_than_dense_up_to_rank=ranks)
     if suite.dry:
         print("bench: dry run, so these numbers mean nothing")
     print(f"bench: ceilings {machine or 'not measured'}; backends {', '.join(usable)}")
     print(f"  cooperative over dependent launch: {launches}")
-    heads = ("points", "red", "x pair", "least", "x comp", "x dense", "copy")
+    heads = ("points", "red", "x pair", "least", "x comp", "x dense", "read")
     print(f"  {'':30} " + " ".join(f"{head:>7}" for head in heads))
     for name, row in report.items():
         shown = ["-" if cell is None else f"{cell:.2f}" if isinstance(cell, float) else cell for cell in row.values()]

@@ -93,6 +93,12 @@ class Point(NamedTuple):
         return self.in_size * self.out_size // (self.in_size + self.out_size)
 
 
+# No multiple of 8, so the CUDA kernels read its factors two bytes at a time; allocated ranks are often such.
+ODD_RANK = Point("low_rank_linear", 4096, 4096, 409, 1)
+# A down projection: many inputs, few outputs
+DOWN = (14336, 4096)
+
+
 def shapes() -> list[tuple[int, int]]:
     """Every distinct (in, out), the ones that most models share first."""
     found = [shape for layers in MODELS.values() for shape in layers]
@@ -127,14 +133,22 @@ def bench_points() -> Iterator[Point]:
                     yield Point("low_rank_linear_concat", hidden, outs, behind, rows)
             for hidden, width in mlps:
                 yield Point("low_rank_mlp", hidden, width, rank, rows)
+            if (rank, rows) == (512, ODD_RANK.rows):
+                yield ODD_RANK
+
+
+def _is_down(point: Point) -> bool:
+    down = point.op == "low_rank_linear" and (point.in_size, point.out_size) == DOWN
+    return down and point.rank in (128, 512)
 
 
 def quick_points() -> Iterator[Point]:
-    """One hidden size, three ranks, five row counts: what the first ten minutes on a GPU should answer."""
+    """What the first minutes on a GPU should tell: one hidden size, a down projection, three ranks, five row counts."""
     for point in bench_points():
         first = point.in_size == 4096 and point.out_size in (4096, 11008, 14336, (4096, 1024, 1024))
         ranks = (1024, 3072) if point.op in BEHIND_PIVOT else (128, 512, 1024)
-        if first and point.rank in ranks and point.rows in (1, 4, 16, 512, 2048):
+        wanted = (first and point.rank in ranks) or _is_down(point) or point == ODD_RANK
+        if wanted and point.rows in (1, 4, 16, 512, 2048):
             yield point
 
 
@@ -151,7 +165,8 @@ def tune_points() -> Iterator[Point]:
 def quick_tune_points() -> Iterator[Point]:
     """Prefill, where the Triton kernels have no CUDA kernel beside them, at the two middle ranks."""
     for point in tune_points():
-        if point.in_size == 4096 and point.rank in (128, 512) and point.rows in (512, 2048):
+        of_size = (point.in_size == 4096 and point.rank in (128, 512)) or _is_down(point)
+        if of_size and point.rows in (512, 2048):
             yield point
 
 

@@ -52,6 +52,11 @@ def failed(point: dict[str, Any]) -> bool:
     return not point.get("ok", True) or bool(point.get("red")) or bool(point.get("wrong"))
 
 
+def all_checked(left_of: dict[str, int], backends: list[str]) -> bool:
+    """Whether ``check`` has left no point, of any of these backends and of whatever else it says that of."""
+    return all(left_of.get(name, 1) == 0 for name in {*left_of, *backends})
+
+
 def error_of(error: BaseException) -> dict[str, Any]:
     """The point that stands for one that raised."""
     return {"ok": False, "error": f"{type(error).__name__}: {error}"[:400]}
@@ -66,6 +71,22 @@ def sources(*folders: str) -> str:
             if path.suffix in (".py", ".cpp", ".h", ".inl", ".cu", ".cuh"):
                 digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def identity(gpu: str, dry: bool) -> dict[str, Any]:
+    """What this run is of, by the names in ``IDENTITY``; ``gpu`` is the device's name."""
+    import torch
+
+    try:
+        import triton
+
+        version = triton.__version__
+    except ModuleNotFoundError:
+        version = "none"
+    return {
+        "gpu": gpu, "torch": torch.__version__, "triton": version, "sources": sources("csrc", "taco_kernels"),
+        "dry_run": dry,
+    }  # fmt: skip
 
 
 class Store:
@@ -110,16 +131,35 @@ class Store:
         write_json(self.path, self.content)
         self._saved = time.monotonic()
 
+    def blame(self, key: str, version: str, reason: str) -> None:
+        """Notes that a version of a point ended its process: the point is measured again without it."""
+        blame(self.content, key, version, reason)
+
+    def blamed(self, key: str) -> dict[str, str]:
+        """The versions of a point that ended a process, and how."""
+        return dict(self.content.get("died", {}).get(key, {}))
+
     @property
     def points(self) -> dict[str, dict[str, Any]]:
         return self.content["points"]
 
 
+def blame(content: dict[str, Any], key: str, version: str, reason: str) -> None:
+    """Notes a version that ended its process in a part's ``content``. What the process said of it itself stays."""
+    content.setdefault("died", {}).setdefault(key, {}).setdefault(version, reason)
+
+
 def forget_failed(path: Path) -> None:
-    """Takes the failed points out of a part's file: they will be tried again."""
+    """Takes the failed points out of a part's file, and those measured without a version that ended its process: they
+    will be tried again, that version too. A candidate of ``tune`` that ended its process stays left out."""
     content = json.loads(path.read_text())
-    content["points"] = {key: point for key, point in content["points"].items() if not failed(point)}
-    write_json(path, content)
+    kept = {key: point for key, point in content["points"].items() if not (failed(point) or point.get("without"))}
+    if len(kept) < len(content["points"]):
+        content["complete"] = False
+        content.pop("left_of", None)
+    if content.get("part") != "tune":
+        content.pop("died", None)
+    write_json(path, {**content, "points": kept})
 
 
 class Budget:

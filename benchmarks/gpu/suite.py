@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from .store import Budget, Store, error_of, say_running, sources
+from . import capture
+from .store import Budget, Store, error_of, identity, say_running
 
-# Exit code of a process that can use its GPU no more, after an illegal access for example: another one goes on.
+# Exit code of a process that can use its GPU no more, after an illegal access or a failed capture: another goes on.
 LOST = 3
 
 
@@ -32,6 +33,7 @@ class Suite:
         self.shard, self.shards = int(number), int(of)
         self.budget = Budget(options.budget_seconds)
         self.device = "cpu" if self.dry else "cuda"
+        self._version = ""  # whose turn it is within the point
         self.gpu = "none (dry run)"
         self.processors, self.cache = 4, 1 << 20
         if not self.dry:
@@ -41,18 +43,7 @@ class Suite:
             )  # fmt: skip
 
     def store(self, part: str) -> Store:
-        try:
-            import triton
-
-            triton_version = triton.__version__
-        except ModuleNotFoundError:
-            triton_version = "none"
-        same = {
-            "gpu": self.gpu, "torch": torch.__version__, "triton": triton_version,
-            "sources": sources("csrc", "taco_kernels"),
-            "dry_run": self.dry,
-        }  # fmt: skip
-        return Store(self.out, part, same)
+        return Store(self.out, part, identity(self.gpu, self.dry))
 
     def usable(self) -> list[str]:
         from taco_kernels import backends
@@ -65,6 +56,7 @@ class Suite:
 
     def run(self, store: Store, key: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """One point; ends the process where the GPU is lost to it."""
+        self._version = ""
         point = store.run(key, work)
         error = self.lost()
         if error is not None:
@@ -76,7 +68,12 @@ class Suite:
         return point
 
     def lost(self) -> Exception | None:
-        """Why the GPU is lost to this process, if it is: after an illegal access every call fails."""
+        """Why the GPU is lost to this process, if it is.
+
+        After an illegal access every call fails; what follows a failed capture is not to be trusted (see ``capture``).
+        """
+        if capture.failure() is not None:
+            return capture.failure()
         try:
             if not self.dry:
                 torch.cuda.synchronize()
@@ -85,9 +82,16 @@ class Suite:
         return None
 
     def within(self, store: Store, key: str, version: str) -> None:
-        """Says which version of a point comes next. Ends the process where the one before lost it the GPU: what else
-        the point holds is then measured without that version, and not counted as wrong with it."""
-        if self.lost() is not None:
+        """Says which version of a point comes next.
+
+        Ends the process where the version before lost it the GPU, and notes that version: another process measures what
+        else the point holds without it.
+        """
+        error = self.lost()
+        if error is not None:
+            if self._version:
+                store.blame(key, self._version, f"{type(error).__name__}: {error}"[:300])
             store.save()
             sys.exit(LOST)
+        self._version = version
         say_running(store.part, key, version)

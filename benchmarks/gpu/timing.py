@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .capture import captured
 from .checks import Inputs
 
 Call = Callable[[Any], Any]
@@ -52,8 +53,8 @@ def milliseconds(work: Callable[[], object]) -> float:
 
 def _captured(version: Call, sets: Sequence[Any], rounds: int) -> tuple[torch.cuda.CUDAGraph, Any]:
     """The graph, replayed once, and what its last call gives, which every replay writes anew."""
-    graph, last = torch.cuda.CUDAGraph(), None
-    with torch.cuda.graph(graph):
+    last = None
+    with captured() as graph:
         for _ in range(rounds):
             for inputs in sets:
                 last = version(inputs)
@@ -66,20 +67,30 @@ def nothing(name: str) -> None:
     """For callers that need not know which version comes next."""
 
 
+def never() -> bool:
+    """For callers that time every version."""
+    return False
+
+
 def time_on_gpu(
-    versions: dict[str, Version], replays: int = 25, at: Callable[[str], None] = nothing
+    versions: dict[str, Version],
+    replays: int = 25,
+    at: Callable[[str], None] = nothing,
+    enough: Callable[[], bool] = never,
 ) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
     """Microseconds per call of each version, and what the last call of each has given in the last timed replay, for the
     last of its input sets: calls that follow each other without a pause can go wrong where a single one does not.
 
     A version that fails to run or to be captured has only ``error``. ``at`` is told which version comes next, and ""
-    when all take turns.
+    when all take turns. Versions behind the first whose turn comes when ``enough`` is true are not run.
     """
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
     calls: dict[str, int] = {}
     results: dict[str, dict[str, Any]] = {}
     last: dict[str, Any] = {}
     for name, (version, sets) in versions.items():
+        if (graphs or results) and enough():
+            break
         at(name)
         try:
             stream = torch.cuda.Stream()
@@ -110,12 +121,17 @@ def time_on_gpu(
 
 
 def time_on_cpu(
-    versions: dict[str, Version], replays: int = 3, at: Callable[[str], None] = nothing
+    versions: dict[str, Version],
+    replays: int = 3,
+    at: Callable[[str], None] = nothing,
+    enough: Callable[[], bool] = never,
 ) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
     """The dry run's stand-in for :func:`time_on_gpu`; its numbers mean nothing."""
     results: dict[str, dict[str, Any]] = {}
     last: dict[str, Any] = {}
     for name, (version, sets) in versions.items():
+        if results and enough():
+            break
         at(name)
         samples = []
         try:
@@ -133,7 +149,8 @@ def time_on_cpu(
 
 
 def ceilings() -> dict[str, float]:
-    """What this GPU reaches here and now: a 1 GiB copy (read plus write) and a bf16 matrix product on random data."""
+    """What this GPU reaches here and now: a 1 GiB copy (read plus write), a sum over 1 GiB, which only reads, and a
+    bf16 matrix product on random data."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -143,9 +160,12 @@ def ceilings() -> dict[str, float]:
 
     for _ in range(100):  # an idle GPU's clock is a fifth of what it rises to
         torch.mm(a, b)
-    copy, product = median(lambda: target.copy_(source)), median(lambda: torch.mm(a, b))
+    numbers = source.view(torch.float32)
+    copy, read = median(lambda: target.copy_(source)), median(lambda: numbers.sum())
+    product = median(lambda: torch.mm(a, b))
     return {
         "copy_gb_s": round(2 * source.numel() / copy / 1e9, 1),
+        "read_gb_s": round(source.numel() / read / 1e9, 1),
         "matmul_tflop_s": round(2 * 8192**3 / product / 1e12, 1),
     }
 

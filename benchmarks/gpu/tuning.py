@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from . import bench, shapes
 from .checks import Inputs, draw, worst_error
 from .store import write_json
-from .timing import Version, nothing, sets_needed, time_on_cpu, time_on_gpu
+from .timing import Version, never, nothing, sets_needed, time_on_cpu, time_on_gpu
 
 
 def candidates(point: shapes.Point, processors: int) -> Iterator[Any]:
@@ -76,42 +76,64 @@ def run(config: Any, inputs: Inputs) -> torch.Tensor | list[torch.Tensor]:
     return low_rank(inputs.op, inputs.x, members, residual, inputs.eps, config)
 
 
+def name_of(config: Any) -> str:
+    """The values of a configuration, in the order of its fields."""
+    return "/".join(map(str, dataclasses.astuple(config)))
+
+
 def tune_point(
-    point: shapes.Point, device: str, processors: int, cache: int, few: bool, at: Callable[[str], None] = nothing
+    point: shapes.Point,
+    device: str,
+    processors: int,
+    cache: int,
+    few: bool,
+    at: Callable[[str], None] = nothing,
+    without: Collection[str] = (),
+    enough: Callable[[], bool] = never,
 ) -> dict[str, Any]:
-    """Times every candidate; the fastest whose result is right, alone and in the timed graph, wins."""
+    """Times the candidates; the fastest whose result is right, alone and in the timed graph, wins.
+
+    ``at`` is told the name of the candidate that comes next. Those named in ``without`` are not run. Once ``enough`` is
+    true no further one is; ``untried`` in the result counts these.
+    """
     first = draw(point.op, point.in_size, point.out_size, point.rank, point.rows, point.dtype, device)
     count = 2 if few else min(60, sets_needed(first.bytes, cache, 8 << 30))
     sets = [first] + [
         draw(point.op, point.in_size, point.out_size, point.rank, point.rows, point.dtype, device)
         for _ in range(count - 1)
     ]
-    configs = list(candidates(point, processors))[: 2 if few else None]
+    every = list(candidates(point, processors))[: 2 if few else None]
+    default = name_of(every[0])
+    configs = {name_of(config): config for config in every if name_of(config) not in without}
     timer = time_on_gpu if device == "cuda" else time_on_cpu
-    versions: dict[str, Version] = {str(i): (functools.partial(run, config), sets) for i, config in enumerate(configs)}
-    times, last = timer(versions, replays=3 if few else 10, at=at)
-    failed = {str(configs[int(i)]): t["error"] for i, t in times.items() if "error" in t}
-    ranked = sorted((t["p50"], int(i)) for i, t in times.items() if "p50" in t)
+    versions: dict[str, Version] = {name: (functools.partial(run, config), sets) for name, config in configs.items()}
+    times, last = timer(versions, replays=3 if few else 10, at=at, enough=enough)
+    failed = {name: t["error"] for name, t in times.items() if "error" in t}
+    ranked = sorted((t["p50"], name) for name, t in times.items() if "p50" in t)
+    facts = {"tried": len(times), "untried": len(configs) - len(times), "left_out": sorted(without)}
     wrong: list[dict[str, Any]] = []
-    for microseconds, index in ranked:
-        alone = worst_error(run(configs[index], first), first, "triton")
-        if alone <= 1.0 and worst_error(last[str(index)], sets[-1], "triton") <= 1.0:
+    for microseconds, name in ranked:
+        at(name)
+        alone = worst_error(run(configs[name], first), first, "triton")
+        if alone <= 1.0 and worst_error(last[name], sets[-1], "triton") <= 1.0:
             return {
-                "config": dataclasses.asdict(configs[index]),
+                "config": dataclasses.asdict(configs[name]),
                 "us": microseconds,
-                "default_us": times["0"].get("p50"),
-                "tried": len(configs),
+                "default_us": times.get(default, {}).get("p50"),
+                **facts,
                 "failed": len(failed),
                 "wrong": wrong,
             }
-        wrong.append(dataclasses.asdict(configs[index]))
-    return {"config": None, "tried": len(configs), "wrong": wrong, "errors": list(failed.values())[:3]}
+        wrong.append(dataclasses.asdict(configs[name]))
+    return {"config": None, **facts, "wrong": wrong, "errors": list(failed.values())[:3]}
 
 
 def write_table(
-    path: Path, gpu: str, points: dict[str, dict[str, Any]], measured: dict[str, dict[str, Any]] | None = None
+    path: Path, gpu: str, points: dict[str, dict[str, Any]] | None, measured: dict[str, dict[str, Any]] | None = None
 ) -> int:
     """The table of all tuned points, each for the buckets it speaks for; returns the number of entries.
+
+    Without ``points`` (None) the table keeps the entries that it has.
 
     ``measured`` are the benchmark's points: from them come the backends that the dispatcher is to choose, and the
     CUDA kernels' launch. Without them the table keeps what it has of those.
@@ -119,8 +141,8 @@ def write_table(
     from taco_kernels.triton_kernels.config import Config, as_entry, load_table
 
     old = json.loads(path.read_text()) if path.exists() else {}
-    entries = [] if points else old.get("entries", [])
-    for point in points.values():
+    entries = old.get("entries", []) if points is None else []
+    for point in (points or {}).values():
         if point.get("config") is None:
             continue
         for rows in shapes.TUNED_ROWS.get(point["rows"], (point["rows"],)):

@@ -3,7 +3,8 @@
 ``taco_kernels/tuned/<gpu>.json`` (written by ``benchmarks/gpu_suite.py --part tune``) holds
 ``{"gpu": name, "entries": [{"op", "dtype", "in", "out", "rank", "rows", "config": {...}}, ...]}``; ``--part bench``
 adds ``choices``, the fastest backend for each op, shape and rows, and ``cuda_launch``. Members' sizes are summed.
-A call takes the entry of its op, dtype and rows bucket that is nearest in (in, out, rank), if it is near.
+A call takes the entry of its op, dtype and rows bucket that is nearest in (in, out, rank), if it is near. float16 moves
+the same bytes as bfloat16, which is what gets measured, and takes its entries too.
 """
 
 import dataclasses
@@ -21,6 +22,9 @@ ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 PATHS = ("row", "split", "gemm", "fused")
 # A table entry further away than this (sum of |log2| ratios of in, out and rank) says nothing about a shape.
 NEAR = 1.5
+# The CUDA kernels read factors of half types whose rank is a multiple of this in 16-byte pieces, for the matrix unit.
+# Others they read two bytes at a time, far from the bandwidth.
+WHOLE_RANKS = 8
 # Shared memory that a block can have on every GPU since sm_80 (sm_86 and sm_89 have least). Defaults stay below it.
 PORTABLE_SHARED_BYTES = 99 * 1024
 
@@ -186,15 +190,26 @@ def _choices_of_gpu(name: str) -> dict[tuple[str, str, int], list[tuple[tuple[in
     return load_choices(path) if path.exists() else {}
 
 
+def whole_rank(dtype: str, rank: int) -> bool:
+    """Whether the CUDA kernels read factors of this rank as fast as they can; in float32 they always do."""
+    return dtype == "float32" or rank % WHOLE_RANKS == 0
+
+
 def choice_for(op: str, dtype: str, rows: int, shape: tuple[int, int, int], gpu: str) -> str | None:
-    """The backend that was fastest near this shape when the GPU was measured; None where nobody has measured."""
+    """The backend that was fastest near this shape when the GPU was measured; None where nobody has measured.
+
+    That the CUDA kernels were fastest at a whole rank (see ``whole_rank``) says nothing of the ranks beside it.
+    """
     if 0 in shape:  # nothing to sum, or nothing to write: no distance to anything
         return None
-    near = [
-        (_distance(shape, known), backend)
-        for known, backend in _choices_of_gpu(gpu).get((op, dtype, rows_bucket(rows)), [])
-    ]
-    distance, backend = min(near, default=(math.inf, ""))
+    whole = whole_rank(dtype, shape[2])
+    near = {True: (math.inf, ""), False: (math.inf, "")}  # of the whole ranks, and of the others
+    for known, backend in _choices_of_gpu(gpu).get((op, dtype, rows_bucket(rows)), []):
+        kind = whole_rank(dtype, known[2])
+        near[kind] = min(near[kind], (_distance(shape, known), backend))
+    distance, backend = near[whole]
+    if distance > NEAR and not whole and near[True][1] != "cuda":
+        distance, backend = near[True]
     return backend if distance <= NEAR else None
 
 
@@ -227,9 +242,11 @@ def config_for(
     rank of several members, whose sum ``rank`` is.
     """
     shape = (in_size, out_size, rank)
+    table, measured = table_of_gpu(gpu), dict.fromkeys((dtype, "bfloat16" if dtype == "float16" else dtype))
     near = [
         (_distance(shape, known), config)
-        for known, config in table_of_gpu(gpu).get((op, dtype, rows_bucket(rows)), [])
+        for name in measured
+        for known, config in table.get((op, name, rows_bucket(rows)), [])
         # The fused kernel holds one rank block of one member, so a neighbour's tile must be wide enough here as well.
         if config.path != "fused" or (widest or rank) <= config.block_r
     ]

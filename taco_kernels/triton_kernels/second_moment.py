@@ -12,7 +12,7 @@ BLOCK = 64
 BLOCK_ROWS = 64
 
 
-@triton.jit(do_not_specialize=["n_rows", "first"])
+@triton.jit(do_not_specialize=["n_rows"])
 def gram(
     x, moment, n_rows, n_columns, first, block_rows, stride_x, stride_moment,
     EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,

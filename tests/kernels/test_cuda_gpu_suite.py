@@ -1,11 +1,13 @@
 """benchmarks/gpu_suite.py without a GPU: its whole path on tiny shapes, and that it can tell right from wrong."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -37,7 +39,10 @@ def test_dry_run_and_resume(tmp_path):
     # a budget that no share of is spent on a busy machine
     done = _run("--dry-run", "--out", tmp_path, "--budget-seconds", 3000, interpret=interpret)
     assert done.returncode == 0, done.stdout + done.stderr
-    parts = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    files = {path.stem: json.loads(path.read_text()) for path in tmp_path.iterdir()}
+    # A machine that gives eight files back has room for a log.
+    assert set(files) == {"suite", "check", "bench"} | ({"tune", "none-dry-run"} if interpret else set())
+    parts = {**files, **files["suite"]["parts"]}
     assert parts["suite"]["ok"] and all(parts["suite"]["ok"].values())
     assert parts["check"]["complete"] and len(parts["check"]["points"]) > 50
     assert all(point["ok"] for point in parts["check"]["points"].values())
@@ -51,6 +56,9 @@ def test_dry_run_and_resume(tmp_path):
         assert "triton" in parts["check"]["backends"]
         assert "skipped" not in parts["svd"]["points"]["sketch"]
         assert parts["none-dry-run"]["entries"]
+        assert sum(key.startswith("triton/forced/") for key in parts["check"]["points"]) > 8
+        tuned = [key for key in parts["check"]["points"] if key.startswith("tuned/")]
+        assert len(tuned) == len(parts["tune"]["points"]) > 5
     # Pictures come from the JSON alone, and leave out what has no numbers.
     broken = {**parts["bench"]["points"], "low_rank_linear/broken": {"ok": False, "error": "killed"}}
     (tmp_path / "broken.json").write_text(json.dumps({**parts["bench"], "points": broken}))
@@ -116,7 +124,7 @@ def test_spent_budget_leaves_points_for_later(tmp_path):
     done = _run("--dry-run", "--out", tmp_path / "none", "--part", "bench", "--budget-seconds", 0, interpret=False)
     assert done.returncode == 0 and "not run, the budget is spent" in done.stdout
     steps = json.loads((tmp_path / "none" / "suite.json").read_text())["steps"]
-    assert len(steps) == 2 and all(step["skipped"] for step in steps)
+    assert len(steps) == 4 and all(step["skipped"] for step in steps)
 
 
 def conducted(conductor, out, parts, seconds=100.0, workers=1):
@@ -159,7 +167,7 @@ def test_what_crashes_or_hangs_costs_its_point_only(conductor, tmp_path, monkeyp
     script.write_text(FAKE_PART.format(benchmarks=str(ROOT / "benchmarks"), event=event))
     monkeypatch.setattr(conductor, "SUITE", script)
     step = conductor.Step("check", 1.0, workers=workers, stall=5.0)
-    monkeypatch.setattr(conductor, "plan", lambda workers: [step])
+    monkeypatch.setattr(conductor, "plan", lambda *_: [step])
     out = tmp_path / "out"
     conductor.prepare(out, ["check"], resume=False)
     assert not conducted(conductor, out, ["check"], workers=workers).run() or "raise" in event
@@ -222,8 +230,7 @@ def _with_versions(conductor, tmp_path, monkeypatch, part, event, end="pass", se
     monkeypatch.setattr(conductor, "SUITE", script)
     monkeypatch.delenv("TACO_CUDA_LAUNCH", raising=False)
     steps = [conductor.Step(part, 1.0, stall=stall), conductor.Step("bench", 1.0, stall=stall)]
-    monkeypatch.setattr(conductor, "plan", lambda workers: steps[: 1 if part == "bench" else 2])
-    monkeypatch.setattr(conductor, "WARM", conductor.WARM._replace(share=0.0))
+    monkeypatch.setattr(conductor, "plan", lambda *_: steps[: 1 if part == "bench" else 2])
     out = tmp_path / "out"
     conductor.prepare(out, ["check", "bench"], resume=False)
     run = conducted(conductor, out, ["check", "bench"], seconds)
@@ -240,6 +247,8 @@ def test_a_version_that_hangs_or_crashes_is_left_out_and_the_others_are_measured
     for key in "ab":
         assert found["bench"]["points"][key] == {"ran": ["taco cuda dependent", "dense"], "launch": "dependent"}
     assert list(found["suite"]["left_out"]["bench"]) == ["cuda"] and len(found["suite"]["steps"][0]["deaths"]) == 1
+    # The point that it ended says so, which the process that measures the rest of it counts as wrong.
+    assert list(found["bench"]["died"]) == ["a"] and list(found["bench"]["died"]["a"]) == ["taco cuda"]
 
 
 def test_a_version_that_the_end_of_the_time_meets_is_not_left_out(conductor, tmp_path, monkeypatch):
@@ -290,7 +299,7 @@ def test_a_part_that_cannot_even_begin_does_not_stop_the_rest(conductor, tmp_pat
     script.write_text("import sys\nif 'check' in sys.argv:\n    sys.exit(1)\n")
     monkeypatch.setattr(conductor, "SUITE", script)
     steps = [conductor.Step("check", 1.0, workers=workers), conductor.Step("svd", 1.0)]
-    monkeypatch.setattr(conductor, "plan", lambda workers: steps)
+    monkeypatch.setattr(conductor, "plan", lambda *_: steps)
     assert not conducted(conductor, tmp_path, ["check", "svd"], workers=workers).run()
     suite = json.loads((tmp_path / "suite.json").read_text())
     assert suite["ok"] == {"check": False, "svd": True}
@@ -301,7 +310,7 @@ def test_an_error_in_the_conductor_itself_costs_one_step(conductor, tmp_path, mo
     script.write_text("")
     monkeypatch.setattr(conductor, "SUITE", script)
     steps = [conductor.Step("check", 1.0, workers=2), conductor.Step("svd", 1.0)]
-    monkeypatch.setattr(conductor, "plan", lambda workers: steps)
+    monkeypatch.setattr(conductor, "plan", lambda *_: steps)
     monkeypatch.setattr(conductor, "merged", lambda *_: 1 / 0)
     assert not conducted(conductor, tmp_path, ["check", "svd"]).run()
     suite = json.loads((tmp_path / "suite.json").read_text())
@@ -317,7 +326,7 @@ def test_the_children_of_a_killed_process_end_with_it(conductor, tmp_path, monke
         f"Path({str(tmp_path / 'child')!r}).write_text(str(child.pid))\ntime.sleep(60)\n"
     )
     monkeypatch.setattr(conductor, "SUITE", script)
-    monkeypatch.setattr(conductor, "plan", lambda workers: [conductor.Step("build", 0.02, grace=0.0)])
+    monkeypatch.setattr(conductor, "plan", lambda *_: [conductor.Step("build", 0.02, grace=0.0)])
     assert not conducted(conductor, tmp_path, ["build"]).run()
     state = Path("/proc") / (tmp_path / "child").read_text() / "stat"
     assert not state.exists() or state.read_text().split()[2] == "Z"
@@ -329,7 +338,7 @@ def test_a_process_that_does_not_die_is_not_waited_for(conductor, tmp_path, monk
     script.write_text("import time\ntime.sleep(60)\n")
     monkeypatch.setattr(conductor, "SUITE", script)
     monkeypatch.setattr(conductor, "BURIAL_SECONDS", 0.2)
-    monkeypatch.setattr(conductor, "plan", lambda workers: [conductor.Step("build", 0.02, grace=0.0)])
+    monkeypatch.setattr(conductor, "plan", lambda *_: [conductor.Step("build", 0.02, grace=0.0)])
     killed = []
     monkeypatch.setattr(conductor.os, "killpg", lambda group, number: killed.append(group))
     try:
@@ -347,9 +356,24 @@ def test_points_of_other_sources_are_not_merged(conductor, tmp_path):
         return path
 
     old, new = write(tmp_path / "check.json", "old", "a"), write(tmp_path / "part.json", "new", "b")
-    conductor.merged(old, [new])
+    conductor.merged(old, [new], [0])
     content = json.loads(old.read_text())
     assert set(content["points"]) == {"b"} and content["sources"] == "new"
+
+
+def test_a_step_is_complete_only_if_all_its_processes_came_to_their_end(conductor, tmp_path):
+    """What one that died too often has not begun is in no file."""
+    paths = [tmp_path / f"{name}.json" for name in "ab"]
+    for path in paths:
+        path.write_text(json.dumps({"backends": ["triton"], "points": {path.stem: {}}, "left_of": {"triton": 0}}))
+    for codes in ([0, None], [None, 1], [0, 1]):
+        conductor.merged(tmp_path / "check.json", paths, codes)
+        content = json.loads((tmp_path / "check.json").read_text())
+        assert set(content["points"]) == {"a", "b"}
+        assert content["complete"] == (None not in codes) == ("triton" in content["left_of"])
+    paths[1].write_text(json.dumps({"points": {}}))  # died before it could say what it has left
+    conductor.merged(tmp_path / "check.json", paths[1:], [None])
+    assert not json.loads((tmp_path / "check.json").read_text())["complete"]
 
 
 def test_what_is_not_timed_runs_side_by_side(conductor, tmp_path, monkeypatch):
@@ -364,8 +388,7 @@ def test_what_is_not_timed_runs_side_by_side(conductor, tmp_path, monkeypatch):
 
     def overlap(parts):
         steps = [conductor.Step("sanitize", 1.0, beside_next=True), *(conductor.Step(part, 1.0) for part in parts)]
-        monkeypatch.setattr(conductor, "plan", lambda workers: steps)
-        monkeypatch.setattr(conductor, "WARM", conductor.WARM._replace(share=0.0))
+        monkeypatch.setattr(conductor, "plan", lambda *_: steps)
         assert conducted(conductor, tmp_path / "out", ["sanitize", *parts]).run()
         began = float((tmp_path / f"{parts[0]}.began").read_text())
         return began < float((tmp_path / "sanitize.ended").read_text())
@@ -376,10 +399,31 @@ def test_what_is_not_timed_runs_side_by_side(conductor, tmp_path, monkeypatch):
 
 
 def test_the_plan_covers_every_part_in_the_order_of_what_it_tells(conductor):
-    steps = conductor.plan(10)
-    assert [step.part for step in steps[:3]] == ["build", "check", "bench"]
-    assert {step.part for step in steps} == {"build", "check", "sanitize", "tune", "bench", "svd"}
-    assert next(step for step in steps if "cuda" in step.options).stall < conductor.STALL_SECONDS
+    for quick in (True, False):
+        steps = [step for step in conductor.plan(10, quick) if step.part != "warm"]
+        assert {step.part for step in steps} == {"build", "check", "sanitize", "tune", "bench", "svd"}
+        assert next(step for step in steps if "cuda" in step.options).stall < conductor.STALL_SECONDS
+        parts = [step.name for step in steps]
+        # What is tuned counts where the backends for prefill are chosen, and for decode where that is tuned too.
+        assert parts.index("tune") < parts.index("check tuned") < parts.index("bench prefill")
+        assert (parts.index("tune") < parts.index("bench decode")) == (not quick)
+        if quick:
+            assert [step.part for step in steps[:3]] == ["build", "check", "bench"]
+
+
+def test_decode_waits_for_its_own_half_of_what_is_compiled_ahead(conductor):
+    """And nothing is compiled for a part that does not run."""
+
+    def steps(*parts):
+        return [step.name for step in conductor.plan(10) if conductor.belongs(step, list(parts))]
+
+    everything = steps("build", "check", "tune", "bench")
+    before = everything[: everything.index("bench decode")]
+    assert [name for name in before if name.startswith("warm")] == ["warm bench decode"]
+    after = everything[everything.index("bench decode") : everything.index("tune")]
+    assert [name for name in after if name.startswith("warm")] == ["warm tune", "warm bench prefill"]
+    assert steps("build", "check") == ["build", "check cuda cuda dependent", "check triton cpp library"]
+    assert steps("tune") == ["warm tune", "tune"]
 
 
 FAKE_WARMING = """
@@ -409,10 +453,12 @@ def test_what_compiles_ahead_is_waited_for_as_long_as_its_share_lasts(
     script = tmp_path / "suite.py"
     script.write_text(FAKE_WARMING.format(benchmarks=str(ROOT / "benchmarks"), seconds=seconds))
     monkeypatch.setattr(conductor, "SUITE", script)
-    monkeypatch.setattr(conductor, "plan", lambda workers: [conductor.Step("check", 1.0), conductor.Step("bench", 1.0)])
+    steps = [conductor.warm("bench", 0.25, 1), conductor.Step("check", 1.0), conductor.Step("bench", 1.0)]
+    monkeypatch.setattr(conductor, "plan", lambda *_: steps)
     conductor.prepare(tmp_path, ["check", "bench"], resume=False)
     run = conducted(conductor, tmp_path, ["check", "bench"], 120.0 if in_time else 16.0)
-    assert run.run() and run.warming == []
+    assert run.run() and ("cut_short" in run.record[0]) != in_time
+    assert json.loads((tmp_path / "suite.json").read_text())["ok"] == {"check": True, "bench": True}
     assert not json.loads((tmp_path / "check.json").read_text())["points"]["a"]["warm"]
     assert json.loads((tmp_path / "bench.json").read_text())["points"]["a"]["warm"] == in_time
 
@@ -435,10 +481,13 @@ def gpu(monkeypatch):
     """The package ``gpu`` of the benchmarks folder."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import gpu.bench
+    import gpu.capture
     import gpu.checks
+    import gpu.forced
     import gpu.shapes
     import gpu.tuning
 
+    monkeypatch.setattr(gpu.capture, "_failure", None)
     return gpu
 
 
@@ -598,7 +647,7 @@ def test_summary_of_known_numbers(gpu):
             "op": "low_rank_linear", "dtype": "bfloat16", "table_shape": (4096, 4096, rank),
             "in": 4096, "out": 4096, "rank": rank, "rows": rows, "break_even_rank": 2048,
             "speedup": up, "red": dict.fromkeys(red, "wrong"),
-            "share": {} if red else {name: {"copy": 0.5} for name in ours},
+            "share": {} if red else {name: {"copy": 0.4, "read": 0.5} for name in ours},
             "us": {
                 "taco library": {"p50": 10.0}, "taco cuda": {"p50": 8.0}, "taco cuda dependent": {"p50": 6.0},
                 "taco triton": {"p50": 5.0 if rank == 2000 else 20.0}, "dense": {"p50": 12.0},
@@ -615,6 +664,7 @@ def test_summary_of_known_numbers(gpu):
     assert decode["points"] == 4 and decode["red"] == 1
     assert decode["vs two calls, geomean"] == pytest.approx((2 * 8 * 2) ** (1 / 3), abs=1e-3)
     assert decode["vs dense below 0.8 break-even, least"] == 0.5, "rank 2000 is beyond 0.8 x break-even"
+    assert decode["share of read bandwidth, median"] == 0.5
     ranks = gpu.bench.fastest_rank(points)
     assert ranks["low_rank_linear/4096x4096/m1"]["faster_up_to"] == 512
     assert ranks["low_rank_linear/4096x4096/m16"]["faster_up_to"] == 0
@@ -631,7 +681,13 @@ def test_summary_of_known_numbers(gpu):
 
 def test_shapes_cover_what_is_promised(gpu):
     points = list(gpu.shapes.bench_points())
-    assert set(gpu.shapes.quick_points()) < set(points)
+    quick, tuned = list(gpu.shapes.quick_points()), list(gpu.shapes.quick_tune_points())
+    assert set(quick) < set(points)
+    for some in (quick, tuned):
+        downs = {point.rank for point in some if (point.in_size, point.out_size) == (14336, 4096)}
+        assert downs == {128, 512}, "a down projection is another matter than the way up"
+    odd = [point for point in quick if point.rank % 8]
+    assert odd == [gpu.shapes.ODD_RANK]
     assert {p.op for p in gpu.shapes.quick_points()} == {p.op for p in points} == set(gpu.shapes.OPS)
     assert len({point.key for point in points}) == len(points)
     assert {point.rows for point in points} == {1, 2, 4, 8, 16, 64, 512, 2048, 8192}
@@ -669,8 +725,9 @@ class FakeEvent:
 
 
 @pytest.fixture
-def fake_cuda(monkeypatch):
+def fake_cuda(gpu, monkeypatch):
     """As much of torch.cuda as timing needs, without a GPU: a graph's time is the number of calls that it holds."""
+    monkeypatch.setattr(FakeGraph, "capturing", None)
 
     @contextlib.contextmanager
     def graph(graph):
@@ -729,6 +786,17 @@ def test_times_are_per_call_whatever_the_number_of_sets(gpu, fake_cuda):
     assert found["one"] == {"p20": 3.0, "p50": 3.0, "p80": 3.0}
     assert found["long"]["p50"] == 5000.0
     assert "not permitted" in found["broken"]["error"] and "p50" not in found["broken"]
+    assert "not permitted" in str(gpu.capture.failure())
+
+
+def test_no_more_versions_are_timed_than_there_is_time_for(gpu, fake_cuda):
+    timing = importlib.import_module("gpu.timing")
+    versions = {name: (call_of(3), ["a", "b"]) for name in "abc"}
+    for time_all in (timing.time_on_gpu, timing.time_on_cpu):
+        told = []
+        found, _ = time_all(versions, at=told.append, enough=lambda told=told: len(told) >= 2)
+        assert set(found) == {"a", "b"} and told == ["a", "b", ""]
+        assert set(time_all(versions, enough=lambda: True)[0]) == {"a"}, "one at least"
 
 
 def test_host_time_of_eager_calls_is_measured_without_a_graph(gpu, fake_cuda):
@@ -748,14 +816,25 @@ def test_what_is_timed_later_is_compiled_ahead(gpu, monkeypatch):
     monkeypatch.setattr(gpu.bench, "compiled", compiled)
     points = [gpu.shapes.Point("low_rank_linear", 24, 40, 512, rows) for rows in (512, 1, 16, 3)]
     monkeypatch.setattr(gpu.shapes, "quick_points", lambda: points)
-    for shard in ("0/2", "1/2"):
-        number, of = map(int, shard.split("/"))
-        suite = types.SimpleNamespace(
-            dry=False, quick=True, device="cpu", processors=4, usable=lambda: ["library"], without=[],
-            budget=types.SimpleNamespace(spent=False), mine=lambda at, number=number, of=of: at % of == number,
-        )  # fmt: skip
-        assert parts.warm(suite)
-    assert sorted(seen) == [("low_rank_linear", 1), ("low_rank_linear", 16), ("low_rank_linear", 512)]
+    monkeypatch.setattr(torch._inductor.config, "autotune_local_cache", True)
+
+    def compiled_ahead(rows, *done):
+        seen.clear()
+        for shard in ("0/2", "1/2"):
+            number, of = map(int, shard.split("/"))
+            suite = types.SimpleNamespace(
+                dry=False, quick=True, device="cpu", processors=4, usable=lambda: ["library"], without=[],
+                only=["bench"], rows=rows, store=lambda part: types.SimpleNamespace(done=lambda key: key in done),
+                budget=types.SimpleNamespace(spent=False), mine=lambda at, number=number, of=of: at % of == number,
+            )  # fmt: skip
+            assert parts.warm(suite)
+        return sorted(rows for _, rows in seen)
+
+    assert compiled_ahead(None) == [1, 16, 512]
+    assert compiled_ahead("decode") == [1, 16] and compiled_ahead("prefill") == [512]
+    assert compiled_ahead("decode", points[1].key) == [16], "what is measured already is not compiled again"
+    # The choice among a kernel's variants that is made beside other work must not be the one that is timed.
+    assert not torch._inductor.config.autotune_local_cache
 
 
 @pytest.mark.parametrize(
@@ -829,17 +908,17 @@ def cpu_for_gpu(gpu, fake_cuda, monkeypatch):
 
 @pytest.mark.parametrize("op", ["low_rank_linear", "low_rank_mlp", "low_rank_linear_group"])
 def test_checks_of_streams_run_and_see_a_graph_that_does_not_follow_its_inputs(cpu_for_gpu, monkeypatch, op):
-    assert cpu_for_gpu.check_streams("cuda", op) == {"ok": False}
+    assert cpu_for_gpu.check_streams("cuda", cpu_for_gpu.CALLS[op]) == {"ok": False}
     monkeypatch.setattr(torch.Tensor, "normal_", lambda self, generator: self)
-    assert cpu_for_gpu.check_streams("cuda", op) == {"ok": True}
+    assert cpu_for_gpu.check_streams("cuda", cpu_for_gpu.CALLS[op]) == {"ok": True}
 
 
 @pytest.mark.parametrize("op", ["low_rank_linear", "low_rank_linear_concat"])
 def test_checks_of_streams_at_the_same_time_run_and_see_a_call_that_another_disturbs(cpu_for_gpu, monkeypatch, op):
-    assert cpu_for_gpu.check_together("cuda", op) == {"ok": True}
+    assert cpu_for_gpu.check_together("cuda", cpu_for_gpu.CALLS[op]) == {"ok": True}
     joined, calls = cpu_for_gpu.joined, []
-    monkeypatch.setattr(cpu_for_gpu, "joined", lambda inputs: joined(inputs) + (calls.append(0) or len(calls) == 90))
-    assert cpu_for_gpu.check_together("cuda", op) == {"ok": False}
+    monkeypatch.setattr(cpu_for_gpu, "joined", lambda *sets: joined(*sets) + (calls.append(0) or len(calls) == 90))
+    assert cpu_for_gpu.check_together("cuda", cpu_for_gpu.CALLS[op]) == {"ok": False}
 
 
 @pytest.mark.parametrize(
@@ -853,7 +932,7 @@ def test_checks_of_direct_calls_run_and_see_a_wrong_result(cpu_for_gpu, monkeypa
     monkeypatch.setattr(direct, "served", lambda *_: None)
     assert cpu_for_gpu.check_direct(op) == {"ok": True}
     joined = cpu_for_gpu.joined
-    monkeypatch.setattr(cpu_for_gpu, "joined", lambda inputs: joined(inputs) + 1)
+    monkeypatch.setattr(cpu_for_gpu, "joined", lambda *sets: joined(*sets) + 1)
     assert cpu_for_gpu.check_direct(op) == {"ok": False}
 
 
@@ -882,10 +961,11 @@ def test_checks_of_statistics_let_right_sums_through_and_wrong_ones_not(gpu, mon
 def test_ceilings_are_rates_per_second(gpu, fake_cuda, monkeypatch):
     timing = importlib.import_module("gpu.timing")
     empty, randn = torch.empty, torch.randn
-    monkeypatch.setattr(torch, "empty", lambda *_, **__: empty(8, dtype=torch.uint8))
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: empty(1 << 20, dtype=torch.uint8))
     monkeypatch.setattr(torch, "randn", lambda *_, **__: randn(4, 4))
     monkeypatch.setattr(timing, "milliseconds", lambda work: work() is None or 2.0)
-    assert timing.ceilings() == {"copy_gb_s": 0.0, "matmul_tflop_s": round(2 * 8192**3 / 2e-3 / 1e12, 1)}
+    rates = {"copy_gb_s": round(2 * (1 << 20) / 2e-3 / 1e9, 1), "read_gb_s": round((1 << 20) / 2e-3 / 1e9, 1)}
+    assert timing.ceilings() == {**rates, "matmul_tflop_s": round(2 * 8192**3 / 2e-3 / 1e12, 1)}
 
 
 def test_host_times_of_backends_that_fail_cost_themselves_only(gpu, monkeypatch):
@@ -919,7 +999,8 @@ def test_a_version_that_loses_the_gpu_is_known_by_its_name(gpu, tmp_path, monkey
         run.run(results, "a", point)
     assert ended.value.code == suite.LOST
     assert store.what_ran(tmp_path / "mark") == ("bench", "a", "taco cuda")
-    assert not json.loads((tmp_path / "bench.json").read_text())["points"]
+    content = json.loads((tmp_path / "bench.json").read_text())
+    assert not content["points"] and "illegal memory access" in content["died"]["a"]["taco cuda"]
 
 
 def test_a_gpus_table_goes_into_the_package_and_comes_from_a_former_run(gpu, tmp_path, monkeypatch):
@@ -937,7 +1018,7 @@ def test_a_gpus_table_goes_into_the_package_and_comes_from_a_former_run(gpu, tmp
         "us": {"taco library": {"p50": 5.0}, "taco cuda": {"p50": 3.0}, "taco cuda dependent": {"p50": 2.0}},
     }  # fmt: skip
     try:
-        assert parts._install(suite, {}, {"a": point}) == ("some-gpu.json", 0)
+        assert parts._install(suite, None, {"a": point}) == ("some-gpu.json", 0)
         assert config.content("Some GPU")["cuda_launch"] == "dependent"
         assert (package / "some-gpu.json").read_text() == (out / "some-gpu.json").read_text()
         (package / "some-gpu.json").unlink()
@@ -945,3 +1026,381 @@ def test_a_gpus_table_goes_into_the_package_and_comes_from_a_former_run(gpu, tmp
         assert (package / "some-gpu.json").read_text() == (out / "some-gpu.json").read_text()
     finally:
         config.forget_tables()
+
+
+def _suite(out, **changes):
+    """A process's part of a dry run."""
+    options = {
+        "out": out, "dry_run": True, "small": False, "quick": True, "only": None, "without": None, "rows": None,
+        "shard": None, "budget_seconds": 600.0,
+    }  # fmt: skip
+    return importlib.import_module("gpu.suite").Suite(types.SimpleNamespace(**{**options, **changes}))
+
+
+def _captures(and_then):
+    """Work that captures a graph, in which it raises."""
+    capture = importlib.import_module("gpu.capture")
+    with contextlib.suppress(RuntimeError), capture.captured():
+        raise RuntimeError("not permitted when stream is capturing")
+    return and_then
+
+
+def test_a_capture_that_fails_ends_the_process_under_its_versions_name(gpu, fake_cuda, tmp_path, monkeypatch):
+    """torch leaves its stream the current one, and its allocator in the state of capturing: later times are wrong."""
+    store, suite = importlib.import_module("gpu.store"), importlib.import_module("gpu.suite")
+    monkeypatch.setenv(store.RUNNING, str(tmp_path / "mark"))
+    run = _suite(tmp_path)
+    results, reached = run.store("bench"), []
+
+    def point():
+        run.within(results, "a", "taco cuda")
+        _captures(None)
+        run.within(results, "a", "taco triton")
+        reached.append("taco triton")
+
+    with pytest.raises(SystemExit) as ended:
+        run.run(results, "a", point)
+    assert ended.value.code == suite.LOST and not reached
+    assert store.what_ran(tmp_path / "mark") == ("bench", "a", "taco cuda")
+    content = json.loads((tmp_path / "bench.json").read_text())
+    assert not content["points"] and "not permitted" in content["died"]["a"]["taco cuda"]
+    # of a check the point itself is what failed
+    with pytest.raises(SystemExit):
+        run.run(run.store("check"), "cuda/streams/x", lambda: _captures({"ok": True}))
+    point = json.loads((tmp_path / "check.json").read_text())["points"]["cuda/streams/x"]
+    assert not point["ok"] and "not permitted" in point["error"]
+
+
+def test_of_a_failed_capture_the_works_own_error_is_told(gpu, fake_cuda, monkeypatch):
+    @contextlib.contextmanager
+    def graph(graph):
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    with pytest.raises(ValueError, match="out of workspace"), gpu.capture.captured():
+        raise ValueError("out of workspace")
+    assert isinstance(gpu.capture.failure(), ValueError)
+    with pytest.raises(RuntimeError, match="previous error"), gpu.capture.captured():
+        pass
+
+
+def test_checks_that_capture_come_behind_those_that_do_not(gpu, tmp_path):
+    """Where every capture fails, the processes that it ends must not cost the checks of everything else."""
+    parts = importlib.import_module("gpu.parts")
+    run = _suite(tmp_path)
+    run.dry = False
+    for backend in ("cuda", "cuda dependent", "triton"):
+        keys = [key for key, _ in parts._check_work(run, backend)]
+        captures = [i for i, key in enumerate(keys) if re.match(r"direct/|[a-z ]+/(streams|together)/", key)]
+        assert captures == list(range(len(keys) - len(captures), len(keys))) and len(captures) >= len(gpu.shapes.OPS)
+        large = {f"{backend}/{kind}/{name}" for kind in ("streams", "together") for name in gpu.checks.LARGE_CALLS}
+        assert large <= set(keys) or backend == "triton"
+    assert ("low_rank_linear", 2048, 16) in {(c.op, c.rank, c.rows) for c in gpu.checks.cases(False, False)}
+
+
+def test_large_calls_fill_streams_and_mix(gpu):
+    calls = gpu.checks.LARGE_CALLS
+    assert {case.op for cases in calls.values() for case in cases} == {"low_rank_linear", "pivoted_low_rank_linear"}
+    assert any(len({case.op for case in cases}) == 2 for cases in calls.values())
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_both_launches_must_give_the_same_bits(gpu, monkeypatch, same):
+    checks = gpu.checks
+    at, call = [], checks.call
+
+    @contextlib.contextmanager
+    def using(name):
+        at.append(name)
+        yield
+
+    monkeypatch.setattr(checks, "using", using)
+    off = 0.0 if same else 2**-20  # within the bound
+    monkeypatch.setattr(checks, "call", lambda inputs: call(inputs) + (off if at[-1] == "cuda" else 0.0))
+    case = checks.Case("low_rank_linear", 40, 24, 8, 3, "float32")
+    found = checks.check(case, "cuda dependent", "cpu", "cuda")
+    assert at == ["cuda dependent", "cuda"] and found["worst"] <= 1.0
+    assert found["ok"] == found["bits_of_cuda"] == same
+    assert "bits_of_cuda" not in checks.check(case, "cuda dependent", "cpu")
+
+
+def test_a_left_out_launch_is_not_called_to_compare_the_other_with(gpu, tmp_path):
+    parts = importlib.import_module("gpu.parts")
+
+    def twins(**changes):
+        run = _suite(tmp_path, **changes)
+        run.dry = False
+        work = [work for _, work in parts._check_work(run, "cuda dependent") if work.func is gpu.checks.check]
+        return {one.args[3] for one in work}
+
+    assert twins() == {"cuda"} and twins(without=["cuda"]) == twins(small=True) == {None}
+
+
+def test_dense_can_be_left_out_too(gpu):
+    point = gpu.shapes.Point("low_rank_linear", 64, 64, 16, 2, "float32")
+    result = gpu.bench.bench_point(point, "cpu", ["library"], {}, 1 << 20, few=True, without=["dense"])
+    assert "dense" not in result["us"] and "two calls" in result["speedup"]["taco"]
+
+
+def test_points_without_a_version_that_died_are_measured_again(gpu, tmp_path):
+    store = importlib.import_module("gpu.store")
+    path = tmp_path / "bench.json"
+    points = {
+        "whole": {"red": {}, "without": []},
+        "less": {"red": {}, "without": ["cuda"]},
+        "guilty": {"red": {"taco cuda": "died"}, "without": ["cuda"]},
+    }
+    died = {"guilty": {"taco cuda": "died"}}
+    path.write_text(
+        json.dumps({"part": "bench", "points": points, "died": died, "complete": True, "left_of": {"x": 0}})
+    )
+    store.forget_failed(path)
+    content = json.loads(path.read_text())
+    assert list(content["points"]) == ["whole"] and "died" not in content
+    assert not content["complete"] and "left_of" not in content
+    # a configuration of tune that ended its process is not worth another one
+    path = tmp_path / "tune.json"
+    path.write_text(json.dumps({"part": "tune", "points": {"a": {}}, "died": died, "complete": True}))
+    store.forget_failed(path)
+    assert json.loads(path.read_text()) == {"part": "tune", "points": {"a": {}}, "died": died, "complete": True}
+
+
+def test_a_version_that_ended_a_process_is_red_where_it_did(gpu, tmp_path, monkeypatch):
+    parts, store = importlib.import_module("gpu.parts"), importlib.import_module("gpu.store")
+    points = [gpu.shapes.Point("low_rank_linear", 24, 40, 8, rows, "float32") for rows in (1, 2)]
+    monkeypatch.setattr(gpu.shapes, "tiny_points", lambda: points)
+    run = _suite(tmp_path, without=["cuda"])
+    results = run.store("bench")
+    results.blame(points[0].key, "taco cuda", "died with exit code 3")
+    results.save()
+    assert not parts.run_bench(run)
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert found["points"][points[0].key]["red"] == {"taco cuda": "died with exit code 3"}
+    assert not found["points"][points[1].key]["red"] and not store.failed(found["points"][points[1].key])
+    assert found["complete"] and found["left_of"] == {"decode": 0, "prefill": 0}
+
+
+def test_choices_are_in_the_table_before_anything_else_can_go_wrong(gpu, tmp_path, monkeypatch):
+    """What ends a process behind its points, or between two of them, must not take what they have found along."""
+    parts = importlib.import_module("gpu.parts")
+    points = [gpu.shapes.Point("low_rank_linear", 24, 40, 8, rows, "float32") for rows in (1, 2)]
+    monkeypatch.setattr(gpu.shapes, "tiny_points", lambda: points)
+    run, measure = _suite(tmp_path), gpu.bench.bench_point
+
+    def measured(point, *rest):
+        if point is points[1]:
+            sys.exit(3)
+        return measure(point, *rest)
+
+    monkeypatch.setattr(gpu.bench, "bench_point", measured)
+    with pytest.raises(SystemExit):
+        parts.run_bench(run)
+    assert json.loads((tmp_path / "none-dry-run.json").read_text())["choices"]
+
+
+@pytest.fixture
+def tuning_of_two(gpu, tmp_path, monkeypatch):
+    """A dry run's tune of two points, with Triton called usable; what is timed costs nothing."""
+    parts = importlib.import_module("gpu.parts")
+    points = [gpu.shapes.Point("low_rank_linear", 64, 64, 16, rows) for rows in (64, 512)]
+    monkeypatch.setattr(gpu.shapes, "tiny_points", lambda: points)
+    run = _suite(tmp_path)
+    run.usable = lambda: ["triton", "library"]
+    return parts, run, points
+
+
+def test_the_tuned_table_grows_point_by_point(gpu, tuning_of_two, tmp_path, monkeypatch):
+    parts, run, points = tuning_of_two
+    config = next(gpu.tuning.candidates(points[0], 4))
+
+    def tuned(point, *rest):
+        if point is points[1]:
+            sys.exit(3)
+        return {"config": dataclasses.asdict(config), "us": 1.0, "default_us": 1.0}
+
+    monkeypatch.setattr(gpu.tuning, "tune_point", tuned)
+    with pytest.raises(SystemExit):
+        parts.tune(run)
+    entries = json.loads((tmp_path / "none-dry-run.json").read_text())["entries"]
+    assert {entry["rows"] for entry in entries} == {32, 64}
+
+
+def test_candidates_that_died_or_for_which_no_time_is_left_are_not_run(gpu, monkeypatch):
+    tuning = gpu.tuning
+    point = gpu.shapes.Point("low_rank_linear", 64, 64, 16, 64)
+    ran, told = [], []
+    monkeypatch.setattr(tuning, "run", lambda config, inputs: ran.append(config) or gpu.checks.forced_reference(inputs))
+    first, second, *_ = map(tuning.name_of, tuning.candidates(point, 4))
+    found = tuning.tune_point(point, "cpu", 4, 1 << 20, True, told.append, without={first: "died"})
+    assert set(map(tuning.name_of, ran)) == {second} == set(told) - {""}
+    assert found["config"] and found["default_us"] is None and found["left_out"] == [first]
+    found = tuning.tune_point(point, "cpu", 4, 1 << 20, True, enough=lambda: True)
+    assert (found["tried"], found["untried"]) == (1, 1)
+
+
+FAKE_TUNING = """
+import argparse, os, sys
+from pathlib import Path
+sys.path.insert(0, {benchmarks!r})
+from gpu.store import Store, say_running
+parser = argparse.ArgumentParser()
+parser.add_argument("--out", type=Path)
+options, _ = parser.parse_known_args()
+store = Store(options.out, "tune", {{"gpu": "none"}})
+
+def point(key):
+    tried = [name for name in ("x", "y", "z") if name not in store.blamed(key)]
+    for name in tried:
+        say_running("tune", key, name)
+        if (key, name) in (("a", "y"), ("b", "x")):
+            os._exit(3)
+    return {{"tried": tried}}
+
+for key in "abc":
+    if not store.done(key):
+        store.run(key, lambda: point(key))
+        store.save()
+store.save(complete=True)
+"""
+
+
+def test_a_configuration_that_ends_its_process_is_left_out_of_that_point(conductor, tmp_path, monkeypatch):
+    script = tmp_path / "suite.py"
+    script.write_text(FAKE_TUNING.format(benchmarks=str(ROOT / "benchmarks")))
+    monkeypatch.setattr(conductor, "SUITE", script)
+    monkeypatch.setattr(conductor, "plan", lambda *_: [conductor.Step("tune", 1.0)])
+    out = tmp_path / "out"
+    conductor.prepare(out, ["tune"], resume=False)
+    assert not conducted(conductor, out, ["tune"]).run()
+    content = json.loads((out / "tune.json").read_text())
+    assert content["complete"]
+    tried = {key: point["tried"] for key, point in content["points"].items()}
+    assert tried == {"a": ["x", "z"], "b": ["y", "z"], "c": ["x", "y", "z"]}
+    assert "exit code 3" in content["died"]["a"]["y"] and list(content["died"]["b"]) == ["x"]
+
+
+def test_configurations_that_are_forced_do_what_they_are_there_for(gpu):
+    """Fused kernels hold the rank; persistent programs, of which a GPU of 132 multiprocessors holds 264, go round."""
+    seen = set()
+    for case, config in gpu.forced.cases(False):
+        seen.add((config.path, config.split > 1, config.out_split, config.persistent))
+        if config.path == "fused":
+            assert case.rank <= config.block_r and case.dtype != "float32"
+            continue
+        outs = case.out_size if isinstance(case.out_size, tuple) else (case.out_size,)
+        members = 2 if case.op == "low_rank_mlp" else len(outs)
+        rows = -(-case.rows // config.block_m)
+        first = rows * members * -(-case.rank // config.block_r) * config.split
+        second = 0 if case.op == "low_rank_mlp" else rows * sum(-(-out // config.block_n) for out in outs)
+        assert max(first, second) > 132 * config.persistent > 0, case
+    fused = {("fused", False, slices, 0) for slices in (1, 3)}
+    rest = {(path, split, 1, p) for path, split in (("gemm", False), ("gemm", True), ("split", True)) for p in (1, 2)}
+    assert seen == fused | rest
+    keys = [(case, config) for case, config in gpu.forced.cases(False)]
+    assert len(keys) == len(set(keys)) and {case.op for case, _ in keys} == set(gpu.shapes.OPS[:4])
+    assert {case.dtype for case, _ in keys} == {"bfloat16", "float16"} and any(case.turned for case, _ in keys)
+
+
+@pytest.mark.parametrize("error, ok", [(0.0, True), (0.5, False)])
+def test_forced_configurations_are_checked(gpu, monkeypatch, error, ok):
+    right = gpu.checks.forced_reference
+    monkeypatch.setattr(gpu.tuning, "run", lambda config, inputs: [y + error for y in gpu.checks.parts(right(inputs))])
+    for case, config in gpu.forced.cases(True):
+        assert gpu.forced.check(case, config, "cpu")["ok"] == ok
+
+
+def test_what_is_tuned_is_checked_at_a_neighbour_that_takes_its_entry(gpu, tmp_path, monkeypatch):
+    from taco_kernels.triton_kernels import config as configs
+
+    points = {}
+    for point in gpu.shapes.quick_tune_points():
+        config = list(gpu.tuning.candidates(point, 132))[-1]
+        facts = {"op": point.op, "dtype": point.dtype, "table_shape": point.table_shape, "rows": point.rows}
+        points[point.key] = {**facts, "config": dataclasses.asdict(config)}
+    gpu.tuning.write_table(tmp_path / "some-gpu.json", "Some GPU", points)
+    monkeypatch.setattr(configs, "TUNED_DIR", tmp_path)
+    configs.forget_tables()
+    try:
+        for point in gpu.shapes.quick_tune_points():
+            case = gpu.forced.neighbour(point)
+            assert case.in_size % 2 == 1 and case.rank % 2 == 1 and case.rows % 2 == 1
+            asked = point._replace(in_size=case.in_size, out_size=case.out_size, rank=case.rank)
+            found = configs.config_for(
+                point.op, "bfloat16", case.rows, *asked.table_shape, "Some GPU", 132, widest=case.rank
+            )
+            assert dataclasses.asdict(found) == points[point.key]["config"], point
+    finally:
+        configs.forget_tables()
+
+
+def test_an_entry_that_is_wrong_at_its_neighbour_leaves_the_table(gpu, tuning_of_two, tmp_path, monkeypatch):
+    parts, run, points = tuning_of_two
+    config = next(gpu.tuning.candidates(points[0], 4))
+    known = {"config": dataclasses.asdict(config), "us": 1.0, "default_us": 1.0}
+    monkeypatch.setattr(gpu.tuning, "tune_point", lambda *_: known)
+    assert parts.tune(run)
+    checked = run.store("check")
+    for point in points:
+        checked.add(f"tuned/{point.key}/{gpu.tuning.name_of(config)}", {"ok": point is points[0]})
+    checked.save()
+    parts._uninstall_wrong(run)
+    entries = json.loads((tmp_path / "none-dry-run.json").read_text())["entries"]
+    assert {entry["rows"] for entry in entries} == {32, 64}, "those of 512 rows were wrong"
+
+
+def test_results_that_are_over_travel_in_one_file_and_are_found_again(conductor, tmp_path, monkeypatch):
+    """Of some machines eight files come back."""
+    script = tmp_path / "suite.py"
+    script.write_text(
+        "import json, sys\nfrom pathlib import Path\npart, out = (sys.argv[sys.argv.index(name) + 1] for name in "
+        "('--part', '--out'))\npath = Path(out) / f'{part}.json'\nkept = json.loads(path.read_text()) if path.exists() "
+        "else {'points': {}}\nkept['points']['run %d' % len(kept['points'])] = {}\npath.write_text(json.dumps(kept))\n"
+    )
+    monkeypatch.setattr(conductor, "SUITE", script)
+    parts = ["build", "bench", "svd"]
+    monkeypatch.setattr(conductor, "plan", lambda *_: [conductor.Step(part, 1.0) for part in parts])
+    out = tmp_path / "out"
+    for runs in (1, 2):
+        conductor.prepare(out, parts, resume=True)
+        assert conducted(conductor, out, parts).run()
+        assert {path.name for path in out.iterdir()} == {"bench.json", "suite.json"}
+        folded = json.loads((out / "suite.json").read_text())["parts"]
+        assert {part: len(content["points"]) for part, content in folded.items()} == {"build": runs, "svd": runs}
+    conductor.prepare(out, ["svd"], resume=False)
+    assert (out / "build.json").exists() and not (out / "svd.json").exists()
+
+
+def test_a_second_run_starts_no_process_for_what_is_done(conductor, tmp_path, monkeypatch):
+    """On a machine that is lent by the second, ten processes that find nothing to do are not free."""
+    script = tmp_path / "suite.py"
+    script.write_text(f"import sys\nfrom pathlib import Path\nPath({str(tmp_path / 'log')!r}).open('a').write("
+                      "sys.argv[sys.argv.index('--part') + 1] + ' ')\n")  # fmt: skip
+    monkeypatch.setattr(conductor, "SUITE", script)
+    out = tmp_path / "out"
+    out.mkdir()
+    parts = ["build", "check", "tune", "bench", "svd"]
+
+    def ran(gpu="none", **contents):
+        contents.setdefault("tune", {"complete": True})
+        for part in parts:
+            content = {"part": part, "gpu": gpu, "points": {"a": {"ok": True}}, **contents.get(part, {})}
+            (out / f"{part}.json").write_text(json.dumps(content))
+        (tmp_path / "log").write_text("")
+        conductor.prepare(out, parts, resume=True)
+        run = conducted(conductor, out, parts)
+        run.run()
+        return (tmp_path / "log").read_text().split()
+
+    checked = {"backends": ["cuda", "library", "triton"], "left_of": dict.fromkeys(
+        ("cuda", "cuda dependent", "triton", "library", "tuned"), 0)}  # fmt: skip
+    done = {"check": checked, "bench": {"left_of": {"decode": 0, "prefill": 0}}, "svd": {"complete": True}}
+    assert ran(**done) == ["build"]
+    assert sorted(ran(**{**done, "bench": {"left_of": {"decode": 0, "prefill": 3}}})) == ["bench", "build", "warm"]
+    assert sorted(ran(**{**done, "svd": {}})) == ["build", "svd"]
+    assert ran(**{**done, "check": {**checked, "left_of": {**checked["left_of"], "tuned": 2}}}) == ["build", "check"]
+    assert ran(**{**done, "check": {**checked, "points": {"a": {"ok": False}}}}) == ["build"] + 3 * ["check"]
+    assert ran(**{**done, "tune": {}}).count("check") == 1, "what is tuned now has not been checked"
+    assert len(ran("another", **done)) > 5

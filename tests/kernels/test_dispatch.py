@@ -98,6 +98,29 @@ def a_gpu(monkeypatch):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_ranks_that_the_cuda_kernels_read_slowly_go_elsewhere(a_gpu, monkeypatch):
+    """Half types whose rank is no multiple of 8 come in two bytes at a time there; forcing the kernels still works."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU that nobody has measured")
+    a_gpu()
+    dispatch.tuned_choice.cache_clear()
+
+    def choice(rank, rows=1, dtype=torch.bfloat16):
+        return dispatch.choose("cuda", dtype, rows, False, ("low_rank_linear", 4096, 4096, rank), rank)
+
+    for dtype in (torch.bfloat16, torch.float16):
+        assert choice(408, dtype=dtype) == choice(8, dtype=dtype) == "cuda"
+        assert choice(409, dtype=dtype) == choice(412, 16, dtype) == "triton"
+        assert choice(409, 17, dtype) == "library"
+    assert choice(409, dtype=torch.float32) == "cuda"
+    monkeypatch.setitem(dispatch._reasons, ("triton", "cuda"), "triton is not installed")
+    dispatch.tuned_choice.cache_clear()
+    assert choice(409) == "library"
+    monkeypatch.setattr(dispatch, "_forced", "cuda")
+    assert choice(409) == "cuda"
+    dispatch.tuned_choice.cache_clear()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_a_gpu_that_cannot_run_our_kernels_gets_another_backend(a_gpu):
     def choice():
         return dispatch.choose("cuda", torch.float16, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,7 @@ if not INTERPRETED:
         x = torch.empty((4096, 5632), dtype=torch.bfloat16, device="meta")
         made = aot.compile_launch(launch(torch.empty((704, 4928), device="meta"), x, 704), arch)
         assert made.shared <= PORTABLE_SHARED_BYTES and made.stack <= 32
+        assert re.search(r"LDGSTS\S*\.128", made.sass) and "LDG.E.U16" not in made.sass, "no 16-byte loads"
         assert "HMMA" in made.sass or "HGMMA" in made.sass, "the products do not go through the matrix units"
 
 else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -215,6 +216,7 @@ if not INTERPRETED:
         )
         made = aot.compile_launch(launch(x, grad, u, v, torch.empty((3, 64, 512), device="meta"), 2, 2048), arch)
         assert made.shared <= PORTABLE_SHARED_BYTES
+        assert re.search(r"LDGSTS\S*\.128", made.sass) and "LDG.E.U16" not in made.sass, "no 16-byte loads"
         assert made.stack <= 32, f"spills {made.stack} bytes"
         if dtype == torch.bfloat16:
             assert "HMMA" in made.sass or "HGMMA" in made.sass, "the products do not go through the matrix units"

@@ -75,12 +75,45 @@ def test_table_is_left_alone_where_it_says_nothing(table):
     for rows, shape, changes in [
         (4, (4096, 4096, 512), {}),
         (16, (4096, 4096, 16), {}),
-        (16, (4096, 4096, 512), {"dtype": "float16"}),
+        (16, (4096, 4096, 512), {"dtype": "float32"}),
         (16, (4096, 4096, 512), {"op": "low_rank_bridge"}),
         (16, (4096, 4096, 512), {"gpu": "Another GPU"}),
     ]:
         in_size, out_size, rank = shape
-        assert _ask(rows, *shape, **changes) == default_config(rows, in_size, out_size, rank, 2, 132)
+        size = 4 if changes.get("dtype") == "float32" else 2
+        assert _ask(rows, *shape, **changes) == default_config(rows, in_size, out_size, rank, size, 132)
+
+
+def test_float16_takes_what_was_tuned_for_bfloat16(table):
+    """It moves the same bytes; nobody tunes it by itself. An entry of its own comes first."""
+    assert _ask(16, 4096, 4096, 512, dtype="float16") == _tuned(64)
+    content = json.loads(table.read_text())
+    content["entries"].append(as_entry("low_rank_linear", "float16", (4096, 4096, 512), 16, _tuned(32)))
+    table.write_text(json.dumps(content))
+    configs.forget_tables()
+    assert _ask(16, 4096, 4096, 512, dtype="float16") == _tuned(32)
+    assert _ask(16, 4096, 4096, 512) == _tuned(64)
+
+
+def test_ranks_that_the_cuda_kernels_read_slowly_do_not_take_their_neighbours_choice(table):
+    def choices(*entries):
+        known = {"gpu": "Test GPU 9000", "entries": [], "choices": [
+            {"op": "low_rank_linear", "dtype": dtype, "in": 4096, "out": 4096, "rank": rank, "rows": rows,
+             "backend": backend} for rank, rows, backend, dtype in entries]}  # fmt: skip
+        table.write_text(json.dumps(known))
+        configs.forget_tables()
+
+    def chosen(rank, rows=1, dtype="bfloat16"):
+        return configs.choice_for("low_rank_linear", dtype, rows, (4096, 4096, rank), "Test GPU 9000")
+
+    choices((512, 1, "cuda", "bfloat16"), (512, 1, "cuda", "float32"), (512, 512, "library", "bfloat16"))
+    assert chosen(408) == chosen(512) == chosen(409, dtype="float32") == "cuda"
+    assert chosen(409) is None and chosen(409, 512) == "library"
+    # what was measured at such a rank is for such ranks
+    choices((512, 1, "cuda", "bfloat16"), (409, 1, "triton", "bfloat16"))
+    assert chosen(411) == "triton" and chosen(408) == "cuda"
+    choices((409, 1, "cuda", "bfloat16"))
+    assert chosen(411) == "cuda" and chosen(408) is None
 
 
 def test_fused_neighbour_must_hold_the_rank(table):
