@@ -252,12 +252,16 @@ class Build(build_ext):
         archs: list[str] = []
         nvcc_version = ""
         if nvcc:
+            nvcc_version = next((line for line in output_of([nvcc, "--version"]).splitlines() if "release" in line), "")
+            release = re.search(r"release (\d+)", nvcc_version)
             known = set(output_of([nvcc, "--list-gpu-code"]).split())
             archs = [arch for arch in cuda_archs() if not known or f"sm_{arch.rstrip('a')}" in known]
-            nvcc_version = next((line for line in output_of([nvcc, "--version"]).splitlines() if "release" in line), "")
+            if release and int(release[1]) < 12:  # 11.8 lists sm_90, and knows no sm_90a
+                archs = [arch for arch in archs if not arch.endswith("a")]
             codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
             codes += ["-gencode=arch=compute_80,code=compute_80"] if "80" in archs else []
-            cuda_flags = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", "-lineinfo"]
+            # -fmad=false: kernels of one op that are compiled apart must round alike (fused products are written out)
+            cuda_flags = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", "-lineinfo"]
             # one architecture per core: they take most of the build, and one file holds nearly all kernels
             cuda_flags += [*codes, f"-I{CSRC}", "-ccbin", host_compiler(cxx)]
             cuda_flags += [f"--threads={os.environ.get('TACO_JOBS') or 0}"]

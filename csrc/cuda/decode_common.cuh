@@ -2,10 +2,11 @@
 // or, gated, y = act(first) * second of two members. What the matrix-unit and the plain kernels share.
 //
 //   u's tiles start travelling to shared memory
-//   t_partial[split] = x[:, slice] v[:, slice]^T        units of 16 ranks x one slice of `in`; float32, to work space
-//                                                       (with a pivot the block gathers it, pivoted_inputs.cuh)
+//   t_partial = x v^T, in parts of the columns          each block its share; float32, to work space
+//                                                       (with a pivot the block gathers x, pivoted_inputs.cuh; what the
+//                                                       identity gives is in the first part)
 //   ---- barrier over the whole grid, or the next kernel ----
-//   t = scale * sum over splits (+ x where v is 1)      every block, in a fixed order, into its shared memory
+//   t = scale * sum over the parts                      every block, in a fixed order, into its shared memory
 //   y = t u^T + bias + residual                         tiles of 16 outputs
 //
 // At these sizes the weights' bytes are all that costs: each is read once, by a 16-byte load that the thread's own
@@ -38,7 +39,7 @@ inline void arrange(DecodeArgs& a, void* workspace) {
 
 // Shared memory, in this order (see header_bytes).
 struct Shared {
-  float* sums;      // [kWarps][rows_padded][kTile]: what the warps of a block have to add up
+  float* sums;      // [kWarps][rows_padded][kSumPitch]: what the warps of a block have to add up
   float* scale;     // [rows]
   float* squares;   // [kWarps][kMaxDecodeRows]
   void* barrier;    // of the copies
@@ -49,7 +50,7 @@ TACO_DEVICE Shared shared_layout(int rows_padded) {
   char* at = shared_memory();
   Shared s;
   s.sums = reinterpret_cast<float*>(at);
-  at += kWarps * rows_padded * kTile * 4;
+  at += kWarps * rows_padded * kSumPitch * 4;
   s.scale = reinterpret_cast<float*>(at);
   at += kScaleBytes;
   s.squares = reinterpret_cast<float*>(at);
@@ -96,21 +97,29 @@ TACO_DEVICE void tile_step(float (&c)[4], const uint4& top, const uint4& bottom,
 // Puts a warp's 16 x 8 accumulators into sums[warp][row][tile row].
 TACO_DEVICE void deposit(float* sums, int rows_padded, int warp, int lane, int row0, const float (&c)[4]) {
   const int g = lane / 4, q = lane % 4;
-  float* mine = sums + (warp * rows_padded + row0) * kTile;
-  mine[(2 * q) * kTile + g] = c[0];
-  mine[(2 * q + 1) * kTile + g] = c[1];
-  mine[(2 * q) * kTile + g + 8] = c[2];
-  mine[(2 * q + 1) * kTile + g + 8] = c[3];
+  float* mine = sums + (warp * rows_padded + row0) * kSumPitch;
+  mine[(2 * q) * kSumPitch + g] = c[0];
+  mine[(2 * q + 1) * kSumPitch + g] = c[1];
+  mine[(2 * q) * kSumPitch + g + 8] = c[2];
+  mine[(2 * q + 1) * kSumPitch + g + 8] = c[3];
 }
 
-// Row scales from the splits' sums of squares (1 without a norm); needs a block barrier before they are read.
+// How many partial sums there are of a member's rank: slices, or the blocks that share its tile.
+TACO_DEVICE int parts_of(const DecodePlan& plan, int index, int rank) {
+  if (!plan.matrix_unit) return plan.splits;
+  const int begin = plan.chunk_start[index] + rank / kTile * plan.tile_chunks[index];
+  return (begin + plan.tile_chunks[index] - 1) / plan.share - begin / plan.share + 1;
+}
+
+// Row scales from the parts' sums of squares (1 without a norm); needs a block barrier before they are read.
 TACO_DEVICE void compute_scale(const DecodeArgs& a, float* scale) {
   const int m = thread_index();
   if (m >= int(a.call.rows)) return;
   float factor = 1.0f;
   if (a.call.norm) {
     float total = 0.0f;
-    for (int s = 0; s < a.plan.splits; ++s) total += load_written(a.squares + s * a.call.rows + m);
+    const int parts = parts_of(a.plan, 0, 0);
+    for (int s = 0; s < parts; ++s) total += load_written(a.squares + s * a.call.rows + m);
     factor = inverse_sqrt(total / float(a.call.in) + a.call.eps);
   }
   scale[m] = factor;
@@ -123,8 +132,8 @@ TACO_DEVICE int range_of(const int (&starts)[kMaxMembers + 1], int count, int at
   return found;
 }
 
-// What of so many units (of the first product) or tiles (of the second) is this block's: neighbours, so that what it has
-// of x often serves the next unit too, and few blocks need two members' intermediates.
+// Which of so many tiles of the second product are this block's: neighbours, so that few blocks need two members'
+// intermediates.
 struct Range {
   int first, count;
 };
@@ -136,17 +145,16 @@ TACO_DEVICE Range block_share(const DecodePlan& plan, int64_t all) {
 // Four neighbouring elements of a member's t: its ranks r ... r + 3 of row m.
 // Beyond the rank they may be whatever the work space held before: the matrix unit's ranks come in eights, and the
 // plain kernel's sums stop at the rank.
-template <class T>
-TACO_DEVICE float4 combine_splits(const DecodeArgs& a, int index, int m, int r, float scale) {
+TACO_DEVICE float4 combine_parts(const DecodeArgs& a, int index, int m, int r, float scale) {
   float4 total = {0.0f, 0.0f, 0.0f, 0.0f};
   const int64_t plane = a.call.rows * a.plan.rank_padded;
   const float* from = a.partial + int64_t(m) * a.plan.rank_padded + a.plan.rank_start[index] + r;
+  const int parts = parts_of(a.plan, index, r);
 #pragma unroll 4
-  for (int s = 0; s < a.plan.splits; ++s) {
+  for (int s = 0; s < parts; ++s) {
     const float4 part = load_written4(from + s * plane);
     total.x += part.x, total.y += part.y, total.z += part.z, total.w += part.w;
   }
-  add_identity<T>(a.call, a.call.members[index], m, r, total);
   total.x *= scale, total.y *= scale, total.z *= scale, total.w *= scale;
   return total;
 }
@@ -177,6 +185,25 @@ TACO_DEVICE void store_output(const DecodeArgs& a, const Factors& member, int wh
   }
   const Factors& to = a.plan.width == 2 ? a.call.members[0] : member;
   static_cast<T*>(to.y)[m * to.y_stride + n] = from_float<T>(value);
+}
+
+// Asks for what the epilogues of this block's tiles add, which would otherwise be waited for at the very end. Before the
+// barrier: no kernel of the call writes them.
+template <class T>
+TACO_DEVICE void prefetch_epilogues(const DecodeArgs& a) {
+  const DecodePlan& plan = a.plan;
+  const Range mine = block_share(plan, plan.tile_start[plan.phases]);
+  const int residuals = a.call.residual != nullptr ? int(a.call.rows) : 0, each = plan.width + residuals;
+  for (int e = thread_index(); e < mine.count * each; e += kThreads) {
+    const int tile = mine.first + e / each, what = e % each;
+    const int phase = range_of(plan.tile_start, plan.phases, tile);
+    const int64_t n = int64_t(tile - plan.tile_start[phase]) * kTile;
+    if (what >= plan.width) {
+      prefetch_to_cache(static_cast<const T*>(a.call.residual) + (what - plan.width) * a.call.residual_stride + n);
+    } else if (const Factors& member = a.call.members[phase + what]; member.bias != nullptr) {
+      prefetch_to_cache(static_cast<const T*>(member.bias) + n);
+    }
+  }
 }
 
 // T's largest finite number.

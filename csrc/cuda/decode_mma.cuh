@@ -5,82 +5,119 @@
 
 namespace taco::cuda {
 
+// Where a block's stretch of the first product is: one tile of ranks, some of its columns.
+struct Stretch {
+  int index, first_rank;  // member, and the tile's first rank of it
+  int part;               // which of the tile's partial sums this is
+  int begin, end;         // columns of v
+  int next;               // the chunk behind it
+};
+TACO_DEVICE Stretch stretch_at(const DecodePlan& plan, int count, int at, int stop) {
+  Stretch s;
+  s.index = range_of(plan.chunk_start, count, at);
+  const int tile_chunks = plan.tile_chunks[s.index];
+  const int tile = (at - plan.chunk_start[s.index]) / tile_chunks;
+  const int begin = plan.chunk_start[s.index] + tile * tile_chunks;
+  s.first_rank = tile * kTile;
+  s.part = block_index() - begin / plan.share;
+  s.next = stop < begin + tile_chunks ? stop : begin + tile_chunks;
+  s.begin = (at - begin) * kChunk;
+  const int end = (s.next - begin) * kChunk, columns = plan.columns[s.index];
+  s.end = end < columns ? end : columns;
+  return s;
+}
+
 // Groups is the number of 8-row groups of activations (1 or 2).
-template <class T, int Groups>
+template <class T, int Groups, Part part>
 TACO_DEVICE void first_product_mma(const DecodeArgs& a, const Shared& shared) {
   constexpr int kRows = 8 * Groups;
+  static_assert(kRows * kTile <= kThreads, "one result per thread");
+  // Steps whose activations are asked for together, and rows that are gathered together: as registers allow.
+  constexpr bool kFewRegisters = part == Part::kFirst && Groups == 2;
+  constexpr int kSteps = kFewRegisters ? kUnroll / 2 : kUnroll, kTogether = kFewRegisters ? 2 : 4;
   const LowRankCall& call = a.call;
+  const DecodePlan& plan = a.plan;
   const int lane = thread_index() % 32, warp = thread_index() / 32, g = lane / 4, q = lane % 4;
-  const int rank_tiles = a.plan.unit_start[call.count];
+  const int result_row = thread_index() / kTile, result_rank = thread_index() % kTile;
   const uint4 zero = {0, 0, 0, 0};
   T* const staged = reinterpret_cast<T*>(shared.t);
-  int staged_index = -1;  // whose inputs are there, and from which column on
-  int64_t staged_begin = 0;
-  const Range mine = block_share(a.plan, int64_t(rank_tiles) * a.plan.splits);
-  for (int unit = mine.first; unit < mine.first + mine.count; ++unit) {
-    const int tile = unit % rank_tiles, split = unit / rank_tiles;
-    const int index = range_of(a.plan.unit_start, call.count, tile);
-    const Factors& member = call.members[index];
-    const int first_rank = (tile - a.plan.unit_start[index]) * kTile;
-    const int64_t top_row = first_rank + g, bottom_row = top_row + 8;
+  int staged_index = -1, staged_count = 0;  // whose inputs are there, how many, and from which column on
+  int staged_begin = 0;
+  const int all = plan.chunk_start[call.count];
+  const int64_t first = int64_t(block_index()) * plan.share;
+  const int stop = first + plan.share < all ? int(first) + plan.share : all;
+  Stretch s;
+  for (int at = first < all ? int(first) : stop; at < stop; at = s.next) {
+    s = stretch_at(plan, call.count, at, stop);
+    const Factors& member = call.members[s.index];
+    const int top_row = s.first_rank + g, bottom_row = top_row + 8;
     const bool has_top = top_row < member.rank, has_bottom = bottom_row < member.rank;
     const T* top = static_cast<const T*>(member.v) + (has_top ? top_row : 0) * member.v_stride;
     const T* bottom = static_cast<const T*>(member.v) + (has_bottom ? bottom_row : 0) * member.v_stride;
-    const int64_t columns = a.plan.columns[index], length = a.plan.split_length[index];
-    const int64_t begin = split * length, end = begin + length < columns ? begin + length : columns;
+    const bool squared = call.norm && s.index == 0 && s.first_rank == 0;
+    const auto identity_share = [&] {
+      const bool has = member.pivot != nullptr && s.part == 0 && result_row < int(call.rows) &&
+                       s.first_rank + result_rank < member.rank;
+      return has ? identity_at<T>(call, member, result_row, s.first_rank + result_rank) : 0.0f;
+    };
+    const float identity = kFewRegisters ? 0.0f : identity_share();  // asked for now, needed when the sums are there
 
     float sum[Groups][4] = {};
     float squares[Groups] = {};
-    for (int64_t piece = begin; piece < end; piece += kPiece) {
+    for (int piece = s.begin; piece < s.end; piece += kPiece) {
       uint4 tops[kUnroll], bottoms[kUnroll];
       const auto place = [&](int j) { return piece + (j * kWarps + warp) * kChunk + q * 8; };
 #pragma unroll
       for (int j = 0; j < kUnroll; ++j) {
-        const int64_t k = place(j);
-        tops[j] = k < end && has_top ? load_weights(top + k) : zero;
-        bottoms[j] = k < end && has_bottom ? load_weights(bottom + k) : zero;
+        const int k = place(j);
+        tops[j] = k < s.end && has_top ? load_weights(top + k) : zero;
+        bottoms[j] = k < s.end && has_bottom ? load_weights(bottom + k) : zero;
       }
       if (member.pivot != nullptr) {
-        if (index != staged_index || piece != staged_begin) {
+        const int count = s.end - piece < kPiece ? s.end - piece : kPiece;
+        if (s.index != staged_index || piece != staged_begin || count > staged_count) {
           block_barrier();  // the piece before has been read
-          const int count = int(end - piece < kPiece ? end - piece : kPiece);
-          stage_inputs<T>(call, member, staged, a.plan.staged_pitch, piece, count);
+          stage_inputs<T, kRows, kTogether>(call, member, staged, plan.staged_pitch, piece, count);
           block_barrier();
-          staged_index = index, staged_begin = piece;
+          staged_index = s.index, staged_begin = piece, staged_count = count;
         }
 #pragma unroll
         for (int j = 0; j < kUnroll; ++j) {
-          const int64_t k = place(j);
+          const int k = place(j);
 #pragma unroll
           for (int n = 0; n < Groups; ++n) {
             const int m = n * 8 + g;
             uint4 x = zero;
-            if (k < end && m < call.rows) {
-              x = *reinterpret_cast<const uint4*>(staged + m * a.plan.staged_pitch + (k - piece));
+            if (k < s.end && m < call.rows) {
+              x = *reinterpret_cast<const uint4*>(staged + m * plan.staged_pitch + (k - piece));
             }
             tile_step<T>(sum[n], tops[j], bottoms[j], x);
           }
         }
         continue;
       }
-      uint4 xs[kUnroll][Groups];
 #pragma unroll
-      for (int j = 0; j < kUnroll; ++j) {
+      for (int j0 = 0; j0 < kUnroll; j0 += kSteps) {
+        uint4 xs[kSteps][Groups];
 #pragma unroll
-        for (int n = 0; n < Groups; ++n) {
-          const int m = n * 8 + g;
-          const T* x = static_cast<const T*>(call.x) + m * call.x_stride + place(j);
-          xs[j][n] = place(j) < end && m < call.rows ? load_activations(x) : zero;
+        for (int j = 0; j < kSteps; ++j) {
+          const int k = place(j0 + j);
+#pragma unroll
+          for (int n = 0; n < Groups; ++n) {
+            const int m = n * 8 + g;
+            const T* x = static_cast<const T*>(call.x) + m * call.x_stride + k;
+            xs[j][n] = k < s.end && m < call.rows ? load_activations(x) : zero;
+          }
         }
-      }
 #pragma unroll
-      for (int j = 0; j < kUnroll; ++j) {
+        for (int j = 0; j < kSteps; ++j) {
 #pragma unroll
-        for (int n = 0; n < Groups; ++n) {
-          tile_step<T>(sum[n], tops[j], bottoms[j], xs[j][n]);
-          if (call.norm && tile == 0) {
+          for (int n = 0; n < Groups; ++n) {
             const uint4& x = xs[j][n];
-            squares[n] += pair_squares<T>(x.x) + pair_squares<T>(x.y) + pair_squares<T>(x.z) + pair_squares<T>(x.w);
+            tile_step<T>(sum[n], tops[j0 + j], bottoms[j0 + j], x);
+            if (squared) {
+              squares[n] += pair_squares<T>(x.x) + pair_squares<T>(x.y) + pair_squares<T>(x.z) + pair_squares<T>(x.w);
+            }
           }
         }
       }
@@ -89,26 +126,26 @@ TACO_DEVICE void first_product_mma(const DecodeArgs& a, const Shared& shared) {
 #pragma unroll
     for (int n = 0; n < Groups; ++n) {
       deposit(shared.sums, kRows, warp, lane, n * 8, sum[n]);
-      if (call.norm && tile == 0) {
+      if (squared) {
         const float total = lane_sum<4>(squares[n]);
         if (q == 0) shared.squares[warp * kMaxDecodeRows + n * 8 + g] = total;
       }
     }
     block_barrier();
-    for (int e = thread_index(); e < int(call.rows) * kTile; e += kThreads) {
-      const int m = e / kTile, i = e % kTile;
-      float total = 0.0f;
+    if (result_row < int(call.rows)) {
+      float total = kFewRegisters ? identity_share() : identity;
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) total += shared.sums[(w * kRows + m) * kTile + i];
-      a.partial[(split * call.rows + m) * a.plan.rank_padded + a.plan.rank_start[index] + first_rank + i] = total;
+      for (int w = 0; w < kWarps; ++w) total += shared.sums[(w * kRows + result_row) * kSumPitch + result_rank];
+      a.partial[(int64_t(s.part) * call.rows + result_row) * plan.rank_padded + plan.rank_start[s.index] +
+                s.first_rank + result_rank] = total;
     }
-    if (call.norm && tile == 0 && thread_index() < int(call.rows)) {
+    if (squared && thread_index() < int(call.rows)) {
       float total = 0.0f;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) total += shared.squares[w * kMaxDecodeRows + thread_index()];
-      a.squares[split * call.rows + thread_index()] = total;
+      a.squares[s.part * call.rows + thread_index()] = total;
     }
-    block_barrier();  // the next unit writes over the sums
+    block_barrier();  // the next stretch writes over the sums
   }
 }
 
@@ -121,7 +158,7 @@ TACO_DEVICE void load_t_mma(const DecodeArgs& a, const Shared& shared, T* high, 
   for (int e = thread_index(); e < a.plan.rows_padded * quads; e += kThreads) {
     const int m = e / quads, r = r0 + e % quads * 4;
     float4 t = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (m < int(a.call.rows) && r < rank) t = combine_splits<T>(a, index, m, r, shared.scale[m]);
+    if (m < int(a.call.rows) && r < rank) t = combine_parts(a, index, m, r, shared.scale[m]);
     uint2 h, l;
     h.x = make_pair<T>(first_part<T>(t.x), first_part<T>(t.y));
     h.y = make_pair<T>(first_part<T>(t.z), first_part<T>(t.w));
@@ -140,7 +177,7 @@ TACO_DEVICE void prefetch_u(const DecodeArgs& a, const Shared& shared, char* u_s
   const Range mine = block_share(plan, plan.tile_start[plan.phases]);
   const int slots = mine.count * plan.width < plan.prefetched_tiles ? mine.count * plan.width : plan.prefetched_tiles;
   copy_begin(shared.barrier);
-  copy_rows(shared.barrier, u_shared, plan.u_pitch, slots * kTile, plan.u_pitch, [&](int row) -> Row {
+  copy_rows(shared.barrier, u_shared, plan.u_pitch, slots * kTile, [&](int row) -> Row {
     const int slot = row / kTile, tile = mine.first + slot / plan.width;
     const int phase = range_of(plan.tile_start, plan.phases, tile);
     const Factors& member = a.call.members[phase + slot % plan.width];
@@ -183,25 +220,35 @@ TACO_DEVICE void second_product_mma(const DecodeArgs& a, const Shared& shared, c
             block_barrier();
           }
           const int length = rank - r0 < plan.t_capacity ? rank - r0 : plan.t_capacity;
-          for (int c = warp % rank_warps * kChunk; c < length && local < end; c += rank_warps * kChunk) {
-            const int k = c + q * 8;
-            const bool inside = k < length;
-            uint4 top = zero, bottom = zero;
-            if (slot < plan.prefetched_tiles) {
-              const char* row = u_shared + (int64_t(slot) * kTile + g) * plan.u_pitch + (r0 + k) * 2;
-              // Rows beyond `out` hold garbage, but each row of the tile only reaches its own row of the result.
-              if (inside) top = *reinterpret_cast<const uint4*>(row);
-              if (inside) bottom = *reinterpret_cast<const uint4*>(row + 8 * plan.u_pitch);
-            } else {
-              const T* row = static_cast<const T*>(member.u) + (n0 + g) * member.u_stride + r0 + k;
-              if (inside && n0 + g < member.out) top = load_weights(row);
-              if (inside && n0 + g + 8 < member.out) bottom = load_weights(row + 8 * member.u_stride);
+          const int step = rank_warps * kChunk;
+          for (int c = warp % rank_warps * kChunk; c < length && local < end; c += kUnroll * step) {
+            // As in the first product: weights that come from memory are all on their way before the first is used.
+            uint4 tops[kUnroll], bottoms[kUnroll];
+#pragma unroll
+            for (int j = 0; j < kUnroll; ++j) {
+              const int k = c + j * step + q * 8;
+              const bool inside = k < length;
+              tops[j] = bottoms[j] = zero;
+              if (slot < plan.prefetched_tiles) {
+                const char* row = u_shared + (int64_t(slot) * kTile + g) * plan.u_pitch + (r0 + k) * 2;
+                // Rows beyond `out` hold garbage, but each row of the tile only reaches its own row of the result.
+                if (inside) tops[j] = *reinterpret_cast<const uint4*>(row);
+                if (inside) bottoms[j] = *reinterpret_cast<const uint4*>(row + 8 * plan.u_pitch);
+              } else {
+                const T* row = static_cast<const T*>(member.u) + (n0 + g) * member.u_stride + r0 + k;
+                if (inside && n0 + g < member.out) tops[j] = load_weights(row);
+                if (inside && n0 + g + 8 < member.out) bottoms[j] = load_weights(row + 8 * member.u_stride);
+              }
             }
 #pragma unroll
-            for (int n = 0; n < Groups; ++n) {
-              const int at = (n * 8 + g) * plan.t_pitch + k;
-              tile_step<T>(sum[n], top, bottom, *reinterpret_cast<const uint4*>(high + at));
-              tile_step<T>(sum[n], top, bottom, *reinterpret_cast<const uint4*>(low + at));
+            for (int j = 0; j < kUnroll; ++j) {
+              if (c + j * step >= length) break;  // the whole warp
+#pragma unroll
+              for (int n = 0; n < Groups; ++n) {
+                const int at = (n * 8 + g) * plan.t_pitch + c + j * step + q * 8;
+                tile_step<T>(sum[n], tops[j], bottoms[j], *reinterpret_cast<const uint4*>(high + at));
+                tile_step<T>(sum[n], tops[j], bottoms[j], *reinterpret_cast<const uint4*>(low + at));
+              }
             }
           }
         }
@@ -217,7 +264,7 @@ TACO_DEVICE void second_product_mma(const DecodeArgs& a, const Shared& shared, c
           if (group >= plan.tile_warps || tile >= end || n >= member.out) continue;
           float total = 0.0f;
           for (int w = 0; w < rank_warps; ++w) {
-            total += shared.sums[((group * rank_warps + w) * kRows + m) * kTile + i];
+            total += shared.sums[((group * rank_warps + w) * kRows + m) * kSumPitch + i];
           }
           store_output<T>(a, member, which, m, n, total, held[j]);
         }
@@ -232,12 +279,13 @@ TACO_DEVICE void decode_mma(const DecodeArgs& a) {
   const Shared shared = shared_layout(8 * Groups);
   if constexpr (part == Part::kFirst) {
     let_next_kernel_start();
-    first_product_mma<T, Groups>(a, shared);
+    first_product_mma<T, Groups, part>(a, shared);
   } else {
     char* u_shared = shared.t + a.plan.t_bytes;
     if (a.plan.prefetched_tiles > 0) prefetch_u<T>(a, shared, u_shared);
+    prefetch_epilogues<T>(a);
     if constexpr (part == Part::kBoth) {
-      first_product_mma<T, Groups>(a, shared);
+      first_product_mma<T, Groups, part>(a, shared);
       grid_barrier();
     } else {
       wait_for_previous_kernel();

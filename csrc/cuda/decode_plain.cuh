@@ -40,26 +40,35 @@ TACO_DEVICE void first_product_plain(const DecodeArgs& a) {
     const bool gathers = member.pivot != nullptr;
     float sum[Rows] = {}, squares[Rows] = {};
     // The columns are a multiple of Vector (or Vector is 1), so a vector that starts inside ends inside.
-    for (int64_t k = begin + lane * Vector; k < end; k += 32 * Vector) {
-      float weights[Vector], x[Vector];
-      int column[Vector];
-      load_vector<T, Vector>(weights, v + k);
+    for (int64_t k0 = begin + lane * Vector; k0 < end; k0 += kUnroll * 32 * Vector) {
+      float weights[kUnroll][Vector], x[Vector];  // the weights are all on their way before the first are used
 #pragma unroll
-      for (int i = 0; i < Vector; ++i) column[i] = gathers ? pivot_at(call, member, member.rank + k + i) : 0;
+      for (int j = 0; j < kUnroll; ++j) {
+        const int64_t k = k0 + j * 32 * Vector;
+        if (k < end) load_vector<T, Vector>(weights[j], v + k);
+      }
 #pragma unroll
-      for (int m = 0; m < Rows; ++m) {
-        if (m < rows) {
-          if (gathers) {
+      for (int j = 0; j < kUnroll; ++j) {
+        const int64_t k = k0 + j * 32 * Vector;
+        if (k >= end) break;
+        int column[Vector];
 #pragma unroll
-            for (int i = 0; i < Vector; ++i) x[i] = to_float(input_at<T>(call, m, column[i]));
-          } else {
-            load_vector<T, Vector>(x, static_cast<const T*>(call.x) + m * call.x_stride + k);
-          }
+        for (int i = 0; i < Vector; ++i) column[i] = gathers ? pivot_at(call, member, member.rank + k + i) : 0;
 #pragma unroll
-          for (int i = 0; i < Vector; ++i) sum[m] += weights[i] * x[i];
-          if (call.norm && unit == 0) {
+        for (int m = 0; m < Rows; ++m) {
+          if (m < rows) {
+            if (gathers) {
 #pragma unroll
-            for (int i = 0; i < Vector; ++i) squares[m] += x[i] * x[i];
+              for (int i = 0; i < Vector; ++i) x[i] = to_float(input_at<T>(call, m, column[i]));
+            } else {
+              load_vector<T, Vector>(x, static_cast<const T*>(call.x) + m * call.x_stride + k);
+            }
+#pragma unroll
+            for (int i = 0; i < Vector; ++i) sum[m] = multiply_add(weights[j][i], x[i], sum[m]);
+            if (call.norm && unit == 0) {
+#pragma unroll
+              for (int i = 0; i < Vector; ++i) squares[m] = multiply_add(x[i], x[i], squares[m]);
+            }
           }
         }
       }
@@ -67,7 +76,8 @@ TACO_DEVICE void first_product_plain(const DecodeArgs& a) {
 #pragma unroll
     for (int m = 0; m < Rows; ++m) {
       if (m < rows) {
-        const float total = lane_sum<32>(sum[m]);
+        float total = lane_sum<32>(sum[m]);
+        if (gathers && split == 0) total += identity_at<T>(call, member, m, r);
         if (lane == 0) a.partial[(split * rows + m) * plan.rank_padded + plan.rank_start[index] + r] = total;
         if (call.norm && unit == 0) {
           const float square = lane_sum<32>(squares[m]);
@@ -103,21 +113,32 @@ TACO_DEVICE void second_product_plain(const DecodeArgs& a, const Shared& shared)
               const int m = e / quads, r = e % quads * 4;
               if (r0 + r >= rank) continue;  // never read: the sums below stop at the rank
               *reinterpret_cast<float4*>(t + m * plan.t_pitch + r) =
-                  combine_splits<T>(a, phase + which, m, r0 + r, shared.scale[m]);
+                  combine_parts(a, phase + which, m, r0 + r, shared.scale[m]);
             }
             block_barrier();
           }
           const int length = rank - r0 < plan.t_capacity ? rank - r0 : plan.t_capacity;
           if (n < out) {
             const T* u = static_cast<const T*>(member.u) + n * member.u_stride + r0;
-            for (int k = lane * Vector; k < length; k += 32 * Vector) {
-              float weights[Vector];
-              load_vector<T, Vector>(weights, u + k);
+            for (int k0 = lane * Vector; k0 < length; k0 += kUnroll * 32 * Vector) {
+              float weights[kUnroll][Vector];
 #pragma unroll
-              for (int m = 0; m < Rows; ++m) {
-                if (m < rows) {
+              for (int j = 0; j < kUnroll; ++j) {
+                const int k = k0 + j * 32 * Vector;
+                if (k < length) load_vector<T, Vector>(weights[j], u + k);
+              }
 #pragma unroll
-                  for (int i = 0; i < Vector; ++i) sum[m] += weights[i] * t[m * plan.t_pitch + k + i];
+              for (int j = 0; j < kUnroll; ++j) {
+                const int k = k0 + j * 32 * Vector;
+                if (k >= length) break;
+#pragma unroll
+                for (int m = 0; m < Rows; ++m) {
+                  if (m < rows) {
+#pragma unroll
+                    for (int i = 0; i < Vector; ++i) {
+                      sum[m] = multiply_add(weights[j][i], t[m * plan.t_pitch + k + i], sum[m]);
+                    }
+                  }
                 }
               }
             }
@@ -141,6 +162,7 @@ template <class T, int Vector, int Rows, Part part>
 TACO_DEVICE void decode_plain(const DecodeArgs& a) {
   const Shared shared = shared_layout(Rows);
   if constexpr (part == Part::kFirst) let_next_kernel_start();
+  if constexpr (part != Part::kFirst) prefetch_epilogues<T>(a);
   if constexpr (part != Part::kSecond) first_product_plain<T, Vector, Rows>(a);
   if constexpr (part == Part::kBoth) grid_barrier();
   if constexpr (part == Part::kSecond) wait_for_previous_kernel();

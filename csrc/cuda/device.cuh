@@ -46,6 +46,8 @@ TACO_DEVICE Bfloat from_float<Bfloat>(float x) {
 }
 
 TACO_DEVICE float inverse_sqrt(float x) { return rsqrtf(x); }
+// The build contracts no products and sums by itself, so that every instantiation rounds alike; here it is meant.
+TACO_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
 // 16 bytes of weights: read once, so they need not displace anything from L1.
 TACO_DEVICE uint4 load_weights(const void* address) {
@@ -64,6 +66,10 @@ TACO_DEVICE T load_input(const T* address) {
 }
 TACO_DEVICE int64_t load_input(const int64_t* address) {
   return __ldg(reinterpret_cast<const long long*>(address));
+}
+// Has what lies there brought to L2, for a read later on.
+TACO_DEVICE void prefetch_to_cache(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(address)));
 }
 // Values that other blocks of this launch have written: from L2, never from this multiprocessor's L1.
 TACO_DEVICE float4 load_written4(const float* address) { return __ldcg(reinterpret_cast<const float4*>(address)); }
@@ -142,14 +148,13 @@ struct Row {
   int bytes;
 };
 
-// Row i of `count` goes from source(i) to target + i * pitch; rows with a null source are left out. `most_bytes` is no
-// less than any row's length.
+// Row i of `count` goes from source(i) to target + i * pitch, and is no longer than that; rows with a null source are left
+// out.
 template <class Source>
-TACO_DEVICE void copy_rows(void* barrier, char* target, int pitch, int count, int most_bytes, Source source) {
+TACO_DEVICE void copy_rows(void* barrier, char* target, int pitch, int count, Source source) {
 #if __CUDA_ARCH__ >= 900
   if (threadIdx.x >= 32) return;
   const uint32_t address = uint32_t(__cvta_generic_to_shared(barrier));
-  (void)most_bytes;
   int mine = 0;
   for (int i = int(threadIdx.x); i < count; i += 32) {
     const Row row = source(i);
@@ -172,15 +177,16 @@ TACO_DEVICE void copy_rows(void* barrier, char* target, int pitch, int count, in
   }
 #else
   (void)barrier;
-  const int pieces = most_bytes / 16;
-  for (int e = int(threadIdx.x); e < count * pieces; e += int(blockDim.x)) {
-    const Row row = source(e / pieces);
-    const int offset = e % pieces * 16;
-    if (row.from == nullptr || offset >= row.bytes) continue;
+  for (int i = int(threadIdx.x) / 32; i < count; i += int(blockDim.x) / 32) {  // a warp a row
+    const Row row = source(i);
+    if (row.from == nullptr) continue;
     const char* from = static_cast<const char*>(row.from);
-    const uint32_t to = uint32_t(__cvta_generic_to_shared(target + int64_t(e / pieces) * pitch + offset));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(__cvta_generic_to_global(from + offset))
-                 : "memory");
+    const uint32_t to = uint32_t(__cvta_generic_to_shared(target + int64_t(i) * pitch));
+    for (int offset = int(threadIdx.x) % 32 * 16; offset < row.bytes; offset += 32 * 16) {
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + uint32_t(offset)),
+                   "l"(__cvta_generic_to_global(from + offset))
+                   : "memory");
+    }
   }
 #endif
 }

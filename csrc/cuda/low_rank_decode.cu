@@ -110,18 +110,20 @@ cudaError_t current_device(Device** found) {
 bool sizes_are_sane(const LowRankCall& call) {
   constexpr std::int64_t kMost = std::int64_t(1) << 28;  // four members' sizes still add up to an int
   constexpr std::int64_t kMostRank = kMost / kMaxDecodeRows;  // and so do the partial sums of all rows
+  std::int64_t chunks = 0;  // of the first product: terabytes of weights are as many
   bool sane = call.rows >= 1 && call.rows <= kMaxDecodeRows && call.in >= 1 && call.in < kMost && call.dtype >= 0 &&
               call.dtype <= 2 && call.count >= 1 && call.count <= kMaxMembers && call.gate >= kNoGate &&
               call.gate <= kRelu;
   for (int i = 0; sane && i < call.count; ++i) {
     const Factors& member = call.members[i];
     sane = member.rank >= 1 && member.rank < kMostRank && member.out >= 1 && member.out < kMost;
+    chunks += ceil_div(member.rank, kTile) * ceil_div(call.in, kChunk);
     if (sane && member.pivot != nullptr) sane = member.rank < call.in && !call.norm;
   }
   if (sane && call.gate != kNoGate) {
     sane = call.count == 2 && call.members[0].out == call.members[1].out && call.residual == nullptr;
   }
-  return sane && (call.residual == nullptr || call.count == 1);
+  return sane && chunks < std::int64_t(1) << 30 && (call.residual == nullptr || call.count == 1);
 }
 
 bool is_aligned(const void* pointer, std::int64_t stride_bytes, std::int64_t row_bytes) {

@@ -23,8 +23,9 @@ TACO_DEVICE T input_at(const LowRankCall& call, int m, int column) {
 }
 
 // staged[m][c] = the input that column begin + c of the member's v multiplies, for `count` columns, at most kPiece. By
-// all threads of the block, which has to wait for each other before and after.
-template <class T>
+// all threads of the block, which has to wait for each other before and after. The elements of `Together` rows are on
+// their way at a time.
+template <class T, int Rows, int Together>
 TACO_DEVICE void stage_inputs(const LowRankCall& call, const Factors& member, T* staged, int pitch, int64_t begin,
                               int count) {
   constexpr int kShare = kPiece / kThreads;
@@ -34,24 +35,32 @@ TACO_DEVICE void stage_inputs(const LowRankCall& call, const Factors& member, T*
     const int c = thread_index() + j * kThreads;
     column[j] = c < count ? pivot_at(call, member, member.rank + begin + c) : -1;
   }
-#pragma unroll 2
-  for (int m = 0; m < int(call.rows); ++m) {
 #pragma unroll
-    for (int j = 0; j < kShare; ++j) {
-      const int c = thread_index() + j * kThreads;
-      if (c < count) staged[m * pitch + c] = input_at<T>(call, m, column[j]);
+  for (int m0 = 0; m0 < Rows; m0 += Together) {
+    if (m0 >= int(call.rows)) break;
+    T inputs[Together][kShare];
+#pragma unroll
+    for (int i = 0; i < Together; ++i) {
+#pragma unroll
+      for (int j = 0; j < kShare; ++j) {
+        inputs[i][j] = input_at<T>(call, m0 + i, m0 + i < int(call.rows) ? column[j] : -1);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < Together; ++i) {
+#pragma unroll
+      for (int j = 0; j < kShare; ++j) {
+        const int c = thread_index() + j * kThreads;
+        if (m0 + i < int(call.rows) && c < count) staged[(m0 + i) * pitch + c] = inputs[i][j];
+      }
     }
   }
 }
 
-// Adds what the identity gives to ranks r ... r + 3 of row m's intermediate.
+// What the identity gives to rank r of row m's intermediate.
 template <class T>
-TACO_DEVICE void add_identity(const LowRankCall& call, const Factors& member, int m, int r, float4& t) {
-  if (member.pivot == nullptr) return;
-  const auto input = [&](int i) {
-    return r + i < member.rank ? to_float(input_at<T>(call, m, pivot_at(call, member, r + i))) : 0.0f;
-  };
-  t.x += input(0), t.y += input(1), t.z += input(2), t.w += input(3);
+TACO_DEVICE float identity_at(const LowRankCall& call, const Factors& member, int m, int64_t r) {
+  return to_float(input_at<T>(call, m, pivot_at(call, member, r)));
 }
 
 }  // namespace taco::cuda

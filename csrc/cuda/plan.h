@@ -1,8 +1,10 @@
 // How a decode call is cut into pieces. Plain C++, shared by the launcher and by the emulation that tests the kernels.
 //
-// The first product is cut into units of (16 rows of v) x (a slice of `in`), the second into tiles of 16 outputs; the
-// blocks of one launch take them in turn. Each block keeps as many of its tiles of u in shared memory as fit, since
-// those can travel while the first product is still being computed.
+// The first product's weights are counted in chunks of (16 rows of v) x (32 columns), tile after tile; each block takes
+// as many neighbouring chunks as the others, whatever tiles they belong to, so that none waits for one that has more.
+// The blocks that share a tile leave a partial sum each. (The plain kernel's warps take rows of v x slices of `in`.) The
+// second product is cut into tiles of 16 outputs. Each block keeps as many of its tiles of u in shared memory as fit,
+// since those can travel while the first product is still being computed.
 #pragma once
 
 #include <algorithm>
@@ -18,15 +20,20 @@ inline constexpr int kTile = 16;   // rows of a weight tile: the height of mma.m
 inline constexpr int kChunk = 32;  // elements along the sum per warp and step: 4 lanes of 16 bytes (half types)
 inline constexpr int kUnroll = 4;  // steps of the first product whose loads are all on their way before the first is used
 inline constexpr int kPiece = kUnroll * kWarps * kChunk;  // elements along the sum that a block takes with these
+// Floats from one row of a warp's sums in shared memory to the next: a warp's 32 stores hit 32 banks.
+inline constexpr int kSumPitch = kTile + 4;
 
 struct DecodePlan {
   bool matrix_unit;      // half types with 16-byte rows; everything else goes through plain multiply-adds
   int rows_padded;       // rows the kernel is compiled for
   int vector;            // elements per load of the plain kernel
   int blocks;            // one per multiprocessor at most, so that a grid-wide barrier is possible
-  int splits;            // slices of each member's columns
+  int splits;            // partial sums that there is room for: slices of the columns, or blocks that share a tile
   int columns[kMaxMembers];       // of each member's v
-  int split_length[kMaxMembers];  // of those, per slice; a narrow member's last slices may have none
+  int split_length[kMaxMembers];  // of those, per slice (plain kernel); a narrow member's last slices may have none
+  int share;                        // chunks of a block (the matrix unit's kernel)
+  int tile_chunks[kMaxMembers];     // of each member's tiles
+  int chunk_start[kMaxMembers + 1];  // where each member's chunks begin
   int rank_padded;       // row length of the partial sums: every member's ranks, padded
   int t_capacity;        // ranks of each intermediate that are in shared memory at a time
   int t_pitch;           // elements from one of its rows to the next
@@ -35,7 +42,7 @@ struct DecodePlan {
   int width;             // members whose results meet in one output: 2 in the gated form, else 1
   int phases;            // what the second product is done for, one after the other: members, or pairs of them
   int rank_start[kMaxMembers + 1];  // where each member's ranks begin in a row of the partial sums
-  int unit_start[kMaxMembers + 1];  // the first product's tiles (plain kernel: rows of v), counted through the members
+  int unit_start[kMaxMembers + 1];  // rows of v, counted through the members (plain kernel)
   int tile_start[kMaxMembers + 1];  // the second product's tiles, counted through the phases
   int prefetched_tiles;  // tiles of u per block that travel before the barrier
   int tile_warps;        // tiles of outputs a block works on at a time (the other factor of kWarps splits the rank)
@@ -53,18 +60,32 @@ inline std::int64_t conflict_free_pitch(std::int64_t bytes) {
   return round_up(bytes, 64) % 128 == 0 ? round_up(bytes, 64) + 64 : round_up(bytes, 64);
 }
 
-// Slices of the first product: the fewest that keep the blocks at least 90% busy, else the best there are. Fewer
-// slices are fewer partial sums for every block to read back.
-inline int choose_splits(std::int64_t tiles, std::int64_t blocks, std::int64_t most) {
-  int best = 1;
-  double best_share = 0;
-  for (std::int64_t splits = 1; splits <= most; ++splits) {
-    const std::int64_t units = tiles * splits;
-    const double share = double(units) / double(ceil_div(units, blocks) * blocks);
-    if (share > best_share + 1e-9) best = int(splits), best_share = share;
-    if (best_share >= 0.9) break;
-  }
-  return best;
+// Blocks that can share one of a member's tiles, where each takes `share` chunks: partial sums of it.
+inline std::int64_t parts_of_tiles(std::int64_t start, std::int64_t tile_chunks, std::int64_t share) {
+  if (start % tile_chunks == 0 && share % tile_chunks == 0) return 1;  // cuts between tiles only
+  if (start % share == 0 && tile_chunks % share == 0) return tile_chunks / share;
+  return (tile_chunks + share - 2) / share + 1;
+}
+
+// What a share of chunks costs, in nanoseconds of an H100: other GPUs have other numbers in much the same proportions.
+// The weights of a block's stretch come in pieces, one after the other; u's tiles meanwhile keep the memory busy. Then
+// every block reads all partial sums, out of L2.
+struct FirstProduct {
+  std::int64_t tile_chunks;   // of a tile of the widest member
+  std::int64_t weight_bytes;  // that come from memory before the barrier, u's tiles included
+  std::int64_t sum_bytes;     // of one partial sum of everything
+};
+inline double first_product_cost(const FirstProduct& f, std::int64_t share, std::int64_t parts) {
+  constexpr double kRoundTrip = 700, kMemory = 3350, kMemoryPerBlock = 25, kCachePerBlock = 42;  // ns, bytes per ns
+  constexpr std::int64_t kPieceChunks = kPiece / kChunk, kChunkBytes = kTile * kChunk * 2;
+  const std::int64_t whole = share / f.tile_chunks, rest = share % f.tile_chunks;
+  const bool aligned = rest == 0 || (whole == 0 && f.tile_chunks % share == 0);
+  // an unaligned stretch begins and ends inside of a tile
+  const std::int64_t trips =
+      whole * ceil_div(f.tile_chunks, kPieceChunks) + ceil_div(rest, kPieceChunks) + (aligned ? 0 : 1);
+  const double stretch = double(trips) * kRoundTrip + double(share * kChunkBytes) / kMemoryPerBlock;
+  const double stream = double(f.weight_bytes) / kMemory;
+  return std::max(stretch, stream) + double(parts * f.sum_bytes) / kCachePerBlock;
 }
 
 // Shared memory in front of the intermediate: partial sums of the warps, row scales, the copy barrier.
@@ -72,12 +93,13 @@ inline constexpr int kScaleBytes = kMaxDecodeRows * 4;
 inline constexpr int kSquaresBytes = kWarps * kMaxDecodeRows * 4;
 inline constexpr int kBarrierBytes = 16;
 inline std::int64_t header_bytes(int rows_padded) {
-  return std::int64_t(kWarps) * kTile * rows_padded * 4 + kScaleBytes + kSquaresBytes + kBarrierBytes;
+  return std::int64_t(kWarps) * kSumPitch * rows_padded * 4 + kScaleBytes + kSquaresBytes + kBarrierBytes;
 }
 
-// Elements from one row of gathered inputs in shared memory to the next (the matrix unit's kernel, half types).
-inline int staged_pitch(std::int64_t split_length) {
-  return int(conflict_free_pitch(std::min<std::int64_t>(split_length, kPiece) * 2) / 2);
+// Elements from one row of gathered inputs in shared memory to the next (the matrix unit's kernel, half types), where at
+// most so many columns are multiplied one after the other.
+inline int staged_pitch(std::int64_t columns) {
+  return int(conflict_free_pitch(std::min<std::int64_t>(columns, kPiece) * 2) / 2);
 }
 
 inline bool has_pivot(const LowRankCall& call) {
@@ -103,13 +125,61 @@ inline int ranks_at_a_time(std::int64_t padded_rank, std::int64_t most) {
   return int(std::max<std::int64_t>(kChunk, most >= kStep ? most / kStep * kStep : most));
 }
 
-// Cuts every member's columns into `splits` slices of whole steps, and counts those that are needed.
+// Cuts every member's columns into `splits` slices of whole steps, and counts those that are needed (plain kernel).
 inline void divide(DecodePlan& p, const LowRankCall& call, std::int64_t splits, std::int64_t step) {
   p.splits = 1;
   for (int i = 0; i < call.count; ++i) {
     p.split_length[i] = int(round_up(ceil_div(p.columns[i], splits), step));
     p.splits = std::max(p.splits, int(ceil_div(p.columns[i], p.split_length[i])));
   }
+}
+
+// How many chunks each block takes of the first product (the matrix unit's kernel): the cheapest of those that cut
+// between tiles, or tiles into equal parts, or give every block the same. Does not go by shared memory, and so not by the
+// launch.
+inline void share_chunks(DecodePlan& p, const LowRankCall& call, std::int64_t processors) {
+  FirstProduct f{};
+  std::int64_t widest = 1;
+  for (int i = 0; i < call.count; ++i) {
+    const std::int64_t rank = call.members[i].rank, tiles = ceil_div(rank, kTile);
+    p.tile_chunks[i] = int(ceil_div(p.columns[i], kChunk));
+    p.chunk_start[i + 1] = p.chunk_start[i] + int(tiles * p.tile_chunks[i]);
+    widest = std::max<std::int64_t>(widest, p.tile_chunks[i]);
+    f.weight_bytes += 2 * rank * (p.columns[i] + call.members[i].out);
+  }
+  f.tile_chunks = widest;
+  f.sum_bytes = 4 * call.rows * p.rank_padded;
+  const std::int64_t least = ceil_div(p.chunk_start[call.count], processors);
+  double best = 0;
+  const auto consider = [&](std::int64_t share) {
+    if (share < least || share < 1) return;
+    std::int64_t parts = 1;
+    for (int i = 0; i < call.count; ++i) {
+      parts = std::max(parts, parts_of_tiles(p.chunk_start[i], p.tile_chunks[i], share));
+    }
+    const double cost = first_product_cost(f, share, parts);
+    if (p.share != 0 && cost >= best) return;
+    best = cost, p.share = int(share), p.splits = int(parts);
+  };
+  consider(least);
+  consider(ceil_div(least, widest) * widest);
+  for (std::int64_t parts = widest / least; parts >= 1; --parts) {
+    if (widest % parts == 0) consider(widest / parts);
+  }
+}
+
+// Tiles of outputs that a block works on at a time, of its `local` ones: the other warps split the rank. As few steps as
+// can be, each of a batch's along the rank and a few for adding up its warps' sums.
+inline int choose_tile_warps(std::int64_t local, std::int64_t most_padded) {
+  constexpr std::int64_t kBatch = 4;
+  int best = 1;
+  std::int64_t least = -1;
+  for (int tiles = 1; tiles <= kWarps; tiles *= 2) {
+    const std::int64_t steps = ceil_div(most_padded / kChunk, kWarps / tiles) + kBatch;
+    const std::int64_t cost = ceil_div(local, tiles) * steps;
+    if (least < 0 || cost <= least) best = tiles, least = cost;
+  }
+  return best;
 }
 
 // `shared_limit` is what a block may have: the device's limit, or what beside_first_kernel leaves of it.
@@ -125,7 +195,7 @@ inline DecodePlan plan_decode(const LowRankCall& call, bool aligned, int process
     p.columns[i] = int(call.in - (call.members[i].pivot != nullptr ? rank : 0));
     most_rank = std::max(most_rank, rank), in = std::max<std::int64_t>(in, p.columns[i]);
     p.rank_start[i + 1] = p.rank_start[i] + int(round_up(rank, kChunk));
-    p.unit_start[i + 1] = p.unit_start[i] + int(p.matrix_unit ? ceil_div(rank, kTile) : rank);
+    p.unit_start[i + 1] = p.unit_start[i] + int(rank);
   }
   for (int i = 0; i < p.phases; ++i) p.tile_start[i + 1] = p.tile_start[i] + int(ceil_div(call.members[i].out, kTile));
   p.rank_padded = p.rank_start[call.count];
@@ -134,19 +204,21 @@ inline DecodePlan plan_decode(const LowRankCall& call, bool aligned, int process
   if (p.matrix_unit) {
     p.rows_padded = rows <= 8 ? 8 : 16;
     p.vector = 8;
-    const std::int64_t chunks = ceil_div(in, kChunk);
-    divide(p, call, choose_splits(units, processors, std::max<std::int64_t>(1, chunks / kWarps)), kChunk);
-    p.blocks = int(std::min<std::int64_t>(processors, std::max(units * p.splits, out_tiles)));
+    share_chunks(p, call, processors);
+    p.blocks = int(std::min<std::int64_t>(
+        processors, std::max(ceil_div(p.chunk_start[call.count], p.share), out_tiles)));
     const std::int64_t local = ceil_div(out_tiles, p.blocks);
-    p.tile_warps = 1;
-    while (p.tile_warps < kWarps && p.tile_warps * 2 <= local) p.tile_warps *= 2;
-    // The intermediates (two half-type numbers per element) get at most half of the shared memory.
+    p.tile_warps = choose_tile_warps(local, most_padded);
+    // The intermediates (two half-type numbers per element) get at most half of the shared memory; three quarters where
+    // they are whole then: in pieces they are put together again for every batch of tiles.
     const std::int64_t free_bytes = shared_limit - header_bytes(p.rows_padded);
-    const std::int64_t most = free_bytes / 2 / (2 * 2 * p.rows_padded * p.width) / kChunk * kChunk - kChunk;
+    const std::int64_t per_byte = 2 * p.rows_padded * p.width;  // of a row of one
+    const bool whole = per_byte * conflict_free_pitch(most_padded * 2) <= free_bytes / 4 * 3;
+    const std::int64_t most = whole ? most_padded : free_bytes / 2 / (2 * per_byte) / kChunk * kChunk - kChunk;
     p.t_capacity = ranks_at_a_time(most_padded, most);
     p.t_pitch = int(conflict_free_pitch(p.t_capacity * 2) / 2);
     p.u_pitch = int(conflict_free_pitch(most_padded * 2));
-    if (has_pivot(call)) p.staged_pitch = staged_pitch(ceil_div(chunks, p.splits) * kChunk);
+    if (has_pivot(call)) p.staged_pitch = staged_pitch(std::min<std::int64_t>(ceil_div(in, kChunk), p.share) * kChunk);
     // Gathered inputs lie where the intermediates come later.
     const std::int64_t staged_bytes = std::int64_t(p.rows_padded) * p.staged_pitch * 2;
     const std::int64_t t_bytes =

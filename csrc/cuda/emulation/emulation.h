@@ -223,6 +223,11 @@ inline Bfloat from_float<Bfloat>(float x) {
 }
 
 inline float inverse_sqrt(float x) { return 1.0f / std::sqrt(x); }
+inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+inline void prefetch_to_cache(const void* address) {  // what is not there must not be asked for
+  volatile char read = *static_cast<const char*>(address);
+  (void)read;
+}
 
 // A misaligned vector access is an error on the GPU; here it must be one as well.
 inline void need_alignment(const void* address, size_t bytes) {
@@ -306,14 +311,14 @@ struct Row {
   int bytes;
 };
 template <class Source>
-void copy_rows(void*, char* target, int pitch, int count, int most_bytes, Source source) {
+void copy_rows(void*, char* target, int pitch, int count, Source source) {
   if (thread_index() != 0) return;
   for (int i = 0; i < count; ++i) {
     const Row row = source(i);
     const void* from = row.from;
     const int bytes = row.bytes;
     if (from == nullptr) continue;
-    if (bytes > most_bytes) abort();
+    if (bytes > pitch) abort();
     char* to = target + int64_t(i) * pitch;
     need_alignment(from, 16), need_alignment(to, 16);
     if (bytes % 16 != 0) abort();

@@ -91,8 +91,9 @@ int main(int argc, char** argv) {
                       : h.dtype == 1 ? launch<Half>(args, how)
                                      : launch<Bfloat>(args, how);
     if (!done) return fprintf(stderr, "the launch hangs: a barrier that not every thread reaches\n"), 1;
-    const int64_t facts[5] = {args.plan.matrix_unit, args.plan.splits, args.plan.prefetched_tiles,
-                              args.plan.t_capacity, args.plan.tile_warps};
+    const DecodePlan& plan = args.plan;
+    const bool uneven = plan.matrix_unit && plan.share % plan.tile_chunks[0] != 0 && plan.tile_chunks[0] % plan.share != 0;
+    const int64_t facts[6] = {plan.matrix_unit, plan.splits, plan.prefetched_tiles, plan.t_capacity, plan.tile_warps, uneven};
     fwrite(facts, sizeof(facts), 1, out);
     for (int i = 0; i < (h.gate ? 1 : h.count); ++i) {
       const Factors& f = call.members[i];
