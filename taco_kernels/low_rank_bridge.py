@@ -20,10 +20,9 @@ from taco_kernels._library import (
     apply_function,
     below_autograd,
     computing_dtype,
-    library,
+    define,
+    implement,
     needs_grad,
-    register_autocast,
-    register_batched,
     rows_of,
     seen_as_op,
     transformed,
@@ -129,8 +128,7 @@ def _check(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None) -> None:
 # --- registered op, fake, autograd -----------------------------------------------------------------------------------
 
 _SCHEMA = "(Tensor h, Tensor v, Tensor u, Tensor? bias=None, float eps=1e-06) -> Tensor"
-library.define("low_rank_bridge" + _SCHEMA)
-_op = torch.ops.taco_kernels.low_rank_bridge.default
+_op = define("low_rank_bridge", _SCHEMA)
 _direct = direct.entry("low_rank_bridge", dispatch.cpu_rows)
 
 
@@ -154,11 +152,6 @@ def _compute_or_direct(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = No
     return _compute(h, v, u, bias, eps)
 
 
-library.impl("low_rank_bridge", _compute_or_direct, "CPU")
-library.impl("low_rank_bridge", _compute_or_direct, "CUDA")
-
-
-@torch.library.register_fake("taco_kernels::low_rank_bridge", lib=library)
 def _fake(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     _check(h, v, u, bias)
     return h.new_empty(h.shape)
@@ -210,9 +203,7 @@ def _autograd(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, eps: 
         return _op(h, v, u, bias, eps)
 
 
-library.impl("low_rank_bridge", _autograd, "Autograd")
-register_autocast("low_rank_bridge", _op)
-register_batched("low_rank_bridge", _by_torch)
+implement("low_rank_bridge", compute=_compute_or_direct, fake=_fake, autograd=_autograd, by_torch=_by_torch)
 _native = direct.native_op("low_rank_bridge", _SCHEMA, _op, _fake)
 
 

@@ -20,10 +20,9 @@ from taco_kernels._library import (
     apply_function,
     below_autograd,
     computing_dtype,
-    library,
+    define,
+    implement,
     needs_grad,
-    register_autocast,
-    register_batched,
     rows_of,
     seen_as_op,
     transformed,
@@ -137,8 +136,7 @@ def _check(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, residual: Tenso
 # --- registered op, fake, autograd -----------------------------------------------------------------------------------
 
 _SCHEMA = "(Tensor x, Tensor v, Tensor u, Tensor? bias=None, Tensor? residual=None) -> Tensor"
-library.define("low_rank_linear" + _SCHEMA)
-_op = torch.ops.taco_kernels.low_rank_linear.default
+_op = define("low_rank_linear", _SCHEMA)
 _direct = direct.entry("low_rank_linear", dispatch.cpu_rows)
 
 
@@ -164,11 +162,6 @@ def _compute_or_direct(
     return _compute(x, v, u, bias, residual)
 
 
-library.impl("low_rank_linear", _compute_or_direct, "CPU")
-library.impl("low_rank_linear", _compute_or_direct, "CUDA")
-
-
-@torch.library.register_fake("taco_kernels::low_rank_linear", lib=library)
 def _fake(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     _check(x, v, u, bias, residual)
     return x.new_empty((*x.shape[:-1], u.shape[0]))
@@ -208,9 +201,7 @@ def _autograd(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, resid
         return _op(x, v, u, bias, residual)
 
 
-library.impl("low_rank_linear", _autograd, "Autograd")
-register_autocast("low_rank_linear", _op)
-register_batched("low_rank_linear", _by_torch)
+implement("low_rank_linear", compute=_compute_or_direct, fake=_fake, autograd=_autograd, by_torch=_by_torch)
 _native = direct.native_op("low_rank_linear", _SCHEMA, _op, _fake)
 
 

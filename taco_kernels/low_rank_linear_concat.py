@@ -19,10 +19,9 @@ from taco_kernels._factored import complain, fits, require_tensors, rows_2d
 from taco_kernels._library import (
     any_autocast,
     below_autograd,
-    library,
+    define,
+    implement,
     needs_grad,
-    register_autocast,
-    register_batched,
     transformed,
 )
 from taco_kernels.low_rank_linear import low_rank_linear, low_rank_linear_reference
@@ -128,10 +127,10 @@ BACKENDS: dict[str, Callable[[Tensor, _Tensors, _Tensors, _Optionals, _Optionals
 
 # --- registered op, fake, autograd -----------------------------------------------------------------------------------
 
-library.define(
-    "low_rank_linear_concat(Tensor x, Tensor[] vs, Tensor[] us, Tensor?[] biases, Tensor?[] pivots) -> Tensor"
+_op = define(
+    "low_rank_linear_concat",
+    "(Tensor x, Tensor[] vs, Tensor[] us, Tensor?[] biases, Tensor?[] pivots) -> Tensor",
 )
-_op = torch.ops.taco_kernels.low_rank_linear_concat.default
 
 
 def _compute(x: Tensor, vs: _Tensors, us: _Tensors, biases: _Optionals, pivots: _Optionals) -> Tensor:
@@ -145,11 +144,6 @@ def _compute(x: Tensor, vs: _Tensors, us: _Tensors, biases: _Optionals, pivots: 
     return BACKENDS[dispatch.choose(x.device.type, x.dtype, rows, False, shape, rank)](x, vs, us, biases, pivots)
 
 
-library.impl("low_rank_linear_concat", _compute, "CPU")
-library.impl("low_rank_linear_concat", _compute, "CUDA")
-
-
-@torch.library.register_fake("taco_kernels::low_rank_linear_concat", lib=library)
 def _fake(x: Tensor, vs: _Tensors, us: _Tensors, biases: _Optionals, pivots: _Optionals) -> Tensor:
     _check(x, vs, us, biases, pivots)
     return x.new_empty((*x.shape[:-1], sum(u.shape[0] for u in us)))
@@ -162,9 +156,7 @@ def _autograd(x: Tensor, vs: _Tensors, us: _Tensors, biases: _Optionals, pivots:
         return _op(x, vs, us, biases, pivots)
 
 
-library.impl("low_rank_linear_concat", _autograd, "Autograd")
-register_autocast("low_rank_linear_concat", _op)
-register_batched("low_rank_linear_concat", _apart)
+implement("low_rank_linear_concat", compute=_compute, fake=_fake, autograd=_autograd, by_torch=_apart)
 
 
 # --- public function -------------------------------------------------------------------------------------------------

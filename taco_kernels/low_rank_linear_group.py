@@ -21,10 +21,9 @@ from taco_kernels._library import (
     any_autocast,
     apply_function,
     below_autograd,
-    library,
+    define,
+    implement,
     needs_grad,
-    register_autocast,
-    register_batched,
     rows_of,
     transformed,
 )
@@ -140,8 +139,7 @@ def _check(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequen
 # --- registered op, fake, autograd -----------------------------------------------------------------------------------
 
 _SCHEMA = "(Tensor x, Tensor[] vs, Tensor[] us, Tensor?[] biases) -> Tensor[]"
-library.define("low_rank_linear_group" + _SCHEMA)
-_op = torch.ops.taco_kernels.low_rank_linear_group.default
+_op = define("low_rank_linear_group", _SCHEMA)
 _direct = direct.entry("low_rank_linear_group", dispatch.cpu_rows)
 
 
@@ -169,11 +167,6 @@ def _compute_or_direct(
     return _compute(x, vs, us, biases)
 
 
-library.impl("low_rank_linear_group", _compute_or_direct, "CPU")
-library.impl("low_rank_linear_group", _compute_or_direct, "CUDA")
-
-
-@torch.library.register_fake("taco_kernels::low_rank_linear_group", lib=library)
 def _fake(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
     _check(x, vs, us, biases)
     return [x.new_empty((*x.shape[:-1], u.shape[0])) for u in us]
@@ -226,9 +219,7 @@ def _autograd(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Seq
         return _op(x, vs, us, biases)
 
 
-library.impl("low_rank_linear_group", _autograd, "Autograd")
-register_autocast("low_rank_linear_group", _op)
-register_batched("low_rank_linear_group", _by_torch)
+implement("low_rank_linear_group", compute=_compute_or_direct, fake=_fake, autograd=_autograd, by_torch=_by_torch)
 _native = direct.native_op("low_rank_linear_group", _SCHEMA, _op, _fake)
 
 

@@ -21,6 +21,8 @@ from taco_kernels._library import (
     apply_function,
     below_autograd,
     computing_dtype,
+    define,
+    implement,
     library,
     needs_grad,
     rows_of,
@@ -272,8 +274,7 @@ _SERVED = {dtype: int8_rows(dtype)[0][1] for dtype in dispatch.CPP_DTYPES} if na
 _SCHEMA = (
     "(Tensor x, Tensor v, Tensor v_scale, Tensor u, Tensor u_scale, Tensor? bias=None, Tensor? pivot=None) -> Tensor"
 )
-library.define(NAME + _SCHEMA)
-_op = torch.ops.taco_kernels.low_rank_linear_int8.default
+_op = define(NAME, _SCHEMA)
 
 
 def _compute(
@@ -292,11 +293,6 @@ def _compute(
     return BACKENDS[backend](x, v, v_scale, u, u_scale, bias, pivot)
 
 
-library.impl(NAME, _compute, "CPU")
-library.impl(NAME, _compute, "CUDA")
-
-
-@torch.library.register_fake(f"taco_kernels::{NAME}", lib=library)
 def _fake(
     x: Tensor,
     v: Tensor,
@@ -355,7 +351,7 @@ def _autograd(
         return _op(x, v, v_scale, u, u_scale, bias, pivot)
 
 
-library.impl(NAME, _autograd, "Autograd")
+implement(NAME, compute=_compute, fake=_fake, autograd=_autograd)
 
 
 def _register_autocast(device_type: str, key: str) -> None:

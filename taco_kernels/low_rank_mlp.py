@@ -22,10 +22,9 @@ from taco_kernels._library import (
     apply_function,
     below_autograd,
     computing_dtype,
-    library,
+    define,
+    implement,
     needs_grad,
-    register_autocast,
-    register_batched,
     rows_of,
     seen_as_op,
     transformed,
@@ -174,11 +173,11 @@ def _complain(x: Tensor, gate: Projection, up: Projection, down: Projection, act
 
 # --- registered op, fake, autograd -----------------------------------------------------------------------------------
 
-library.define(
-    "low_rank_mlp(Tensor x, Tensor gate_v, Tensor gate_u, Tensor? gate_bias, Tensor up_v, Tensor up_u, "
-    "Tensor? up_bias, Tensor down_v, Tensor down_u, Tensor? down_bias, str act='silu') -> Tensor"
+_op = define(
+    "low_rank_mlp",
+    "(Tensor x, Tensor gate_v, Tensor gate_u, Tensor? gate_bias, Tensor up_v, Tensor up_u, "
+    "Tensor? up_bias, Tensor down_v, Tensor down_u, Tensor? down_bias, str act='silu') -> Tensor",
 )
-_op = torch.ops.taco_kernels.low_rank_mlp.default
 _direct = direct.entry("low_rank_mlp", _fused_rows)
 
 
@@ -215,11 +214,6 @@ def _compute_on_cpu(x: Tensor, *arguments: Any) -> Tensor:
     return _compute(x, *arguments) if y is None else y
 
 
-library.impl("low_rank_mlp", _compute_on_cpu, "CPU")
-library.impl("low_rank_mlp", _compute, "CUDA")
-
-
-@torch.library.register_fake("taco_kernels::low_rank_mlp", lib=library)
 def _fake(x: Tensor, *arguments: Any) -> Tensor:
     gate, up, down, act = _unpack(arguments)
     _check(x, gate, up, down, act)
@@ -286,9 +280,9 @@ def _autograd(x: Tensor, *arguments: Any) -> Tensor:
         return _op(x, *gate, *up, *down, act)
 
 
-library.impl("low_rank_mlp", _autograd, "Autograd")
-register_autocast("low_rank_mlp", _op)
-register_batched("low_rank_mlp", _by_torch)
+implement(
+    "low_rank_mlp", compute=_compute, on_cpu=_compute_on_cpu, fake=_fake, autograd=_autograd, by_torch=_by_torch
+)
 
 
 # --- public function -------------------------------------------------------------------------------------------------

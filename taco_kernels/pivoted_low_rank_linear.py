@@ -24,10 +24,9 @@ from taco_kernels._library import (
     any_autocast,
     below_autograd,
     computing_dtype,
-    library,
+    define,
+    implement,
     needs_grad,
-    register_autocast,
-    register_batched,
     rows_of,
     transformed,
 )
@@ -202,8 +201,7 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
 # --- registered op, fake, autograd -----------------------------------------------------------------------------------
 
 _SCHEMA = "(Tensor x, Tensor v, Tensor u, Tensor pivot, Tensor? bias=None, Tensor? residual=None) -> Tensor"
-library.define("pivoted_low_rank_linear" + _SCHEMA)
-_op = torch.ops.taco_kernels.pivoted_low_rank_linear.default
+_op = define("pivoted_low_rank_linear", _SCHEMA)
 _direct = direct.entry("pivoted_low_rank_linear", dispatch.pivoted_rows)
 
 
@@ -234,11 +232,6 @@ def _compute_or_direct(
     return _compute(x, v, u, pivot, bias, residual)
 
 
-library.impl("pivoted_low_rank_linear", _compute_or_direct, "CPU")
-library.impl("pivoted_low_rank_linear", _compute_or_direct, "CUDA")
-
-
-@torch.library.register_fake("taco_kernels::pivoted_low_rank_linear", lib=library)
 def _fake(
     x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
@@ -263,9 +256,7 @@ def _autograd(
         return _op(x, v, u, pivot, bias, residual)
 
 
-library.impl("pivoted_low_rank_linear", _autograd, "Autograd")
-register_autocast("pivoted_low_rank_linear", _op)
-register_batched("pivoted_low_rank_linear", _by_torch)
+implement("pivoted_low_rank_linear", compute=_compute_or_direct, fake=_fake, autograd=_autograd, by_torch=_by_torch)
 _native = direct.native_op("pivoted_low_rank_linear", _SCHEMA, _op, _fake)
 
 
