@@ -96,16 +96,11 @@ def _triton(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, eps: float) ->
     return kernel(flat, v, u, bias, eps).view(h.shape)
 
 
-# --- call into csrc/cuda (section of the CUDA kernels' owner) --------------------------------------------------------
-
-
 def _cuda(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     if not (h.numel() and v.numel()):
         return low_rank_bridge_reference(h, v, u, bias, eps)
     return _cuda_call(h, [Member(v, u, bias)], h, eps)[0]
 
-
-# --- end of the CUDA section -----------------------------------------------------------------------------------------
 
 _BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]] = {
     "reference": low_rank_bridge_reference,

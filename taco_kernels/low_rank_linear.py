@@ -94,17 +94,12 @@ def _triton(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, residual: Tens
     return kernel(flat, v, u, bias, rest).view(*x.shape[:-1], u.shape[0])
 
 
-# --- call into csrc/cuda (section of the CUDA kernels' owner) --------------------------------------------------------
-
-
 def _cuda(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     # A sum over nothing has no kernel: the reference gives bias and residual.
     if not (x.numel() and u.numel()):
         return low_rank_linear_reference(x, v, u, bias, residual)
     return _cuda_call(x, [Member(v, u, bias)], residual)[0]
 
-
-# --- end of the CUDA section -----------------------------------------------------------------------------------------
 
 BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]] = {
     "reference": low_rank_linear_reference,

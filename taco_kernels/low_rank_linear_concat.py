@@ -184,6 +184,12 @@ def low_rank_linear_concat(
 
     dtypes, rounding, reproducibility and errors are those of :func:`taco_kernels.low_rank_linear` and
     :func:`taco_kernels.pivoted_low_rank_linear`; differentiable in every floating tensor.
+
+    Raises:
+        ValueError: not equally many factors, biases and pivots, or none at all.
+
+    Source: as :func:`taco_kernels.low_rank_linear` and, with a pivot, :func:`taco_kernels.pivoted_low_rank_linear`; one
+    launch for the members is this project's own.
     """
     require_tensors("low_rank_linear_concat", x=x)
     if biases is None:

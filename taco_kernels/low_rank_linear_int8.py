@@ -407,6 +407,9 @@ def low_rank_linear_int8(
     Raises:
         TypeError, ValueError: dtypes or shapes that do not fit together.
         IndexError or RuntimeError: an index of the pivot out of range; a backend was forced that cannot serve the call.
+
+    Source: symmetric quantisation to 8 bits by the largest entry of a row (LLM.int8(), arXiv:2208.07339, section 2), here of
+    each singular direction of both factors; that all scales act on the intermediate is this project's own.
     """
     if torch.compiler.is_compiling() or any_autocast() or transformed():
         return _op(x, v, v_scale, u, u_scale, bias, pivot)

@@ -269,22 +269,24 @@ def pivoted_low_rank_linear(
     """``(x[pivot[:rank]] + x[pivot[rank:]] v^T) u^T + bias + residual`` along the last dimension of ``x``.
 
     Args:
-        x: [..., in].
+        x: [..., in], float32, float16, bfloat16 or float64, any strides.
         v: [rank, in - rank]: the right factor's columns for the inputs ``pivot[rank:]``; on the inputs
             ``pivot[:rank]`` it is the identity.
         u: [out, rank].
-        pivot: [in], int32 or int64, a permutation of 0..in-1 (an index out of range raises, on a GPU it asserts or
-            reads zero).
+        pivot: [in], int32 or int64, a permutation of 0..in-1.
         bias: [out], optional.
         residual: [..., out], optional.
 
     Returns:
-        [..., out] of ``x``'s dtype. Differentiable in every floating argument. The backends ``cpp``, ``triton`` and
-        ``cuda`` keep the rank-sized intermediate in float32 or, on matrix units, as two numbers of the dtype;
-        ``library`` rounds it to the dtype (``cpp`` too for many rows; see :func:`low_rank_linear` for both).
+        [..., out], contiguous, of ``x``'s dtype. All tensors but ``pivot`` share it. Differentiable in every floating argument.
+        The backends ``cpp``, ``triton`` and ``cuda`` keep the rank-sized intermediate in float32 or, on matrix units,
+        as two numbers of the dtype; ``library`` rounds it to the dtype (``cpp`` too for many rows; see
+        :func:`low_rank_linear` for both).
 
     Raises:
-        TypeError, ValueError: dtypes or shapes that do not fit together.
+        TypeError: a dtype that is not supported, or tensors of different dtypes.
+        ValueError: shapes or devices that do not fit together.
+        IndexError or RuntimeError: an index of the pivot that is out of range; a GPU asserts or reads zero instead.
         RuntimeError: a backend was forced (``TACO_BACKEND``) that cannot serve this call.
 
     Source: interpolative decomposition (Cheng, Gimbutas, Martinsson, Rokhlin 2005) of the right factor.

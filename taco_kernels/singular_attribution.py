@@ -28,7 +28,7 @@ _Sums = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class SingularAttribution(NamedTuple):
-    """Sums over tokens t of ``p[t, k] = (grad[t] . u[:, k]) (x[t] . v[k])``; each field is [k].
+    """Sums over tokens t of ``p[t, k] = (grad[t] . u[:, k]) (x[t] . v[k])``; each field is [k], float32 or float64.
 
     signed: ``sum_t p``, which is dL/dsigma_k
     absolute: ``sum_t |p|``, which does not cancel between tokens
