@@ -113,7 +113,7 @@ def implement(
     by_torch: Callable[..., Any] | None = None,
     on_cpu: Callable[..., Any] | None = None,
 ) -> None:
-    """Registers everything that computes op ``name``; torch calls these functions as they are, with nothing around them.
+    """Registers what computes op ``name``. torch calls these functions as they are, with nothing around them.
 
     Args:
         compute: the op on a CPU and on a GPU.

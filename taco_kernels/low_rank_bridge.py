@@ -15,7 +15,7 @@ from torch import Tensor
 from taco_kernels import direct, dispatch, native
 from taco_kernels._cuda import Member
 from taco_kernels._cuda import low_rank as _cuda_call
-from taco_kernels._factored import complain, fits, gradients, require_tensors, rows_2d, turned
+from taco_kernels._factored import complain, fits, gradients, require_tensors, row_count, rows_2d, turned
 from taco_kernels._library import (
     apply_function,
     below_autograd,
@@ -129,10 +129,9 @@ _direct = direct.entry("low_rank_bridge", dispatch.cpu_rows)
 
 def _compute(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     _check(h, v, u, bias)
-    width = h.shape[-1]
-    rows = h.numel() // width if width else 0
+    rows = row_count(h)
     device = h.device.type
-    shape = None if device == "cpu" else ("low_rank_bridge", width, width, v.shape[0])
+    shape = None if device == "cpu" else ("low_rank_bridge", h.shape[-1], h.shape[-1], v.shape[0])
     backend = dispatch.choose(device, h.dtype, rows, turned(v) or turned(u), shape, v.shape[0])
     y = _BACKENDS[backend](h, v, u, bias, eps)
     if device == "cuda":

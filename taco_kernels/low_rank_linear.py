@@ -15,7 +15,7 @@ from torch import Tensor
 from taco_kernels import direct, dispatch, native
 from taco_kernels._cuda import Member
 from taco_kernels._cuda import low_rank as _cuda_call
-from taco_kernels._factored import complain, fits, gradients, rows_2d, turned
+from taco_kernels._factored import complain, fits, gradients, row_count, rows_2d, turned
 from taco_kernels._library import (
     apply_function,
     below_autograd,
@@ -137,10 +137,9 @@ _direct = direct.entry("low_rank_linear", dispatch.cpu_rows)
 
 def _compute(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     _check(x, v, u, bias, residual)
-    width = x.shape[-1]
-    rows = x.numel() // width if width else x.shape[:-1].numel()
+    rows = row_count(x)
     device = x.device.type
-    shape = None if device == "cpu" else ("low_rank_linear", width, u.shape[0], v.shape[0])
+    shape = None if device == "cpu" else ("low_rank_linear", x.shape[-1], u.shape[0], v.shape[0])
     backend = dispatch.choose(device, x.dtype, rows, turned(v) or turned(u), shape, v.shape[0])
     y = BACKENDS[backend](x, v, u, bias, residual)
     if device == "cuda":

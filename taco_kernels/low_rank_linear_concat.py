@@ -15,7 +15,7 @@ from torch import Tensor
 from taco_kernels import direct, dispatch
 from taco_kernels._cuda import Member
 from taco_kernels._cuda import low_rank as _cuda_call
-from taco_kernels._factored import complain, fits, require_tensors, rows_2d
+from taco_kernels._factored import complain, fits, require_tensors, row_count, rows_2d
 from taco_kernels._library import (
     any_autocast,
     below_autograd,
@@ -135,12 +135,11 @@ _op = define(
 
 def _compute(x: Tensor, vs: _Tensors, us: _Tensors, biases: _Optionals, pivots: _Optionals) -> Tensor:
     _check(x, vs, us, biases, pivots)
-    width = x.shape[-1]
-    rows = x.numel() // width if width else x.shape[:-1].numel()
+    rows = row_count(x)
     rank = sum(u.shape[1] for u in us)
     shape = None
     if x.device.type != "cpu":
-        shape = ("low_rank_linear_concat", width, sum(u.shape[0] for u in us), rank)
+        shape = ("low_rank_linear_concat", x.shape[-1], sum(u.shape[0] for u in us), rank)
     return BACKENDS[dispatch.choose(x.device.type, x.dtype, rows, False, shape, rank)](x, vs, us, biases, pivots)
 
 

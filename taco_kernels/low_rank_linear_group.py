@@ -16,7 +16,7 @@ from taco_kernels import direct, dispatch, native
 from taco_kernels._cpu import map_of
 from taco_kernels._cuda import Member
 from taco_kernels._cuda import low_rank as _cuda_call
-from taco_kernels._factored import complain, fits, gradients, rows_2d, turned
+from taco_kernels._factored import complain, fits, gradients, row_count, rows_2d, turned
 from taco_kernels._library import (
     any_autocast,
     apply_function,
@@ -145,12 +145,11 @@ _direct = direct.entry("low_rank_linear_group", dispatch.cpu_rows)
 
 def _compute(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
     _check(x, vs, us, biases)
-    width = x.shape[-1]
-    rows = x.numel() // width if width else x.shape[:-1].numel()
+    rows = row_count(x)
     device, shape = x.device.type, None
     rank = sum(u.shape[1] for u in us)
     if device != "cpu":
-        shape = ("low_rank_linear_group", width, sum(u.shape[0] for u in us), rank)
+        shape = ("low_rank_linear_group", x.shape[-1], sum(u.shape[0] for u in us), rank)
     backend = dispatch.choose(device, x.dtype, rows, any(map(turned, (*vs, *us))), shape, rank)
     ys = BACKENDS[backend](x, vs, us, biases)
     if device == "cuda":

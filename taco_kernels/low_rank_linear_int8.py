@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from taco_kernels import dispatch, native
-from taco_kernels._factored import require_tensors, rows_2d
+from taco_kernels._factored import require_tensors, row_count, rows_2d
 from taco_kernels._library import (
     FLOATS,
     any_autocast,
@@ -287,8 +287,7 @@ def _compute(
     pivot: Tensor | None = None,
 ) -> Tensor:
     check(x, v, v_scale, u, u_scale, bias, pivot)
-    width = x.shape[-1]
-    rows = x.numel() // width if width else x.shape[:-1].numel()
+    rows = row_count(x)
     backend = _choose(x, rows, v.shape[0])
     return BACKENDS[backend](x, v, v_scale, u, u_scale, bias, pivot)
 
@@ -408,8 +407,8 @@ def low_rank_linear_int8(
         TypeError, ValueError: dtypes or shapes that do not fit together.
         IndexError or RuntimeError: an index of the pivot out of range; a backend was forced that cannot serve the call.
 
-    Source: symmetric quantisation to 8 bits by the largest entry of a row (LLM.int8(), arXiv:2208.07339, section 2), here of
-    each singular direction of both factors; that all scales act on the intermediate is this project's own.
+    Source: symmetric quantisation to 8 bits by the largest entry of a row (LLM.int8(), arXiv:2208.07339, section 2),
+    here of each singular direction of both factors; that all scales act on the intermediate is this project's own.
     """
     if torch.compiler.is_compiling() or any_autocast() or transformed():
         return _op(x, v, v_scale, u, u_scale, bias, pivot)

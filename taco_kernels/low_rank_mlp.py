@@ -17,7 +17,7 @@ from taco_kernels import direct, dispatch, native
 from taco_kernels._cpu import map_of
 from taco_kernels._cuda import Member
 from taco_kernels._cuda import low_rank as _cuda_call
-from taco_kernels._factored import complain, factors_fit, fits, gradients, require_tensors, rows_2d, turned
+from taco_kernels._factored import complain, factors_fit, fits, gradients, require_tensors, row_count, rows_2d, turned
 from taco_kernels._library import (
     apply_function,
     below_autograd,
@@ -190,13 +190,12 @@ def _unpack(arguments: Sequence[Any]) -> tuple[Projection, Projection, Projectio
 def _compute(x: Tensor, *arguments: Any) -> Tensor:
     gate, up, down, act = _unpack(arguments)
     _check(x, gate, up, down, act)
-    width = x.shape[-1]
-    rows = x.numel() // width if width else x.shape[:-1].numel()
+    rows = row_count(x)
     device, shape = x.device.type, None
     ranks = gate[1].shape[1] + up[1].shape[1]
     transposed = any(map(turned, (*gate[:2], *up[:2], *down[:2])))
     if device != "cpu":
-        shape = ("low_rank_mlp", width, 2 * gate[1].shape[0], ranks)
+        shape = ("low_rank_mlp", x.shape[-1], 2 * gate[1].shape[0], ranks)
     elif (
         dispatch.get_backend() is None
         and dispatch.multiplies_many_rows(x.dtype)

@@ -18,7 +18,7 @@ from taco_kernels._cpu import map_of
 from taco_kernels._cuda import Member
 from taco_kernels._cuda import gather as gather_on_gpu
 from taco_kernels._cuda import low_rank as _cuda_call
-from taco_kernels._factored import require_tensors, rows_2d, turned
+from taco_kernels._factored import require_tensors, row_count, rows_2d, turned
 from taco_kernels._library import (
     FLOATS,
     any_autocast,
@@ -209,10 +209,9 @@ def _compute(
     x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
     check(x, v, u, pivot, bias, residual)
-    width = x.shape[-1]
-    rows = x.numel() // width if width else x.shape[:-1].numel()
+    rows = row_count(x)
     device = x.device.type
-    shape = None if device == "cpu" else ("pivoted_low_rank_linear", width, u.shape[0], v.shape[0])
+    shape = None if device == "cpu" else ("pivoted_low_rank_linear", x.shape[-1], u.shape[0], v.shape[0])
     chosen = dispatch.choose(device, x.dtype, rows, turned(v) or turned(u), shape, v.shape[0], dispatch.pivoted_rows)
     # Behind a pivot Triton has kernels for few rows only.
     backend = "library" if chosen == "triton" and rows > dispatch.TRITON_MAX_ROWS else chosen
@@ -278,9 +277,9 @@ def pivoted_low_rank_linear(
         residual: [..., out], optional.
 
     Returns:
-        [..., out], contiguous, of ``x``'s dtype. All tensors but ``pivot`` share it. Differentiable in every floating argument.
-        The backends ``cpp``, ``triton`` and ``cuda`` keep the rank-sized intermediate in float32 or, on matrix units,
-        as two numbers of the dtype; ``library`` rounds it to the dtype (``cpp`` too for many rows; see
+        [..., out], contiguous, of ``x``'s dtype. All tensors but ``pivot`` share it. Differentiable in every floating
+        argument. The backends ``cpp``, ``triton`` and ``cuda`` keep the rank-sized intermediate in float32 or, on
+        matrix units, as two numbers of the dtype; ``library`` rounds it to the dtype (``cpp`` too for many rows; see
         :func:`low_rank_linear` for both).
 
     Raises:

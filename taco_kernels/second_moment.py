@@ -154,8 +154,8 @@ def second_moment_(moment: Tensor, x: Tensor) -> Tensor:
         RuntimeError: a forced backend that cannot serve the call (the C++ and CUDA backends have no kernel of their
             own for it and leave it to the library).
 
-    Source: the Gram matrix of a layer's inputs, by which SVD-LLM (arXiv:2403.07378) whitens them; to keep one half of it
-    in blocks is this project's own.
+    Source: the Gram matrix of a layer's inputs, by which SVD-LLM (arXiv:2403.07378) whitens them; to keep one half of
+    it in blocks is this project's own.
     """
     if moment.dtype not in (torch.float32, torch.float64):
         raise TypeError(
