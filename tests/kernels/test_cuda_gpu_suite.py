@@ -785,13 +785,18 @@ def test_what_compute_sanitizer_says(gpu, tmp_path, tool, verdict):
 
 
 def test_all_tools_of_compute_sanitizer_run_at_once_on_our_kernels(gpu, tmp_path, monkeypatch):
-    """One after the other, the last of them would get the seconds that the first leaves."""
+    """One after the other, the last of them would get the seconds that the first leaves.
+
+    Each of them is done only when all have begun; one that waits in vain says nothing, and is then no check.
+    """
     parts, suite = importlib.import_module("gpu.parts"), importlib.import_module("gpu.suite")
     script = tmp_path / "compute-sanitizer"
     script.write_text(
         f'#!/bin/bash\necho "$@" > {tmp_path}/$2.args\n'
         'while [ $# -gt 0 ]; do case "$1" in --out) out=$2;; esac; shift; done\n'
-        'sleep 2\necho \'{"points": {"a": {}}}\' > $out/check-small.json\n'
+        f"all() {{ [ $(ls {tmp_path}/*.args | wc -l) = {len(parts.SANITIZERS)} ]; }}\n"
+        "for i in {1..300}; do all && break; sleep 0.1; done\n"
+        'all && echo \'{"points": {"a": {}}}\' > $out/check-small.json\n'
     )
     script.chmod(0o755)
     monkeypatch.setattr(parts.shutil, "which", lambda name: str(script))
@@ -803,11 +808,10 @@ def test_all_tools_of_compute_sanitizer_run_at_once_on_our_kernels(gpu, tmp_path
     )  # fmt: skip
     run = suite.Suite(options)
     run.dry = False
-    began = time.monotonic()
     assert parts.sanitize(run)
-    assert time.monotonic() - began < 5.0
     content = json.loads((tmp_path / "sanitize.json").read_text())
     assert content["complete"] and set(content["points"]) == set(parts.SANITIZERS)
+    assert not any("skipped" in point for point in content["points"].values())
     for kind in parts.SANITIZERS:
         said = (tmp_path / f"{kind}.args").read_text()
         assert "--kernel-name kns=taco" in said and "--without cuda" in said
