@@ -279,9 +279,7 @@ def _autograd(x: Tensor, *arguments: Any) -> Tensor:
         return _op(x, *gate, *up, *down, act)
 
 
-implement(
-    "low_rank_mlp", compute=_compute, on_cpu=_compute_on_cpu, fake=_fake, autograd=_autograd, by_torch=_by_torch
-)
+implement("low_rank_mlp", compute=_compute, on_cpu=_compute_on_cpu, fake=_fake, autograd=_autograd, by_torch=_by_torch)
 
 
 # --- public function -------------------------------------------------------------------------------------------------
