@@ -1,6 +1,6 @@
 """Low-rank kernels for compressed language models: tensors in, tensors out.
 
-Nine operations, each with a plain reference; the ``low_rank`` ones with fused backends and autograd:
+Ten operations, each with a plain reference; the ``low_rank`` ones with fused backends and autograd:
 
 - :func:`low_rank_linear`: ``x @ v.T @ u.T + bias + residual``
 - :func:`low_rank_linear_group`: several of these with one ``x``

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from taco_kernels._library import FLOATS
 
-__all__ = ["complain", "factors_fit", "fits", "gradients", "require_tensors", "rows_2d", "turned"]
+__all__ = ["complain", "factors_fit", "fits", "gradients", "require_tensors", "row_count", "rows_2d", "turned"]
 
 
 def fits(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None) -> bool:
@@ -93,6 +93,12 @@ def require_tensors(op: str, **named: object) -> None:
 def turned(factor: Tensor) -> bool:
     """Whether ``factor`` is a transposed view: its columns, not its rows, lie in one piece."""
     return factor.stride(1) != 1 and factor.stride(0) == 1
+
+
+def row_count(x: Tensor) -> int:
+    """How many rows x [..., width] has, a width of 0 included."""
+    width = x.shape[-1]
+    return x.numel() // width if width else x.shape[:-1].numel()
 
 
 def rows_2d(x: Tensor) -> Tensor:

@@ -18,11 +18,12 @@ __all__ = [
     "apply_function",
     "below_autograd",
     "computing_dtype",
+    "define",
     "exact_products",
+    "implement",
     "library",
     "needs_grad",
     "register_autocast",
-    "register_batched",
     "rows_of",
     "seen_as_op",
     "transformed",
@@ -91,6 +92,44 @@ def rows_of(x: Tensor) -> tuple[Tensor, int, int]:
     if flat.stride(1) != 1:
         flat = flat.contiguous()
     return flat, flat.shape[0], flat.stride(0)
+
+
+def define(name: str, schema: str) -> Any:
+    """Defines op ``name`` and returns its overload. What computes it is registered by :func:`implement`.
+
+    Args:
+        schema: arguments and results, as in ``(Tensor x, Tensor? bias=None) -> Tensor``.
+    """
+    library.define(name + schema)
+    return getattr(torch.ops.taco_kernels, name).default
+
+
+def implement(
+    name: str,
+    *,
+    compute: Callable[..., Any],
+    fake: Callable[..., Any],
+    autograd: Callable[..., Any],
+    by_torch: Callable[..., Any] | None = None,
+    on_cpu: Callable[..., Any] | None = None,
+) -> None:
+    """Registers what computes op ``name``. torch calls these functions as they are, with nothing around them.
+
+    Args:
+        compute: the op on a CPU and on a GPU.
+        fake: its results for tensors without data; checks arguments like the real op.
+        autograd: what calls come to first: records a gradient where one is needed.
+        by_torch: the op in torch's own operations, for ``torch.func.vmap``. With it the op follows autocast as a linear
+            does; without it neither is registered.
+        on_cpu: the op on a CPU, where that is not ``compute``.
+    """
+    library.impl(name, on_cpu or compute, "CPU")
+    library.impl(name, compute, "CUDA")
+    torch.library.register_fake(f"taco_kernels::{name}", fake, lib=library)
+    library.impl(name, autograd, "Autograd")
+    if by_torch is not None:
+        register_autocast(name, getattr(torch.ops.taco_kernels, name).default)
+        _register_batched(name, by_torch)
 
 
 def register_autocast(name: str, overload: Any) -> None:
@@ -165,7 +204,7 @@ def _make_products_exact(stack: contextlib.ExitStack) -> None:
         torch.set_float32_matmul_precision("highest")
 
 
-def register_batched(name: str, by_torch: Callable[..., Any]) -> None:
+def _register_batched(name: str, by_torch: Callable[..., Any]) -> None:
     """Makes torch.func.vmap compute op ``name`` by torch's own operations, which have batching rules.
 
     Autocast comes beneath vmap, where it meets these operations and no longer the op: so its cast is made here.

@@ -219,7 +219,10 @@ def set_backend(name: str | None) -> None:
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """``with use_backend("reference"): ...`` forces a backend inside the block (process-wide, not per thread)."""
+    """``with use_backend("reference"): ...`` forces a backend inside the block (process-wide, not per thread).
+
+    Raises ``RuntimeError`` as :func:`set_backend` does.
+    """
     before = _forced
     set_backend(name)
     try:

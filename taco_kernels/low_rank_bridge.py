@@ -15,15 +15,14 @@ from torch import Tensor
 from taco_kernels import direct, dispatch, native
 from taco_kernels._cuda import Member
 from taco_kernels._cuda import low_rank as _cuda_call
-from taco_kernels._factored import complain, fits, gradients, require_tensors, rows_2d, turned
+from taco_kernels._factored import complain, fits, gradients, require_tensors, row_count, rows_2d, turned
 from taco_kernels._library import (
     apply_function,
     below_autograd,
     computing_dtype,
-    library,
+    define,
+    implement,
     needs_grad,
-    register_autocast,
-    register_batched,
     rows_of,
     seen_as_op,
     transformed,
@@ -97,16 +96,11 @@ def _triton(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, eps: float) ->
     return kernel(flat, v, u, bias, eps).view(h.shape)
 
 
-# --- call into csrc/cuda (section of the CUDA kernels' owner) --------------------------------------------------------
-
-
 def _cuda(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     if not (h.numel() and v.numel()):
         return low_rank_bridge_reference(h, v, u, bias, eps)
     return _cuda_call(h, [Member(v, u, bias)], h, eps)[0]
 
-
-# --- end of the CUDA section -----------------------------------------------------------------------------------------
 
 _BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]] = {
     "reference": low_rank_bridge_reference,
@@ -129,17 +123,15 @@ def _check(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None) -> None:
 # --- registered op, fake, autograd -----------------------------------------------------------------------------------
 
 _SCHEMA = "(Tensor h, Tensor v, Tensor u, Tensor? bias=None, float eps=1e-06) -> Tensor"
-library.define("low_rank_bridge" + _SCHEMA)
-_op = torch.ops.taco_kernels.low_rank_bridge.default
+_op = define("low_rank_bridge", _SCHEMA)
 _direct = direct.entry("low_rank_bridge", dispatch.cpu_rows)
 
 
 def _compute(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     _check(h, v, u, bias)
-    width = h.shape[-1]
-    rows = h.numel() // width if width else 0
+    rows = row_count(h)
     device = h.device.type
-    shape = None if device == "cpu" else ("low_rank_bridge", width, width, v.shape[0])
+    shape = None if device == "cpu" else ("low_rank_bridge", h.shape[-1], h.shape[-1], v.shape[0])
     backend = dispatch.choose(device, h.dtype, rows, turned(v) or turned(u), shape, v.shape[0])
     y = _BACKENDS[backend](h, v, u, bias, eps)
     if device == "cuda":
@@ -154,11 +146,6 @@ def _compute_or_direct(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = No
     return _compute(h, v, u, bias, eps)
 
 
-library.impl("low_rank_bridge", _compute_or_direct, "CPU")
-library.impl("low_rank_bridge", _compute_or_direct, "CUDA")
-
-
-@torch.library.register_fake("taco_kernels::low_rank_bridge", lib=library)
 def _fake(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     _check(h, v, u, bias)
     return h.new_empty(h.shape)
@@ -210,9 +197,7 @@ def _autograd(h: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, eps: 
         return _op(h, v, u, bias, eps)
 
 
-library.impl("low_rank_bridge", _autograd, "Autograd")
-register_autocast("low_rank_bridge", _op)
-register_batched("low_rank_bridge", _by_torch)
+implement("low_rank_bridge", compute=_compute_or_direct, fake=_fake, autograd=_autograd, by_torch=_by_torch)
 _native = direct.native_op("low_rank_bridge", _SCHEMA, _op, _fake)
 
 

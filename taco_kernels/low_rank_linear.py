@@ -15,15 +15,14 @@ from torch import Tensor
 from taco_kernels import direct, dispatch, native
 from taco_kernels._cuda import Member
 from taco_kernels._cuda import low_rank as _cuda_call
-from taco_kernels._factored import complain, fits, gradients, rows_2d, turned
+from taco_kernels._factored import complain, fits, gradients, row_count, rows_2d, turned
 from taco_kernels._library import (
     apply_function,
     below_autograd,
     computing_dtype,
-    library,
+    define,
+    implement,
     needs_grad,
-    register_autocast,
-    register_batched,
     rows_of,
     seen_as_op,
     transformed,
@@ -95,17 +94,12 @@ def _triton(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, residual: Tens
     return kernel(flat, v, u, bias, rest).view(*x.shape[:-1], u.shape[0])
 
 
-# --- call into csrc/cuda (section of the CUDA kernels' owner) --------------------------------------------------------
-
-
 def _cuda(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     # A sum over nothing has no kernel: the reference gives bias and residual.
     if not (x.numel() and u.numel()):
         return low_rank_linear_reference(x, v, u, bias, residual)
     return _cuda_call(x, [Member(v, u, bias)], residual)[0]
 
-
-# --- end of the CUDA section -----------------------------------------------------------------------------------------
 
 BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]] = {
     "reference": low_rank_linear_reference,
@@ -137,17 +131,15 @@ def _check(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, residual: Tenso
 # --- registered op, fake, autograd -----------------------------------------------------------------------------------
 
 _SCHEMA = "(Tensor x, Tensor v, Tensor u, Tensor? bias=None, Tensor? residual=None) -> Tensor"
-library.define("low_rank_linear" + _SCHEMA)
-_op = torch.ops.taco_kernels.low_rank_linear.default
+_op = define("low_rank_linear", _SCHEMA)
 _direct = direct.entry("low_rank_linear", dispatch.cpu_rows)
 
 
 def _compute(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     _check(x, v, u, bias, residual)
-    width = x.shape[-1]
-    rows = x.numel() // width if width else x.shape[:-1].numel()
+    rows = row_count(x)
     device = x.device.type
-    shape = None if device == "cpu" else ("low_rank_linear", width, u.shape[0], v.shape[0])
+    shape = None if device == "cpu" else ("low_rank_linear", x.shape[-1], u.shape[0], v.shape[0])
     backend = dispatch.choose(device, x.dtype, rows, turned(v) or turned(u), shape, v.shape[0])
     y = BACKENDS[backend](x, v, u, bias, residual)
     if device == "cuda":
@@ -164,11 +156,6 @@ def _compute_or_direct(
     return _compute(x, v, u, bias, residual)
 
 
-library.impl("low_rank_linear", _compute_or_direct, "CPU")
-library.impl("low_rank_linear", _compute_or_direct, "CUDA")
-
-
-@torch.library.register_fake("taco_kernels::low_rank_linear", lib=library)
 def _fake(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     _check(x, v, u, bias, residual)
     return x.new_empty((*x.shape[:-1], u.shape[0]))
@@ -208,9 +195,7 @@ def _autograd(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, resid
         return _op(x, v, u, bias, residual)
 
 
-library.impl("low_rank_linear", _autograd, "Autograd")
-register_autocast("low_rank_linear", _op)
-register_batched("low_rank_linear", _by_torch)
+implement("low_rank_linear", compute=_compute_or_direct, fake=_fake, autograd=_autograd, by_torch=_by_torch)
 _native = direct.native_op("low_rank_linear", _SCHEMA, _op, _fake)
 
 

@@ -15,14 +15,13 @@ from torch import Tensor
 from taco_kernels import direct, dispatch
 from taco_kernels._cuda import Member
 from taco_kernels._cuda import low_rank as _cuda_call
-from taco_kernels._factored import complain, fits, require_tensors, rows_2d
+from taco_kernels._factored import complain, fits, require_tensors, row_count, rows_2d
 from taco_kernels._library import (
     any_autocast,
     below_autograd,
-    library,
+    define,
+    implement,
     needs_grad,
-    register_autocast,
-    register_batched,
     transformed,
 )
 from taco_kernels.low_rank_linear import low_rank_linear, low_rank_linear_reference
@@ -128,28 +127,22 @@ BACKENDS: dict[str, Callable[[Tensor, _Tensors, _Tensors, _Optionals, _Optionals
 
 # --- registered op, fake, autograd -----------------------------------------------------------------------------------
 
-library.define(
-    "low_rank_linear_concat(Tensor x, Tensor[] vs, Tensor[] us, Tensor?[] biases, Tensor?[] pivots) -> Tensor"
+_op = define(
+    "low_rank_linear_concat",
+    "(Tensor x, Tensor[] vs, Tensor[] us, Tensor?[] biases, Tensor?[] pivots) -> Tensor",
 )
-_op = torch.ops.taco_kernels.low_rank_linear_concat.default
 
 
 def _compute(x: Tensor, vs: _Tensors, us: _Tensors, biases: _Optionals, pivots: _Optionals) -> Tensor:
     _check(x, vs, us, biases, pivots)
-    width = x.shape[-1]
-    rows = x.numel() // width if width else x.shape[:-1].numel()
+    rows = row_count(x)
     rank = sum(u.shape[1] for u in us)
     shape = None
     if x.device.type != "cpu":
-        shape = ("low_rank_linear_concat", width, sum(u.shape[0] for u in us), rank)
+        shape = ("low_rank_linear_concat", x.shape[-1], sum(u.shape[0] for u in us), rank)
     return BACKENDS[dispatch.choose(x.device.type, x.dtype, rows, False, shape, rank)](x, vs, us, biases, pivots)
 
 
-library.impl("low_rank_linear_concat", _compute, "CPU")
-library.impl("low_rank_linear_concat", _compute, "CUDA")
-
-
-@torch.library.register_fake("taco_kernels::low_rank_linear_concat", lib=library)
 def _fake(x: Tensor, vs: _Tensors, us: _Tensors, biases: _Optionals, pivots: _Optionals) -> Tensor:
     _check(x, vs, us, biases, pivots)
     return x.new_empty((*x.shape[:-1], sum(u.shape[0] for u in us)))
@@ -162,9 +155,7 @@ def _autograd(x: Tensor, vs: _Tensors, us: _Tensors, biases: _Optionals, pivots:
         return _op(x, vs, us, biases, pivots)
 
 
-library.impl("low_rank_linear_concat", _autograd, "Autograd")
-register_autocast("low_rank_linear_concat", _op)
-register_batched("low_rank_linear_concat", _apart)
+implement("low_rank_linear_concat", compute=_compute, fake=_fake, autograd=_autograd, by_torch=_apart)
 
 
 # --- public function -------------------------------------------------------------------------------------------------
@@ -192,6 +183,12 @@ def low_rank_linear_concat(
 
     dtypes, rounding, reproducibility and errors are those of :func:`taco_kernels.low_rank_linear` and
     :func:`taco_kernels.pivoted_low_rank_linear`; differentiable in every floating tensor.
+
+    Raises:
+        ValueError: not equally many factors, biases and pivots, or none at all.
+
+    Source: as :func:`taco_kernels.low_rank_linear` and, with a pivot, :func:`taco_kernels.pivoted_low_rank_linear`; one
+    launch for the members is this project's own.
     """
     require_tensors("low_rank_linear_concat", x=x)
     if biases is None:

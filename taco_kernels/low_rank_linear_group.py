@@ -16,15 +16,14 @@ from taco_kernels import direct, dispatch, native
 from taco_kernels._cpu import map_of
 from taco_kernels._cuda import Member
 from taco_kernels._cuda import low_rank as _cuda_call
-from taco_kernels._factored import complain, fits, gradients, rows_2d, turned
+from taco_kernels._factored import complain, fits, gradients, row_count, rows_2d, turned
 from taco_kernels._library import (
     any_autocast,
     apply_function,
     below_autograd,
-    library,
+    define,
+    implement,
     needs_grad,
-    register_autocast,
-    register_batched,
     rows_of,
     transformed,
 )
@@ -140,19 +139,17 @@ def _check(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequen
 # --- registered op, fake, autograd -----------------------------------------------------------------------------------
 
 _SCHEMA = "(Tensor x, Tensor[] vs, Tensor[] us, Tensor?[] biases) -> Tensor[]"
-library.define("low_rank_linear_group" + _SCHEMA)
-_op = torch.ops.taco_kernels.low_rank_linear_group.default
+_op = define("low_rank_linear_group", _SCHEMA)
 _direct = direct.entry("low_rank_linear_group", dispatch.cpu_rows)
 
 
 def _compute(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
     _check(x, vs, us, biases)
-    width = x.shape[-1]
-    rows = x.numel() // width if width else x.shape[:-1].numel()
+    rows = row_count(x)
     device, shape = x.device.type, None
     rank = sum(u.shape[1] for u in us)
     if device != "cpu":
-        shape = ("low_rank_linear_group", width, sum(u.shape[0] for u in us), rank)
+        shape = ("low_rank_linear_group", x.shape[-1], sum(u.shape[0] for u in us), rank)
     backend = dispatch.choose(device, x.dtype, rows, any(map(turned, (*vs, *us))), shape, rank)
     ys = BACKENDS[backend](x, vs, us, biases)
     if device == "cuda":
@@ -169,11 +166,6 @@ def _compute_or_direct(
     return _compute(x, vs, us, biases)
 
 
-library.impl("low_rank_linear_group", _compute_or_direct, "CPU")
-library.impl("low_rank_linear_group", _compute_or_direct, "CUDA")
-
-
-@torch.library.register_fake("taco_kernels::low_rank_linear_group", lib=library)
 def _fake(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
     _check(x, vs, us, biases)
     return [x.new_empty((*x.shape[:-1], u.shape[0])) for u in us]
@@ -226,9 +218,7 @@ def _autograd(x: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], biases: Seq
         return _op(x, vs, us, biases)
 
 
-library.impl("low_rank_linear_group", _autograd, "Autograd")
-register_autocast("low_rank_linear_group", _op)
-register_batched("low_rank_linear_group", _by_torch)
+implement("low_rank_linear_group", compute=_compute_or_direct, fake=_fake, autograd=_autograd, by_torch=_by_torch)
 _native = direct.native_op("low_rank_linear_group", _SCHEMA, _op, _fake)
 
 

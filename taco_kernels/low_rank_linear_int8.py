@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from taco_kernels import dispatch, native
-from taco_kernels._factored import require_tensors, rows_2d
+from taco_kernels._factored import require_tensors, row_count, rows_2d
 from taco_kernels._library import (
     FLOATS,
     any_autocast,
     apply_function,
     below_autograd,
     computing_dtype,
+    define,
+    implement,
     library,
     needs_grad,
     rows_of,
@@ -272,8 +274,7 @@ _SERVED = {dtype: int8_rows(dtype)[0][1] for dtype in dispatch.CPP_DTYPES} if na
 _SCHEMA = (
     "(Tensor x, Tensor v, Tensor v_scale, Tensor u, Tensor u_scale, Tensor? bias=None, Tensor? pivot=None) -> Tensor"
 )
-library.define(NAME + _SCHEMA)
-_op = torch.ops.taco_kernels.low_rank_linear_int8.default
+_op = define(NAME, _SCHEMA)
 
 
 def _compute(
@@ -286,17 +287,11 @@ def _compute(
     pivot: Tensor | None = None,
 ) -> Tensor:
     check(x, v, v_scale, u, u_scale, bias, pivot)
-    width = x.shape[-1]
-    rows = x.numel() // width if width else x.shape[:-1].numel()
+    rows = row_count(x)
     backend = _choose(x, rows, v.shape[0])
     return BACKENDS[backend](x, v, v_scale, u, u_scale, bias, pivot)
 
 
-library.impl(NAME, _compute, "CPU")
-library.impl(NAME, _compute, "CUDA")
-
-
-@torch.library.register_fake(f"taco_kernels::{NAME}", lib=library)
 def _fake(
     x: Tensor,
     v: Tensor,
@@ -355,7 +350,7 @@ def _autograd(
         return _op(x, v, v_scale, u, u_scale, bias, pivot)
 
 
-library.impl(NAME, _autograd, "Autograd")
+implement(NAME, compute=_compute, fake=_fake, autograd=_autograd)
 
 
 def _register_autocast(device_type: str, key: str) -> None:
@@ -411,6 +406,9 @@ def low_rank_linear_int8(
     Raises:
         TypeError, ValueError: dtypes or shapes that do not fit together.
         IndexError or RuntimeError: an index of the pivot out of range; a backend was forced that cannot serve the call.
+
+    Source: symmetric quantisation to 8 bits by the largest entry of a row (LLM.int8(), arXiv:2208.07339, section 2),
+    here of each singular direction of both factors; that all scales act on the intermediate is this project's own.
     """
     if torch.compiler.is_compiling() or any_autocast() or transformed():
         return _op(x, v, v_scale, u, u_scale, bias, pivot)

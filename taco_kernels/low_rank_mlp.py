@@ -17,15 +17,14 @@ from taco_kernels import direct, dispatch, native
 from taco_kernels._cpu import map_of
 from taco_kernels._cuda import Member
 from taco_kernels._cuda import low_rank as _cuda_call
-from taco_kernels._factored import complain, factors_fit, fits, gradients, require_tensors, rows_2d, turned
+from taco_kernels._factored import complain, factors_fit, fits, gradients, require_tensors, row_count, rows_2d, turned
 from taco_kernels._library import (
     apply_function,
     below_autograd,
     computing_dtype,
-    library,
+    define,
+    implement,
     needs_grad,
-    register_autocast,
-    register_batched,
     rows_of,
     seen_as_op,
     transformed,
@@ -174,11 +173,11 @@ def _complain(x: Tensor, gate: Projection, up: Projection, down: Projection, act
 
 # --- registered op, fake, autograd -----------------------------------------------------------------------------------
 
-library.define(
-    "low_rank_mlp(Tensor x, Tensor gate_v, Tensor gate_u, Tensor? gate_bias, Tensor up_v, Tensor up_u, "
-    "Tensor? up_bias, Tensor down_v, Tensor down_u, Tensor? down_bias, str act='silu') -> Tensor"
+_op = define(
+    "low_rank_mlp",
+    "(Tensor x, Tensor gate_v, Tensor gate_u, Tensor? gate_bias, Tensor up_v, Tensor up_u, "
+    "Tensor? up_bias, Tensor down_v, Tensor down_u, Tensor? down_bias, str act='silu') -> Tensor",
 )
-_op = torch.ops.taco_kernels.low_rank_mlp.default
 _direct = direct.entry("low_rank_mlp", _fused_rows)
 
 
@@ -191,13 +190,12 @@ def _unpack(arguments: Sequence[Any]) -> tuple[Projection, Projection, Projectio
 def _compute(x: Tensor, *arguments: Any) -> Tensor:
     gate, up, down, act = _unpack(arguments)
     _check(x, gate, up, down, act)
-    width = x.shape[-1]
-    rows = x.numel() // width if width else x.shape[:-1].numel()
+    rows = row_count(x)
     device, shape = x.device.type, None
     ranks = gate[1].shape[1] + up[1].shape[1]
     transposed = any(map(turned, (*gate[:2], *up[:2], *down[:2])))
     if device != "cpu":
-        shape = ("low_rank_mlp", width, 2 * gate[1].shape[0], ranks)
+        shape = ("low_rank_mlp", x.shape[-1], 2 * gate[1].shape[0], ranks)
     elif (
         dispatch.get_backend() is None
         and dispatch.multiplies_many_rows(x.dtype)
@@ -215,11 +213,6 @@ def _compute_on_cpu(x: Tensor, *arguments: Any) -> Tensor:
     return _compute(x, *arguments) if y is None else y
 
 
-library.impl("low_rank_mlp", _compute_on_cpu, "CPU")
-library.impl("low_rank_mlp", _compute, "CUDA")
-
-
-@torch.library.register_fake("taco_kernels::low_rank_mlp", lib=library)
 def _fake(x: Tensor, *arguments: Any) -> Tensor:
     gate, up, down, act = _unpack(arguments)
     _check(x, gate, up, down, act)
@@ -286,9 +279,7 @@ def _autograd(x: Tensor, *arguments: Any) -> Tensor:
         return _op(x, *gate, *up, *down, act)
 
 
-library.impl("low_rank_mlp", _autograd, "Autograd")
-register_autocast("low_rank_mlp", _op)
-register_batched("low_rank_mlp", _by_torch)
+implement("low_rank_mlp", compute=_compute, on_cpu=_compute_on_cpu, fake=_fake, autograd=_autograd, by_torch=_by_torch)
 
 
 # --- public function -------------------------------------------------------------------------------------------------

@@ -18,16 +18,15 @@ from taco_kernels._cpu import map_of
 from taco_kernels._cuda import Member
 from taco_kernels._cuda import gather as gather_on_gpu
 from taco_kernels._cuda import low_rank as _cuda_call
-from taco_kernels._factored import require_tensors, rows_2d, turned
+from taco_kernels._factored import require_tensors, row_count, rows_2d, turned
 from taco_kernels._library import (
     FLOATS,
     any_autocast,
     below_autograd,
     computing_dtype,
-    library,
+    define,
+    implement,
     needs_grad,
-    register_autocast,
-    register_batched,
     rows_of,
     transformed,
 )
@@ -202,8 +201,7 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
 # --- registered op, fake, autograd -----------------------------------------------------------------------------------
 
 _SCHEMA = "(Tensor x, Tensor v, Tensor u, Tensor pivot, Tensor? bias=None, Tensor? residual=None) -> Tensor"
-library.define("pivoted_low_rank_linear" + _SCHEMA)
-_op = torch.ops.taco_kernels.pivoted_low_rank_linear.default
+_op = define("pivoted_low_rank_linear", _SCHEMA)
 _direct = direct.entry("pivoted_low_rank_linear", dispatch.pivoted_rows)
 
 
@@ -211,10 +209,9 @@ def _compute(
     x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
     check(x, v, u, pivot, bias, residual)
-    width = x.shape[-1]
-    rows = x.numel() // width if width else x.shape[:-1].numel()
+    rows = row_count(x)
     device = x.device.type
-    shape = None if device == "cpu" else ("pivoted_low_rank_linear", width, u.shape[0], v.shape[0])
+    shape = None if device == "cpu" else ("pivoted_low_rank_linear", x.shape[-1], u.shape[0], v.shape[0])
     chosen = dispatch.choose(device, x.dtype, rows, turned(v) or turned(u), shape, v.shape[0], dispatch.pivoted_rows)
     # Behind a pivot Triton has kernels for few rows only.
     backend = "library" if chosen == "triton" and rows > dispatch.TRITON_MAX_ROWS else chosen
@@ -234,11 +231,6 @@ def _compute_or_direct(
     return _compute(x, v, u, pivot, bias, residual)
 
 
-library.impl("pivoted_low_rank_linear", _compute_or_direct, "CPU")
-library.impl("pivoted_low_rank_linear", _compute_or_direct, "CUDA")
-
-
-@torch.library.register_fake("taco_kernels::pivoted_low_rank_linear", lib=library)
 def _fake(
     x: Tensor, v: Tensor, u: Tensor, pivot: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
@@ -263,9 +255,7 @@ def _autograd(
         return _op(x, v, u, pivot, bias, residual)
 
 
-library.impl("pivoted_low_rank_linear", _autograd, "Autograd")
-register_autocast("pivoted_low_rank_linear", _op)
-register_batched("pivoted_low_rank_linear", _by_torch)
+implement("pivoted_low_rank_linear", compute=_compute_or_direct, fake=_fake, autograd=_autograd, by_torch=_by_torch)
 _native = direct.native_op("pivoted_low_rank_linear", _SCHEMA, _op, _fake)
 
 
@@ -278,22 +268,24 @@ def pivoted_low_rank_linear(
     """``(x[pivot[:rank]] + x[pivot[rank:]] v^T) u^T + bias + residual`` along the last dimension of ``x``.
 
     Args:
-        x: [..., in].
+        x: [..., in], float32, float16, bfloat16 or float64, any strides.
         v: [rank, in - rank]: the right factor's columns for the inputs ``pivot[rank:]``; on the inputs
             ``pivot[:rank]`` it is the identity.
         u: [out, rank].
-        pivot: [in], int32 or int64, a permutation of 0..in-1 (an index out of range raises, on a GPU it asserts or
-            reads zero).
+        pivot: [in], int32 or int64, a permutation of 0..in-1.
         bias: [out], optional.
         residual: [..., out], optional.
 
     Returns:
-        [..., out] of ``x``'s dtype. Differentiable in every floating argument. The backends ``cpp``, ``triton`` and
-        ``cuda`` keep the rank-sized intermediate in float32 or, on matrix units, as two numbers of the dtype;
-        ``library`` rounds it to the dtype (``cpp`` too for many rows; see :func:`low_rank_linear` for both).
+        [..., out], contiguous, of ``x``'s dtype. All tensors but ``pivot`` share it. Differentiable in every floating
+        argument. The backends ``cpp``, ``triton`` and ``cuda`` keep the rank-sized intermediate in float32 or, on
+        matrix units, as two numbers of the dtype; ``library`` rounds it to the dtype (``cpp`` too for many rows; see
+        :func:`low_rank_linear` for both).
 
     Raises:
-        TypeError, ValueError: dtypes or shapes that do not fit together.
+        TypeError: a dtype that is not supported, or tensors of different dtypes.
+        ValueError: shapes or devices that do not fit together.
+        IndexError or RuntimeError: an index of the pivot that is out of range; a GPU asserts or reads zero instead.
         RuntimeError: a backend was forced (``TACO_BACKEND``) that cannot serve this call.
 
     Source: interpolative decomposition (Cheng, Gimbutas, Martinsson, Rokhlin 2005) of the right factor.

@@ -39,6 +39,8 @@ class _Triplets(NamedTuple):
 class RandomizedSVD(_Triplets):
     """``(U, S, Vh)``, three tensors to unpack, like the result of ``torch.linalg.svd``.
 
+    U is [..., p, rank], S [..., rank] and Vh [..., rank, q].
+
     Attributes:
         error_bound: with ``tolerance``: a certified upper bound of ``||L A R - U diag(S) Vh||_F``; else None.
     """

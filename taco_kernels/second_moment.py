@@ -116,8 +116,20 @@ def _choose(rows: Tensor, moment: Tensor) -> str:
 def second_moment_zeros(n: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Tensor:
     """Storage for the second moments of n columns, for :func:`second_moment_`: zeros, a little over n^2 / 2 of them.
 
-    float64 storage also adds up in float64 from one call to the next; each call's products are float32 unless its rows
-    are float64.
+    Args:
+        n: columns, at least 1.
+        dtype: float32 or float64. float64 storage also adds up in float64 from one call to the next; each call's
+            products are float32 unless its rows are float64.
+        device: where it lies; torch's default device for None.
+
+    Returns:
+        1-D, the rows of ``X^T X`` from the diagonal on, in blocks.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: no columns.
+
+    Source: as :func:`second_moment_`.
     """
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"second_moment: moments are float32 or float64, not {dtype}")
@@ -141,6 +153,9 @@ def second_moment_(moment: Tensor, x: Tensor) -> Tensor:
         ValueError: sizes or devices that do not fit together.
         RuntimeError: a forced backend that cannot serve the call (the C++ and CUDA backends have no kernel of their
             own for it and leave it to the library).
+
+    Source: the Gram matrix of a layer's inputs, by which SVD-LLM (arXiv:2403.07378) whitens them; to keep one half of
+    it in blocks is this project's own.
     """
     if moment.dtype not in (torch.float32, torch.float64):
         raise TypeError(
@@ -163,7 +178,19 @@ def second_moment_(moment: Tensor, x: Tensor) -> Tensor:
 
 
 def second_moment_dense(moment: Tensor) -> Tensor:
-    """Packed second moments as the symmetric matrix [n, n], of the same dtype."""
+    """Packed second moments as a symmetric matrix.
+
+    Args:
+        moment: 1-D, from :func:`second_moment_zeros`, float32 or float64.
+
+    Returns:
+        [n, n], of ``moment``'s dtype and on its device; new memory.
+
+    Raises:
+        ValueError: a length that packed moments of no number of columns have.
+
+    Source: as :func:`second_moment_`.
+    """
     n = _columns(moment)
     dense = torch.empty((n, n), dtype=moment.dtype, device=moment.device)
     for start, stop, offset in _spans(n):

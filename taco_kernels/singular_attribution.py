@@ -13,7 +13,7 @@ from torch import Tensor
 
 from taco_kernels import dispatch, native
 from taco_kernels._factored import require_tensors
-from taco_kernels._library import FLOATS, below_autograd, computing_dtype, exact_products, library
+from taco_kernels._library import FLOATS, below_autograd, computing_dtype, define, exact_products, implement
 
 __all__ = ["SingularAttribution", "singular_attribution", "singular_attribution_reference"]
 
@@ -28,7 +28,7 @@ _Sums = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class SingularAttribution(NamedTuple):
-    """Sums over tokens t of ``p[t, k] = (grad[t] . u[:, k]) (x[t] . v[k])``; each field is [k].
+    """Sums over tokens t of ``p[t, k] = (grad[t] . u[:, k]) (x[t] . v[k])``; each field is [k], float32 or float64.
 
     signed: ``sum_t p``, which is dL/dsigma_k
     absolute: ``sum_t |p|``, which does not cancel between tokens
@@ -202,8 +202,7 @@ def _check(x: Tensor, grad: Tensor, u: Tensor, v: Tensor) -> None:
 
 # --- registered op, fake ---------------------------------------------------------------------------------------------
 
-library.define("singular_attribution(Tensor x, Tensor grad, Tensor u, Tensor v) -> (Tensor, Tensor, Tensor, Tensor)")
-_op = torch.ops.taco_kernels.singular_attribution.default
+_op = define("singular_attribution", "(Tensor x, Tensor grad, Tensor u, Tensor v) -> (Tensor, Tensor, Tensor, Tensor)")
 
 
 def _compute(x: Tensor, grad: Tensor, u: Tensor, v: Tensor) -> _Sums:
@@ -213,11 +212,6 @@ def _compute(x: Tensor, grad: Tensor, u: Tensor, v: Tensor) -> _Sums:
         return tuple(backend(x, grad, u, v))  # type: ignore[return-value]
 
 
-library.impl("singular_attribution", _compute, "CPU")
-library.impl("singular_attribution", _compute, "CUDA")
-
-
-@torch.library.register_fake("taco_kernels::singular_attribution", lib=library)
 def _fake(x: Tensor, grad: Tensor, u: Tensor, v: Tensor) -> _Sums:
     _check(x, grad, u, v)
     wide = _wide(x, grad, u, v)
@@ -232,7 +226,7 @@ def _no_gradient(x: Tensor, grad: Tensor, u: Tensor, v: Tensor) -> _Sums:
     return sums
 
 
-library.impl("singular_attribution", _no_gradient, "Autograd")
+implement("singular_attribution", compute=_compute, fake=_fake, autograd=_no_gradient)
 
 
 # --- public function -------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ class Scratch {
   std::size_t size_ = 0;
 };
 inline thread_local Scratch scratch;
-// A thread's own, for weights that it unpacks.
+// The calling thread's too, for the weights that its team unpacks (Panels).
 inline thread_local Scratch panel_scratch;
 
 struct Range {
@@ -102,22 +102,53 @@ inline void norm_scales(const DtypeKernels& kernels, const LowRankInput& input, 
   }
 }
 
+// A panel is what is unpacked at once of the rows of a factor of 8-bit integers: as many of them as fit the second cache.
+constexpr std::int64_t kPanelBytes = 192 * 1024, kMostPanelRows = 128;
+
+// Elements from one row of a panel to the next: a line beside each, so that rows do not fall into one set of the cache.
+inline std::int64_t panel_stride(std::int64_t columns, std::int64_t element) { return whole_steps(columns) + 64 / element; }
+
+inline std::int64_t panel_rows(std::int64_t columns, std::int64_t element) {
+  const std::int64_t fitting = std::min(kMostPanelRows, kPanelBytes / (panel_stride(columns, element) * element));
+  return fitting < 2 * kTile ? kTile : fitting / (2 * kTile) * (2 * kTile);
+}
+
+// Enough for panels of at most so many columns, whole lines of the cache.
+inline std::int64_t panel_bytes(std::int64_t columns, std::int64_t element) {
+  const std::int64_t row = panel_stride(columns, element) * element;
+  return std::max(kTile * row, std::min(kMostPanelRows * row, kPanelBytes));
+}
+
+// Memory for one panel of each thread of a team. The calling thread takes it before it calls the others: an exception that
+// leaves another thread ends the process.
+struct Panels {
+  char* first = nullptr;
+  std::int64_t bytes = 0;  // of each
+
+  char* of(int index) const { return first + index * bytes; }
+};
+
+// For factors of at most so many columns; none where all of them are multiplied as they lie.
+inline Panels panels_for(const LowRankMap* maps, int count, std::int64_t columns_of_v, std::int64_t element, int team) {
+  std::int64_t columns = -1;
+  for (int i = 0; i < count; ++i)
+    if (maps[i].v_scale) columns = std::max({columns, columns_of_v, maps[i].rank});
+  if (columns < 0) return {};
+  const std::int64_t bytes = panel_bytes(columns, element);
+  return {reinterpret_cast<char*>(panel_scratch.get(static_cast<std::size_t>(team * bytes / 4))), bytes};
+}
+
 // body(weights, stride, begin, end) over all of the range's rows of a factor [.., columns]: where they lie, or, of 8-bit
-// integers, a panel at a time that fits the second cache and is unpacked there. `weights` is where row 0 would be.
+// integers, a panel at a time. `weights` is where row 0 would be.
 template <class Body>
 void each_panel(const DtypeKernels& kernels, const void* weights, std::int64_t stride, std::int64_t columns,
-                const float* scale, bool scale_of_rows, std::int64_t element, Range range, const Body& body) {
+                const float* scale, bool scale_of_rows, std::int64_t element, char* panel, Range range, const Body& body) {
   if (range.begin >= range.end) return;
   if (scale == nullptr) {
     body(weights, stride, range.begin, range.end);
     return;
   }
-  constexpr std::int64_t kPanelBytes = 192 * 1024, kMostRows = 128;
-  // a line beside each row, so that rows do not fall into one set of the cache
-  const std::int64_t out_stride = whole_steps(columns) + 64 / element;
-  const std::int64_t fitting = std::min(kMostRows, kPanelBytes / (out_stride * element));
-  const std::int64_t rows = fitting < 2 * kTile ? kTile : fitting / (2 * kTile) * (2 * kTile);
-  char* const panel = reinterpret_cast<char*>(panel_scratch.get(static_cast<std::size_t>(rows * out_stride * element / 4)));
+  const std::int64_t out_stride = panel_stride(columns, element), rows = panel_rows(columns, element);
   for (std::int64_t begin = range.begin; begin < range.end; begin += rows) {
     const std::int64_t end = std::min(range.end, begin + rows);
     char* const first = panel - begin * out_stride * element;

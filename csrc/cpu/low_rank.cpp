@@ -105,13 +105,15 @@ struct Stage {
   const LowRankMap* maps;
   int count;
   std::int64_t element;
+  Panels panels;
 
   void first_products(int index, int threads) const {
     Shares shares(index, threads);
     for (int i = 0; i < count; ++i) shares.expect(maps[i].rank, 1);
     for (int i = 0; i < count; ++i) {
       const Range mine = shares.next(maps[i].rank, 1);
-      each_panel(*kernels, maps[i].v, maps[i].v_stride, first[i].in, maps[i].v_scale, true, element, mine,
+      each_panel(*kernels, maps[i].v, maps[i].v_stride, first[i].in, maps[i].v_scale, true, element,
+                 panels.of(index), mine,
                  [&](const void* v, std::int64_t stride, std::int64_t begin, std::int64_t end) {
                    FirstProduct some = first[i];
                    some.v = v, some.v_stride = stride;
@@ -124,7 +126,8 @@ struct Stage {
     for (int i = 0; i < count; ++i) shares.expect(maps[i].out, maps[i].rank + kOutputCost);
     for (int i = 0; i < count; ++i) {
       const Range mine = shares.next(maps[i].out, maps[i].rank + kOutputCost);
-      each_panel(*kernels, maps[i].u, maps[i].u_stride, maps[i].rank, maps[i].u_scale, false, element, mine,
+      each_panel(*kernels, maps[i].u, maps[i].u_stride, maps[i].rank, maps[i].u_scale, false, element,
+                 panels.of(index), mine,
                  [&](const void* u, std::int64_t stride, std::int64_t begin, std::int64_t end) {
                    SecondProduct some = second[i];
                    some.u = u, some.u_stride = stride;
@@ -154,6 +157,7 @@ void low_rank(const LowRankInput& input, const LowRankMap* maps, int count, int 
   const int team = threads_for(weights, input, threads);
   float* const scales = scratch.get(static_cast<std::size_t>(floats));
   float* const scale = input.normalise && input.in > 0 ? scales : nullptr;
+  const Panels panels = panels_for(maps, count, input.in, element, team);
 
   std::vector<FirstProduct>& first = scratch.first;
   std::vector<SecondProduct>& second = scratch.second;
@@ -175,7 +179,7 @@ void low_rank(const LowRankInput& input, const LowRankMap* maps, int count, int 
                    offset(map.y, start * map.out, element), nullptr, map.out, rows, map.rank};
       t += layout.floats(rows);
     }
-    const Stage stage = {kernels, first.data(), second.data(), maps, count, element};
+    const Stage stage = {kernels, first.data(), second.data(), maps, count, element, panels};
     on_team(team, [&](int index, int members) {
       if (scale) norm_scales(*kernels, input, x, rows, index, members, scale);
       stage.first_products(index, members);
@@ -228,8 +232,8 @@ void low_rank_mlp(const LowRankInput& input, const LowRankMap& gate, const LowRa
     FirstProduct down_first = {hidden, stride, down.v, down.v_stride, ts[2], layouts[2], rows, width};
     SecondProduct down_second = {ts[2], layouts[2], down.u, down.u_stride, nullptr, down.bias, nullptr, 0,
                                  offset(down.y, start * down.out, element), nullptr, down.out, rows, down.rank};
-    const Stage opening = {kernels, first, second, open, 2, element};
-    const Stage closing = {kernels, &down_first, &down_second, &down, 1, element};
+    const Stage opening = {kernels, first, second, open, 2, element, {}};
+    const Stage closing = {kernels, &down_first, &down_second, &down, 1, element, {}};
     on_team(team, [&](int index, int members) {
       opening.first_products(index, members);
       meet();

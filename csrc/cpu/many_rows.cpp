@@ -44,8 +44,8 @@ struct ManyCall {
     return (lanes * per_lane + gathered + kGroup - 1) / kGroup * kGroup;
   }
 
-  // Rows [start, end) by `members` threads, of which this is one; `work` is theirs in common.
-  void block(std::int64_t start, std::int64_t end, float* work, int index, int members) const {
+  // Rows [start, end) by `members` threads, of which this is one; `work` is theirs in common, `panel` its own.
+  void block(std::int64_t start, std::int64_t end, float* work, char* panel, int index, int members) const {
     const ManyRows& many = *kernels.many;
     const std::int64_t rows = std::min(end, input.rows) - start, lanes = end - start;
     const auto together = [&] {
@@ -105,7 +105,8 @@ struct ManyCall {
       each_map([&](const LowRankMap& map, std::uint32_t* t, float* wait, float*) {
         const Range mine = of_ranks.next(map.rank, 1);
         each_panel(kernels, offset(map.v, at, map.v_scale ? 1 : element()), map.v_stride, some.columns, map.v_scale, true,
-                   element(), mine, [&](const void* v, std::int64_t stride, std::int64_t begin, std::int64_t end) {
+                   element(), panel, mine,
+                   [&](const void* v, std::int64_t stride, std::int64_t begin, std::int64_t end) {
                      const ManyFirst first = {some.places, lanes, some.columns, map.rank, v, stride, t,
                                               gathered != nullptr, wait, at > 0, at + chunk < input.in};
                      many.first(first, begin, end);
@@ -118,7 +119,7 @@ struct ManyCall {
     for (int i = 0; i < count; ++i) of_outputs.expect(maps[i].out, maps[i].rank + kOutputCost);
     each_map([&](const LowRankMap& map, std::uint32_t* t, float*, float* wait) {
       const Range mine = of_outputs.next(map.out, map.rank + kOutputCost);
-      each_panel(kernels, map.u, map.u_stride, map.rank, map.u_scale, false, element(), mine,
+      each_panel(kernels, map.u, map.u_stride, map.rank, map.u_scale, false, element(), panel, mine,
                  [&](const void* u, std::int64_t stride, std::int64_t begin, std::int64_t end) {
                    const SecondProduct product = {
                        nullptr, {}, u, stride, scale, map.bias,
@@ -153,18 +154,20 @@ void low_rank_many(const DtypeKernels& kernels, const LowRankInput& input, const
   if (alone) blocks = (blocks + team - 1) / team * team;
   const std::int64_t floats = call.floats((groups + blocks - 1) / blocks * kGroup, alone ? 1 : team);
   float* const work = scratch.get(static_cast<std::size_t>(floats * (alone ? team : 1)));
-  const auto block = [&](std::int64_t number, float* own, int index, int members) {
-    call.block(groups * number / blocks * kGroup, groups * (number + 1) / blocks * kGroup, own, index, members);
+  const Panels panels = panels_for(maps, count, std::min(input.in, call.columns()), call.element(), team);
+  const auto block = [&](std::int64_t number, float* own, char* panel, int index, int members) {
+    call.block(groups * number / blocks * kGroup, groups * (number + 1) / blocks * kGroup, own, panel, index,
+               members);
   };
   if (alone) {
     on_team(team, [&](int index, int members) {
       for (std::int64_t b = blocks * index / members; b < blocks * (index + 1) / members; ++b)
-        block(b, work + floats * index, 0, 1);
+        block(b, work + floats * index, panels.of(index), 0, 1);
     });
     return;
   }
   for (std::int64_t b = 0; b < blocks; ++b)
-    on_team(team, [&](int index, int members) { block(b, work, index, members); });
+    on_team(team, [&](int index, int members) { block(b, work, panels.of(index), index, members); });
 }
 
 void pivoted_low_rank(const LowRankInput& input, const void* pivot, bool long_index, LowRankMap map, int threads) {

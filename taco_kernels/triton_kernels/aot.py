@@ -23,14 +23,6 @@ from .pivoted_low_rank_linear import pivoted_launches
 
 _POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 _POINTERS |= {torch.int8: "*i8", torch.int32: "*i32", torch.int64: "*i64"}
-# Shared memory one block may have, in bytes (CUDA C++ programming guide, table of compute capabilities).
-SHARED_LIMIT = {
-    80: 163 * 1024,
-    86: 99 * 1024,
-    89: 99 * 1024,
-    90: 227 * 1024,
-    100: 227 * 1024,
-}
 
 
 @dataclass(frozen=True)

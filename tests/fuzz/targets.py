@@ -24,6 +24,7 @@ import taco_kernels
 from taco_kernels import native
 from taco_kernels.low_rank_bridge import low_rank_bridge_reference
 from taco_kernels.low_rank_linear import low_rank_linear_reference
+from taco_kernels.low_rank_linear_concat import low_rank_linear_concat_reference
 from taco_kernels.low_rank_linear_group import low_rank_linear_group_reference
 from taco_kernels.low_rank_linear_int8 import low_rank_linear_int8_reference
 from taco_kernels.low_rank_mlp import low_rank_mlp_reference
@@ -242,6 +243,36 @@ def _integers(source: Source, shape: tuple[int, ...]) -> Any:
     return plain
 
 
+def _pivoted(source: Source, width: int, out: int, dtype: torch.dtype) -> tuple[Any, Any, Any, Any, bool]:
+    """v, u, bias and pivot of a member, and whether the pivot is a permutation."""
+    rank = min(source.pick(SIDES), width)
+    v, u = _tensor(source, (rank, width - rank), dtype), _tensor(source, (out, rank), dtype)
+    pivot = torch.randperm(width, generator=torch.Generator().manual_seed(source.byte()), dtype=torch.int32)
+    wrong = source.below(6)
+    if wrong == 1:
+        pivot = pivot.long() + source.pick((1, -1, 1 << 40))
+    elif wrong == 2:
+        pivot = _tensor(source, (width,), torch.int32)
+    bias = _tensor(source, (out,), dtype) if source.below(2) else None
+    return v, u, bias, pivot, wrong not in (1, 2)
+
+
+def _concat(source: Source, x: Any, width: int, dtype: torch.dtype) -> tuple[Callable[..., Any], Any, tuple[Any, ...]]:
+    members, sound = [], True
+    for _ in range(source.below(4)):
+        if source.below(2):
+            *member, is_permutation = _pivoted(source, width, source.pick(SIDES), dtype)
+            sound = sound and is_permutation
+        else:
+            member = [*_factors(source, width, source.pick(SIDES), dtype), None]
+        members.append(member)
+    vs, us, biases, pivots = ([member[i] for member in members] for i in range(4))
+    if source.below(8) == 1:
+        us = us[1:]
+    reference = low_rank_linear_concat_reference if sound else None
+    return taco_kernels.low_rank_linear_concat, reference, (x, vs, us, biases, pivots)
+
+
 def _leading(source: Source) -> tuple[int, ...]:
     return tuple(source.pick((1, 2, 0, 3, 6, 9, 17)) for _ in range(source.below(3)))
 
@@ -252,7 +283,9 @@ def _arguments(source: Source) -> tuple[Callable[..., Any], Callable[..., Any] |
     width, out = source.pick(SIDES), source.pick(SIDES)
     lead = _leading(source)
     x = _tensor(source, (*lead, width), dtype)
-    op = source.below(8)
+    choice = source.byte()
+    # the kept corpus goes on meaning what it meant: the ninth op has the upper end of the bytes
+    op = 8 if choice >= 224 else choice % 8
     if op == 0:
         v, u, bias = _factors(source, width, out, dtype)
         residual = _tensor(source, (*lead, out), dtype) if source.below(2) else None
@@ -274,18 +307,9 @@ def _arguments(source: Source) -> tuple[Callable[..., Any], Callable[..., Any] |
         act = source.pick(("silu", "gelu", "gelu_tanh", "relu", "x", None))
         return taco_kernels.low_rank_mlp, low_rank_mlp_reference, (x, gate, up, down, act)
     if op == 4:
-        rank = min(source.pick(SIDES), width)
-        v, u = _tensor(source, (rank, width - rank), dtype), _tensor(source, (out, rank), dtype)
-        pivot = torch.randperm(width, generator=torch.Generator().manual_seed(source.byte()), dtype=torch.int32)
-        wrong = source.below(6)
-        if wrong == 1:
-            pivot = pivot.long() + source.pick((1, -1, 1 << 40))
-        elif wrong == 2:
-            pivot = _tensor(source, (width,), torch.int32)
-        bias = _tensor(source, (out,), dtype) if source.below(2) else None
+        v, u, bias, pivot, is_permutation = _pivoted(source, width, out, dtype)
         residual = _tensor(source, (*lead, out), dtype) if source.below(2) else None
-        permutation = isinstance(pivot, Tensor) and pivot.device.type == "cpu" and pivot.dim() == 1 and not wrong
-        reference = pivoted_low_rank_linear_reference if permutation else None
+        reference = pivoted_low_rank_linear_reference if is_permutation else None
         return taco_kernels.pivoted_low_rank_linear, reference, (x, v, u, pivot, bias, residual)
     if op == 5:
         directions = source.pick(SIDES)
@@ -305,6 +329,8 @@ def _arguments(source: Source) -> tuple[Callable[..., Any], Callable[..., Any] |
         order = pivot.to(source.pick((torch.int32, torch.int64))) if pivoted else None
         reference = None if pivoted and wrong == 1 else low_rank_linear_int8_reference
         return taco_kernels.low_rank_linear_int8, reference, (x, v, scales[0], u, scales[1], bias, order)
+    if op == 8:
+        return _concat(source, x, width, dtype)
     rank = source.pick((1, 2, 0, 3, -1, 8, 1 << 40, None, "x"))
     left = _tensor(source, (source.pick(SIDES), out), dtype) if source.below(2) else None
     matrix = _tensor(source, (out, width), dtype)

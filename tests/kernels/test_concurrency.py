@@ -200,3 +200,42 @@ except MemoryError:
 call(8, small, small)
 """
     assert run(code) == "refused"
+
+
+def test_no_memory_for_the_panels_of_several_threads():
+    """Weights are unpacked by every thread of a call; an exception that leaves one of them would end the process."""
+    code = """
+import resource, torch
+from pathlib import Path
+from taco_kernels import native
+rows, width, rank = 16, 8, 1 << 20   # two panels of 16 rows of u: 64 MB, which malloc never has at hand
+def call(v, u, scale, rank):
+    y = torch.zeros(rows, width, dtype=torch.bfloat16)
+    if scale is None:   # takes all the memory that the other takes, but for the panels
+        native.module.cpu_low_rank_linear(x.data_ptr(), width, v.data_ptr(), 0, u.data_ptr(), 0, 0, 0, 0, y.data_ptr(),
+                                          rows, width, rank, width, 2, 2)
+    else:
+        native.module.cpu_low_rank_int8(x.data_ptr(), width, 0, False, v.data_ptr(), 0, scale.data_ptr(), u.data_ptr(),
+                                        0, scale.data_ptr(), 0, y.data_ptr(), rows, width, rank, width, 2, 2)
+    return y
+x = torch.ones(rows, width, dtype=torch.bfloat16)
+u, scale = torch.ones(rank, dtype=torch.int8), torch.ones(rank)
+isas = native.module.cpu_isas()
+want = {}
+for isa in isas:
+    native.module.set_cpu_isa(isa)
+    call(u.bfloat16(), u.bfloat16(), None, rank)
+    want[isa] = call(u, u, scale, 64)
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20), used + (16 << 20)))
+refused = []
+for isa in isas:
+    native.module.set_cpu_isa(isa)
+    try:
+        call(u, u, scale, rank)
+    except MemoryError:
+        refused.append(isa)
+    assert torch.equal(call(u, u, scale, 64), want[isa])
+print(refused == isas)
+"""
+    assert run(code) == "True"

@@ -87,16 +87,34 @@ def test_directions_below_the_roundoff_of_low_precision(head, scale):
 @pytest.mark.parametrize(
     "rows, columns, rank, oversample",
     [
-        (1, 1, 1, 16), (1, 9, 1, 16), (9, 1, 1, 0), (5, 5, 5, 16), (40, 7, 7, 3), (7, 40, 3, 0), (600, 33, 20, 5),
-        (33, 600, 20, 5), (128, 128, 127, 0), (129, 65, 48, 16), (64, 64, 48, 16), (513, 1025, 10, 16),
-        (900, 50, 30, 16),
+        (1, 1, 1, 16), (1, 9, 1, 16), (9, 1, 1, 0), (5, 5, 5, 16), (40, 7, 7, 3), (600, 33, 20, 5), (33, 600, 20, 5),
+        (129, 65, 48, 16), (64, 64, 48, 16), (513, 1025, 10, 16), (900, 50, 30, 16),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_shapes(rows, columns, rank, oversample, dtype):
     a = torch.randn(rows, columns).to(dtype)
-    # pure noise has the flattest spectrum there is; without oversampling that shows
-    check(randomized_svd(a, rank, oversample), a.double(), rank, over=1.03 if oversample else 1.1)
+    # pure noise has the flattest spectrum there is
+    check(randomized_svd(a, rank, oversample), a.double(), rank, over=1.03)
+
+
+# `usual` is beyond the 90th percentile of error over optimal error, as 300 draws of matrix and sketch had it (1.06 and
+# at most 2.02); without power iterations their medians were 1.15 and 12.
+@pytest.mark.parametrize(("rows", "columns", "rank", "usual"), [(7, 40, 3, 1.07), (128, 128, 127, 2.1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_without_oversampling(rows, columns, rank, usual, dtype):
+    """Nothing bounds the error of one sketch then (Halko et al., section 10.2, needs two vectors more).
+
+    So the median of 25 is told: above a bound that one draw in ten exceeds it comes once in six million runs.
+    """
+    ratios = []
+    for _ in range(25):
+        a = torch.randn(rows, columns).to(dtype)
+        u, s, vh = found = randomized_svd(a, rank, 0)
+        check(found, a.double(), rank, over=math.inf)
+        error = torch.linalg.matrix_norm(a.double() - (u.double() * s.double()) @ vh.double())
+        ratios.append(float(error / torch.linalg.svdvals(a.double())[rank:].norm()))
+    assert sorted(ratios)[12] <= usual
 
 
 @pytest.mark.parametrize("iterations, over", [(0, 1.3), (1, 1.05), (2, 1.02), (5, 1.005)])

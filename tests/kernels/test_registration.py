@@ -7,8 +7,10 @@ import io
 from dataclasses import dataclass
 from typing import Any
 
+import gradient_bounds
 import pytest
 import torch
+from gradient_bounds import assert_gradients_within, known
 from kernel_cases import DTYPES, random
 from torch.autograd import forward_ad
 
@@ -41,8 +43,9 @@ class Op:
     optional: tuple[int, ...]  # positions of tensors that may be None
     bias: int  # position of a bias that is added to the result as it is
     frozen: tuple[int, ...] = (1, 2)
+    bounds: Any = None  # see gradient_bounds
     pack: Any = None  # the tensors as the overload takes them, where that is not one after the other
-    roundings: int = 8  # what separates half-precision gradients from exact ones, in units of the largest entry
+    roundings: int = 8  # what separates transforms in bfloat16 from exact ones, in units of the largest entry
 
     def make(self, dtype, requires_grad=False, lead=(2, 3)):
         return tuple(random(shape, dtype).requires_grad_(requires_grad) for shape in self.shapes(lead))
@@ -66,9 +69,12 @@ def _group_reference(x, *tensors):
     return torch.cat(low_rank_linear_group_reference(*_members(x, *tensors)), dim=-1)
 
 
+# of the members of a concat: the first without a pivot, the second with one
+_PIVOTS = (None, torch.tensor([3, 8, 0, 1, 2, 4, 5, 6, 7]))
+
+
 def _members_and_pivots(x, *tensors):
-    """The first member without a pivot, the second with one."""
-    return *_members(x, *tensors), [None, torch.tensor([3, 8, 0, 1, 2, 4, 5, 6, 7], device=x.device)]
+    return *_members(x, *tensors), [None, _PIVOTS[1].to(x.device)]
 
 
 def _concat(x, *tensors):
@@ -94,6 +100,7 @@ def _mlp_with(act):
         functools.partial(_mlp, act=act, function=low_rank_mlp_reference),
         lambda lead: [(*lead, 9), (4, 9), (8, 4), (8,), (3, 9), (8, 3), (8,), (5, 8), (7, 5), (7,)],
         optional=(3, 6, 9), bias=9, frozen=(1, 2, 5, 7), pack=lambda *tensors: (*tensors, act),
+        bounds=functools.partial(gradient_bounds.mlp, act=act),
         # three products in a row where the others have one, and a product of two rounded factors
         roundings=24,
     )  # fmt: skip
@@ -103,20 +110,22 @@ OPS = {
     "linear": Op(
         torch.ops.taco_kernels.low_rank_linear.default, low_rank_linear, low_rank_linear_reference,
         lambda lead: [(*lead, 9), (4, 9), (7, 4), (7,), (*lead, 7)], optional=(3, 4), bias=3,
+        bounds=gradient_bounds.linear,
     ),
     "bridge": Op(
         torch.ops.taco_kernels.low_rank_bridge.default, low_rank_bridge, low_rank_bridge_reference,
         lambda lead: [(*lead, 9), (4, 9), (9, 4), (9,)], optional=(3,), bias=3,
+        bounds=gradient_bounds.bridge,
     ),
     "group": Op(
         torch.ops.taco_kernels.low_rank_linear_group.default, _group, _group_reference,
         lambda lead: [(*lead, 9), (4, 9), (7, 4), (7,), (2, 9), (5, 2), (5,)], optional=(3, 6), bias=3,
-        pack=_members,
+        bounds=gradient_bounds.group, pack=_members,
     ),
     "concat": Op(
         torch.ops.taco_kernels.low_rank_linear_concat.default, _concat, _concat_reference,
         lambda lead: [(*lead, 9), (4, 9), (7, 4), (7,), (2, 7), (5, 2), (5,)], optional=(3, 6), bias=3,
-        pack=_members_and_pivots,
+        bounds=functools.partial(gradient_bounds.group, pivots=_PIVOTS), pack=_members_and_pivots,
     ),
     "mlp": _mlp_with("silu"),
 }  # fmt: skip
@@ -173,8 +182,8 @@ def test_gradients_with_the_cpp_forward(name):
         actual = torch.autograd.grad(function(*inputs).square().sum(), inputs)
     wide = tuple(t.detach().double().requires_grad_() for t in inputs)
     exact = torch.autograd.grad(function(*wide).square().sum(), wide)
-    for a, e in zip(actual, exact, strict=True):
-        torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-4)
+    y, pull = op.bounds(*map(known, inputs))
+    assert_gradients_within(actual, exact, pull(y + y))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -186,10 +195,9 @@ def test_half_precision_gradients(name, dtype):
     weight = random(function(*inputs).shape, dtype)
     actual = torch.autograd.grad(function(*inputs), inputs, weight)
     exact = torch.autograd.grad(op.reference(*wide), wide, weight.double())
-    for a, e in zip(actual, exact, strict=True):
-        assert a.dtype == dtype
-        # two products with a rounded intermediate: a few units of the largest entry
-        assert (a.double() - e).abs().max() <= op.roundings * torch.finfo(dtype).eps * e.abs().max()
+    assert all(a.dtype == dtype for a in actual)
+    _, pull = op.bounds(*map(known, inputs))
+    assert_gradients_within(actual, exact, pull(known(weight)))
 
 
 @pytest.mark.parametrize("name", OPS)

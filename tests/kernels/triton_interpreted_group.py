@@ -5,8 +5,10 @@ Not collected by itself: ``test_triton_interpreted.py`` runs it in a process wit
 
 import sys
 
+import gradient_bounds
 import pytest
 import torch
+from gradient_bounds import assert_gradients_within, known
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kernel_cases import DTYPES, assert_within, bound, linear_exact, mlp_bound, mlp_exact, random
@@ -214,17 +216,20 @@ def test_gradients_of_every_op(dtype, frozen):
     with taco_kernels.use_backend("triton"):
         actual = list(results(*leaves))
     exact = list(results(*wide))
-    # The largest entry's roundings: every gradient is a chain of at most six products with rounded intermediates.
-    allowed = 24 * torch.finfo(dtype).eps
-    for a, e in zip(actual, exact, strict=True):
+    ops = (
+        (gradient_bounds.mlp, range(10)),
+        (gradient_bounds.group, range(7)),
+        (gradient_bounds.bridge, (0, 10, 11, 12)),
+    )
+    for a, e, (op, mine) in zip(actual, exact, ops, strict=True):
         weight = random(a.shape, dtype)
+        wanted = [i for i in mine if leaves[i].requires_grad]
         with taco_kernels.use_backend("triton"):
-            wanted = [t for t in leaves if t.requires_grad]
-            got = torch.autograd.grad(a, wanted, weight, allow_unused=True)
-        want = torch.autograd.grad(e, [t for t in wide if t.requires_grad], weight.double(), allow_unused=True)
-        for g, w in zip(got, want, strict=True):
-            assert (g is None) == (w is None)
-            assert g is None or (g.double() - w).abs().max() <= allowed * w.abs().max()
+            got = torch.autograd.grad(a, [leaves[i] for i in wanted], weight)
+        want = torch.autograd.grad(e, [wide[i] for i in wanted], weight.double())
+        _, pull = op(*(known(leaves[i]) for i in mine))
+        bounds = dict(zip(mine, pull(known(weight)), strict=True))
+        assert_gradients_within(got, want, [bounds[i] for i in wanted])
 
 
 def test_default_configurations_fuse_no_gate():
