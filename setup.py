@@ -261,7 +261,14 @@ class Build(build_ext):
             codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
             codes += ["-gencode=arch=compute_80,code=compute_80"] if "80" in archs else []
             # -fmad=false: kernels of one op that are compiled apart must round alike (fused products are written out)
-            cuda_flags = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", "-lineinfo"]
+            cuda_flags = [
+                "-O3",
+                "-std=c++17",
+                "-fmad=false",
+                "-Xcompiler=-fPIC,-fvisibility=hidden",
+                "-Xptxas=-v",
+                "-lineinfo",
+            ]
             # one architecture per core: they take most of the build, and one file holds nearly all kernels
             cuda_flags += [*codes, f"-I{CSRC}", "-ccbin", host_compiler(cxx)]
             cuda_flags += [f"--threads={os.environ.get('TACO_JOBS') or 0}"]

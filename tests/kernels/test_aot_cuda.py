@@ -21,7 +21,18 @@ def built(tmp_path_factory):
 def compiled(name, folder):
     target, source = folder / f"{name}.o", ROOT / "csrc" / "cuda" / f"{name}.cu"
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ("80", "90a")]
-    command = [str(NVCC), "-O3", "-std=c++17", "-fmad=false", "-Xptxas=-v", f"-I{ROOT / 'csrc'}", *codes, "-c", str(source), "-o"]
+    command = [
+        str(NVCC),
+        "-O3",
+        "-std=c++17",
+        "-fmad=false",
+        "-Xptxas=-v",
+        f"-I{ROOT / 'csrc'}",
+        *codes,
+        "-c",
+        str(source),
+        "-o",
+    ]
     done = subprocess.run([*command, str(target)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return target, done.stdout + done.stderr
