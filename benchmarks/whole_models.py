@@ -43,6 +43,8 @@ def rows(seconds: float) -> dict[str, list[str]]:
         # both phases in one process: building 7 B weights and measuring what bridges cost takes minutes
         table[f"{shape}-bridge"] = ["--shape", shape, *bridge, "--phase", "decode,prefill", "--seconds", limit]
         if shape == "tinyllama-1.1b":
+            batches = ["--phase", "decode", "--batch", "8,64", "--seconds", limit]
+            table[f"{shape}-bridge-batches"] = ["--shape", shape, *bridge, *batches]
             for method in ("taco", "paper"):
                 arguments = ["--shape", shape, "--method", method, *factors, "--seconds", str(round(seconds / 3))]
                 table[f"{shape}-{method}-decode"] = [*arguments, "--phase", "decode", "--batch", "1,8,64"]

@@ -473,3 +473,19 @@ def test_a_layer_without_weights_can_run() -> None:
         getattr(layer, name).data.zero_()
     found, _ = finished(layer)(torch.randn(2, WIDE))
     assert torch.equal(found, torch.zeros(2, HIDDEN))
+
+
+@pytest.mark.parametrize("ranks, warned", [(1, False), (2, False), (4, True)])
+@pytest.mark.parametrize("kind", ["column", "row"])
+def test_ranks_that_save_nothing_are_told_of(
+    kind: str, ranks: int, warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 x 64 at rank 16: one rank saves half, four hold 16 x 64 + 16 x 16 of the dense shard's 16 x 64."""
+    on_rank(monkeypatch, 0, ranks)
+    said: list[str] = []
+    monkeypatch.setattr("taco_svd.vllm.factors.logger.warning_once", said.append)
+    made = {"column": linear.ColumnParallelLinear, "row": linear.RowParallelLinear}[kind]
+    path = {"column": "self_attn.o_proj", "row": "mlp.down_proj"}[kind]
+    config = config_for({path: Map(64, 64, 16)})
+    made(64, 64, bias=False, quant_config=config, prefix=f"model.layers.0.{path}")
+    assert bool(said) == warned and len(said) <= 1

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.models.utils import WeightsMapper
@@ -25,6 +26,8 @@ from taco_kernels.low_rank_linear_concat import separately
 from ..errors import TacoError
 from ..structure import Structure
 from .shards import Member, is_permutation, locate, members_of, right_factor, shard_span
+
+logger = init_logger("vllm.taco_svd")  # below vLLM's own, so that it is shown as vLLM's messages are
 
 PER_RANK_FORMATS = ("sharded_state", "runai_streamer_sharded")
 
@@ -159,6 +162,7 @@ class FactorsMethod(LinearMethodBase):
         self.u = Pieces([(m.rows(self.partitions), m.rank or 0) for m in self.factorised])
         self.pivot = Pieces([(input_size,) if m.pivoted else (0,) for m in self.factorised])
         self.gathers = any(self.pivot.sizes) and not self.split_inputs
+        self._warn_of_size()
         v = self._register(layer, "v", torch.empty(sum(self.stored_v.sizes), dtype=params_dtype), loader)
         self._register(layer, "u", torch.empty(sum(self.u.sizes), dtype=params_dtype), loader)
         set_weight_attrs(v, {"written_out": per_rank and self.split_inputs and any(self.pivot.sizes)})
@@ -170,6 +174,15 @@ class FactorsMethod(LinearMethodBase):
         if self.dense:
             rows = sum(member.rows(self.partitions) for member in self.dense)
             self._register(layer, "weight", torch.empty(rows, input_size_per_partition, dtype=params_dtype), loader)
+
+    def _warn_of_size(self) -> None:
+        """Tensor parallelism splits one factor of two: from some number of ranks on, a dense shard would be smaller."""
+        dense = sum(member.rows(self.partitions) for member in self.factorised) * self.local_inputs
+        if sum(self.held_v.sizes) + sum(self.u.sizes) >= dense:
+            logger.warning_once(
+                "Tensor parallelism: some factorised layers hold no fewer weights on each rank than the dense model's "
+                "would. Serve the dense model, or one with layers removed or bridged (docs/vllm.md of taco-kernels)."
+            )
 
     def _stored_columns(self, member: Member) -> int:
         return self.inputs - (member.rank or 0) if member.pivoted else self.local_inputs
