@@ -3,13 +3,14 @@ out, such that the predicted loss is least.
 
 For a price per parameter each map's best option is found by itself; the price is bisected until the budget is met, and
 what is left over then buys the ranks that win most per parameter. A budget may as well be one of bytes or of measured
-seconds (`device_costs`): what an option costs is a `Costs` object's to say.
+seconds (`device_costs`): what an option costs is a `Costs` object's to say. Or it is the loss that is given, and the
+highest price that stays within it is what is looked for.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -196,88 +197,153 @@ def allocate(
     Raises:
         TacoError: the budget cannot be reached; says what can.
     """
-    sizes = Sizes.of(architecture)
-    costs = costs or ParameterCosts(sizes)
-    depth = sizes.depth
-    allowed = set(range(depth) if layers is None else layers)
-    every = {
-        site: map_options(*linear_shape(architecture.module(site)), curve, costs)
-        for site, curve in curves.maps.items()
-        if site.layer in allowed
-    }
-    options = {site: lower_hull(choices) for site, choices in every.items()}
-    dense = costs.total
-    least = dense - sum(choices[0].cost - choices[-1].cost for choices in options.values())
-
-    hidden = architecture.model.config.hidden_size
-    spans = {run: entry for run, entry in curves.bridged.items() if set(range(run[0], run[1] + 1)) <= allowed}
-
-    def choose(price: float) -> tuple[dict[LinearSite, Option], _Gone]:
-        chosen = {
-            site: min(choices, key=lambda option: option.loss + price * option.cost)
-            for site, choices in options.items()
-        }
-        stays = [price * costs.layer] * depth
-        for site, option in chosen.items():
-            stays[site.layer] += option.loss + price * (option.cost - options[site][0].cost)
-        goes = [curves.removal.get(layer, math.inf) if layer in allowed else math.inf for layer in range(depth)]
-        bridges = {run: loss + price * costs.of_bridge(hidden, rank) for run, (rank, loss) in spans.items()}
-        gone = cheapest_layers(stays, goes, bridges, side_by_side)
-        return {site: option for site, option in chosen.items() if site.layer not in gone.layers}, gone
-
-    def cost(chosen: Mapping[LinearSite, Option], gone: _Gone) -> float:
-        return (
-            dense
-            - len(gone.layers) * costs.layer
-            + sum(costs.of_bridge(hidden, spans[run][0]) for run in gone.bridged)
-            - sum(options[site][0].cost - option.cost for site, option in chosen.items())
-        )
-
-    # Single losses of neighbours add up to less than both together cost; bridged runs were measured as runs.
-    side_by_side = not spans
+    market = _Market(architecture, curves, layers, costs)
     low, high = 0.0, 1.0
-    while cost(*choose(high)) > most:
+    while market.cost(*market.choose(high)) > most:
         high *= 10
-        if high > 1e12 / min(1.0, costs.layer) and not side_by_side:
-            side_by_side, high = True, 1.0
-        if high > 1e12 / min(1.0, costs.layer):  # seconds are small numbers, and their prices large ones
+        if high > market.highest and not market.side_by_side:
+            market.side_by_side, high = True, 1.0
+        if high > market.highest:
+            least, render = market.least, market.costs.render
             raise TacoError(
-                f"A budget of {costs.render(most)} ({most / dense:.1%}) cannot be reached: with "
-                f"every linear map at its smallest rank {costs.render(least)} ({least / dense:.1%}) remain; "
+                f"A budget of {render(most)} ({most / market.dense:.1%}) cannot be reached: with "
+                f"every linear map at its smallest rank {render(least)} ({least / market.dense:.1%}) remain; "
                 "embeddings, norms and the head are not compressed."
             )
+    _, high = _bisected(low, high, lambda price: market.cost(*market.choose(price)) > most)
+    chosen, gone = market.choose(high)
+    _spend_the_rest(chosen, market.every, most - market.cost(chosen, gone))
+    return market.allocation(chosen, gone)
+
+
+def allocate_within(
+    architecture: Architecture, curves: LossCurves, most_loss: float, layers: list[int] | None = None
+) -> Allocation:
+    """The smallest structure, in parameters, whose predicted loss (KL, nats per token) is at most `most_loss`.
+
+    Args: as of `allocate`.
+
+    Raises:
+        TacoError: no change is so cheap.
+    """
+    market = _Market(architecture, curves, layers, None)
+    low, high = 0.0, 1e-12
+    while market.loss(*market.choose(high)) <= most_loss and high <= market.highest:
+        low, high = high, high * 10
+    low, _ = _bisected(low, high, lambda price: market.loss(*market.choose(price)) <= most_loss)
+    chosen, gone = market.choose(low)
+    found = market.allocation(chosen, gone)
+    if not (found.structure.low_rank or gone.layers):
+        raise TacoError(
+            f"A loss of {most_loss:.2g} nats per token is out of reach: every change that saves parameters is predicted "
+            "to lose more. Allow more, or take --keep."
+        )
+    return found
+
+
+def _bisected(low: float, high: float, too_low: Callable[[float], bool]) -> tuple[float, float]:
+    """Neighbouring prices, of which the first is too low and the second is not."""
     for _ in range(100):
         middle = (low + high) / 2 if low else high / 2
-        if cost(*choose(middle)) <= most:
-            high = middle
-        else:
+        if too_low(middle):
             low = middle
+        else:
+            high = middle
         if low and high / low < 1 + 1e-9:
             break
-    chosen, gone = choose(high)
-    _spend_the_rest(chosen, every, most - cost(chosen, gone))
-    low_rank: dict[int, dict[str, int]] = {}
-    pivoted: dict[int, list[str]] = {}
-    saved = len(gone.layers) * sizes.layer - sum(hidden * (2 * spans[run][0] + 1) for run in gone.bridged)
-    for site, option in chosen.items():
-        if option.rank is not None:
-            saved += every[site][0].parameters - option.parameters
-            low_rank.setdefault(site.layer, {})[site.path] = option.rank
-            if option.pivoted:
-                pivoted.setdefault(site.layer, []).append(site.path)
-    structure = Structure(
-        depth,
-        tuple(layer for layer in range(depth) if layer not in gone.layers),
-        bridges=tuple(BridgeSpec(first - 1, spans[first, last][0], True, BRIDGE_EPS) for first, last in gone.bridged),
-        low_rank=dict(sorted(low_rank.items())),
-        pivoted={layer: tuple(paths) for layer, paths in sorted(pivoted.items())},
-    )
-    loss = (
-        sum(option.loss for option in chosen.values())
-        + sum(curves.removal[layer] for layer in gone.plainly)
-        + sum(spans[run][1] for run in gone.bridged)
-    )
-    return Allocation(structure, sizes.total - saved, loss, cost(chosen, gone))
+    return low, high
+
+
+class _Market:
+    """What can be chosen, and what is best at a price.
+
+    Attributes:
+        every: of each linear map, dense and every rank worth having, the dearest first.
+        dense, least: cost of the dense model, and of that with every map at its smallest rank.
+        highest: a price beyond which nothing changes.
+        side_by_side: whether layers next to each other may go. Single losses of neighbours add up to less than both
+            together cost; bridged runs were measured as runs.
+    """
+
+    def __init__(
+        self, architecture: Architecture, curves: LossCurves, layers: list[int] | None, costs: Costs | None
+    ) -> None:
+        self._sizes = Sizes.of(architecture)
+        self.costs: Costs = costs or ParameterCosts(self._sizes)
+        self._depth = self._sizes.depth
+        self._curves = curves
+        self._allowed = set(range(self._depth) if layers is None else layers)
+        self.every = {
+            site: map_options(*linear_shape(architecture.module(site)), curve, self.costs)
+            for site, curve in curves.maps.items()
+            if site.layer in self._allowed
+        }
+        self._options = {site: lower_hull(choices) for site, choices in self.every.items()}
+        self.dense: float = self.costs.total
+        self.least = self.dense - sum(choices[0].cost - choices[-1].cost for choices in self._options.values())
+        self.highest = 1e12 / min(1.0, self.costs.layer)  # seconds are small numbers, and their prices large ones
+        self._hidden: int = architecture.model.config.hidden_size
+        self._spans = {
+            run: entry for run, entry in curves.bridged.items() if set(range(run[0], run[1] + 1)) <= self._allowed
+        }
+        self.side_by_side = not self._spans
+
+    def choose(self, price: float) -> tuple[dict[LinearSite, Option], _Gone]:
+        """Of each map that stays the option, and which layers go, at least loss plus price times cost."""
+        chosen = {
+            site: min(choices, key=lambda option: option.loss + price * option.cost)
+            for site, choices in self._options.items()
+        }
+        stays = [price * self.costs.layer] * self._depth
+        for site, option in chosen.items():
+            stays[site.layer] += option.loss + price * (option.cost - self._options[site][0].cost)
+        removal = self._curves.removal
+        goes = [removal.get(layer, math.inf) if layer in self._allowed else math.inf for layer in range(self._depth)]
+        bridges = {
+            run: loss + price * self.costs.of_bridge(self._hidden, rank) for run, (rank, loss) in self._spans.items()
+        }
+        gone = cheapest_layers(stays, goes, bridges, self.side_by_side)
+        return {site: option for site, option in chosen.items() if site.layer not in gone.layers}, gone
+
+    def cost(self, chosen: Mapping[LinearSite, Option], gone: _Gone) -> float:
+        return (
+            self.dense
+            - len(gone.layers) * self.costs.layer
+            + sum(self.costs.of_bridge(self._hidden, self._spans[run][0]) for run in gone.bridged)
+            - sum(self._options[site][0].cost - option.cost for site, option in chosen.items())
+        )
+
+    def loss(self, chosen: Mapping[LinearSite, Option], gone: _Gone) -> float:
+        """Predicted: the sum of single losses."""
+        return (
+            sum(option.loss for option in chosen.values())
+            + sum(self._curves.removal[layer] for layer in gone.plainly)
+            + sum(self._spans[run][1] for run in gone.bridged)
+        )
+
+    def allocation(self, chosen: Mapping[LinearSite, Option], gone: _Gone) -> Allocation:
+        """What was chosen, as a structure."""
+        spans = self._spans
+        low_rank: dict[int, dict[str, int]] = {}
+        pivoted: dict[int, list[str]] = {}
+        saved = len(gone.layers) * self._sizes.layer
+        saved -= sum(self._hidden * (2 * spans[run][0] + 1) for run in gone.bridged)
+        for site, option in chosen.items():
+            if option.rank is not None:
+                saved += self.every[site][0].parameters - option.parameters
+                low_rank.setdefault(site.layer, {})[site.path] = option.rank
+                if option.pivoted:
+                    pivoted.setdefault(site.layer, []).append(site.path)
+        structure = Structure(
+            self._depth,
+            tuple(layer for layer in range(self._depth) if layer not in gone.layers),
+            bridges=tuple(
+                BridgeSpec(first - 1, spans[first, last][0], True, BRIDGE_EPS) for first, last in gone.bridged
+            ),
+            low_rank=dict(sorted(low_rank.items())),
+            pivoted={layer: tuple(paths) for layer, paths in sorted(pivoted.items())},
+        )
+        return Allocation(structure, self._sizes.total - saved, self.loss(chosen, gone), self.cost(chosen, gone))
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ DECIDED_BY_PLAN = (
     "bridge_rank",
     "max_overhead",
     "max_latency",
+    "max_kl",
     "consistency",
     "one_shot",
     "experts",
@@ -126,6 +127,13 @@ def compress(
             "token (12.5ms), measured on --device, batch 1."
         ),
     ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            help="taco, instead of --keep: the smallest model whose KL divergence from the dense one is predicted to be "
+            "at most this on the calibration text, in nats per token (0.01)."
+        ),
+    ] = None,
     consistency: Annotated[
         bool,
         typer.Option(
@@ -199,10 +207,10 @@ def compress(
         work_dir = work_dir.with_name(f"{work_dir.name}.{team.rank}")
     check_work_directory(work_dir, resume)
     loaded_plan = Plan.load(plan) if plan is not None else None
-    if loaded_plan is None and keep is None and layers is None and max_latency is None:
+    if loaded_plan is None and keep is None and layers is None and max_latency is None and max_kl is None:
         raise TacoError(
             "Say how much to compress: --keep 0.8 (share of parameters) or 4.2GB, --layers N, --max-latency 0.8 or "
-            "12.5ms, or --plan FILE."
+            "12.5ms, --max-kl 0.01, or --plan FILE."
         )
     reads_text = team.rank == 0 and not resume  # others, and a run that has its windows, read none
     windows: dict[str, Any] = {"calibration": calibration, "samples": samples, "seq_len": seq_len, "seed": seed}
@@ -230,6 +238,7 @@ def compress(
             progress=bars,
             max_overhead=max_overhead,
             max_latency=max_latency,
+            max_kl=max_kl,
             work_dir=work_dir,
             resume=resume,
             team=team,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, fields
 from typing import Any
@@ -38,6 +39,8 @@ class CompressionOptions:
         max_overhead: method "bridge": what all bridges may cost over bare removal, in measured time (0.003 is 0.3%).
         max_latency: method "taco": a fraction of the dense model's latency (0.8), or milliseconds per decoded token
             ("12.5ms"), instead of `keep`.
+        max_kl: method "taco": instead of `keep`, the KL divergence from the dense model (nats per token, predicted on
+            the calibration windows) that the smallest model may have.
         experts: of a mixture: "factorised" (methods taco, paper and svd: each expert's maps like any other) or "whole".
 
     Raises:
@@ -55,6 +58,7 @@ class CompressionOptions:
     consistency: bool = True
     max_overhead: float | None = None
     max_latency: float | str | None = None
+    max_kl: float | None = None
     experts: str = EXPERTS[0]
 
     def __post_init__(self) -> None:
@@ -64,6 +68,7 @@ class CompressionOptions:
             "compression_ratio": fraction_or_none("compression_ratio", self.compression_ratio),
             "bridge_rank": whole_or_none("bridge_rank", self.bridge_rank),
             "max_overhead": fraction_or_none("max_overhead", self.max_overhead),
+            "max_kl": fraction_or_none("max_kl", self.max_kl),
         }
         for name, value in plain.items():
             object.__setattr__(self, name, value)
@@ -79,6 +84,11 @@ class CompressionOptions:
     def keep_bytes(self) -> int | None:
         """Of all weights, the bytes that may remain; None where `keep` is not given in bytes."""
         return None if self.keep is None else parse_keep(self.keep)[1]
+
+    @property
+    def sizes_itself(self) -> bool:
+        """Whether the budget is none of size, so that the allocator finds how large the model may be."""
+        return self.max_latency is not None or self.max_kl is not None
 
     def given(self) -> dict[str, Any]:
         """What differs from the defaults."""
@@ -107,7 +117,7 @@ class CompressionOptions:
                 raise TacoError("--importance finds redundant layers, and these are named.")
             baseline = BASELINES.get(method)
             own = method == "replaceme" or (baseline is not None and baseline.importance is not None)
-            if own or self.max_latency is not None or everywhere(method, None if self.keep is None else 1.0):
+            if own or self.sizes_itself or everywhere(method, None if self.keep is None else 1.0):
                 what = "has its own way to find redundant layers" if own else "compresses all layers here"
                 raise TacoError(f"--importance has nothing to decide: --method {method} {what}.")
 
@@ -123,14 +133,21 @@ class CompressionOptions:
                 raise TacoError("Give --max-overhead or --bridge-rank, not both.")
             if not 0 < self.max_overhead < 1:
                 raise TacoError(f"--max-overhead must be above 0 and below 1 (0.003 is 0.3%), got {self.max_overhead}.")
-        if self.max_latency is not None:
+        for name, value in (("--max-latency", self.max_latency), ("--max-kl", self.max_kl)):
+            if value is None:
+                continue
             if self.method != "taco":
-                raise TacoError("--max-latency goes with --method taco.")
+                raise TacoError(f"{name} goes with --method taco.")
             if self.keep is not None or self.layers is not None:
-                raise TacoError("--max-latency is a budget of its own: leave out --keep and --layers.")
+                raise TacoError(f"{name} is a budget of its own: leave out --keep and --layers.")
             if self.compression_ratio is not None:
-                raise TacoError("--compression-ratio goes with --layers; --max-latency decides every rank by itself.")
+                raise TacoError(f"--compression-ratio goes with --layers; {name} decides every rank by itself.")
+        if self.max_latency is not None:
             parse_latency(self.max_latency)
+            if self.max_kl is not None:
+                raise TacoError("Give --max-latency or --max-kl, not both.")
+        if self.max_kl is not None and not 0 < self.max_kl < math.inf:
+            raise TacoError(f"--max-kl must be above 0 (nats per token, e.g. 0.01), got {self.max_kl}.")
 
 
 @dataclass(frozen=True)
@@ -141,7 +158,7 @@ class Resolved:
         architecture: the model as the method sees it: experts as linear layers of their own, or whole.
         layers: the layers that were named; None where there are none, or only their number.
         share: of the parameters, what may remain; None without such a budget.
-        count: number of redundant layers; 0 where a budget of time decides.
+        count: number of redundant layers; 0 where the budget is none of size.
         ratio: the paper's c; None for methods that remove layers whole or have no ratio.
     """
 
@@ -165,7 +182,7 @@ def resolve(options: CompressionOptions, architecture: Architecture, model: PreT
     layers = _named(options, architecture)
     timed = options.max_latency is not None
     seen = factorisable(architecture, options.method, options.experts, timed=timed)
-    if timed:
+    if options.sizes_itself:
         return Resolved(seen, layers, None, 0, None)
     share, keep_bytes = options.share, options.keep_bytes
     if keep_bytes is not None:

@@ -147,6 +147,7 @@ def compress(
     resume: bool = False,
     max_overhead: float | None = None,
     max_latency: str | float | None = None,
+    max_kl: float | None = None,
     team: Team | None = None,
     experts: str = EXPERTS[0],
 ) -> tuple[PreTrainedModel, Plan]:
@@ -176,6 +177,8 @@ def compress(
             time (0.003 is 0.3%), see `cost_budget`.
         max_latency: method "taco": a budget of measured time instead of `keep`; a fraction of the dense model's
             latency (0.8) or milliseconds per decoded token ("12.5ms").
+        max_kl: method "taco": a budget of quality instead of `keep`: the smallest model whose predicted KL divergence
+            from the dense one, on the calibration windows, is at most this (nats per token, e.g. 0.01).
         one_shot: paper method only: one pass over the dense model attributes all maps, instead of one pass per block
             on the model compressed so far.
         progress: is told of every step (`progress.Progress`); default: nobody is.
@@ -217,6 +220,7 @@ def compress(
         consistency=consistency,
         max_overhead=max_overhead,
         max_latency=max_latency,
+        max_kl=max_kl,
         experts=experts,
     )
     _check_given_plan(plan, options)

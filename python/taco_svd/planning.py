@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 from .allocation import Sizes, bridge_structure, low_rank_structure, removal_structure, structure_parameters
 from .baselines import BASELINES, Workspace, choose_run, everywhere, make_budget
-from .budget import ByteCosts, Costs, allocate
+from .budget import ByteCosts, Costs, allocate, allocate_within
 from .calibration import Calibration
 from .checkpoint import parameter_count, weight_bytes
 from .cost_budget import LatencyCosts, bridges_within
@@ -95,7 +96,7 @@ def _redundant_layers(
     architecture, count, ratio = resolved.architecture, resolved.count, resolved.ratio
     if resolved.layers is not None:
         return sorted(resolved.layers), {"measure": "given"}
-    if everywhere(options.method, resolved.share) or options.max_latency is not None:
+    if everywhere(options.method, resolved.share) or options.sizes_itself:
         return list(range(len(architecture.layers))), {"measure": "all layers"}
     if options.method == "replaceme":
         redundant, distances = choose_run(workspace, count, progress)
@@ -170,9 +171,12 @@ def _taco(
     """One budget over the whole model; `redundant` only says what the budget is where it is a number of layers."""
     architecture, model = resolved.architecture, resolved.architecture.model
     costs: Costs | None = None
-    if options.max_latency is not None:  # measured before the long work: the budget may be met already
+    most = math.inf
+    if options.max_kl is not None:
+        pass  # not the size is given, but what it may cost
+    elif options.max_latency is not None:  # measured before the long work: the budget may be met already
         costs = LatencyCosts(model, progress=progress)
-        most: float = costs.budget(options.max_latency)
+        most = costs.budget(options.max_latency)
     elif options.keep_bytes is not None:
         costs, most = ByteCosts(Sizes.of(architecture), model.dtype.itemsize, weight_bytes(model)), options.keep_bytes
     elif resolved.share is not None:
@@ -186,8 +190,14 @@ def _taco(
         "consistency": options.consistency,
     }
     curves = analysis(workspace, model, workspace.calibration).curves(settings, progress)
-    found = allocate(architecture, curves, most, resolved.layers, costs)
-    result: dict[str, Any] = {"parameters": found.parameters, "budget": most, "predicted_loss": found.predicted_loss}
+    if options.max_kl is not None:
+        found = allocate_within(architecture, curves, options.max_kl)
+    else:
+        found = allocate(architecture, curves, most, resolved.layers, costs)
+    result: dict[str, Any] = {"parameters": found.parameters, "predicted_loss": found.predicted_loss}
+    result["budget"] = most if options.max_kl is None else options.max_kl
+    if options.max_kl is not None:
+        result["budget_unit"] = "nats per token"
     if costs is not None:
         result["budget_unit"] = costs.unit
     if isinstance(costs, LatencyCosts):

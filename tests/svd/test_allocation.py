@@ -60,6 +60,15 @@ def test_budget_is_met_and_used(name: str, method: str, keep: float, calibration
         ("replaceme", {"layers": 1, "importance": "greedy"}, "its own way"),
         ("asvd", {"keep": 0.8, "importance": "angular"}, "compresses all layers"),
         ("taco", {"max_latency": 0.8, "importance": "greedy"}, "compresses all layers"),
+        ("taco", {"max_kl": 0.01, "importance": "greedy"}, "compresses all layers"),
+        ("taco", {"max_kl": 0.01, "keep": 0.8}, "--max-kl is a budget of its own"),
+        ("taco", {"max_kl": 0.01, "layers": 2}, "--max-kl is a budget of its own"),
+        ("taco", {"max_kl": 0.01, "compression_ratio": 0.5}, "--max-kl decides every rank"),
+        ("taco", {"max_kl": 0.01, "max_latency": 0.8}, "not both"),
+        ("svd", {"max_kl": 0.01}, "--max-kl goes with --method taco"),
+        ("taco", {"max_kl": 0.0}, "above 0"),
+        ("taco", {"max_kl": float("nan")}, "above 0"),
+        ("taco", {"max_kl": 1e-30}, "out of reach"),
         ("paper", {"layers": 1, "consistency": False}, "--no-consistency"),
     ],
 )
@@ -105,3 +114,13 @@ def test_bridges_of_any_rank_fit_into_the_budget(keep: float, rank: int | None) 
 def test_runs() -> None:
     assert runs([5, 1, 2, 7, 8, 9]) == [(1, 2), (5, 5), (7, 9)]
     assert runs([]) == []
+
+
+def test_a_budget_of_quality(calibration_tokens: torch.Tensor) -> None:
+    shares = []
+    for most in (0.001, 0.05):
+        compressed, plan = compress(tiny_model("llama"), max_kl=most, calibration=calibration_tokens)
+        assert plan.result["predicted_loss"] <= most == plan.result["budget"]
+        assert plan.result["budget_unit"] == "nats per token" and plan.structure == compressed.structure
+        shares.append(plan.result["share"])
+    assert shares[1] < shares[0] < 1

@@ -14,6 +14,7 @@ from taco_svd.allocation import BRIDGE_EPS, Sizes, structure_parameters
 from taco_svd.architectures import Architecture, LinearSite, linear_shape
 from taco_svd.bridging import BridgeMoments, fit_bridge
 from taco_svd.budget import (
+    allocate_within,
     Option,
     _spend_the_rest,
     allocate,
@@ -225,3 +226,23 @@ def test_bridges_are_fitted_on_other_windows_than_they_are_measured_on(monkeypat
     u, v, _ = fit_bridge(moments, bridge_rank(model.config.hidden_size))
     kept = analysis.store.get("run-bridge/1-2")
     torch.testing.assert_close(kept["u"] @ kept["v"], u @ v, rtol=1e-3, atol=1e-5)
+
+
+def test_a_loss_that_may_be_is_met_by_the_smallest_model() -> None:
+    architecture, curves = toy_curves()
+    large = allocate(architecture, curves, int(0.5 * Sizes.of(architecture).total)).predicted_loss
+    sizes: list[int] = []
+    for most in (0.02 * large, 0.1 * large, 0.5 * large):
+        found = allocate_within(architecture, curves, most)
+        assert found.predicted_loss <= most
+        sizes.append(found.parameters)
+        # the dual problem: that loss is not to be had for noticeably less
+        smaller = allocate(architecture, curves, int(0.98 * found.parameters))
+        assert smaller.predicted_loss > most
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]
+
+
+def test_a_loss_that_no_change_keeps_to_is_refused() -> None:
+    architecture, curves = toy_curves()
+    with pytest.raises(TacoError, match="1e-30 nats per token is out of reach"):
+        allocate_within(architecture, curves, 1e-30)
