@@ -235,8 +235,8 @@ def allocate_within(
     found = market.allocation(chosen, gone)
     if not (found.structure.low_rank or gone.layers):
         raise TacoError(
-            f"A loss of {most_loss:.2g} nats per token is out of reach: every change that saves parameters is predicted "
-            "to lose more. Allow more, or take --keep."
+            f"A loss of {most_loss:.2g} nats per token is out of reach: every change that saves parameters is "
+            "predicted to lose more. Allow more, or take --keep."
         )
     return found
 

@@ -130,8 +130,8 @@ def compress(
     max_kl: Annotated[
         float | None,
         typer.Option(
-            help="taco, instead of --keep: the smallest model whose KL divergence from the dense one is predicted to be "
-            "at most this on the calibration text, in nats per token (0.01)."
+            help="taco, instead of --keep: the smallest model whose KL divergence from the dense one is predicted to "
+            "be at most this on the calibration text, in nats per token (0.01)."
         ),
     ] = None,
     consistency: Annotated[

@@ -14,10 +14,10 @@ from taco_svd.allocation import BRIDGE_EPS, Sizes, structure_parameters
 from taco_svd.architectures import Architecture, LinearSite, linear_shape
 from taco_svd.bridging import BridgeMoments, fit_bridge
 from taco_svd.budget import (
-    allocate_within,
     Option,
     _spend_the_rest,
     allocate,
+    allocate_within,
     cheapest_layers,
     factor_parameters,
     lower_hull,
