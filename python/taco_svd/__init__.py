@@ -16,22 +16,35 @@ from .structure import BridgeSpec, Structure
 
 if TYPE_CHECKING:
     from .adapters import with_lora_support
+    from .calibration import Calibration, load_calibration
     from .checkpoint import save_compressed
+    from .evaluation_run import evaluate_model
+    from .export import to_dense
+    from .healing import HealingOptions
+    from .healing_run import heal_checkpoint
     from .options import CompressionOptions
     from .pipeline import apply_plan, compress
     from .plan import Plan
     from .planning import make_plan
+    from .quantisation import quantise
 
 register()
 hook()
 
 _LATER = {
+    "Calibration": "calibration",
     "CompressionOptions": "options",
+    "HealingOptions": "healing",
     "Plan": "plan",
     "apply_plan": "pipeline",
     "compress": "pipeline",
+    "evaluate_model": "evaluation_run",
+    "heal_checkpoint": "healing_run",
+    "load_calibration": "calibration",
     "make_plan": "planning",
+    "quantise": "quantisation",
     "save_compressed": "checkpoint",
+    "to_dense": "export",
     "with_lora_support": "adapters",
 }
 
@@ -52,16 +65,23 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "BridgeSpec",
+    "Calibration",
     "CompressedModel",
     "CompressionOptions",
+    "HealingOptions",
     "Plan",
     "Structure",
     "TacoError",
     "UnsupportedModelError",
     "apply_plan",
     "compress",
+    "evaluate_model",
+    "heal_checkpoint",
+    "load_calibration",
     "make_plan",
+    "quantise",
     "register",
     "save_compressed",
+    "to_dense",
     "with_lora_support",
 ]
