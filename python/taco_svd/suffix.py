@@ -213,17 +213,20 @@ class SuffixRunner:
         sites: Sequence[LinearSite],
         callback: SiteCallback,
         progress: Callable[[int, int], None] | None = None,
+        residual_callback: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
+        residual_layers: Sequence[int] = (),
     ) -> float:
         """One forward and backward pass over the set; hands every site's input and output gradient to `callback`.
 
         One pass serves all sites. The graph begins at the lowest layer among them; no parameter gets a gradient.
-        Returns the mean loss (nats per token) over the set.
+        `residual_callback(layer, hidden, gradient)` is called likewise for the hidden states that leave each of
+        `residual_layers`. Returns the mean loss (nats per token) over the set.
 
         Raises:
             RuntimeError: when a site was not run by the model's forward (its statistics would be silently empty).
         """
         model = self.architecture.model
-        lowest = min(site.layer for site in sites)
+        lowest = min([site.layer for site in sites] + list(residual_layers))
         start = max((layer for layer in self._starts if layer <= lowest), default=self.first_layer)
         # a float16 gradient of the mean over all tokens would be subnormal; hooks take the factor out again
         scale = float(self.samples * self.seq_len) if model.dtype == torch.float16 else 1.0
@@ -249,6 +252,15 @@ class SuffixRunner:
                     output.register_hook(lambda gradient: callback(site, x, unscaled(gradient)))
 
                 stack.callback(self.architecture.module(site).register_forward_hook(watch).remove)
+            for layer in residual_layers:
+
+                def watch_residual(_: nn.Module, __: Any, output: Any, layer: int = layer) -> None:
+                    hidden = _hidden_output(output)
+                    kept = hidden.detach()
+                    assert residual_callback is not None
+                    hidden.register_hook(lambda gradient: residual_callback(layer, kept, unscaled(gradient)))
+
+                stack.callback(self.architecture.layers[layer].register_forward_hook(watch_residual).remove)
             stack.enter_context(self._recomputing(lowest))
             stack.enter_context(self._attention())  # the backward pass may run layers again
             for index in range(len(self.batches)):

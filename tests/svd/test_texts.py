@@ -232,7 +232,6 @@ def test_ready_tokens(source: Any) -> None:
     "source, says",
     [
         (3, "got int"),
-        (None, "got NoneType"),
         (b"w3", "got bytes"),
         ([], "no rows"),
         ([3], "list of int"),
