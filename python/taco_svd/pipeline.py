@@ -252,14 +252,16 @@ def compress(
         check_tokens(calibration if isinstance(calibration, torch.Tensor) else calibration.tokens, model)
     # all that follows until the weights are read goes by shapes
     architecture = Architecture(skeleton(model.config, model.dtype)) if scattered else check_structure(model)
+    resolved = None
     if plan is not None:
         fitting(architecture, plan)
     else:  # what the arguments alone can tell, before calibration takes its time
-        resolve(options, architecture, model)
+        resolved = resolve(options, architecture, model)
     if scattered:
         with progress.step("bringing the weights together") as report:
             model = gathered(model, None if work_dir is None else Path(work_dir).absolute().parent, team, report)
         architecture = check_structure(model)
+        resolved = resolved and resolve(options, architecture)
     with progress.step("looking at the weights"):
         looked = weight_sums(model)  # once: of a streamed model that is all that is in its files
         check_weights(architecture, looked)
@@ -285,9 +287,8 @@ def compress(
     if plan is None and store is not None and "plan" in store:
         plan = Plan.from_dict(store.note("plan"))
     if plan is None:
-        # measured costs differ from process to process
-        plan = team.broadcast(decide(resolve(options, architecture), options, workspace, progress))
-        assert plan is not None
+        assert resolved is not None
+        plan = team.broadcast(decide(resolved, options, workspace, progress))  # measured costs differ by process
         if store is not None:
             store.put("plan", {}, plan.to_dict())
     compressed, record = _carry_out(model, plan, windows, progress, workspace)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -170,40 +169,47 @@ def _taco(
 ) -> _Replacement:
     """One budget over the whole model; `redundant` only says what the budget is where it is a number of layers."""
     architecture, model = resolved.architecture, resolved.architecture.model
-    costs: Costs | None = None
-    most = math.inf
-    if options.max_kl is not None:
-        pass  # not the size is given, but what it may cost
-    elif options.max_latency is not None:  # measured before the long work: the budget may be met already
-        costs = LatencyCosts(model, progress=progress)
-        most = costs.budget(options.max_latency)
-    elif options.keep_bytes is not None:
-        costs, most = ByteCosts(Sizes.of(architecture), model.dtype.itemsize, weight_bytes(model)), options.keep_bytes
-    elif resolved.share is not None:
-        most = int(resolved.share * parameter_count(model))
-    else:  # what the paper's method needs for the same number of layers
-        assert resolved.ratio is not None
-        most = structure_parameters(architecture, low_rank_structure(architecture, redundant, resolved.ratio))
+    costs, most = _budget(resolved, redundant, options, progress)
     settings = {
         "input_damping": INPUT_DAMPING,
         "gradient_damping": GRADIENT_DAMPING,
         "consistency": options.consistency,
     }
     curves = analysis(workspace, model, workspace.calibration).curves(settings, progress)
+    unit = None if costs is None else costs.unit
     if options.max_kl is not None:
-        found = allocate_within(architecture, curves, options.max_kl)
+        found, unit = allocate_within(architecture, curves, most), "nats per token"
     else:
         found = allocate(architecture, curves, most, resolved.layers, costs)
-    result: dict[str, Any] = {"parameters": found.parameters, "predicted_loss": found.predicted_loss}
-    result["budget"] = most if options.max_kl is None else options.max_kl
-    if options.max_kl is not None:
-        result["budget_unit"] = "nats per token"
-    if costs is not None:
-        result["budget_unit"] = costs.unit
+    result: dict[str, Any] = {
+        "parameters": found.parameters,
+        "budget": most,
+        "predicted_loss": found.predicted_loss,
+    }
+    if unit is not None:
+        result["budget_unit"] = unit
     if isinstance(costs, LatencyCosts):
         result["cost_budget"] = costs.record(most, found.cost)
         costs.costs.close()
     return _Replacement(found.structure, settings, result)
+
+
+def _budget(
+    resolved: Resolved, redundant: list[int], options: CompressionOptions, progress: Progress
+) -> tuple[Costs | None, float]:
+    """(what taco's budget counts, how much of it); None counts parameters, or with `max_kl` the loss itself."""
+    architecture, model = resolved.architecture, resolved.architecture.model
+    if options.max_kl is not None:
+        return None, options.max_kl
+    if options.max_latency is not None:  # measured before the long work: the budget may be met already
+        costs = LatencyCosts(model, progress=progress)
+        return costs, costs.budget(options.max_latency)
+    if options.keep_bytes is not None:
+        return ByteCosts(Sizes.of(architecture), model.dtype.itemsize, weight_bytes(model)), options.keep_bytes
+    if resolved.share is not None:
+        return None, int(resolved.share * parameter_count(model))
+    assert resolved.ratio is not None  # what the paper's method needs for the same number of layers
+    return None, structure_parameters(architecture, low_rank_structure(architecture, redundant, resolved.ratio))
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
