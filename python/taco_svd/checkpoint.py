@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from .atomic import disk_full, partial_path
 from .checksums import write_checksums
 from .devices import make_current
 from .errors import DiskFullError, TacoError, first_line
@@ -26,7 +27,6 @@ from .model_card import write_card
 from .modeling import MODEL_TYPE, CompressedConfig, CompressedModel
 from .plan import PLAN_FILE, Plan
 from .replacement import LowRankLinear, NarrowLinear
-from .store import disk_full
 from .structure import Structure
 from .untrusted import check_config, check_depth, check_links, check_size, check_weights
 
@@ -36,18 +36,13 @@ MAPPED_SHARE = 0.4
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-def _partial(out: Path) -> Path:
-    """The directory beside `out` that is written, and then renamed to it."""
-    return out.parent / f".{out.name}.{os.getpid()}.partial"
-
-
 def _nameable(out: str | Path) -> Path:
     """Raises TacoError for what cannot be the name of a directory."""
     if not isinstance(out, (str, os.PathLike)) or "\0" in str(out):
         raise TacoError(f"The output must be the name of a directory, got {out!r:.80}.")
     out = Path(out)
     try:
-        for name in (out, _partial(out)):  # the second is longer
+        for name in (out, partial_path(out)):  # the second is longer
             with suppress(FileNotFoundError, NotADirectoryError):  # what is not there may yet be made
                 os.lstat(name)
     except OSError as error:
@@ -92,7 +87,7 @@ def write_whole(out: str | Path, write: Callable[[Path], None], force: bool = Fa
         TacoError: `out` exists and not `force`, or the disk is full.
     """
     out = check_output(out, force).resolve()  # of a link, what it leads to: that is what was checked
-    partial = _partial(out)
+    partial = partial_path(out)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()

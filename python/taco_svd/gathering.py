@@ -23,11 +23,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from .atomic import disk_full
 from .checkpoint import weight_bytes
 from .errors import DiskFullError, TacoError
 from .mapped import lasting_buffers, model_of
 from .progress import Report
-from .store import disk_full
 from .team import Team
 
 # A gathered model goes back to a GPU where it takes no more than this share of what is free there.

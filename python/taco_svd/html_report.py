@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .atomic import whole_file
 from .errors import TacoError
 from .report_files import number as finite
 
@@ -301,11 +302,8 @@ def write_page(record: Mapping[str, Any], out: str | Path) -> None:
     """Writes the page beside its place and moves it there when it is whole."""
     out = Path(out)
     page = render(record)
-    partial = out.with_name(f".{out.name}.partial")
     try:
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(out)
+        with whole_file(out) as partial:
+            partial.write_text(page, encoding="utf-8")
     except OSError as error:
         raise TacoError(f"{out} cannot be written: {error.strerror}.") from error
-    finally:
-        partial.unlink(missing_ok=True)
