@@ -36,7 +36,7 @@ from .experts import is_of_expert, share_of_experts
 from .intervals import Ratio, bootstrap, percentiles
 from .plan import versions
 from .progress import Progress, Silent
-from .replacement import LowRankBridge
+from .replacement import LowRankBridge, structural_copy
 from .wide_products import needs_wide_products
 
 # 2: `settings.decode_steps`, which was `settings.window` in 1, and `build`. Reports read neither.
@@ -211,8 +211,6 @@ def run_bench(
         decoded = f" and {settings.decode_steps} decoded ones" if "decode" in settings.phases else ""
         raise TacoError(f"{settings.prompt} prompt tokens{decoded} exceed the context of {limit}.")
     if settings.control and "removal" in models:
-        from .replacement import structural_copy
-
         models = {**models, "control": structural_copy(models["removal"])}
         pairs.append(("control", "removal"))
     wanted = {name for pair in pairs for name in pair}

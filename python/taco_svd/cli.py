@@ -185,8 +185,10 @@ def compress(
     Example: taco-svd compress --layers 4 --compression-ratio 0.7 --out small
     """
     from . import compress as run
-    from .checkpoint import check_output, describe, save_compressed, weight_bytes
+    from .checkpoint import describe, save_compressed
     from .errors import StoppedError, TacoError
+    from .model_size import weight_bytes
+    from .output_directory import check_output
     from .plan import Plan
     from .plan_calibration import DRAWN_BY, drawn_as_planned, draws_differ
     from .report import info_table
@@ -314,8 +316,9 @@ def export(
 
     It has the compressed model's outputs (to rounding) and saves no memory over it: the factors become full matrices.
     """
-    from .checkpoint import check_output, parameter_count, write_whole
     from .export import to_dense
+    from .model_size import parameter_count
+    from .output_directory import check_output, write_whole
 
     check_output(dense, force)
     model, tokenizer = _load(str(directory), "auto", "cpu")
@@ -345,7 +348,8 @@ def quantize(
 
     Example: taco-svd quantize small --out small8
     """
-    from .checkpoint import check_output, weight_bytes, write_whole
+    from .model_size import weight_bytes
+    from .output_directory import check_output, write_whole
     from .quantisation import quantise
 
     check_output(out, force)

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .baselines import Workspace
 from .calibration import Calibration
-from .checkpoint import parameter_count, weight_bytes
 from .errors import TacoError
 from .evaluation import Perplexity, perplexity
 from .latency import compare_latency
+from .model_size import parameter_count, weight_bytes
 from .pipeline import compress
 from .plan import METHODS, REMOVING_METHODS, Plan
 from .progress import Progress, Silent

@@ -11,11 +11,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .calibration import check_vocabulary, context_length, embedding_weight, sample_from_model, tokenize
-from .checkpoint import load_model, parameter_count, weight_bytes
+from .checkpoint import load_model
 from .divergence import divergence
 from .errors import TacoError
 from .evaluation import perplexity, resolve_windows
 from .harness import require_harness, run_tasks
+from .model_size import parameter_count, weight_bytes
 from .modeling import CompressedModel
 from .plan import Plan
 from .plan import versions as package_versions

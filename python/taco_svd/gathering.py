@@ -24,9 +24,9 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from .atomic import disk_full
-from .checkpoint import weight_bytes
 from .errors import DiskFullError, TacoError
 from .mapped import lasting_buffers, model_of
+from .model_size import weight_bytes
 from .progress import Report
 from .team import Team
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from .calibration import context_length
-from .checkpoint import check_output, load_model, write_whole
+from .checkpoint import load_model
 from .errors import TacoError
 from .evaluation_run import versions
 from .healing import HealingOptions, heal, trainable_names
 from .healing_files import HealingFiles, healing_windows
+from .output_directory import check_output, write_whole
 from .plan import PLAN_FILE, Plan
 from .progress import Progress, Silent
 from .source_model import load_source

@@ -13,11 +13,11 @@ from .allocation import Sizes, layers_and_ratio
 from .architectures import Architecture
 from .arguments import fraction_or_none, given_layers, whole_or_none
 from .baselines import BASELINES, everywhere, uniform_budget
-from .checkpoint import parameter_count, weight_bytes
 from .errors import TacoError
 from .experts import EXPERTS
 from .importance import MEASURES
 from .model_checks import factorisable
+from .model_size import parameter_count, weight_bytes
 from .plan import METHODS
 
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}

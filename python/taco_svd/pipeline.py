@@ -23,7 +23,6 @@ from .calibration import (
     load_calibration,
     recognised,
 )
-from .checkpoint import OF_THE_MODEL, parameter_count, weight_bytes
 from .decomposition import numerical_errors_named
 from .errors import TacoError
 from .experts import EXPERTS, set_idle
@@ -32,9 +31,10 @@ from .gathering import gathered, is_scattered
 from .loss_curves import divergence_between
 from .mapped import not_finite, weight_sums
 from .model_checks import check_structure, check_weights, fitting, refuse_compressed
+from .model_size import parameter_count, weight_bytes
 from .modeling import as_compressed
 from .options import CompressionOptions, resolve
-from .plan import Plan, versions
+from .plan import OF_THE_MODEL, Plan, versions
 from .plan_calibration import drawn_as_planned
 from .planning import analysis, config_of, decide, describe_source
 from .progress import Progress, Silent

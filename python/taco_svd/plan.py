@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 import taco_kernels
 
 from .errors import TacoError
 from .json_values import without_infinities
+from .model_size import parameter_count, weight_bytes
 from .structure import Structure
 from .untrusted import check_contained, read_json
 
@@ -32,6 +34,10 @@ METHODS = (
 )  # fmt: skip
 # Methods that take layers out whole: no compression ratio applies to them.
 REMOVING_METHODS = ("removal", "bridge", "sleb", "replaceme")
+# What a plan's result tells of the model that was made from it; another model, made again from it, has its own.
+OF_THE_MODEL = ("consistency", "drift", "measured_loss", "healing")
+# ... and what, with it, was of the factors as they were made, and is not of what became of them.
+OF_THE_FACTORS = (*OF_THE_MODEL, "predicted_loss", "cost_budget")
 
 
 def versions() -> dict[str, str]:
@@ -146,6 +152,21 @@ class Plan:
     def diff(self, other: Plan) -> dict[str, tuple[Any, Any]]:
         """What differs: dotted field name -> (here, there). Empty when the plans are the same."""
         return dict(_differences("", self.to_dict(), other.to_dict()))
+
+
+def changed_plan(plan: Plan, structure: Structure, model: PreTrainedModel, **more: Any) -> Plan:
+    """The plan that stands beside `model`, whose factors are no longer those that `plan` made: its sizes, and nothing
+    that was measured before.
+
+    Args:
+        more: goes into the plan's result.
+    """
+    parameters = parameter_count(model)
+    result = {key: value for key, value in plan.result.items() if key not in OF_THE_FACTORS}
+    result |= {"parameters": parameters, "bytes": weight_bytes(model), **more}
+    if plan.source.get("parameters"):
+        result["share"] = parameters / plan.source["parameters"]
+    return dataclasses.replace(plan, structure=structure, result=result)
 
 
 def _is_integer(value: Any) -> bool:

@@ -14,13 +14,13 @@ from .allocation import Sizes, bridge_structure, low_rank_structure, removal_str
 from .baselines import BASELINES, Workspace, choose_run, everywhere, make_budget
 from .budget import ByteCosts, Costs, allocate, allocate_within
 from .calibration import Calibration
-from .checkpoint import parameter_count, weight_bytes
 from .cost_budget import LatencyCosts, bridges_within
 from .decomposition import numerical_errors_named
 from .experts import open_modules
 from .importance import LayerImportance, rank_layers
 from .mapped import is_mapped
 from .model_checks import check_model
+from .model_size import parameter_count, weight_bytes
 from .one_shot import importance_and_attribution
 from .options import CompressionOptions, Resolved, resolve
 from .plan import Plan, versions

@@ -13,10 +13,10 @@ import torch
 from transformers import PreTrainedModel
 
 from .architectures import Architecture
-from .checkpoint import changed_plan
 from .errors import TacoError
 from .int8_linear import Int8LowRankLinear
 from .modeling import CompressedModel, set_structure
+from .plan import changed_plan
 from .replacement import LowRankLinear, structural_copy
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from .allocation import removal_structure
 from .architectures import Architecture, LinearSite, dense_weight, linear_shape
 from .calibration import Calibration, context_length
-from .checkpoint import load_model, parameter_count, weight_bytes
+from .checkpoint import load_model
 from .decomposition import singular_values
 from .divergence import divergence
 from .drift import measure_drift
@@ -22,6 +22,7 @@ from .experts import expert_number, kind_of, opened
 from .export import multiply_out
 from .int8_linear import Int8LowRankLinear
 from .latency import compare_latency
+from .model_size import parameter_count, weight_bytes
 from .pipeline import apply_plan
 from .plan import Plan
 from .progress import Progress, Silent

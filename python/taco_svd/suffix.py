@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .architectures import Architecture, LinearSite, linear_shape
 from .calibration import embedding_weight
-from .checkpoint import weight_bytes
 from .forwards import forward_replaced
+from .model_size import weight_bytes
 from .predictions import windows_loss
 from .wide_products import needs_wide_products
 

@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 from .allocation import runs
 from .architectures import Architecture, LinearSite, dense_weight
 from .calibration import Calibration, embedding_weight
-from .checkpoint import weight_bytes
 from .decomposition import WeightedMap, damped
 from .experts import expert_number, kind_of
 from .layerwise import LayerwisePass
 from .loss_curves import CurveMeasurement, LossCurves
 from .mapped import is_mapped
 from .memory import host_room, release
+from .model_size import weight_bytes
 from .plan import Plan
 from .progress import Progress
 from .replacement import structural_copy

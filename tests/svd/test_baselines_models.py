@@ -13,8 +13,9 @@ from taco_svd.architectures import Architecture
 from taco_svd.baselines import BASELINES, Workspace
 from taco_svd.baselines.modegpt import Widths, find_parts, layer_specs
 from taco_svd.calibration import Calibration
-from taco_svd.checkpoint import load_model, parameter_count
+from taco_svd.checkpoint import load_model
 from taco_svd.export import dense_stand_in, to_dense
+from taco_svd.model_size import parameter_count
 from taco_svd.structure import NarrowSpec
 
 from .tiny_models import CONFIGS, LAYERS, VOCABULARY, tiny_model

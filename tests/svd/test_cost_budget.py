@@ -18,11 +18,11 @@ from taco_svd import cost_budget as module
 from taco_svd.allocation import Sizes
 from taco_svd.architectures import Architecture, linear_shape
 from taco_svd.budget import ByteCosts, ParameterCosts, allocate, factor_parameters, map_options
-from taco_svd.checkpoint import weight_bytes
 from taco_svd.cost_budget import LatencyCosts, bridges_within, without_layers
 from taco_svd.device_costs import DeviceCosts
 from taco_svd.experts import Expert, OpenExperts
 from taco_svd.loss_curves import LossCurves, tail_energies
+from taco_svd.model_size import weight_bytes
 from taco_svd.options import parse_keep, parse_latency
 from taco_svd.replacement import LowRankBridge
 

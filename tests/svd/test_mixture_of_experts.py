@@ -19,10 +19,11 @@ from taco_svd.bench_memory import cache_bytes
 from taco_svd.bench_models import BenchModels
 from taco_svd.bench_runner import Runner
 from taco_svd.calibration import Calibration
-from taco_svd.checkpoint import load_model, parameter_count, weight_bytes
+from taco_svd.checkpoint import load_model
 from taco_svd.experts import Expert, OpenExperts, expert_number, kind_of, names_experts, opened, stacked
 from taco_svd.export import to_dense, with_layers_removed
 from taco_svd.model_checks import OPENING
+from taco_svd.model_size import parameter_count, weight_bytes
 
 from .tiny_models import VOCABULARY
 
