@@ -23,8 +23,8 @@ from taco_svd.checkpoint import DEFAULT_MODEL, load_model
 from taco_svd.decomposition import damped, weighted_svd
 from taco_svd.factorise import put_factors
 from taco_svd.loss_curves import divergence_between
+from taco_svd.module_tree import structural_copy
 from taco_svd.progress import Silent
-from taco_svd.replacement import structural_copy
 from taco_svd.statistics import SecondMoments
 from taco_svd.suffix import SuffixRunner
 from taco_svd.taco import GRADIENT_DAMPING, INPUT_DAMPING, Analysis

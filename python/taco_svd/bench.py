@@ -34,9 +34,10 @@ from .energy import energy_counter
 from .errors import TacoError
 from .experts import is_of_expert, share_of_experts
 from .intervals import Ratio, bootstrap, percentiles
+from .module_tree import structural_copy
 from .plan import versions
 from .progress import Progress, Silent
-from .replacement import LowRankBridge, structural_copy
+from .replacement import LowRankBridge
 from .wide_products import needs_wide_products
 
 # 2: `settings.decode_steps`, which was `settings.window` in 1, and `build`. Reports read neither.

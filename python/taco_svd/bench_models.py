@@ -24,10 +24,12 @@ from .export import dense_stand_in, with_layers_removed
 from .gauge import random_pivot
 from .int8_linear import Int8LowRankLinear
 from .modeling import as_compressed
+from .module_tree import structural_copy
 from .plan import Plan
-from .replacement import LowRankBridge, LowRankLinear, attach_bridge, drop_layers, structural_copy
+from .replacement import LowRankBridge, LowRankLinear, attach_bridge
 from .shapes import RandomFill, random_model
 from .structure import Structure
+from .surgery import drop_layers
 
 SHAPE_METHODS = ("bridge", "paper", "taco")
 NAMES = ("dense", "removal", "compressed")

@@ -21,10 +21,11 @@ from .gauge import pivoted_factors
 from .memory import release
 from .plan import Plan
 from .progress import Progress, Report
-from .replacement import LowRankLinear, empty_factors
+from .replacement import LowRankLinear
 from .store import Store
 from .structure import Structure
 from .suffix import SuffixRunner
+from .surgery import empty_factors
 
 # Paper mode: the share of the kept directions that may be expected beyond the candidates before all are attributed.
 MISSING_SHARE = 0.01

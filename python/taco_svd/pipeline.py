@@ -33,17 +33,18 @@ from .mapped import not_finite, weight_sums
 from .model_checks import check_structure, check_weights, fitting, refuse_compressed
 from .model_size import parameter_count, weight_bytes
 from .modeling import as_compressed
+from .module_tree import structural_copy
 from .options import CompressionOptions, resolve
 from .plan import OF_THE_MODEL, Plan, versions
 from .plan_calibration import drawn_as_planned
 from .planning import analysis, config_of, decide, describe_source
 from .progress import Progress, Silent
 from .quantisation import quantise
-from .replacement import drop_layers, structural_copy
 from .sequential import held_out_windows
 from .shapes import skeleton
 from .store import Store
 from .suffix import SuffixRunner, evaluating
+from .surgery import drop_layers
 from .taco import build_upwards
 from .team import Team
 from .texts import rows_digest

@@ -16,8 +16,9 @@ from .architectures import Architecture
 from .errors import TacoError
 from .int8_linear import Int8LowRankLinear
 from .modeling import CompressedModel, set_structure
+from .module_tree import structural_copy
 from .plan import changed_plan
-from .replacement import LowRankLinear, structural_copy
+from .replacement import LowRankLinear
 
 
 @torch.no_grad()

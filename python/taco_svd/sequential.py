@@ -28,10 +28,11 @@ from .factorise import put_factors
 from .mapped import page_out_tensor
 from .memory import release
 from .progress import Report
-from .replacement import LowRankBridge, attach_bridge, empty_factors
+from .replacement import LowRankBridge, attach_bridge
 from .statistics import same_inputs
 from .store import Store
 from .structure import BridgeSpec, Structure
+from .surgery import empty_factors
 from .team import Team
 from .walk import Walk, residual_writers, watching
 

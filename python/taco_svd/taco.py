@@ -18,9 +18,9 @@ from .loss_curves import CurveMeasurement, LossCurves
 from .mapped import is_mapped
 from .memory import host_room, release
 from .model_size import weight_bytes
+from .module_tree import structural_copy
 from .plan import Plan
 from .progress import Progress
-from .replacement import structural_copy
 from .sequential import UpwardPass
 from .statistics import SecondMoments
 from .store import Store
