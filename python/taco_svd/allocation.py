@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .architectures import Architecture, dense_weight, linear_shape
 from .errors import TacoError
-from .plan import REMOVING_METHODS
+from .methods import METHODS
 from .structure import BridgeSpec, Structure
 
 DEFAULT_COMPRESSION_RATIO = 0.7
@@ -80,7 +80,7 @@ def layers_and_ratio(
     Raises:
         TacoError: out of range, contradictory, or not reachable; says what is.
     """
-    removes = method in REMOVING_METHODS
+    removes = METHODS[method].removes
     if bridge_rank is not None:
         _check_bridge_rank(bridge_rank, sizes.hidden)
     if keep is not None and layers is not None:
@@ -105,15 +105,15 @@ def layers_and_ratio(
         raise TacoError(f"--keep must be above 0 and below 1, got {keep}.")
     must_save = (1 - keep) * sizes.total
     if removes:
-        bridged = method == "bridge"  # the bridges' own parameters must fit as well
+        bridged = METHODS[method].bridges  # the bridges' own parameters must fit as well
         saved = [sizes.bridged_saving(n, bridge_rank) if bridged else n * sizes.layer for n in range(most + 1)]
         count = next((n for n in range(1, most + 1) if saved[n] >= must_save - 1e-9 * sizes.layer), None)
         if count is None:
             raise TacoError(_unreachable(keep, 1 - max(saved) / sizes.total, method))
         return count, None
     strongest = sizes.factorised_saving(0.999999)
-    # taco spends its budget over all layers; what is counted here are those that are listed as least important
-    touched = sizes.depth if method == "taco" else most
+    # such a method changes all layers; what is counted here are those that are listed as least important
+    touched = sizes.depth if METHODS[method].whole_model else most
     if touched * strongest < must_save:
         raise TacoError(_unreachable(keep, 1 - touched * strongest / sizes.total, method))
     count = min(most, math.ceil(must_save / sizes.factorised_saving(DEFAULT_COMPRESSION_RATIO) - 1e-9))
@@ -129,7 +129,7 @@ def layers_and_ratio(
 
 
 def _unreachable(keep: float, least: float, method: str) -> str:
-    how = "rank 1 everywhere" if method == "taco" else "all layers but one redundant"
+    how = "rank 1 everywhere" if METHODS[method].whole_model else "all layers but one redundant"
     return (
         f"--keep {keep:.4g} cannot be reached by --method {method}: with {how}, "
         f"{least:.1%} of the parameters remain (embeddings and the head are not compressed)."

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .atomic import whole_file
 from .errors import TacoError
+from .methods import METHODS
 from .report_files import number as finite
 
 if TYPE_CHECKING:
@@ -279,7 +280,8 @@ def _origin(record: Mapping[str, Any]) -> str:
 
 def _everywhere(record: Mapping[str, Any]) -> bool:
     """Whether no layer in particular was compressed: taco's way, unless it was told which."""
-    return bool(record["origin"]["method"] == "taco" and record["importance"].get("measure") != "given")
+    whole = METHODS[record["origin"]["method"]].whole_model
+    return whole and bool(record["importance"].get("measure") != "given")
 
 
 def _with_error(value: Any, error: Any, form: str) -> str:

@@ -22,18 +22,12 @@ import taco_kernels
 
 from .errors import TacoError
 from .json_values import without_infinities
+from .methods import METHODS
 from .model_size import parameter_count, weight_bytes
 from .structure import Structure
 from .untrusted import check_contained, read_json
 
 PLAN_FILE = "taco_plan.json"
-# Ours and the paper's first, then published methods to compare with (`baselines`).
-METHODS = (
-    "taco", "paper", "removal", "svd", "bridge",
-    "sleb", "fwsvd", "asvd", "svd-llm", "zs-svd", "kfac", "modegpt", "replaceme",
-)  # fmt: skip
-# Methods that take layers out whole: no compression ratio applies to them.
-REMOVING_METHODS = ("removal", "bridge", "sleb", "replaceme")
 # What a plan's result tells of the model that was made from it; another model, made again from it, has its own.
 OF_THE_MODEL = ("consistency", "drift", "measured_loss", "healing")
 # ... and what, with it, was of the factors as they were made, and is not of what became of them.
@@ -54,7 +48,7 @@ class Plan:
     """Which layers are redundant, what stands in their place, and how the factors are found.
 
     Attributes:
-        method: one of `METHODS`.
+        method: one of `methods.METHODS`.
         structure: kept layers, ranks, bridges.
         redundant: source indices of the redundant layers (removed or factorised), ascending.
         compression_ratio: the paper's c, where ranks came from it.

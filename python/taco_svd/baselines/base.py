@@ -1,4 +1,4 @@
-"""What a baseline is: a name, a paper, how it spends a budget, and how it carries that out."""
+"""A baseline: a name, a paper, how it spends a budget, and how it carries that out (`methods` has its facts)."""
 
 from __future__ import annotations
 
@@ -36,18 +36,14 @@ class Baseline:
     Attributes:
         name: on the command line.
         paper: title and arXiv number.
-        allocate: turns a budget into a structure; None where layers are removed whole (see `removes`).
+        allocate: turns a budget into a structure; None where layers are removed whole.
         carry_out: fills a structural copy of the dense model, in place; None where the pipeline's own step does.
-        removes: whether it takes layers out instead of factorising them.
-        importance: how its redundant layers are found, where it has its own way.
     """
 
     name: str
     paper: str
     allocate: Allocate | None = None
     carry_out: CarryOut | None = None
-    removes: bool = False
-    importance: str | None = None
 
 
 def uniform(workspace: Workspace, budget: Budget, progress: Progress) -> Decision:
