@@ -30,8 +30,8 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from taco_svd import compress
-from taco_svd.allocation import paper_rank
 from taco_svd.architectures import Architecture, LinearSite, dense_weight
+from taco_svd.budget import paper_rank
 from taco_svd.calibration import Calibration, load_calibration
 from taco_svd.checkpoint import DEFAULT_MODEL
 from taco_svd.module_tree import structural_copy

@@ -65,6 +65,13 @@ def save_compressed(
     write_whole(out, write, force)
 
 
+def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, directory: Path) -> None:
+    """Writes a model and its tokenizer, where there is one, into a directory (see `write_whole`)."""
+    model.save_pretrained(directory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+
+
 def load_model(
     name: str | Path,
     dtype: str | torch.dtype = "auto",

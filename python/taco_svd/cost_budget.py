@@ -12,11 +12,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .allocation import bridge_structure
+from .allocation import Costs
 from .architectures import Architecture, set_config, slice_config
 from .bench import weight_bytes_of, work
 from .bench_runner import PHASES, Runner
-from .budget import Costs
+from .budget import bridge_structure
 from .calibration import context_length
 from .device_costs import DeviceCosts
 from .errors import TacoError

@@ -29,9 +29,9 @@ from torch.nn import functional
 import taco_kernels
 from taco_kernels.env import build_digest
 
+from .allocation import LEAST_SAVING, factor_parameters
 from .atomic import whole_file
 from .bench_runner import capture
-from .budget import LEAST_SAVING, factor_parameters
 from .devices import device_name, on_device, waits_for
 from .gauge import random_pivot
 from .replacement import LowRankBridge

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .allocation import low_rank_structure
 from .architectures import Architecture
 from .attributed import Attributed
+from .budget import low_rank_structure
 from .importance import LayerImportance, block_influence, by_influence, lost_direction
 from .suffix import SuffixRunner, _hidden_argument, _hidden_output
 

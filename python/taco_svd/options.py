@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .allocation import Sizes, layers_and_ratio
 from .architectures import Architecture
 from .arguments import fraction_or_none, given_layers, whole_or_none
 from .baselines import everywhere, uniform_budget
+from .budget import Sizes, layers_and_ratio
 from .errors import TacoError
 from .experts import EXPERTS
 from .importance import MEASURES

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import platform
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,14 @@ OF_THE_MODEL = ("consistency", "drift", "measured_loss", "healing")
 OF_THE_FACTORS = (*OF_THE_MODEL, "predicted_loss", "cost_budget")
 
 
-def versions() -> dict[str, str]:
-    """What computes here: this package, torch and transformers."""
-    return {
+def versions(python: bool = False) -> dict[str, str]:
+    """What computes here: this package, torch and transformers; and Python, where it is asked for."""
+    found = {
         "taco_kernels": taco_kernels.__version__,
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
     }
+    return found | {"python": platform.python_version()} if python else found
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .allocation import Sizes, bridge_structure, low_rank_structure, removal_structure, structure_parameters
+from .allocation import ByteCosts, Costs, allocate, allocate_within
 from .baselines import BASELINES, Workspace, choose_run, everywhere, make_budget
-from .budget import ByteCosts, Costs, allocate, allocate_within
+from .budget import Sizes, bridge_structure, low_rank_structure, removal_structure, structure_parameters
 from .calibration import Calibration
 from .cost_budget import LatencyCosts, bridges_within
 from .decomposition import numerical_errors_named

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from .architectures import Architecture, LinearSite, dense_weight, linear_shape
 from .errors import TacoError
 from .experts import names_experts, open_experts
+from .gauge import pivoted_factors
 from .int8_linear import Int8LowRankLinear
 from .replacement import LowRankBridge, LowRankLinear, NarrowLinear, attach_bridge
 from .structure import Structure
@@ -22,6 +23,30 @@ def empty_factors(dense: nn.Module, rank: int, pivoted: bool) -> LowRankLinear:
     bias = getattr(dense, "bias", None) is not None
     made = LowRankLinear(in_features, out_features, rank, bias, "meta", dense_weight(dense).dtype, pivoted)
     return made.train(dense.training)
+
+
+def put_factors(
+    architecture: Architecture, site: LinearSite, u: torch.Tensor, v: torch.Tensor, pivoted: bool = False
+) -> None:
+    """Puts ``u v`` in the place of a dense linear map, its bias kept; u [out, rank], v [rank, in].
+
+    Args:
+        pivoted: store the product in the gauge that takes less.
+    """
+    dense = architecture.module(site)
+    bias = getattr(dense, "bias", None)
+    pivot = None
+    if pivoted:
+        u, v, pivot = pivoted_factors(u, v)
+    module = empty_factors(dense, u.shape[1], pivoted).to_empty(device=dense_weight(dense).device)
+    with torch.no_grad():
+        module.u.copy_(u)
+        module.v.copy_(v)
+        if module.pivot is not None and pivot is not None:
+            module.pivot.copy_(pivot)
+        if module.bias is not None and isinstance(bias, torch.Tensor):
+            module.bias.copy_(bias)
+    architecture.replace(site, module)
 
 
 def drop_layers(architecture: Architecture, keep: tuple[int, ...] | list[int]) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .allocation import runs
 from .architectures import Architecture, LinearSite, dense_weight
+from .budget import runs
 from .calibration import Calibration, embedding_weight
 from .decomposition import WeightedMap, damped
 from .experts import expert_number, kind_of

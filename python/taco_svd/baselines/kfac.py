@@ -31,7 +31,8 @@ from ..loss_curves import tail_energies
 from ..module_tree import structural_copy
 from ..progress import Progress
 from ..suffix import SuffixRunner
-from .base import Baseline, Decision, low_rank, put_factors, truncating
+from ..surgery import put_factors
+from .base import Baseline, Decision, low_rank, truncating
 from .budget import Budget
 from .workspace import Workspace
 
