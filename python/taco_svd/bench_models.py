@@ -96,8 +96,8 @@ def redundant_layers(depth: int, count: int, runs: int = 1) -> list[int]:
 
 
 def uniform_pivoted_structure(architecture: Architecture, keep: float) -> Structure:
-    """Every linear map factorised, in the gauge that `allocation` would take, such that a share `keep` of all parameters
-    stays: what taco mode does to a model whose maps are all alike.
+    """Every linear map factorised, in the gauge that `allocation` would take, such that a share `keep` of all
+    parameters stays: what taco mode does to a model whose maps are all alike.
 
     Raises:
         TacoError: `keep` cannot be reached with every map at rank 1.
