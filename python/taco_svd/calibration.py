@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .bench_memory import cache_bytes
 from .errors import TacoError
+from .loss import NOTHING, counted_labels
 from .mapped import is_mapped
-from .texts import check_text_name, documents_text, named_text, numbered, recorded_name
+from .texts import (
+    Text,
+    check_text_name,
+    documents_text,
+    named_for_completions,
+    named_text,
+    numbered,
+    recorded_name,
+)
 from .wide_products import in_wide_products
 
 # How types begin whose models read noise where a text has no begin-of-text token (lm-evaluation-harness adds it, too)
@@ -36,12 +47,16 @@ class Calibration:
         tokens: int64 [samples, seq_len], on the CPU.
         source: ``"self"``, a corpus name, the file's name, ``"texts"`` (documents in memory) or ``"tokens"`` (ready).
         seed: seed of the draw.
-        digest: SHA-256 of the tokens, so that a plan can tell whether it is applied to the same calibration.
+        labels: int64 [samples, seq_len], where only some predictions count: the tokens that are to be predicted, -100
+            elsewhere; the first of a window never counts. None: all.
+        digest: SHA-256 of the tokens (and labels), so that a plan can tell whether it is applied to the same
+            calibration.
     """
 
     tokens: torch.Tensor
     source: str
     seed: int
+    labels: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         tokens = self.tokens
@@ -50,18 +65,33 @@ class Calibration:
                 "Calibration tokens must be a non-empty int64 tensor of shape [samples, seq_len], with at least two "
                 f"tokens per window (one and the next); got {tokens.dtype} {list(tokens.shape)}."
             )
+        labels = self.labels
+        if labels is not None and not (
+            labels.shape == tokens.shape
+            and labels.dtype == torch.int64
+            and bool(((labels == NOTHING) | (labels == tokens)).all())
+        ):
+            raise TacoError(
+                "Calibration labels must be an int64 tensor of the tokens' shape, with the token or -100 everywhere."
+            )
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(self.tokens.cpu().to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
+        digest = hashlib.sha256()
+        for windows in (self.tokens, self.labels):
+            if windows is not None:
+                digest.update(windows.cpu().to(torch.int64).contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def describe(self) -> dict[str, Any]:
         samples, seq_len = self.tokens.shape
+        counted = {} if self.labels is None else {"completions_only": True, "counted": counted_labels(self.labels)}
         return {
             "source": self.source,
             "samples": samples,
             "seq_len": seq_len,
             "tokens": samples * seq_len,
+            **counted,
             "seed": self.seed,
             "sha256": self.digest,
         }
@@ -103,7 +133,8 @@ def check_vocabulary(tokens: torch.Tensor, model: PreTrainedModel) -> None:
     Raises:
         TacoError: naming both numbers.
     """
-    rows, largest = embedding_weight(model).shape[0], int(tokens.max()) if tokens.numel() else -1
+    largest = int(unmarked(tokens)[0].max()) if tokens.numel() else -1
+    rows = embedding_weight(model).shape[0]
     if largest >= rows:
         raise TacoError(
             f"The tokenizer does not fit the model: it finds token number {largest} in this text, the model has "
@@ -163,11 +194,42 @@ def begun_with(token: int | None, windows: torch.Tensor) -> torch.Tensor:
     return windows if token is None else functional.pad(windows, (1, 0), value=token)
 
 
-def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """All tokens of a text, without special tokens: int64 [tokens]."""
-    # verbose=False: the warning that the text is longer than the context is no news here
-    ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+def tokenize(
+    text: str, tokenizer: PreTrainedTokenizerBase, completions: Sequence[tuple[int, int]] | None = None
+) -> torch.Tensor:
+    """All tokens of a text, without special tokens: int64 [tokens].
+
+    Where `completions` (`texts.Text`) are given, a token that does not begin inside one comes as its complement
+    ``~token``, which is negative, so that it stays told apart however the tokens are cut; see `unmarked`.
+
+    Raises:
+        TacoError: completions are given, and the tokenizer cannot tell where its tokens begin.
+    """
+    if completions is None:
+        # verbose=False: the warning that the text is longer than the context is no news here
+        ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        return torch.tensor(ids, dtype=torch.int64)
+    if not tokenizer.is_fast:
+        raise TacoError(
+            f"--completions-only needs a tokenizer that tells where in the text its tokens begin (a fast one, with a "
+            f"tokenizer.json); {type(tokenizer).__name__} does not."
+        )
+    found = tokenizer(
+        text, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True, verbose=False
+    )
+    tokens = torch.tensor(found["input_ids"], dtype=torch.int64)
+    if not len(tokens) or not completions:
+        return ~tokens
+    begins = torch.tensor([start for start, _ in found["offset_mapping"]], dtype=torch.int64)
+    starts, ends = torch.tensor(completions, dtype=torch.int64).T.contiguous()
+    at = torch.searchsorted(starts, begins, right=True) - 1
+    inside = (at >= 0) & (begins < ends[at.clamp(min=0)])
+    return tokens.where(inside, ~tokens)
+
+
+def unmarked(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens, labels as in `Calibration`) of windows of what `tokenize` gives where it is told the completions."""
+    return windows.where(windows >= 0, ~windows), windows.where(windows >= 0, NOTHING)
 
 
 def held_out_count(samples: int) -> int:
@@ -273,7 +335,7 @@ LONG_TEXT_FACTOR = 4
 
 
 def text_windows(
-    text: str,
+    text: str | Text,
     tokenizer: PreTrainedTokenizerBase,
     samples: int,
     seq_len: int,
@@ -284,11 +346,13 @@ def text_windows(
     """`samples` random windows of a text: int64 [samples, seq_len], each behind the token `begin` where there is one.
 
     A long text is cut into as many excerpts as windows, at random places, and only those are tokenised: calibration
-    on a 12 MB file takes a fraction of a second instead of many.
+    on a 12 MB file takes a fraction of a second instead of many. Of a text with completions the windows are marked as
+    `tokenize` does it.
 
     Raises:
         TacoError: when the text is shorter than one window.
     """
+    text, completions = (text, None) if isinstance(text, str) else (text.text, text.completions)
     length = seq_len * CHARACTERS_PER_TOKEN
     wanted = seq_len - (begin is not None)
     slots = len(text) // length
@@ -298,12 +362,24 @@ def text_windows(
         for slot in torch.randperm(slots, generator=generator, device="cpu").tolist():
             # from the first word that begins inside the slot: a word cut in two is no text
             excerpt = text[slot * length : (slot + 1) * length].partition(" ")[2]
-            ids = tokenize(excerpt, tokenizer)
+            ids = tokenize(excerpt, tokenizer, _inside(completions, (slot + 1) * length - len(excerpt), len(excerpt)))
             if len(ids) >= wanted:  # less only where the text is made of very long tokens
                 windows.append(ids[:wanted])
             if len(windows) == samples:
                 return begun_with(begin, torch.stack(windows))
-    return begun_with(begin, random_windows(tokenize(text, tokenizer), samples, wanted, seed, source))
+    return begun_with(begin, random_windows(tokenize(text, tokenizer, completions), samples, wanted, seed, source))
+
+
+def _inside(completions: Sequence[tuple[int, int]] | None, first: int, length: int) -> list[tuple[int, int]] | None:
+    """The completions, ascending, of `length` characters of a text from `first` on, counted from there."""
+    if completions is None:
+        return None
+    found = []
+    for start, end in completions[bisect_right(completions, first, key=itemgetter(1)) :]:
+        if start >= first + length:
+            break
+        found.append((max(0, start - first), min(length, end - first)))
+    return found
 
 
 ACCEPTED = (
@@ -383,6 +459,7 @@ def load_calibration(
     seq_len: int | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    completions_only: bool = False,
 ) -> Calibration:
     """Calibration windows from ``"self"``, ``"wikitext2"``, ``"ptb"``, ``"c4"``, a file, documents, or ready tokens.
 
@@ -393,11 +470,14 @@ def load_calibration(
             texts, or rows of a data set (`texts.documents_text`). An int64 tensor [samples, seq_len] is taken as it is,
             and so is what stands for one (`recognised`).
         samples, seq_len: number and length of windows; seq_len defaults to the model's context, at most 2048.
+        completions_only: of conversations, and of prompts with completions, only what the model is to write counts:
+            see `Calibration.labels`.
 
     Raises:
         TacoError: for each way in which that cannot be done.
     """
     given = recognised(source)
+    check_completions_only(given, completions_only)
     if isinstance(given, torch.Tensor):
         given = Calibration(given.cpu(), "tokens", seed)
     if isinstance(given, Calibration):
@@ -424,10 +504,50 @@ def load_calibration(
     if tokenizer is None:
         raise TacoError("Calibrating on text needs the model's tokenizer; pass it, or calibrate on 'self'.")
     if named:
-        text, name = named_text(given, tokenizer, test=False), recorded_name(given)
+        text, name = named_text(given, tokenizer, test=False, completions=completions_only), recorded_name(given)
     else:
-        text, name = documents_text(numbered(given), tokenizer, "calibration"), "texts"
+        text, name = documents_text(numbered(given), tokenizer, "calibration", completions_only), "texts"
     begin = begin_token(tokenizer, model)
-    windows = text_windows(text, tokenizer, samples, seq_len, seed, name, begin)
+    windows, labels = text_windows(text, tokenizer, samples, seq_len, seed, name, begin), None
+    if completions_only:
+        windows, labels = unmarked(windows)
+        check_counted(labels, "calibration")
     check_vocabulary(windows, model)
-    return Calibration(windows, name, seed)
+    return Calibration(windows, name, seed, labels)
+
+
+def check_completions_only(given: Any, completions_only: bool) -> None:
+    """Refuses sources that do not say what a model is to write, before anything is loaded or run for them.
+
+    Args:
+        given: as `recognised` gives it.
+
+    Raises:
+        TacoError: naming what to give.
+    """
+    if not completions_only:
+        return
+    if isinstance(given, Calibration) and given.labels is not None:
+        return
+    if isinstance(given, (torch.Tensor, Calibration)):
+        raise TacoError(
+            "completions_only: ready tokens do not say which of them a model is to write; pass "
+            "Calibration(tokens, source, seed, labels), with -100 where a token is not to be predicted."
+        )
+    if isinstance(given, (str, Path)):
+        named_for_completions(given)
+
+
+def check_counted(labels: torch.Tensor, what: str) -> None:
+    """Refuses windows in which too little counts to judge by.
+
+    Raises:
+        TacoError: none of the windows that are held out from the fits, or none of the others, has a completion.
+    """
+    held = held_out_count(len(labels))
+    parts = [part for part in (labels[: len(labels) - held], labels[len(labels) - held :]) if len(part)]
+    if not all(counted_labels(part) for part in parts):
+        raise TacoError(
+            f"--completions-only: the {len(labels)} {what} windows of {labels.shape[1]} tokens hold too little of the "
+            "completions; pass a longer text, more --samples or longer windows (--seq-len)."
+        )

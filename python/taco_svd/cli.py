@@ -105,6 +105,14 @@ def compress(
     ] = "self",
     samples: Annotated[int, typer.Option(help="Number of calibration windows.")] = 64,
     seq_len: Annotated[int | None, typer.Option(help="Tokens per window; default: the context, at most 2048.")] = None,
+    completions_only: Annotated[
+        bool,
+        typer.Option(
+            "--completions-only",
+            help="Of conversations (messages), or prompt and completion: only what the model is to write counts in the "
+            "loss that decides what is kept.",
+        ),
+    ] = False,
     importance: Annotated[str, typer.Option(help="How redundant layers are found: bi, angular or greedy.")] = "bi",
     bridge_rank: Annotated[
         int | None, typer.Option(help="Rank of the bridges; default: 0.3% of the layers that stay, in all.")
@@ -153,7 +161,7 @@ def compress(
         Path | None,
         typer.Option(
             help="Carry out this plan (a file or a compressed directory), on the calibration it was made with unless "
-            "--calibration, --samples, --seq-len or --seed say otherwise."
+            "--calibration, --samples, --seq-len, --completions-only or --seed say otherwise."
         ),
     ] = None,
     work_dir: Annotated[
@@ -189,7 +197,7 @@ def compress(
     from .plan_calibration import DRAWN_BY, drawn_as_planned, draws_differ
     from .report import info_table
     from .team import Team, local_device
-    from .texts import check_text_name
+    from .texts import check_text_name, named_for_completions
     from .work_directory import check_apart, check_work_directory, finished_steps_kept
 
     check_output(out, force)
@@ -211,12 +219,20 @@ def compress(
             "12.5ms, --max-kl 0.01, or --plan FILE."
         )
     reads_text = team.rank == 0 and not resume  # others, and a run that has its windows, read none
-    windows: dict[str, Any] = {"calibration": calibration, "samples": samples, "seq_len": seq_len, "seed": seed}
+    windows: dict[str, Any] = {
+        "calibration": calibration,
+        "samples": samples,
+        "seq_len": seq_len,
+        "seed": seed,
+        "completions_only": completions_only,
+    }
     if loaded_plan is not None:
         given = [name for name in DRAWN_BY if on_command_line(context, name)]
         windows |= drawn_as_planned(loaded_plan, given, look=reads_text)
     if reads_text:
         check_text_name(windows["calibration"])
+        if windows["completions_only"]:
+            named_for_completions(windows["calibration"])
     bars = Bars(as_json, silent=team.rank > 0)
     dense, tokenizer = _load(model, dtype, local_device(device), stream, bars)
     check_output(out, force, needed_bytes=int(1.05 * weight_bytes(dense)))

@@ -45,6 +45,13 @@ def evaluate(
     stride: Annotated[
         int | None, typer.Option(help="Tokens between window starts; default: the window (no overlap).")
     ] = None,
+    completions_only: Annotated[
+        bool,
+        typer.Option(
+            "--completions-only",
+            help="Of a .jsonl text with messages, or prompt and completion: only what the model is to write counts.",
+        ),
+    ] = False,
     max_windows: Annotated[int | None, typer.Option(help="At most this many windows, spread over the text.")] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
@@ -77,6 +84,7 @@ def evaluate(
         max_windows=max_windows,
         seed=seed,
         progress=bars,
+        completions_only=completions_only,
     )
     if as_json:
         print_json(values)

@@ -44,6 +44,14 @@ def heal(
     text: Annotated[
         str, typer.Option(help="FILE.txt or FILE.jsonl, wikitext2, ptb, c4, or self (text the dense model writes).")
     ],
+    completions_only: Annotated[
+        bool,
+        typer.Option(
+            "--completions-only",
+            help="Of a .jsonl text with messages, or prompt and completion: only what the model is to write counts "
+            "(objective logits).",
+        ),
+    ] = False,
     tokens: Annotated[str, typer.Option(help="Training tokens, e.g. 1M.")] = "1M",
     objective: Annotated[
         str, typer.Option(help="logits: KL to the dense model's predictions. hidden: squared error of hidden states.")
@@ -89,6 +97,7 @@ def heal(
         held_out=held_out,
         evaluations=evaluations,
         norms=norms,
+        completions_only=completions_only,
     )
     record = heal_checkpoint(directory, out, text, options, dense, work, dtype, device, force, Bars(as_json))
     if as_json:

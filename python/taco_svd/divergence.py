@@ -105,9 +105,9 @@ def divergence(
                 same.append(target.argmax(-1) == found.argmax(-1))
             rows = [torch.cat(parts).view(len(batch.ids), -1) for parts in (values, same)]
             for row, (kl, top) in enumerate(zip(*rows, strict=True)):
-                counted = batch.counted[row]
+                counted = batch.counted[row].to(kl.device)
                 sums.append(float(kl[counted].double().sum()))
-                counts.append(kl[counted].numel())
+                counts.append(int(counted.sum()))
                 agreeing += int(top[counted].sum())
             if progress is not None:
                 progress(batch.done, batches.windows)

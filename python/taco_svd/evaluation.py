@@ -11,8 +11,9 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from .calibration import begun_with, context_length, embedding_weight, needed_begin_token
+from .calibration import begun_with, context_length, embedding_weight, needed_begin_token, unmarked
 from .errors import TacoError
+from .loss import NOTHING
 from .predictions import Predictions
 from .suffix import in_evaluation
 from .wide_products import in_wide_products
@@ -111,12 +112,12 @@ class WindowBatch:
 
     Attributes:
         ids: int64 [rows, window].
-        counted: per row, which of its `window - 1` predictions are counted.
+        counted: which predictions are counted, bool [rows, window - 1].
         done: number of windows up to and with this batch.
     """
 
     ids: torch.Tensor
-    counted: list[slice]
+    counted: torch.Tensor
     done: int
 
 
@@ -126,9 +127,10 @@ class WindowBatches:
     Windows of `window` tokens start every `stride` tokens. Each token is counted once: in every window but the
     first, only the last `stride` predictions are. Models that need a begin-of-text token have it before each window, as
     one of its tokens, and the token behind it is counted; others get the text alone, as compression papers do it.
+    Tokens that are marked as outside completions (`calibration.tokenize`) are read, not counted.
 
     Raises:
-        TacoError: text shorter than one window, or what `resolve_windows` refuses.
+        TacoError: text shorter than one window, one in which nothing counts, or what `resolve_windows` refuses.
     """
 
     def __init__(
@@ -154,20 +156,23 @@ class WindowBatches:
             starts = [starts[i * len(starts) // max_windows] for i in range(max_windows)]
         self._starts, self._tokens = starts, tokens
         self._rows = max(1, batch_tokens // self.window)
+        if not any(bool(batch.counted.any()) for batch in self):
+            raise TacoError("--completions-only: no window of the text has a completion in it.")
 
     @property
     def windows(self) -> int:
         return len(self._starts)
 
     def __iter__(self) -> Iterator[WindowBatch]:
-        whole = slice(None)
-        # overlapping windows after the first count only what no earlier window has counted
-        rest = whole if self.stride == self._of_text else slice(-self.stride, None)
         for first in range(0, len(self._starts), self._rows):
             chunk = self._starts[first : first + self._rows]
-            ids = torch.stack([self._tokens[start : start + self._of_text] for start in chunk])
-            ids = begun_with(self.begin_token, ids)
-            yield WindowBatch(ids, [whole if start == 0 else rest for start in chunk], first + len(chunk))
+            found = torch.stack([self._tokens[start : start + self._of_text] for start in chunk])
+            ids, labels = unmarked(begun_with(self.begin_token, found))
+            counted = labels[:, 1:] != NOTHING
+            if self.stride != self._of_text:
+                # overlapping windows after the first count only what no earlier window has counted
+                counted[[start > 0 for start in chunk], : -self.stride] = False
+            yield WindowBatch(ids, counted, first + len(chunk))
 
 
 def ratio_mean(sums: list[float], counts: list[int]) -> tuple[float, float]:
@@ -226,9 +231,9 @@ def perplexity(
                 for piece in found.pieces
             ]
             nll = torch.cat(parts).view(len(ids), -1)
-            for row, counted in zip(nll, batch.counted, strict=True):
+            for row, counted in zip(nll, batch.counted.to(device), strict=True):
                 sums.append(float(row[counted].double().sum()))
-                counts.append(row[counted].numel())
+                counts.append(int(counted.sum()))
             if progress is not None:
                 progress(batch.done, batches.windows)
     if not math.isfinite(math.fsum(sums)):

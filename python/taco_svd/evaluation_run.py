@@ -21,7 +21,7 @@ from .plan import Plan, versions
 from .progress import Progress, Silent
 from .report import NOT_ASKED
 from .source_model import check_source, source_path
-from .texts import check_text_name, named_text, recorded_name
+from .texts import check_text_name, named_for_completions, named_text, recorded_name
 
 DEFAULT_TEXT = "wikitext2"
 # `self` for evaluation draws from another seed than calibration does: text that calibration never saw.
@@ -37,11 +37,13 @@ def evaluation_tokens(
     seed: int = 0,
     progress: Progress | None = None,
     window: int | None = None,
+    completions_only: bool = False,
 ) -> tuple[torch.Tensor, str]:
     """(int64 tokens, name) of a text to evaluate on: "self", or as for `texts.named_text`.
 
     What the model writes itself is as long as the windows that it will be read in, where that is said, at most
-    `LONGEST_WRITTEN`: what a model trained on short windows writes beyond them is no text.
+    `LONGEST_WRITTEN`: what a model trained on short windows writes beyond them is no text. With `completions_only` the
+    tokens outside completions are marked, as `calibration.tokenize` does it.
 
     Raises:
         TacoError: unreadable text, no tokenizer, or one that does not fit the model.
@@ -54,7 +56,8 @@ def evaluation_tokens(
     check_text_name(text)
     if tokenizer is None:
         raise TacoError("The model has no tokenizer; a text cannot be evaluated.")
-    tokens = tokenize(named_text(text, tokenizer, test=True), tokenizer)
+    found = named_text(text, tokenizer, test=True, completions=completions_only)
+    tokens = tokenize(found.text, tokenizer, found.completions)
     check_vocabulary(tokens, model)
     return tokens, recorded_name(text)
 
@@ -74,6 +77,7 @@ def evaluate_model(
     max_windows: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    completions_only: bool = False,
 ) -> dict[str, Any]:
     """Perplexity, KL divergence from the dense model and task accuracies, as one JSON object.
 
@@ -84,11 +88,14 @@ def evaluate_model(
             plan names, where it is found (`source_model.source_path`).
         tasks, pairs, limit: see `harness.run_tasks`.
         window, stride, max_windows: see `evaluation.perplexity`.
+        completions_only: of a text of conversations, or of prompts with completions, only what a model is to write
+            counts; the rest is read.
 
     Returns:
         ``model``, ``parameters``, ``bytes``, ``dtype``, ``device``, ``seed``, ``versions``; with a text the fields of
-        `Perplexity`, ``text``, ``text_sha256`` (of the tokens) and ``divergence`` (the fields of `Divergence` and
-        ``against``), or ``divergence_missing`` with the reason; with tasks ``harness``.
+        `Perplexity`, ``text``, ``text_sha256`` (of the tokens; with `completions_only` of their marks too) and
+        ``divergence`` (the fields of `Divergence` and ``against``), or ``divergence_missing`` with the reason; with
+        tasks ``harness``.
 
     Raises:
         TacoError: whatever is wrong with the arguments, before long work.
@@ -100,7 +107,13 @@ def evaluate_model(
         text = DEFAULT_TEXT
     if limit is not None and not wants_tasks:
         raise TacoError("--limit counts documents of tasks; a text takes --max-windows.")
-    of_text = {"--window": window, "--stride": stride, "--max-windows": max_windows, "--against": against}
+    of_text: dict[str, Any] = {
+        "--window": window,
+        "--stride": stride,
+        "--max-windows": max_windows,
+        "--against": against,
+    }
+    of_text["--completions-only"] = completions_only or None
     unused = [option for option, value in of_text.items() if value is not None]
     if text is None and unused:
         raise TacoError(f"{', '.join(unused)}: only with --text.")
@@ -118,13 +131,17 @@ def evaluate_model(
     }
     if text is not None:
         check_text_name(text)
+        if completions_only:
+            named_for_completions(text)
         window, stride = resolve_windows(model, window, stride, max_windows)
         dense, origin = _dense(model, name, against)
-        tokens, text_name = evaluation_tokens(text, model, tokenizer, seed, progress, window)
+        tokens, text_name = evaluation_tokens(text, model, tokenizer, seed, progress, window, completions_only)
         digest = hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
         with progress.step("perplexity") as report:
             score = perplexity(model, tokens, window, stride, max_windows, progress=report)
         values |= {"text": text_name, "text_sha256": digest, **score.to_dict()}
+        if completions_only:
+            values["completions_only"] = True
         if dense is None:
             values["divergence_missing"] = origin
         else:

@@ -25,12 +25,13 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from .architectures import Architecture
-from .calibration import check_seed
+from .calibration import check_seed, unmarked
 from .decomposition import full_svd
 from .divergence import kl_per_token
 from .drift import depth_map, recorded
 from .errors import TacoError
 from .int8_linear import Int8LowRankLinear
+from .loss import NOTHING, counted_labels, counted_positions
 from .modeling import CompressedModel
 from .predictions import Predictions
 from .replacement import LowRankBridge, LowRankLinear
@@ -64,6 +65,8 @@ class HealingOptions:
         held_out: windows that are never trained on (at most a tenth of all that are drawn).
         evaluations: how often the held-out windows are evaluated on the way (and once before the first step).
         norms: also train the gains (and biases) of the kept layers' norms.
+        completions_only: of conversations, or prompts with completions, only what a model is to write counts (for
+            "logits"; hidden states are those of all tokens).
     """
 
     tokens: int = 1_000_000
@@ -75,6 +78,7 @@ class HealingOptions:
     held_out: int = 64
     evaluations: int = 10
     norms: bool = False
+    completions_only: bool = False
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
@@ -225,7 +229,7 @@ class Objective:
 
     def _predictions(self, windows: torch.Tensor) -> tuple[Predictions, Predictions]:
         """The dense model's and the student's, at every position: both see the same tokens, so the last counts too."""
-        ids = windows.to(self.device)
+        ids = unmarked(windows)[0].to(self.device)
         with torch.no_grad():
             target = Predictions(self.dense, ids, last=True)
         with self._autocast():
@@ -233,18 +237,24 @@ class Objective:
 
     def _logits(self, windows: torch.Tensor) -> torch.Tensor:
         target, found = self._predictions(windows)
+        counted, count = self._counted(windows)
 
         def mean_divergence(logits: torch.Tensor, piece: slice) -> torch.Tensor:
             with torch.autocast(self.device.type, enabled=False):
                 with torch.no_grad():
                     truth = target.logits(piece)
-                return kl_per_token(truth, logits).sum() / windows.numel()
+                return kl_per_token(truth, logits).where(counted[piece], 0).sum() / max(1, count)
 
         with self._autocast():
             return found.summed(mean_divergence)
 
+    def _counted(self, windows: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Which positions count, bool [rows * seq_len], and how many."""
+        counted = counted_positions(unmarked(windows)[1]).flatten()
+        return counted.to(self.device), int(counted.sum())
+
     def _hidden(self, windows: torch.Tensor) -> torch.Tensor:
-        ids = windows.to(self.device)
+        ids = unmarked(windows)[0].to(self.device)
         with torch.no_grad(), recorded(self.dense, self.anchors.values()) as targets:
             self.dense.base_model(input_ids=ids, use_cache=False)
         with self._autocast(), recorded(self.student, self.anchors) as states:
@@ -259,16 +269,20 @@ class Objective:
     def held_out(self, windows: torch.Tensor, batch: int) -> dict[str, float]:
         """Objective, KL to the dense model and next-token loss (nats per token) on held-out windows."""
         objective = kl = nll = 0.0
+        counted_in_all = 0
         for rows in windows.split(batch):
             target, found = self._predictions(rows)
+            counted, count = self._counted(rows)
+            counted_in_all += count
+            labels = functional.pad(unmarked(rows)[1][:, 1:], (0, 1), value=NOTHING).flatten().to(self.device)
             for piece in found.pieces:
                 with self._autocast():
                     logits = found.logits(piece)
-                kl += float(kl_per_token(target.logits(piece), logits).double().sum())
-                nll += float(functional.cross_entropy(logits.float(), found.labels[piece], reduction="sum"))
+                kl += float(kl_per_token(target.logits(piece), logits)[counted[piece]].double().sum())
+                nll += float(functional.cross_entropy(logits.float(), labels[piece], reduction="sum"))
             if self.kind == "hidden":
                 objective += float(self._hidden(rows)) * len(rows) / len(windows)
-        kl, nll = kl / windows.numel(), nll / windows[:, 1:].numel()
+        kl, nll = kl / counted_in_all, nll / max(1, counted_labels(unmarked(windows)[1]))
         if self.kind == "logits":
             objective = kl
         return {"objective": objective, "kl": kl, "nll": nll}

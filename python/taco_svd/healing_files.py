@@ -29,10 +29,12 @@ from .calibration import (
     sample_from_model,
     text_windows,
     tokenize,
+    unmarked,
 )
 from .directory_lock import check_free, hold
 from .errors import TacoError
 from .healing import HealingOptions, HealingState, trainable_names
+from .loss import counted_labels
 from .mapped import weight_sums
 from .progress import Report
 from .texts import named_text, recorded_name
@@ -53,6 +55,8 @@ def healing_windows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(training, held-out) windows, int64 [count, seq_len], drawn with the run's seed; no token is in both.
 
+    With `completions_only` the tokens outside completions are marked, as `calibration.tokenize` does it.
+
     Each begins as in calibration (`calibration.begin_token`). Held out is what was drawn last. Calibration on the same
     text with the same seed draws the same windows first, and a model that was fitted on those would look better before
     healing than it is.
@@ -70,12 +74,13 @@ def healing_windows(
     else:
         if tokenizer is None:
             raise TacoError("Healing on text needs the model's tokenizer, and the checkpoint has none.")
-        raw = named_text(text, tokenizer, test=False)
+        found = named_text(text, tokenizer, test=False, completions=options.completions_only)
+        raw = found.text
         begin = begin_token(tokenizer, dense)
         if len(raw) // (length * CHARACTERS_PER_TOKEN) >= LONG_TEXT_FACTOR * wanted:
-            windows = text_windows(raw, tokenizer, wanted, length, seed, text, begin)
+            windows = text_windows(found, tokenizer, wanted, length, seed, text, begin)
         else:
-            tokens = tokenize(raw, tokenizer)
+            tokens = tokenize(raw, tokenizer, found.completions)
             of_text = length - (begin is not None)
             slots = len(tokens) // of_text
             if slots < 2:
@@ -85,6 +90,10 @@ def healing_windows(
             windows = begun_with(begin, windows)
     check_vocabulary(windows, dense)
     held_out = max(1, min(options.held_out, len(windows) // 10))
+    if options.completions_only and not all(
+        counted_labels(unmarked(part)[1]) for part in (windows[:-held_out], windows[-held_out:])
+    ):
+        raise TacoError("--completions-only: the windows hold too little of the completions; pass a longer text.")
     return windows[:-held_out].contiguous(), windows[-held_out:].contiguous()
 
 

@@ -24,6 +24,7 @@ from .store import Store
 from .suffix import (
     CPU_BATCH_TOKENS,
     GPU_BATCH_TOKENS,
+    LabelBatches,
     SiteCallback,
     gradient_scale,
     gradients_watched,
@@ -51,7 +52,8 @@ class LayerwisePass:
             a GPU a lasting store gets none: a pass that was interrupted begins anew.
         name: tells passes over different sets apart.
         batch_tokens: at most this many tokens are run at once (never less than one window).
-        samples: windows of the whole set whose mean loss is meant, where `tokens` are a part of it.
+        labels: which predictions the loss is of, as for `next_token_loss`; default: all.
+        total: how many predictions the mean loss is over, where `tokens` are a part of the set that is meant.
     """
 
     def __init__(
@@ -61,9 +63,10 @@ class LayerwisePass:
         store: Store,
         name: str = "pass",
         batch_tokens: int | None = None,
-        samples: int | None = None,
+        labels: torch.Tensor | None = None,
+        total: int | None = None,
     ) -> None:
-        self.architecture, self.tokens, self.name = architecture, tokens, name
+        self.architecture, self.name = architecture, name
         self.device = embedding_weight(architecture.model).device
         if batch_tokens is None:
             batch_tokens = CPU_BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS
@@ -73,7 +76,7 @@ class LayerwisePass:
         begins_anew = store.lasting and _is_quick(self.device)
         self._own = Store(memory=host_room(store.team.size)) if begins_anew else None
         self._between = self._own or store
-        self._samples = samples or len(tokens)
+        self.labels = LabelBatches(labels, self.walk.batches, total)
 
     def backward(
         self,
@@ -98,7 +101,7 @@ class LayerwisePass:
         if lowest is None:
             lowest = min(site.layer for site in sites)
         model = self.architecture.model
-        scale = gradient_scale(model, self._samples * self.tokens.shape[1])
+        scale = gradient_scale(model, self.labels.total)
         total = (self.depth - lowest) * 2
         tell = report or (lambda done, of: None)
         with without_parameter_gradients(model), ExitStack() as stack:
@@ -145,8 +148,9 @@ class LayerwisePass:
             h = hidden.requires_grad_(True)
             tokens = self.walk.batches[batch].to(self.device)
             with torch.enable_grad():
-                share = scale * len(tokens) / self._samples
-                loss = windows_loss(self.architecture.model, tokens, share, partial(self.walk.output, batch, h))
+                share, labels = scale * self.labels.share(batch), self.labels[batch]
+                run = partial(self.walk.output, batch, h)
+                loss = windows_loss(self.architecture.model, tokens, share, run, labels)
                 (gradient,) = torch.autograd.grad(loss, h)
             found.append(gradient)
         return found

@@ -21,19 +21,40 @@ def slices(logits: torch.Tensor) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, max(1, rows), step)]
 
 
-def next_token_loss(logits: torch.Tensor, tokens: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
+# The label of a position whose prediction does not count: that which torch's losses leave out.
+NOTHING = -100
+
+
+def counted_labels(labels: torch.Tensor) -> int:
+    """How many predictions count in windows of labels [windows, seq_len]: no window's first token is predicted."""
+    return int((labels[:, 1:] != NOTHING).sum())
+
+
+def counted_positions(labels: torch.Tensor) -> torch.Tensor:
+    """Whose predictions count where no token judges them (a divergence): bool, as `labels` [windows, seq_len].
+
+    A position counts if the token that follows it does; a window's last one, if its own does: that text goes on.
+    """
+    return torch.cat([labels[:, 1:], labels[:, -1:]], dim=1) != NOTHING
+
+
+def next_token_loss(
+    logits: torch.Tensor, labels: torch.Tensor, weight: float = 1.0, count: int | None = None
+) -> torch.Tensor:
     """Mean cross-entropy (nats) of each token given those before it; labels are shifted here and nowhere else.
 
-    logits [batch, seq_len, vocabulary], tokens int64 [batch, seq_len]; computed in float32 (float64 for float64).
-    `weight` multiplies the loss, and its gradient before that is rounded to the logits' dtype.
+    logits [batch, seq_len, vocabulary], labels int64 [batch, seq_len]: the tokens, `NOTHING` for those that do not
+    count; 0 where none does. `count` is `counted_labels` of these, for those who know. Computed in float32 (float64 for
+    float64). `weight` multiplies the loss, and its gradient before that is rounded to the logits' dtype.
     """
-    scale = weight / tokens[:, 1:].numel()
-    loss: torch.Tensor = _LabelLoss.apply(logits, tokens[:, 1:], scale)
+    scale = weight / max(1, counted_labels(labels) if count is None else count)
+    loss: torch.Tensor = _LabelLoss.apply(logits, labels[:, 1:], scale)
     return loss
 
 
 def label_loss(logits: torch.Tensor, labels: torch.Tensor, scale: float) -> torch.Tensor:
-    """`scale` times the summed cross-entropy (nats): logits [positions, vocabulary], labels int64 [positions]."""
+    """`scale` times the summed cross-entropy (nats): logits [positions, vocabulary], labels int64 [positions], of
+    which `NOTHING` does not count."""
     loss: torch.Tensor = _LabelLoss.apply(logits[None], labels[None], scale)
     return loss
 
@@ -57,12 +78,14 @@ class _LabelLoss(torch.autograd.Function):
         for row in range(batch):
             for part in slices(logits[row, :length]):
                 here = labels[row, part, None]
+                counts = here != NOTHING
+                here = here.where(counts, 0)
                 logs = functional.log_softmax(logits[row, part], dim=-1, dtype=wide)
-                total -= logs.gather(1, here).sum(dtype=torch.float64)
+                total -= logs.gather(1, here).where(counts, 0).sum(dtype=torch.float64)
                 if gradient is not None:
                     share = logs.exp_()
                     share.scatter_add_(1, here, share.new_full(here.shape, -1.0))
-                    gradient[row, part] = share.mul_(scale)
+                    gradient[row, part] = share.mul_(counts.to(wide) * scale)
         ctx.gradient = gradient
         return (total * scale).to(wide)
 

@@ -21,6 +21,7 @@ from .calibration import embedding_weight
 from .decomposition import Decomposition, WeightedMap
 from .divergence import kl_per_token
 from .experts import kind_of
+from .loss import counted_positions
 from .memory import release
 from .predictions import Predictions
 from .progress import Report
@@ -134,6 +135,7 @@ class CurveMeasurement:
         weighted: map -> its weight with the moments of both its sides. Called once per map.
         shares: ranks to measure, as shares of the full rank.
         team: every process measures its share of the changes.
+        labels: which predictions count, as for `Calibration`; windows in which most do come first then. Default: all.
         weight: by what a map's squared singular values count: the share of the tokens that an expert sees.
     """
 
@@ -146,6 +148,7 @@ class CurveMeasurement:
         shares: Sequence[float] = MEASURED_SHARES,
         team: Team | None = None,
         weight: Callable[[LinearSite], float] = lambda site: 1.0,
+        labels: torch.Tensor | None = None,
     ) -> None:
         self.team, self.weight = team or Team(), weight
         self.architecture, self.weighted, self.shares = architecture, weighted, shares
@@ -154,6 +157,11 @@ class CurveMeasurement:
         vocabulary = embedding_weight(architecture.model).shape[0]
         most = max(2, min(MEASURED_TOKENS, REFERENCE_BYTES // (4 * vocabulary)))
         length = min(tokens.shape[1], most)
+        self.counted: torch.Tensor | None = None
+        if labels is not None:
+            positions = counted_positions(labels[:, :length])
+            order = positions.sum(dim=1).argsort(descending=True, stable=True)
+            tokens, self.counted = tokens[order], positions[order][: max(1, most // length)].flatten()
         self.tokens = tokens[: max(1, most // length), :length]
         # what is measured must not have been fitted on the same windows
         self.unused = tokens[len(self.tokens) :]
@@ -329,7 +337,10 @@ class CurveMeasurement:
     def _divergence(self, reference: Sequence[torch.Tensor], stream: Sequence[torch.Tensor]) -> float:
         """Mean KL(dense || changed) per token; `reference`: dense logits, `stream` leaves the changed model."""
         pairs = zip(reference, self._logits(stream), strict=True)
-        return sum(float(kl_per_token(truth, ours).double().sum()) for truth, ours in pairs) / self.tokens.numel()
+        if self.counted is None:
+            return sum(float(kl_per_token(truth, ours).double().sum()) for truth, ours in pairs) / self.tokens.numel()
+        found = torch.cat([kl_per_token(truth, ours) for truth, ours in pairs])
+        return float(found[self.counted.to(found.device)].double().mean())
 
 
 def _of_layer(sites: Sequence[LinearSite], layer: int) -> list[LinearSite]:
@@ -393,13 +404,19 @@ def _between(
 
 
 @torch.no_grad()
-def divergence_between(dense: PreTrainedModel, other: PreTrainedModel, tokens: torch.Tensor) -> float:
-    """Mean KL(dense || other) of the next token over windows [samples, seq_len], nats per token."""
+def divergence_between(
+    dense: PreTrainedModel, other: PreTrainedModel, tokens: torch.Tensor, labels: torch.Tensor | None = None
+) -> float:
+    """Mean KL(dense || other) of the next token over windows [samples, seq_len], nats per token.
+
+    `labels` as for `Calibration`: which predictions count; default: all.
+    """
     total = 0.0
     device = embedding_weight(dense).device
-    for window in tokens.split(1):
+    counted = torch.ones_like(tokens, dtype=torch.bool) if labels is None else counted_positions(labels)
+    for window, positions in zip(tokens.split(1), counted.split(1), strict=True):
         batch = window.to(device)
         truth = dense(input_ids=batch, use_cache=False).logits
         ours = other(input_ids=batch, use_cache=False).logits
-        total += float(kl_per_token(truth, ours).double().mean())
-    return total / max(1, tokens.shape[0])
+        total += float(kl_per_token(truth, ours).double()[positions.to(device)].sum())
+    return total / max(1, int(counted.sum()))

@@ -33,12 +33,14 @@ def importance_and_attribution(
     count: int,
     compression_ratio: float,
     progress: Callable[[int, int], None] | None = None,
+    labels: torch.Tensor | None = None,
 ) -> tuple[LayerImportance, Attributed]:
     """Block influence of all layers, and the attribution of those that are likely the `count` least influential.
 
     Args:
         tokens: int64 [samples, seq_len].
         compression_ratio: the paper's c, from which ranks and so the number of candidate directions follow.
+        labels: which predictions the loss is of, as for `Calibration`; default: all.
     """
     few = tokens[: max(1, int(len(tokens) * GUESS_SHARE))]
     guess = sorted(by_influence(block_influence(SuffixRunner(architecture, few, 0))).order[:count])
@@ -54,6 +56,6 @@ def importance_and_attribution(
         for layer, module in enumerate(architecture.layers):
             hook = module.register_forward_hook(partial(watch, layer=layer), with_kwargs=True)
             stack.callback(hook.remove)
-        runner = SuffixRunner(architecture, tokens, 0)
+        runner = SuffixRunner(architecture, tokens, 0, labels=labels)
         attributed.gather(sites, lambda gradients: runner.backward(sites, gradients, progress))
     return by_influence([total / tokens.numel() for total in sums]), attributed

@@ -19,6 +19,7 @@ from .calibration import (
     Calibration,
     CalibrationSource,
     check_activations,
+    check_completions_only,
     check_tokens,
     load_calibration,
     recognised,
@@ -105,7 +106,9 @@ def _carry_out(
         )
     elif plan.structure.low_rank:
         factorised = sorted(plan.structure.low_rank)
-        runner = SuffixRunner(architecture, calibration.tokens, factorised[0], starts=factorised)
+        runner = SuffixRunner(
+            architecture, calibration.tokens, factorised[0], starts=factorised, labels=calibration.labels
+        )
         known, workspace.attributed = workspace.attributed, None  # for the call that planned it; it is large
         attributed = None
         if known is not None and known[0] == plan.structure and plan.options.get("one_shot"):
@@ -150,6 +153,7 @@ def compress(
     max_kl: float | None = None,
     team: Team | None = None,
     experts: str = EXPERTS[0],
+    completions_only: bool | None = None,
 ) -> tuple[PreTrainedModel, Plan]:
     """Compresses a language model.
 
@@ -192,6 +196,9 @@ def compress(
         team: the processes that do this together (methods taco, bridge and removal), each with a `work_dir` of its
             own; all return the same model.
         experts: of a mixture: "factorised" (methods taco, paper and svd: each expert's maps like any other) or "whole".
+        completions_only: only what the model is to write counts in the loss that decides (and in the divergence that is
+            measured): an assistant's turns in ``messages``, or ``completion``. All tokens are read, and the re-fits are
+            to the hidden states of all. Default: no, and with `plan` as the plan was made.
 
     Returns:
         (compressed model, plan); save with `taco_svd.save_compressed` or the model's `save_pretrained`. Of methods
@@ -231,11 +238,15 @@ def compress(
         if plan is not None and plan.calibration:
             other = {"samples": samples != SAMPLES, "seq_len": seq_len is not None, "seed": seed != 0}
             given = [name for name, differs in other.items() if differs]
+            if completions_only is not None:
+                given.append("completions_only")
             drawn = drawn_as_planned(plan, given, look=team.rank == 0 and not resume)
             calibration, samples = drawn["calibration"], drawn.get("samples", samples)
             seq_len, seed = drawn.get("seq_len", seq_len), drawn.get("seed", seed)
+            completions_only = drawn.get("completions_only", completions_only)
     if not isinstance(calibration, (str, Path)) or (team.rank == 0 and not resume):  # see where it is loaded
         calibration = recognised(calibration)
+    completions_only = _checked_completions(calibration, completions_only, method if plan is None else plan.method)
     _check_team(team, plan, options)
     if work_dir is not None:
         check_work_directory(work_dir, resume)
@@ -273,12 +284,14 @@ def compress(
             "samples": samples,
             "seq_len": seq_len,
             "seed": seed,
+            "completions_only": completions_only,
             "plan": None if plan is None else hashlib.sha256(json.dumps(plan.to_dict()).encode()).hexdigest(),
         }
         digest = hashlib.sha256(json.dumps(config_of(model), sort_keys=True).encode()).hexdigest()
         run = {**arguments, "weights": weights_digest(looked), "config": digest, "versions": versions()}
         store = open_run(work_dir, {**run, "processes": team.size}, resume, team)
-    windows = _calibrated(calibration, model, tokenizer, (samples, seq_len, seed), store, team, progress)
+    draw = (samples, seq_len, seed, completions_only)
+    windows = _calibrated(calibration, model, tokenizer, draw, store, team, progress)
     check_activations(model, windows)
     if workspace is None:
         workspace = Workspace(model, windows, store, team)
@@ -293,9 +306,10 @@ def compress(
             store.put("plan", {}, plan.to_dict())
     compressed, record = _carry_out(model, plan, windows, progress, workspace)
     held_out = held_out_windows(windows.tokens)
+    labels = None if windows.labels is None else held_out_windows(windows.labels)
     if METHODS[plan.method].refits and len(held_out) and "measured_loss" not in record:
         with progress.step("measuring the loss on held-out windows"):
-            record["measured_loss"] = divergence_between(model, compressed, held_out)
+            record["measured_loss"] = divergence_between(model, compressed, held_out, labels)
     plan = dataclasses.replace(
         plan,
         calibration=windows.describe(),
@@ -325,6 +339,24 @@ def _check_given_plan(plan: Any, options: CompressionOptions) -> None:
         )
 
 
+def _checked_completions(calibration: Any, completions_only: bool | None, method: str) -> bool:
+    """Whether only completions count.
+
+    Raises:
+        TacoError: neither is said, the calibration does not tell which they are, or the method weighs no loss by them.
+    """
+    if completions_only not in (None, False, True):
+        raise TacoError(f"completions_only must be True or False, got {completions_only!r:.80}.")
+    labelled = isinstance(calibration, Calibration) and calibration.labels is not None
+    wanted = labelled if completions_only is None else bool(completions_only)
+    if labelled and not wanted:
+        raise TacoError("The calibration has labels, which say what counts; leave out completions_only=False.")
+    if wanted and method in BASELINES:
+        raise TacoError(f"--completions-only: the published method {method} counts all tokens; leave it out.")
+    check_completions_only(calibration, wanted)
+    return wanted
+
+
 def _check_team(team: Team, plan: Plan | None, options: CompressionOptions) -> None:
     """What several processes cannot do together."""
     if team.size == 1:
@@ -343,7 +375,7 @@ def _calibrated(
     given: CalibrationSource,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    draw: tuple[int, int | None, int],
+    draw: tuple[int, int | None, int, bool],
     store: Store | None,
     team: Team,
     progress: Progress,
@@ -352,16 +384,19 @@ def _calibrated(
 
     Args:
         given: as `recognised` gives it.
-        draw: samples, tokens per window, seed.
+        draw: samples, tokens per window, seed, whether only completions count.
     """
     if store is not None and "calibration" in store:
         kept = store.note("calibration")
-        given = Calibration(store.get("calibration")["tokens"], kept["source"], kept["seed"])
+        held = store.get("calibration")
+        given = Calibration(held["tokens"], kept["source"], kept["seed"], held.get("labels"))
     if isinstance(given, Calibration):
         found = given
     else:
         with progress.step("calibration text") as report:
-            drawn = load_calibration(given, model, tokenizer, *draw, report) if team.rank == 0 else None
+            drawn = None
+            if team.rank == 0:
+                drawn = load_calibration(given, model, tokenizer, *draw[:3], report, completions_only=draw[3])
         shared = team.broadcast(drawn)
         assert isinstance(shared, Calibration)
         found = shared
@@ -371,5 +406,6 @@ def _calibrated(
             f"{len(found.tokens)}."
         )
     if store is not None and "calibration" not in store:
-        store.put("calibration", {"tokens": found.tokens}, {"source": found.source, "seed": found.seed})
+        held = {"tokens": found.tokens} | ({} if found.labels is None else {"labels": found.labels})
+        store.put("calibration", held, {"source": found.source, "seed": found.seed})
     return found

@@ -206,7 +206,7 @@ _FIELDS = {
     "importance": {"measure": _is_text, "order": _is_numbers},
     "calibration": {
         "source": _is_text, "samples": _is_size, "seq_len": _is_size, "tokens": _is_size, "seed": _is_integer,
-        "sha256": _is_text,
+        "sha256": _is_text, "counted": _is_size, "completions_only": lambda value: isinstance(value, bool),
     },
     "options": {
         "input_damping": _is_number, "gradient_damping": _is_number,

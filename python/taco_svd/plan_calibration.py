@@ -12,7 +12,13 @@ from .plan import Plan
 from .texts import NAMED_CORPORA
 
 # The arguments of `compress` that windows are drawn by, and what a plan calls them.
-DRAWN_BY = {"calibration": "source", "samples": "samples", "seq_len": "seq_len", "seed": "seed"}
+DRAWN_BY = {
+    "calibration": "source",
+    "samples": "samples",
+    "seq_len": "seq_len",
+    "seed": "seed",
+    "completions_only": "completions_only",
+}
 # Sources of which a plan has nothing but the word: documents and tokens that were given in Python.
 IN_MEMORY = ("texts", "tokens")
 

@@ -18,6 +18,7 @@ from .cost_budget import LatencyCosts, bridges_within
 from .decomposition import numerical_errors_named
 from .experts import open_modules
 from .importance import LayerImportance, rank_layers
+from .loss import NOTHING
 from .mapped import is_mapped
 from .methods import METHODS
 from .model_checks import check_model
@@ -104,13 +105,18 @@ def _redundant_layers(
         return redundant, {"measure": "cosine distance of runs", "scores": distances}
     importance = own or options.importance
     calibration = workspace.calibration
-    tokens = workspace.team.windows(calibration.tokens)
+    tokens, labels = workspace.team.windows(calibration.tokens), calibration.labels
+    labels = None if labels is None else workspace.team.windows(labels)
     if importance == "greedy":  # one loss decides after the other: every process finds the same
-        tokens = calibration.tokens[:GREEDY_SAMPLES]
+        tokens, labels = calibration.tokens, calibration.labels
+        if labels is not None:  # those windows in which most counts
+            order = labels.ne(NOTHING).sum(dim=1).argsort(descending=True, stable=True)
+            tokens, labels = tokens[order], labels[order][:GREEDY_SAMPLES]
+        tokens = tokens[:GREEDY_SAMPLES]
     # a streamed model's layers are read one by one; passes over the whole model would read it once per batch
     if options.one_shot and importance == "bi" and ratio is not None and not is_mapped(architecture.model):
         with progress.step("layer importance and gradient attribution") as report:
-            ranking, attributed = importance_and_attribution(architecture, tokens, count, ratio, report)
+            ranking, attributed = importance_and_attribution(architecture, tokens, count, ratio, report, labels)
         redundant = sorted(ranking.order[:count])
         # for `_carry_out` of the same call, if it carries out this structure
         workspace.attributed = (low_rank_structure(architecture, redundant, ratio), attributed)
@@ -119,7 +125,8 @@ def _redundant_layers(
 
     def ranked() -> LayerImportance:
         with progress.step(step) as report:
-            return rank_layers(SuffixRunner(architecture, tokens, 0), importance, count, report, workspace.team)
+            runner = SuffixRunner(architecture, tokens, 0, labels=labels)
+            return rank_layers(runner, importance, count, report, workspace.team)
 
     # how much each layer changes the hidden states does not depend on how many layers are to go
     ranking = workspace.keep(step if importance == "bi" else f"{step} of {count}", ranked)

@@ -21,13 +21,10 @@ from transformers import PreTrainedModel
 
 from .calibration import embedding_weight
 from .forwards import forward_replaced
-from .loss import handed_out, label_loss, next_token_loss
+from .loss import NOTHING, counted_labels, handed_out, label_loss, next_token_loss
 
 # logits [positions, vocabulary] and which of all positions these are, to a scalar
 Function = Callable[[torch.Tensor, slice], torch.Tensor]
-# The label of a position that no token follows: torch's losses leave it out.
-NOTHING = -100
-
 # Logits of a piece (16 MB in 16 bits; on a GPU, where a launch should have more to do, 128 MB), but never so few tokens
 # that a product with the head waits for its weights.
 PIECE, GPU_PIECE, LEAST_TOKENS = 1 << 23, 1 << 26, 128
@@ -105,19 +102,29 @@ class Predictions:
 
 
 def windows_loss(
-    model: PreTrainedModel, ids: torch.Tensor, weight: float = 1.0, run: Callable[[], Any] | None = None
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    weight: float = 1.0,
+    run: Callable[[], Any] | None = None,
+    labels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`weight` times a model's mean next-token cross-entropy (nats) on windows; arguments as for `Predictions`.
 
     As `next_token_loss` of its logits, but of large vocabularies only a piece of them is held at a time. There no
     gradient reaches the head's own parameters.
+
+    Args:
+        labels: as for `next_token_loss`; default: all tokens of `ids` count.
     """
+    # counted before they are on a GPU, which would be waited for
+    count = ids[:, 1:].numel() if labels is None else counted_labels(labels)
+    labels = ids if labels is None else labels.to(ids.device)
     if len(pieces(ids[:, 1:].numel(), embedding_weight(model))) == 1:
         output = run() if run is not None else model(input_ids=ids, use_cache=False)
-        return next_token_loss(output.logits, ids, weight)
+        return next_token_loss(output.logits, labels, weight, count)
+    scale, following = weight / max(1, count), labels[:, 1:].flatten()
     predictions = Predictions(model, ids, run)
-    labels = predictions.labels
-    return predictions.summed(lambda logits, piece: label_loss(logits, labels[piece], weight / len(labels)))
+    return predictions.summed(lambda logits, piece: label_loss(logits, following[piece], scale))
 
 
 class _Summed(torch.autograd.Function):

@@ -24,6 +24,7 @@ from .decomposition import Decomposition, WeightedMap, damped
 from .divergence import kl_per_token
 from .errors import DiskFullError
 from .experts import MAPS, expert_number
+from .loss import counted_positions
 from .mapped import page_out_tensor
 from .memory import release
 from .progress import Report
@@ -68,6 +69,8 @@ class UpwardPass:
             gives None the map is weighted by its inputs only. Asked once per map, in the order of the layers.
         bridge_gradients: damped second moments of dL/dh leaving each run's last layer, by that layer.
         input_damping: shrinkage of the inputs' second moments.
+        labels: which predictions count where the loss is measured, as for `Calibration`; default: all. The re-fits are
+            to hidden states, of all tokens.
         with_refit: whether maps that stay, and those that are factorised, are re-fitted (`consistency`).
         store: keeps every finished layer; those that it has are taken from there. What it does not hold in memory the
             built model maps from its files.
@@ -86,6 +89,7 @@ class UpwardPass:
         with_refit: bool = True,
         store: Store | None = None,
         team: Team | None = None,
+        labels: torch.Tensor | None = None,
     ) -> None:
         self.team = team or Team()
         self.dense, self.working, self.structure = dense, working, structure
@@ -95,6 +99,9 @@ class UpwardPass:
         self.walk = Walk(dense, batches)
         self.fit_batches = range(len(batches) - held)
         self.held_batches = range(len(batches) - held, len(batches))
+        # of every held-out window that is this process's, which positions count
+        shared = None if labels is None else self.team.windows(held_out_windows(labels))
+        self.counted = None if shared is None else counted_positions(shared)
         self.with_refit = with_refit and held > 0
         self.bridges: dict[int, BridgeSpec] = {bridge.after: bridge for bridge in structure.bridges}
         self.records: list[dict[str, Any]] = []
@@ -171,15 +178,19 @@ class UpwardPass:
     def held_out_loss(self) -> float | None:
         """Mean KL(dense || compressed) of the next token over the held-out windows; None where there are none."""
         truth, ours = self.final
-        total, windows = 0.0, 0
+        total, positions, number = 0.0, 0, 0
         for batch in self.held_batches:
             for window in range(len(truth[batch])):
                 part = slice(window, window + 1)
                 dense, compressed = (self.walk.logits(batch, stream[batch], part) for stream in (truth, ours))
-                total += float(kl_per_token(dense, compressed).double().mean())
-                windows += 1
-        total, windows = self.team.sum(total), round(self.team.sum(windows))
-        return total / windows if windows else None
+                found = kl_per_token(dense, compressed).double()
+                if self.counted is not None:
+                    found = found[self.counted[number : number + 1].to(found.device)]
+                total += float(found.sum())
+                positions += found.numel()
+                number += 1
+        total, positions = self.team.sum(total), round(self.team.sum(positions))
+        return total / positions if positions else None
 
     # -- one layer ---------------------------------------------------------------------------------------------
 

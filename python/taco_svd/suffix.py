@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from .architectures import Architecture, LinearSite, linear_shape
 from .calibration import embedding_weight
 from .forwards import Enough, bypassed, forward_replaced, hidden_argument, hidden_output
+from .loss import counted_labels
 from .model_size import weight_bytes
 from .predictions import windows_loss
 from .wide_products import needs_wide_products
@@ -62,6 +63,7 @@ class SuffixRunner:
             its last run. Their hidden states are kept as far as memory allows (`KEPT_SHARE`, `KEPT_BYTES`).
         recompute: whether a layer's activations are computed again in the backward pass instead of kept; by default
             where they would exceed `ACTIVATION_BYTES` (of a small model `SMALL_MODEL_ACTIVATIONS`).
+        labels: which predictions the loss is of, as for `next_token_loss`; default: all.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class SuffixRunner:
         batch_tokens: int | None = None,
         starts: Sequence[int] = (),
         recompute: bool | None = None,
+        labels: torch.Tensor | None = None,
     ) -> None:
         self.architecture = architecture
         self.first_layer = first_layer
@@ -84,6 +87,7 @@ class SuffixRunner:
             batch_tokens = min(batch_tokens, int(allowed_logits // (2 * weight.shape[0] * weight.element_size())))
         rows = max(1, batch_tokens // tokens.shape[1])
         self.batches: tuple[torch.Tensor, ...] = tokens.split(rows)
+        self.labels = LabelBatches(labels, self.batches)
         self.samples, self.seq_len = tokens.shape
         self.recompute = recompute
         kept = tokens.numel() * weight.shape[1] * weight.element_size()
@@ -174,8 +178,8 @@ class SuffixRunner:
         """Next-token cross-entropy (nats) of batch `index`, weighted so that the batches' sum is `scale` times the
         set's mean. No gradient reaches the head's own parameters."""
         ids = self.batches[index].to(self.device)
-        share = scale * len(ids) / self.samples
-        return windows_loss(self.architecture.model, ids, share, lambda: self._run(index, start))
+        share, labels = scale * self.labels.share(index), self.labels[index]
+        return windows_loss(self.architecture.model, ids, share, lambda: self._run(index, start), labels)
 
     @torch.no_grad()
     def mean_loss(self) -> float:
@@ -222,7 +226,7 @@ class SuffixRunner:
         model = self.architecture.model
         lowest = min(site.layer for site in sites)
         start = max((layer for layer in self._starts if layer <= lowest), default=self.first_layer)
-        scale = gradient_scale(model, self.samples * self.seq_len)
+        scale = gradient_scale(model, self.labels.total)
         total = 0.0
         with without_parameter_gradients(model), ExitStack() as stack, torch.enable_grad():
             stack.callback(
@@ -240,6 +244,31 @@ class SuffixRunner:
                 if progress is not None:
                     progress(index + 1, len(self.batches))
         return total
+
+
+class LabelBatches:
+    """Which predictions of some batches of windows a mean loss is over, and each batch's share in it.
+
+    Args:
+        labels: int64 [samples, seq_len] as for `next_token_loss`, or None: all count.
+        batches: the windows' tokens, int64 [rows, seq_len] each.
+        total: number of predictions that the mean is over, where the batches are a part of them.
+    """
+
+    def __init__(self, labels: torch.Tensor | None, batches: Sequence[torch.Tensor], total: int | None = None) -> None:
+        self._batches = None if labels is None else labels.split([len(batch) for batch in batches])
+        counted = [batch[:, 1:].numel() for batch in batches]
+        if self._batches is not None:
+            counted = [counted_labels(batch) for batch in self._batches]
+        self.total = sum(counted) if total is None else total
+        self._counted = counted
+
+    def __getitem__(self, index: int) -> torch.Tensor | None:
+        return None if self._batches is None else self._batches[index]
+
+    def share(self, index: int) -> float:
+        """By what a batch's own mean loss counts in the mean over all."""
+        return self._counted[index] / max(1, self.total)
 
 
 def gradient_scale(model: PreTrainedModel, tokens: int) -> float:

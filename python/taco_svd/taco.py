@@ -14,6 +14,7 @@ from .calibration import Calibration, embedding_weight
 from .decomposition import WeightedMap, damped
 from .experts import expert_number, kind_of
 from .layerwise import LayerwisePass
+from .loss import counted_labels
 from .loss_curves import CurveMeasurement, LossCurves
 from .mapped import is_mapped
 from .memory import host_room, release
@@ -51,6 +52,16 @@ def memory_for(model: PreTrainedModel, processes: int = 1) -> int:
     if embedding_weight(model).device.type == "cuda":
         return max(LEAST_MEMORY, host_room(processes))
     return max(LEAST_MEMORY, int(MEMORY_SHARE * weight_bytes(model)))
+
+
+def calibration_pass(
+    architecture: Architecture, calibration: Calibration, store: Store, name: str, team: Team
+) -> LayerwisePass:
+    """A pass over this process's share of the calibration windows, to the mean loss of all of them."""
+    labels = calibration.labels
+    total = counted_labels(calibration.tokens if labels is None else labels)
+    own = None if labels is None else team.windows(labels)
+    return LayerwisePass(architecture, team.windows(calibration.tokens), store, name, labels=own, total=total)
 
 
 class Analysis:
@@ -96,10 +107,7 @@ class Analysis:
                 self.store.put(f"moments/{layer}", *moments.state())
                 release()
 
-        tokens = self.calibration.tokens
-        passes = LayerwisePass(
-            self.architecture, self.team.windows(tokens), self.store, "statistics", samples=len(tokens)
-        )
+        passes = calibration_pass(self.architecture, self.calibration, self.store, "statistics", self.team)
         with progress.step("activation and gradient statistics, layer by layer") as report:
             passes.backward(wanted, collect, finished=finished, report=report)
 
@@ -182,6 +190,7 @@ class Analysis:
                 self.store,
                 team=self.team,
                 weight=self._weight,
+                labels=self.calibration.labels,
             )
             with progress.step("loss over rank, map by map") as report:
                 self._curves = measurement.run(sites, report)
@@ -228,6 +237,7 @@ def build_upwards(
         bool(plan.options.get("consistency", True)),
         store,
         analysis.team,
+        calibration.labels,
     )
     with progress.step("building, layer by layer") as report:
         upwards.run(report)
@@ -261,10 +271,7 @@ def _bridge_gradients(
             store.put(f"bridge-gradients/{layer}", {"moment": team.sum_(found[layer])})
 
     if not all([f"bridge-gradients/{layer}" in store for layer in ends]):  # noqa: C419 - every process asks for all
-        tokens = calibration.tokens
-        passes = LayerwisePass(
-            Architecture(model), team.windows(tokens), store, "bridge-gradients", samples=len(tokens)
-        )
+        passes = calibration_pass(Architecture(model), calibration, store, "bridge-gradients", team)
         with progress.step("gradients at the bridges, layer by layer") as report:
             passes.backward([], lambda site, x, gradient: None, min(ends), collect, finished, report)
     # in taco mode the option is that of the factorised maps

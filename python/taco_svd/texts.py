@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,20 @@ READ_KEYS = ("text", "messages", "tools", "prompt", "completion")
 EMPTY_LINE = "\n\n"
 
 
+@dataclass(frozen=True)
+class Text:
+    """A text, and which parts of it a model is to write.
+
+    Attributes:
+        text: all documents, one after the other.
+        completions: (start, end) in characters of each part that is an answer: the turns of an assistant, completions.
+            None where the text has no such parts, or nobody asked.
+    """
+
+    text: str
+    completions: tuple[tuple[int, int], ...] | None = None
+
+
 def check_text_name(name: str | Path) -> None:
     """Refuses what is neither a file nor the name of a text, before a model is loaded or run for it.
 
@@ -69,7 +84,9 @@ def recorded_name(source: str | Path) -> str:
     return str(source) if str(source) in ("self", *NAMED_CORPORA) else printable(Path(source).name)
 
 
-def named_text(source: str | Path, tokenizer: PreTrainedTokenizerBase, *, test: bool) -> str:
+def named_text(
+    source: str | Path, tokenizer: PreTrainedTokenizerBase, *, test: bool, completions: bool = False
+) -> Text:
     """The text of a corpus in `NAMED_CORPORA` or of a file.
 
     Args:
@@ -77,17 +94,35 @@ def named_text(source: str | Path, tokenizer: PreTrainedTokenizerBase, *, test: 
             `documents_text`.
         tokenizer: for the documents that are conversations.
         test: the part of a corpus for evaluation, instead of the one for calibration.
+        completions: which parts are completions is asked for.
 
     Raises:
-        TacoError: see `corpus_text`, `read_text`, `documents_text`.
+        TacoError: see `corpus_text`, `read_text`, `documents_text`; or a text without completions where they are asked
+            for.
     """
+    if str(source) not in NAMED_CORPORA:
+        check_text_name(source)
+    if completions:
+        named_for_completions(source)
     if str(source) in NAMED_CORPORA:
-        return corpus_text(str(source), test=test)
-    check_text_name(source)
+        return Text(corpus_text(str(source), test=test))
     text = read_text(source)
     if Path(source).suffix.lower() not in LINES_SUFFIXES:
-        return text
-    return documents_text(_parsed_lines(text, str(source)), tokenizer, str(source))
+        return Text(text)
+    return documents_text(_parsed_lines(text, str(source)), tokenizer, str(source), completions)
+
+
+def named_for_completions(source: str | Path) -> None:
+    """Refuses names of texts that do not say which parts of them a model is to write.
+
+    Raises:
+        TacoError: naming what does.
+    """
+    if Path(source).suffix.lower() not in LINES_SUFFIXES:
+        raise TacoError(
+            f"--completions-only: {source} is plain text, which does not say what a model is to write; give a .jsonl "
+            'file with "messages", or "prompt" and "completion".'
+        )
 
 
 def read_text(path: str | Path) -> str:
@@ -179,7 +214,9 @@ def rows_digest(rows: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def documents_text(rows: Iterable[tuple[str, Any]], tokenizer: PreTrainedTokenizerBase, name: str) -> str:
+def documents_text(
+    rows: Iterable[tuple[str, Any]], tokenizer: PreTrainedTokenizerBase, name: str, completions: bool = False
+) -> Text:
     """One text of all documents.
 
     Plain ones stand apart by an empty line, as those of corpora do. Conversations follow each other as the template
@@ -192,52 +229,102 @@ def documents_text(rows: Iterable[tuple[str, Any]], tokenizer: PreTrainedTokeniz
             ``tools`` beside it, where there are any);
             ``prompt`` and ``completion``: both a str, or both such lists.
         name: of all of them.
+        completions: which parts are completions is asked for: what an assistant says, or ``completion``.
 
     Raises:
         TacoError: a document is none of these, the tokenizer has no chat template or it refuses the messages, there
-            is nothing but white space, or too much.
+            is nothing but white space, or too much; a document without a completion where they are asked for, or a
+            template that does not tell which they are.
     """
     pieces: list[str] = []
+    spans: list[tuple[int, int]] = []
     size, after_chat = 0, False
     begin = tokenizer.bos_token if isinstance(tokenizer.bos_token, str) else ""
     for place, row in rows:
-        text, chat = _document(row, tokenizer, place)
+        text, chat, inside = _document(row, tokenizer, place, completions)
         # templates, and texts that one was applied to, begin with what the windows will begin with anyway
-        text = text.removeprefix(begin)
+        without = text.removeprefix(begin)
         if pieces and not (chat and after_chat):
             pieces.append(EMPTY_LINE)
-        pieces.append(text)
-        size, after_chat = size + len(text), chat
+            size += len(EMPTY_LINE)
+        cut = len(text) - len(without)
+        spans += [(size + max(0, start - cut), size + end - cut) for start, end in inside if end > cut]
+        pieces.append(without)
+        size, after_chat = size + len(without), chat
         if size > MAX_TEXT_BYTES:
             raise TacoError(f"{name} has more than {MAX_TEXT_BYTES / 1e9:.0f} GB of text; pass a part of it.")
     whole = "".join(pieces)
     if not whole.strip():
         raise TacoError(f"{name} is empty.")
-    return whole
+    return Text(whole, tuple(spans) if completions else None)
 
 
-def _document(row: Any, tokenizer: PreTrainedTokenizerBase, place: str) -> tuple[str, bool]:
-    """(text, whether a chat template made it) of one document."""
-    if isinstance(row, str):
-        return _sound(row, place), False
+def _document(
+    row: Any, tokenizer: PreTrainedTokenizerBase, place: str, completions: bool
+) -> tuple[str, bool, list[tuple[int, int]]]:
+    """(text, whether a chat template made it, its completions where they are asked for) of one document."""
     found = {key: value for key, value in row.items() if value is not None} if isinstance(row, Mapping) else {}
     text, prompt, completion = (found.get(key) for key in ("text", "prompt", "completion"))
-    if isinstance(text, str):
-        return _sound(text, place), False
+    plain = row if isinstance(row, str) else text if isinstance(text, str) else None
+    if plain is not None:
+        if completions:
+            raise TacoError(
+                f'{place} is plain text: --completions-only takes "messages", or "prompt" and "completion", in every '
+                "document."
+            )
+        return _sound(plain, place), False, []
     turns: Any = None
+    first = 0
     if "text" not in found and _are_messages(found.get("messages")):
         turns = found["messages"]
     elif not {"text", "messages"} & set(found):
         if isinstance(prompt, str) and isinstance(completion, str):
-            return _sound(prompt + completion, place), False
+            whole = _sound(prompt + completion, place)
+            return whole, False, [(len(prompt), len(whole))] if completion else []
         if _are_messages(prompt) and _are_messages(completion):
-            turns = [*found["prompt"], *found["completion"]]
+            turns, first = [*found["prompt"], *found["completion"]], len(found["prompt"])
     if turns is not None:
-        return _templated(turns, found.get("tools"), tokenizer, place), True
+        made = _templated(turns, found.get("tools"), tokenizer, place)
+        spans = _answers(turns, first, made, found.get("tools"), tokenizer, place) if completions else []
+        return made, True, spans
     what = f"a value of type {type(row).__name__}"
     if isinstance(row, Mapping):
         what = f"an object with {', '.join(map(repr, list(row)[:8])) or 'no keys'}"
     raise TacoError(f"{place}: expected {ACCEPTED_KEYS}, with texts in them, found {what[:200]}.")
+
+
+def _answers(
+    turns: list[Any], first: int, text: str, tools: Any, tokenizer: PreTrainedTokenizerBase, place: str
+) -> list[tuple[int, int]]:
+    """(start, end) in `text` of what the assistant says in the turns from `first` on, with the mark that ends it.
+
+    Found as a server and its model would take turns: an answer begins where the turns before it, and the template's
+    request for an answer, end. White space behind the last mark belongs to the template.
+    """
+    spans = []
+    for number in range(first, len(turns)):
+        if turns[number]["role"] != "assistant":
+            continue
+        start = 0
+        if number:
+            start = len(_beginning(turns[:number], True, text, tools, tokenizer, place))
+        said = _beginning(turns[: number + 1], False, text, tools, tokenizer, place)
+        spans.append((start, max(start, len(said.rstrip()))))
+    return spans
+
+
+def _beginning(
+    turns: list[Any], asking: bool, text: str, tools: Any, tokenizer: PreTrainedTokenizerBase, place: str
+) -> str:
+    """These turns by the template: what `text`, of all turns, begins with."""
+    found = _templated(turns, tools, tokenizer, place, asking)
+    if not text.startswith(found):
+        raise TacoError(
+            f"{place}: the tokenizer's chat template does not tell which part of the text is the assistant's: the "
+            f"first {len(turns)} turns alone read otherwise than the whole begins. Give the documents as "
+            '"prompt" and "completion", two texts, for --completions-only.'
+        )
+    return found
 
 
 def _are_messages(value: Any) -> bool:
@@ -254,8 +341,8 @@ def _are_messages(value: Any) -> bool:
     )
 
 
-def _templated(messages: Any, tools: Any, tokenizer: PreTrainedTokenizerBase, place: str) -> str:
-    """A conversation as the model was tuned on it."""
+def _templated(messages: Any, tools: Any, tokenizer: PreTrainedTokenizerBase, place: str, asking: bool = False) -> str:
+    """A conversation as the model was tuned on it; `asking` for an answer, up to where that begins."""
     if getattr(tokenizer, "chat_template", None) is None:
         raise TacoError(
             f"{place} holds messages, and the tokenizer has no chat template to make a text of them; set its "
@@ -265,7 +352,7 @@ def _templated(messages: Any, tools: Any, tokenizer: PreTrainedTokenizerBase, pl
     turns = [{key: value for key, value in turn.items() if value is not None} for turn in messages]
     tools = list(tools) if isinstance(tools, (list, tuple)) and tools else None
     try:
-        text = tokenizer.apply_chat_template(turns, tools=tools, tokenize=False)
+        text = tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, add_generation_prompt=asking)
     except Exception as error:  # a template is a program of its own
         first = first_line(error)[:200]
         raise TacoError(

@@ -392,7 +392,7 @@ def documents_text(data: bytes) -> bool:
         path = Path(folder, "data.jsonl")
         path.write_bytes(data)
         try:
-            text = named_text(path, _tokenizer(), test=False)
+            text = named_text(path, _tokenizer(), test=False).text
         except TacoError as error:
             text, said = "", str(error)
     if not text:

@@ -46,7 +46,7 @@ def lines(path: Path, *rows: Any) -> Path:
 
 def ids_of(path: Path) -> list[int]:
     made = chatting()
-    found: list[int] = tokenize(named_text(path, made, test=False), made).tolist()
+    found: list[int] = tokenize(named_text(path, made, test=False).text, made).tolist()
     return found
 
 
@@ -71,7 +71,7 @@ def test_documents(row: Any, ids: list[int], tmp_path: Path) -> None:
 
 def test_documents_stand_apart_as_they_do_where_the_model_saw_them() -> None:
     rows = [{"text": "a"}, "b", {"messages": TURNS}, {"messages": TURNS}, {"prompt": "c", "completion": "d"}]
-    text = documents_text(numbered(rows), chatting(), "rows")
+    text = documents_text(numbered(rows), chatting(), "rows").text
     turns = "w3 w4 w5 <2>w6 w7 <2>"
     assert text == f"a\n\nb\n\n{turns}{turns}\n\ncd"
 
@@ -80,7 +80,7 @@ def test_lines_are_cut_at_newlines_alone(tmp_path: Path) -> None:
     """JSON may hold other line separators as they are; a mark, empty lines and Windows' ends are no documents."""
     path = tmp_path / "data.JSONL"
     path.write_bytes('\ufeff{"text": "w3 \u2028 w4\x85"}\r\n\r\n \n{"text": "w5 \\u0000\\u001b"}'.encode())
-    assert named_text(path, chatting(), test=True) == "w3 \u2028 w4\x85\n\nw5 \x00\x1b"
+    assert named_text(path, chatting(), test=True).text == "w3 \u2028 w4\x85\n\nw5 \x00\x1b"
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, TEMPLATE.removeprefix("{{ bos_token }}")])
@@ -185,7 +185,7 @@ def test_templates_that_make_no_text(template: str | None, says: str, tmp_path: 
 
 def test_without_a_template_plain_documents_are_read(tmp_path: Path) -> None:
     path = lines(tmp_path / "data.jsonl", {"text": "w3"}, {"prompt": "w4", "completion": ""})
-    assert named_text(path, chatting(None), test=False) == "w3\n\nw4"
+    assert named_text(path, chatting(None), test=False).text == "w3\n\nw4"
 
 
 class Rows:

@@ -156,11 +156,12 @@ class Workspace:
         self._kept: dict[Any, Any] = {}
 
     def is_for(self, model: PreTrainedModel, calibration: Calibration) -> bool:
-        return self.architecture.model is model and torch.equal(self.calibration.tokens, calibration.tokens)
+        return self.architecture.model is model and self.calibration.digest == calibration.digest
 
     def runner(self, first_layer: int = 0, windows: int | None = None) -> SuffixRunner:
         """Runs the calibration windows (or the first so many) through the dense model."""
-        return SuffixRunner(self.architecture, self.calibration.tokens[:windows], first_layer)
+        tokens, labels = self.calibration.tokens[:windows], self.calibration.labels
+        return SuffixRunner(self.architecture, tokens, first_layer, labels=None if labels is None else labels[:windows])
 
     def moments(self, progress: Progress | None = None, kinds: Iterable[str] = KINDS) -> Moments:
         """The statistics of the dense model, of these kinds at least; what is not there yet takes a backward pass."""
