@@ -72,6 +72,17 @@ def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
         tokenizer.save_pretrained(directory)
 
 
+def _about_gguf(path: Path) -> str:
+    """What to do with a GGUF file, where `path` is one or a directory of them."""
+    if not (path.suffix == ".gguf" or any(path.glob("*.gguf"))):
+        return ""
+    return (
+        " GGUF files are not read: load one by transformers (AutoModelForCausalLM.from_pretrained(directory, "
+        "gguf_file=..., quantization_config=GgufConfig(dequantize=True)), the tokenizer alike), save both by "
+        "save_pretrained, and pass that directory."
+    )
+
+
 def load_model(
     name: str | Path,
     dtype: str | torch.dtype = "auto",
@@ -94,7 +105,7 @@ def load_model(
     from_hub = not (os.path.exists(path) or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1)
     if not from_hub:
         if not os.path.isfile(path / "config.json"):
-            raise TacoError(f"No model at {name}: there is no config.json in it.")
+            raise TacoError(f"No model at {name}: there is no config.json in it.{_about_gguf(path)}")
         _check_local(path)
     elif not str(name).isascii() or not str(name).strip():
         raise TacoError(f"{str(name)!r} is neither a directory nor the name of a model on the hub.")

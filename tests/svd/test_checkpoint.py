@@ -500,3 +500,10 @@ def test_all_files_are_there_when_a_model_goes_to_the_hub(
     monkeypatch.setattr(PreTrainedModel, "_upload_modified_files", upload)
     model.save_pretrained(tmp_path / "model", push_to_hub=True, repo_id="someone/model")
     assert seen and {"taco_checksums.json", "taco_plan.json", "model.safetensors", "README.md"} <= seen[-1]
+
+
+@pytest.mark.parametrize("name", ["", "model.gguf"])
+def test_a_gguf_file_is_told_how_to_be_read(tmp_path, name):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(TacoError, match="GgufConfig"):
+        load_model(tmp_path / name)
