@@ -30,11 +30,12 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from taco_svd import compress
-from taco_svd.allocation import paper_rank
 from taco_svd.architectures import Architecture, LinearSite, dense_weight
+from taco_svd.budget import paper_rank
 from taco_svd.calibration import Calibration, load_calibration
 from taco_svd.checkpoint import DEFAULT_MODEL
-from taco_svd.replacement import LowRankLinear, structural_copy
+from taco_svd.module_tree import structural_copy
+from taco_svd.replacement import LowRankLinear
 
 SAME_DIRECTIONS = 0.99
 PLAIN_BATCHES = (1, 4, 16)

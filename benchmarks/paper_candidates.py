@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from taco_svd.allocation import paper_rank
 from taco_svd.architectures import Architecture, dense_weight
 from taco_svd.attribution import CANDIDATES, SigmaGradients, expected_missing, top_directions
+from taco_svd.budget import paper_rank
 from taco_svd.calibration import load_calibration
 from taco_svd.checkpoint import DEFAULT_MODEL
 from taco_svd.decomposition import plain_svd

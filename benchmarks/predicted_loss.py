@@ -21,12 +21,12 @@ from taco_svd.architectures import Architecture, dense_weight, linear_shape
 from taco_svd.calibration import load_calibration
 from taco_svd.checkpoint import DEFAULT_MODEL, load_model
 from taco_svd.decomposition import damped, weighted_svd
-from taco_svd.factorise import put_factors
 from taco_svd.loss_curves import divergence_between
+from taco_svd.module_tree import structural_copy
 from taco_svd.progress import Silent
-from taco_svd.replacement import structural_copy
 from taco_svd.statistics import SecondMoments
 from taco_svd.suffix import SuffixRunner
+from taco_svd.surgery import put_factors
 from taco_svd.taco import GRADIENT_DAMPING, INPUT_DAMPING, Analysis
 
 
@@ -78,7 +78,7 @@ def main() -> None:
             if draw.random() < share:
                 rank = max(1, round(draw.uniform(low, high) * min(linear_shape(dense[site]))))
                 predicted += float(curves.maps[site][rank])
-                put_factors(architecture, site, parts[site], torch.arange(rank))
+                put_factors(architecture, site, *parts[site].factors(torch.arange(rank)))
         plans.append({"predicted": predicted, "measured": divergence_between(model, working, text)})
         print(
             f"{len(plans)}/{options.plans}  predicted {predicted:.4f}  measured {plans[-1]['measured']:.4f}", flush=True

@@ -110,8 +110,9 @@ def child(
     from origin import origin
 
     from taco_svd import compress, save_compressed
-    from taco_svd.checkpoint import load_model, weight_bytes
+    from taco_svd.checkpoint import load_model
     from taco_svd.mapped import is_mapped, not_finite
+    from taco_svd.model_size import weight_bytes
 
     made_with = origin()
     steps: list[dict[str, Any]] = []

@@ -51,7 +51,7 @@ from taco_svd.devices import device_name
 from taco_svd.intervals import bootstrap, percentiles
 from taco_svd.latency import turns
 from taco_svd.modeling import as_compressed
-from taco_svd.replacement import structural_copy
+from taco_svd.module_tree import structural_copy
 from taco_svd.shapes import SHAPES, shape_config
 from taco_svd.structure import Structure
 

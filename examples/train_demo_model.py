@@ -23,9 +23,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from taco_svd.checkpoint import check_output, write_whole
 from taco_svd.errors import TacoError, first_line
 from taco_svd.evaluation import Perplexity, perplexity
+from taco_svd.output_directory import check_output, write_whole
 
 END_OF_TEXT = "<|endoftext|>"
 BYTES = 256

@@ -9,11 +9,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .architectures import Architecture
-from .checkpoint import changed_plan
 from .errors import TacoError
 from .int8_linear import Int8LowRankLinear
 from .lora_layer import lora_class
 from .modeling import CompressedConfig, CompressedModel, set_structure
+from .plan import changed_plan
 from .replacement import LowRankLinear
 
 FACTORISED = (LowRankLinear, Int8LowRankLinear)

@@ -20,7 +20,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .errors import UnsupportedModelError
-from .experts import OpenExperts, put_module
+from .experts import OpenExperts
+from .int8_linear import Int8LowRankLinear
+from .module_tree import put_module
+from .replacement import LowRankLinear, NarrowLinear
 
 # Lists in a config that hold one entry per layer and are cut together with the layers.
 PER_LAYER_CONFIG_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
@@ -191,8 +194,6 @@ class Architecture:
                 yield path
 
     def _check_linears(self) -> None:
-        from .int8_linear import Int8LowRankLinear
-
         blocks = {self.block_of(path) for path in self.paths}
         if self.experts_block is not None:
             blocks.add("mlp")
@@ -277,10 +278,6 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _is_map(module: nn.Module) -> bool:
     """A dense linear map, or what stands in for one."""
-    # imported late: replacement builds on this file
-    from .int8_linear import Int8LowRankLinear
-    from .replacement import LowRankLinear, NarrowLinear
-
     return _is_linear(module) or isinstance(module, (LowRankLinear, Int8LowRankLinear, NarrowLinear))
 
 
@@ -293,9 +290,6 @@ def dense_weight(module: nn.Module) -> torch.Tensor:
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """(out features, in features) of a dense or factorised linear map."""
-    from .int8_linear import Int8LowRankLinear
-    from .replacement import LowRankLinear, NarrowLinear
-
     if isinstance(module, (LowRankLinear, Int8LowRankLinear, NarrowLinear)):
         return module.out_features, module.in_features
     out_features, in_features = dense_weight(module).shape

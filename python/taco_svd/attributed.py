@@ -14,9 +14,9 @@ import torch
 
 from .architectures import Architecture, LinearSite, dense_weight
 from .attribution import SigmaGradients, candidate_directions, candidates_of, expected_missing
-from .checkpoint import weight_bytes
 from .decomposition import Decomposition, plain_svd
 from .memory import release
+from .model_size import weight_bytes
 
 # Singular vectors in use by one pass, as a share of the model's bytes; small models may hold more than they are large.
 HELD_SHARE, HELD_BYTES = 0.12, 64 << 20

@@ -34,6 +34,7 @@ from .energy import energy_counter
 from .errors import TacoError
 from .experts import is_of_expert, share_of_experts
 from .intervals import Ratio, bootstrap, percentiles
+from .module_tree import structural_copy
 from .plan import versions
 from .progress import Progress, Silent
 from .replacement import LowRankBridge
@@ -211,8 +212,6 @@ def run_bench(
         decoded = f" and {settings.decode_steps} decoded ones" if "decode" in settings.phases else ""
         raise TacoError(f"{settings.prompt} prompt tokens{decoded} exceed the context of {limit}.")
     if settings.control and "removal" in models:
-        from .replacement import structural_copy
-
         models = {**models, "control": structural_copy(models["removal"])}
         pairs.append(("control", "removal"))
     wanted = {name for pair in pairs for name in pair}

@@ -16,18 +16,20 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .allocation import DEFAULT_COMPRESSION_RATIO, Sizes, bridge_structure, layers_and_ratio, low_rank_structure
+from .allocation import LARGE_MAP, LEAST_SAVING, RANK_MULTIPLE, factor_parameters
 from .architectures import Architecture, linear_shape, slice_config
-from .budget import LARGE_MAP, LEAST_SAVING, RANK_MULTIPLE, factor_parameters
+from .budget import DEFAULT_COMPRESSION_RATIO, Sizes, bridge_structure, layers_and_ratio, low_rank_structure
 from .errors import TacoError
 from .export import dense_stand_in, with_layers_removed
 from .gauge import random_pivot
 from .int8_linear import Int8LowRankLinear
 from .modeling import as_compressed
+from .module_tree import structural_copy
 from .plan import Plan
-from .replacement import LowRankBridge, LowRankLinear, attach_bridge, drop_layers, structural_copy
+from .replacement import LowRankBridge, LowRankLinear, attach_bridge
 from .shapes import RandomFill, random_model
 from .structure import Structure
+from .surgery import drop_layers
 
 SHAPE_METHODS = ("bridge", "paper", "taco")
 NAMES = ("dense", "removal", "compressed")
@@ -94,8 +96,8 @@ def redundant_layers(depth: int, count: int, runs: int = 1) -> list[int]:
 
 
 def uniform_pivoted_structure(architecture: Architecture, keep: float) -> Structure:
-    """Every linear map factorised, in the gauge that `budget` would take, such that a share `keep` of all parameters
-    stays: what taco mode does to a model whose maps are all alike.
+    """Every linear map factorised, in the gauge that `allocation` would take, such that a share `keep` of all
+    parameters stays: what taco mode does to a model whose maps are all alike.
 
     Raises:
         TacoError: `keep` cannot be reached with every map at rank 1.

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from .architectures import Architecture
-from .replacement import LowRankBridge, LowRankLinear, attach_bridge, empty_factors
+from .replacement import LowRankBridge, LowRankLinear, attach_bridge
 from .store import Store
 from .structure import Structure
+from .surgery import empty_factors
 
 BRIDGE = "bridge"
 

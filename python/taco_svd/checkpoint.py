@@ -1,13 +1,9 @@
-"""Saves compressed models, never half: everything is written beside the target and renamed when it is whole."""
+"""Model directories: compressed models are saved to them, dense and compressed ones loaded from them."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import os
-import shutil
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +13,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .checksums import write_checksums
 from .devices import make_current
-from .errors import DiskFullError, TacoError, first_line
+from .errors import TacoError, first_line
 from .hub import snapshot
-from .int8_linear import Int8LowRankLinear
 from .mapped import is_mapped, load_mapped, save_mapped
 from .memory import free_memory
 from .model_card import write_card
 from .modeling import MODEL_TYPE, CompressedConfig, CompressedModel
+from .output_directory import write_whole
 from .plan import PLAN_FILE, Plan
-from .replacement import LowRankLinear, NarrowLinear
-from .store import disk_full
-from .structure import Structure
 from .untrusted import check_config, check_depth, check_links, check_size, check_weights
 
 DEFAULT_MODEL = Path(__file__).parent / "data" / "classics-16l"
@@ -36,85 +29,11 @@ MAPPED_SHARE = 0.4
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-def _partial(out: Path) -> Path:
-    """The directory beside `out` that is written, and then renamed to it."""
-    return out.parent / f".{out.name}.{os.getpid()}.partial"
-
-
-def _nameable(out: str | Path) -> Path:
-    """Raises TacoError for what cannot be the name of a directory."""
-    if not isinstance(out, (str, os.PathLike)) or "\0" in str(out):
-        raise TacoError(f"The output must be the name of a directory, got {out!r:.80}.")
-    out = Path(out)
-    try:
-        for name in (out, _partial(out)):  # the second is longer
-            with suppress(FileNotFoundError, NotADirectoryError):  # what is not there may yet be made
-                os.lstat(name)
-    except OSError as error:
-        raise TacoError(f"{str(out)[:200]} cannot be written: {error.strerror}; choose another directory.") from error
-    return out
-
-
-def check_output(out: str | Path, force: bool = False, needed_bytes: int = 0) -> Path:
-    """Refuses an output directory before any work is done for it.
-
-    Raises:
-        TacoError: it exists (and not `force`), its parent cannot be written, or the disk is too small.
-    """
-    out = _nameable(out)
-    if out.exists() and not force:
-        raise TacoError(f"{out} exists; choose another directory, or pass --force to replace it.")
-    if out.exists() and not out.is_dir():
-        raise TacoError(f"{out} is a file, not a directory; choose another directory.")
-    if force and out.exists() and any(out.iterdir()) and not (out / "config.json").exists():
-        raise TacoError(f"{out} is no model directory (it has no config.json); --force will not replace it.")
-    parent = out.resolve().parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TacoError(f"{parent} cannot be made: {error.strerror}.") from error
-    if not os.access(parent, os.W_OK):
-        raise TacoError(f"{parent} cannot be written to; choose another directory.")
-    free = shutil.disk_usage(parent).free
-    if free < needed_bytes:
-        raise TacoError(
-            f"The disk of {parent} has {free / 1e9:.2f} GB free, up to {needed_bytes / 1e9:.2f} GB are needed."
-        )
-    return out
-
-
-def write_whole(out: str | Path, write: Callable[[Path], None], force: bool = False) -> None:
-    """Calls `write` with a new directory beside `out` and renames it to `out` once it has returned.
-
-    On any failure, Ctrl-C included, the new directory is taken away and `out` is as it was.
-
-    Raises:
-        TacoError: `out` exists and not `force`, or the disk is full.
-    """
-    out = check_output(out, force).resolve()  # of a link, what it leads to: that is what was checked
-    partial = _partial(out)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
-        write(partial)
-        if out.exists():
-            replaced = out.parent / f".{out.name}.{os.getpid()}.replaced"
-            out.rename(replaced)
-            try:
-                partial.rename(out)
-            except BaseException:
-                replaced.rename(out)
-                raise
-            shutil.rmtree(replaced, ignore_errors=True)
-        else:
-            partial.rename(out)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if disk_full(error):
-            raise DiskFullError(
-                f"No space left on the disk of {out.parent}; nothing was written. Free some and run again."
-            ) from error
-        raise
+def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, directory: Path) -> None:
+    """Writes a model and its tokenizer, where there is one, into a directory (see `output_directory.write_whole`)."""
+    model.save_pretrained(directory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
 
 
 def save_compressed(
@@ -134,7 +53,7 @@ def save_compressed(
             its files 1 GB, since one shard is in memory at a time.
 
     Raises:
-        TacoError: see `write_whole`; or the model is not a compressed one.
+        TacoError: see `output_directory.write_whole`; or the model is not a compressed one.
     """
     if not isinstance(model, CompressedModel):
         raise TacoError(f"{type(model).__name__} is not a compressed model; use its own save_pretrained.")
@@ -305,47 +224,6 @@ def _tokenizer_of(path: Path, name: str, from_hub: bool) -> PreTrainedTokenizerB
             f"The tokenizer of {name} cannot be loaded ({first[:300]}); copy its files again, or take them out to use "
             "the model on tokens."
         ) from error
-
-
-# What a plan's result tells of the model that was made from it; another model, made again from it, has its own.
-OF_THE_MODEL = ("consistency", "drift", "measured_loss", "healing")
-# ... and what, with it, was of the factors as they were made, and is not of what became of them.
-OF_THE_FACTORS = (*OF_THE_MODEL, "predicted_loss", "cost_budget")
-
-
-def changed_plan(plan: Plan, structure: Structure, model: PreTrainedModel, **more: Any) -> Plan:
-    """The plan that stands beside `model`, whose factors are no longer those that `plan` made: its sizes, and nothing
-    that was measured before.
-
-    Args:
-        more: goes into the plan's result.
-    """
-    parameters = parameter_count(model)
-    result = {key: value for key, value in plan.result.items() if key not in OF_THE_FACTORS}
-    result |= {"parameters": parameters, "bytes": weight_bytes(model), **more}
-    if plan.source.get("parameters"):
-        result["share"] = parameters / plan.source["parameters"]
-    return dataclasses.replace(plan, structure=structure, result=result)
-
-
-def weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of all parameters, tied ones counted once, and of the indices of pivoted and narrow maps."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in _stored(model))
-
-
-def parameter_count(model: PreTrainedModel) -> int:
-    """Number of parameters, tied ones counted once; entries of an index count, since they are stored like weights."""
-    return sum(tensor.numel() for tensor in _stored(model))
-
-
-def _stored(model: PreTrainedModel) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = list(model.parameters())
-    for module in model.modules():
-        index = module.index if isinstance(module, NarrowLinear) else None
-        index = module.pivot if isinstance(module, (LowRankLinear, Int8LowRankLinear)) else index
-        if index is not None:
-            found.append(index)
-    return found
 
 
 def describe(directory: str | Path) -> dict[str, Any]:

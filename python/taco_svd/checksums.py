@@ -8,6 +8,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from .atomic import whole_file
 from .errors import TacoError
 from .untrusted import check_contained, read_json
 
@@ -35,9 +36,8 @@ def _digests(paths: list[Path]) -> dict[str, str]:
 def write_checksums(directory: Path) -> None:
     """Writes the checksums of all weight files of a directory, in place of what stood there."""
     digests = _digests(sorted(directory.glob("*.safetensors")))
-    partial = directory / f".{CHECKSUMS_FILE}.{os.getpid()}.partial"
-    partial.write_text(json.dumps({"sha256": digests}, indent=2) + "\n", encoding="utf-8")
-    partial.replace(directory / CHECKSUMS_FILE)
+    with whole_file(directory / CHECKSUMS_FILE) as partial:
+        partial.write_text(json.dumps({"sha256": digests}, indent=2) + "\n", encoding="utf-8")
 
 
 def read_checksums(directory: Path) -> dict[str, str]:

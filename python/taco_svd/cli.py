@@ -5,9 +5,8 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -29,9 +28,6 @@ from .cli_shared import (
 from .cli_shared import load as _load
 from .cli_shared import out_console as _out
 from .cli_shared import print_json as _print_json
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # What a plan says, and would be passed over beside one.
 DECIDED_BY_PLAN = (
@@ -185,8 +181,10 @@ def compress(
     Example: taco-svd compress --layers 4 --compression-ratio 0.7 --out small
     """
     from . import compress as run
-    from .checkpoint import check_output, describe, save_compressed, weight_bytes
+    from .checkpoint import describe, save_compressed
     from .errors import StoppedError, TacoError
+    from .model_size import weight_bytes
+    from .output_directory import check_output
     from .plan import Plan
     from .plan_calibration import DRAWN_BY, drawn_as_planned, draws_differ
     from .report import info_table
@@ -291,17 +289,6 @@ def info(directory: Annotated[Path, typer.Argument(help="Compressed model.")], a
         _out().print(info_table(values))
 
 
-def _writes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Callable[[Path], None]:
-    """What saves both into a directory."""
-
-    def write(path: Path) -> None:
-        model.save_pretrained(path)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(path)
-
-    return write
-
-
 @app.command()
 @told_when_stopped
 def export(
@@ -314,13 +301,15 @@ def export(
 
     It has the compressed model's outputs (to rounding) and saves no memory over it: the factors become full matrices.
     """
-    from .checkpoint import check_output, parameter_count, write_whole
+    from .checkpoint import write_model
     from .export import to_dense
+    from .model_size import parameter_count
+    from .output_directory import check_output, write_whole
 
     check_output(dense, force)
     model, tokenizer = _load(str(directory), "auto", "cpu")
     ordinary = to_dense(model)
-    write_whole(dense, _writes(ordinary, tokenizer), force)
+    write_whole(dense, lambda path: write_model(ordinary, tokenizer, path), force)
     values = {"directory": str(dense), "architecture": type(ordinary).__name__, "parameters": parameter_count(ordinary)}
     if as_json:
         _print_json(values)
@@ -345,13 +334,15 @@ def quantize(
 
     Example: taco-svd quantize small --out small8
     """
-    from .checkpoint import check_output, weight_bytes, write_whole
+    from .checkpoint import write_model
+    from .model_size import weight_bytes
+    from .output_directory import check_output, write_whole
     from .quantisation import quantise
 
     check_output(out, force)
     model, tokenizer = _load(str(directory), "auto", "cpu")
     made = quantise(model)
-    write_whole(out, _writes(made, tokenizer), force)
+    write_whole(out, lambda path: write_model(made, tokenizer, path), force)
     before, after = weight_bytes(model), weight_bytes(made)
     maps = sum(map(len, made.config.structure.int8.values()))
     values = {"directory": str(out), "maps": maps, "bytes_before": before, "bytes": after}

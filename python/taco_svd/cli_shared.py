@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from .atomic import whole_file
 from .json_values import without_infinities
 
 if TYPE_CHECKING:
@@ -214,14 +215,11 @@ def save_json(path: Path, values: Any) -> None:
     """
     from .errors import TacoError
 
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(_as_json(values) + "\n", encoding="utf-8")
-        partial.replace(path)
+        with whole_file(path) as partial:
+            partial.write_text(_as_json(values) + "\n", encoding="utf-8")
     except OSError as error:
         raise TacoError(f"{path} cannot be written: {error.strerror}.") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def print_json(values: Any) -> None:

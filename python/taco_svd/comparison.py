@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .baselines import Workspace
+from .baselines import BASELINES, Workspace
 from .calibration import Calibration
-from .checkpoint import parameter_count, weight_bytes
 from .errors import TacoError
 from .evaluation import Perplexity, perplexity
 from .latency import compare_latency
+from .methods import METHODS
+from .model_size import parameter_count, weight_bytes
 from .pipeline import compress
-from .plan import METHODS, REMOVING_METHODS, Plan
+from .plan import Plan
 from .progress import Progress, Silent
 
 DECODE_STEPS = 16
@@ -101,7 +102,7 @@ def method_names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     if names == ["all"]:
         # smallest idea first, ours last: what is cheap is on the table early
-        order = ("removal", "sleb", "svd", "fwsvd", "asvd", "svd-llm", "zs-svd", "kfac", "modegpt", "replaceme")
+        order = ["removal", *BASELINES]
         return [*order, *(name for name in METHODS if name not in order and name != "taco"), "taco"]
     unknown = [name for name in names if name not in METHODS]
     if unknown or not names:
@@ -179,7 +180,7 @@ def run_comparison(
                     method=name,
                     keep=setting.keep,
                     layers=setting.layers,
-                    compression_ratio=None if name in REMOVING_METHODS else setting.compression_ratio,
+                    compression_ratio=None if METHODS[name].removes else setting.compression_ratio,
                     calibration=calibration,
                     progress=progress,
                     workspace=workspace,

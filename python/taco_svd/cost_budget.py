@@ -12,19 +12,20 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .allocation import bridge_structure
+from .allocation import Costs
 from .architectures import Architecture, set_config, slice_config
 from .bench import weight_bytes_of, work
 from .bench_runner import PHASES, Runner
-from .budget import Costs
+from .budget import bridge_structure
 from .calibration import context_length
 from .device_costs import DeviceCosts
 from .errors import TacoError
 from .experts import open_modules
+from .module_tree import structural_copy
 from .options import parse_latency
 from .progress import Progress, Silent
-from .replacement import drop_layers, structural_copy
 from .structure import Structure
+from .surgery import drop_layers
 from .wide_products import in_natural_products
 
 # Of the overhead that is allowed, what the prediction may use. The promise is about the upper end of an interval: the

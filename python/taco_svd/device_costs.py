@@ -29,8 +29,9 @@ from torch.nn import functional
 import taco_kernels
 from taco_kernels.env import build_digest
 
+from .allocation import LEAST_SAVING, factor_parameters
+from .atomic import whole_file
 from .bench_runner import capture
-from .budget import LEAST_SAVING, factor_parameters
 from .devices import device_name, on_device, waits_for
 from .gauge import random_pivot
 from .replacement import LowRankBridge
@@ -206,9 +207,8 @@ class DeviceCosts:
         content = {"key": self.key, "seconds": dict(sorted({**self._load(), **self.seconds}.items()))}
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_suffix(f".{os.getpid()}.partial")
-            partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
-            partial.replace(self.path)
+            with whole_file(self.path) as partial:
+                partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
             self._new = False
 
     def close(self) -> None:

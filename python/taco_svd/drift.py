@@ -17,8 +17,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from .architectures import Architecture
+from .forwards import hidden_output
 from .structure import Structure
-from .suffix import _hidden_output
 from .wide_products import in_wide_products
 
 
@@ -57,7 +57,7 @@ def recorded(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int
         for index in layers:
 
             def after(_: nn.Module, __: Any, output: Any, index: int = index) -> None:
-                found[index] = _hidden_output(output)
+                found[index] = hidden_output(output)
 
             hooks.callback(stack[index].register_forward_hook(after).remove)
         yield found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .calibration import check_vocabulary, context_length, embedding_weight, sample_from_model, tokenize
-from .checkpoint import load_model, parameter_count, weight_bytes
+from .checkpoint import load_model
 from .divergence import divergence
 from .errors import TacoError
 from .evaluation import perplexity, resolve_windows
 from .harness import require_harness, run_tasks
+from .model_size import parameter_count, weight_bytes
 from .modeling import CompressedModel
-from .plan import Plan
-from .plan import versions as package_versions
+from .plan import Plan, versions
 from .progress import Progress, Silent
 from .report import NOT_ASKED
 from .source_model import check_source, source_path
@@ -115,7 +114,7 @@ def evaluate_model(
         "device": str(model.device),
         "threads": torch.get_num_threads(),
         "seed": seed,
-        "versions": versions(),
+        "versions": versions(python=True),
     }
     if text is not None:
         check_text_name(text)
@@ -171,8 +170,3 @@ def _dense(model: PreTrainedModel, name: str | None, against: str | None) -> tup
             )
     # of a local path only its last part, as in plans
     return dense, Path(against).name if Path(against).exists() else against
-
-
-def versions() -> dict[str, str]:
-    """What made a result: this package and what it computes with."""
-    return {**package_versions(), "python": platform.python_version()}

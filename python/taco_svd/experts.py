@@ -3,7 +3,7 @@ measured and factorised like any other.
 
 transformers 5 keeps a layer's experts in two parameters [experts, out, in]. `open_experts` puts `OpenExperts` in their
 place, whose maps are views of the same memory; `stacked` is the way back. A compressed model whose structure
-names maps of single experts is opened when it is built (`replacement.install`), any other keeps transformers' modules.
+names maps of single experts is opened when it is built (`surgery.install`), any other keeps transformers' modules.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .module_tree import put_module, structural_copy
 from .structure import Structure
 
 _EXPERT = re.compile(r"(?:^|\.)experts\.(\d+)\.(?=[^.]+$)")
@@ -110,8 +111,6 @@ def names_experts(structure: Structure) -> bool:
 
 def opened(model: PreTrainedModel, run_idle: bool = True) -> PreTrainedModel:
     """A copy of the module tree with its experts open, sharing all weights; the model itself where nothing opens."""
-    from .replacement import structural_copy  # imported late: replacement builds on this file
-
     if not any(_can_open(module) for module in model.modules()):
         return model
     copied = structural_copy(model)
@@ -183,9 +182,3 @@ def _linear(stack: nn.Parameter, number: int) -> nn.Linear:
     made.out_features, made.in_features = stack.shape[1:]
     made.weight = nn.Parameter(stack.detach()[number], requires_grad=stack.requires_grad)
     return made
-
-
-def put_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Puts a module at a dotted path, in the place of what is there."""
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)

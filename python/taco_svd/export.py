@@ -12,10 +12,12 @@ from transformers.pytorch_utils import Conv1D
 
 from .architectures import Architecture, copy_implementations, set_config, slice_config
 from .errors import TacoError
-from .experts import OpenExperts, put_module, stacked
+from .experts import OpenExperts, stacked
 from .int8_linear import SCALES, Int8LowRankLinear
 from .modeling import CompressedModel
-from .replacement import LowRankLinear, NarrowLinear, drop_layers, in_floats, structural_copy
+from .module_tree import put_module, structural_copy
+from .replacement import LowRankLinear, NarrowLinear, in_floats
+from .surgery import drop_layers
 
 
 def base_config(model: PreTrainedModel) -> PreTrainedConfig:

@@ -15,16 +15,16 @@ from .architectures import Architecture, LinearSite, dense_weight, linear_shape
 from .attributed import Attributed
 from .attribution import SigmaGradients, top_directions
 from .built import restore_layer
-from .decomposition import Decomposition, plain_svd
+from .decomposition import plain_svd
 from .errors import TacoError
-from .gauge import pivoted_factors
 from .memory import release
 from .plan import Plan
 from .progress import Progress, Report
-from .replacement import LowRankLinear, empty_factors
+from .replacement import LowRankLinear
 from .store import Store
 from .structure import Structure
 from .suffix import SuffixRunner
+from .surgery import put_factors
 
 # Paper mode: the share of the kept directions that may be expected beyond the candidates before all are attributed.
 MISSING_SHARE = 0.01
@@ -78,31 +78,6 @@ def check_ranks(architecture: Architecture, structure: Structure) -> None:
         raise TacoError("The plan keeps every layer as it is: there is nothing to do.")
 
 
-def put_factors(
-    architecture: Architecture,
-    site: LinearSite,
-    parts: Decomposition,
-    directions: torch.Tensor,
-    pivoted: bool = False,
-) -> None:
-    """Puts the factors of `directions` in the place of a dense map; `pivoted`: in the gauge that stores less."""
-    dense = architecture.module(site)
-    bias = getattr(dense, "bias", None)
-    u, v = parts.factors(directions)
-    pivot = None
-    if pivoted:
-        u, v, pivot = pivoted_factors(u, v)
-    module = empty_factors(dense, len(directions), pivoted).to_empty(device=dense_weight(dense).device)
-    with torch.no_grad():
-        module.u.copy_(u)
-        module.v.copy_(v)
-        if module.pivot is not None and pivot is not None:
-            module.pivot.copy_(pivot)
-        if module.bias is not None and isinstance(bias, torch.Tensor):
-            module.bias.copy_(bias)
-    architecture.replace(site, module)
-
-
 def _rank_of(plan: Plan, site: LinearSite) -> int:
     return plan.structure.low_rank[site.layer][site.path]
 
@@ -121,7 +96,7 @@ def _factorise_plain(architecture: Architecture, plan: Plan, progress: Progress,
                 for site in [site for site in sites if site.layer == layer]:
                     rank = _rank_of(plan, site)
                     parts = plain_svd(dense_weight(architecture.module(site)).detach(), rank)
-                    put_factors(architecture, site, parts, torch.arange(rank, device=parts.sigma.device))
+                    put_factors(architecture, site, *parts.factors(torch.arange(rank, device=parts.sigma.device)))
                 _keep(store, f"built/{layer}", architecture, plan, layer)
             report(done + 1, len(layers))
 
@@ -202,7 +177,7 @@ def _factorise_paper(
             _attribute(found, narrow, full, runner)
             for site in sites:
                 directions = top_directions(found.importance[site], _rank_of(plan, site))
-                put_factors(architecture, site, found.decomposition(site), directions)
+                put_factors(architecture, site, *found.decomposition(site).factors(directions))
                 release()  # the decomposition and its work space, between factors that stay
             if entry:
                 _keep(store, entry, architecture, plan, layer, block, sorted(full))

@@ -23,11 +23,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from .checkpoint import weight_bytes
+from .atomic import disk_full
 from .errors import DiskFullError, TacoError
 from .mapped import lasting_buffers, model_of
+from .model_size import weight_bytes
 from .progress import Report
-from .store import disk_full
 from .team import Team
 
 # A gathered model goes back to a GPU where it takes no more than this share of what is free there.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .atomic import disk_full_told, whole_file
 from .calibration import (
     CHARACTERS_PER_TOKEN,
     LONG_TEXT_FACTOR,
@@ -35,7 +35,6 @@ from .errors import TacoError
 from .healing import HealingOptions, HealingState, trainable_names
 from .mapped import weight_sums
 from .progress import Report
-from .store import disk_full_told
 from .texts import named_text, recorded_name
 from .work_directory import weights_digest
 
@@ -129,7 +128,7 @@ class HealingFiles:
                     "on with it, or delete the directory to start anew."
                 )
         # no more than the windows: a run that was killed, or found the disk full, as it began
-        elif path.exists() and any(entry.name not in (WINDOWS, f"{RUN}.partial") for entry in path.iterdir()):
+        elif path.exists() and not all(e.name == WINDOWS or e.name.startswith(f".{RUN}.") for e in path.iterdir()):
             raise TacoError(f"{path} is not the work directory of a healing run; choose another --work.")
 
     def windows(self) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -173,13 +172,12 @@ class HealingFiles:
             for name, tensor in getattr(state, group).items():
                 tensors[f"{group}/{name}"] = tensor.detach().cpu().contiguous()
         file = f"state-{state.step}.safetensors"
-        partial = self.path / f"{file}.partial"
         with disk_full_told(self.path, "free some: the same command goes on from the last state."):
-            save_file(tensors, partial)
-            os.replace(partial, self.path / file)
+            with whole_file(self.path / file) as partial:
+                save_file(tensors, partial)
             record = {key: getattr(state, key) for key in ("step", "best_step", "curve", "losses")}
             self._write_json("state.json", {"file": file, **record})
-        for old in self.path.glob("state-*.safetensors*"):
+        for old in self.path.glob("*state-*.safetensors*"):  # and what a killed run was writing
             if old.name != file:
                 old.unlink()
         self._last = time.monotonic()
@@ -189,9 +187,8 @@ class HealingFiles:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def _write_json(self, name: str, values: dict[str, Any]) -> None:
-        partial = self.path / f"{name}.partial"
-        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, self.path / name)
+        with whole_file(self.path / name) as partial:
+            partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     def _json(self, name: str) -> dict[str, Any]:
         try:

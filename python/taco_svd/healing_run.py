@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from .calibration import context_length
-from .checkpoint import check_output, load_model, write_whole
+from .checkpoint import load_model, write_model
 from .errors import TacoError
-from .evaluation_run import versions
 from .healing import HealingOptions, heal, trainable_names
 from .healing_files import HealingFiles, healing_windows
-from .plan import PLAN_FILE, Plan
+from .output_directory import check_output, write_whole
+from .plan import PLAN_FILE, Plan, versions
 from .progress import Progress, Silent
 from .source_model import load_source
 from .texts import check_text_name
@@ -98,12 +98,10 @@ def heal_checkpoint(
         "before": state.curve[0],
         "after": next(point for point in state.curve if point["step"] == state.best_step),
     }
-    details = {**record, "curve": state.curve, "versions": versions()}
+    details = {**record, "curve": state.curve, "versions": versions(python=True)}
 
     def write(path: Path) -> None:
-        final.save_pretrained(path)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(path)
+        write_model(final, tokenizer, path)
         dataclasses.replace(plan, result={**plan.result, "healing": record}).save(path / PLAN_FILE)
         (path / CURVE_FILE).write_text(json.dumps(details, indent=2) + "\n", encoding="utf-8")
         _draw(state.curve, path / CURVE_PICTURE)

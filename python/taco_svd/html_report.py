@@ -13,7 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .atomic import whole_file
 from .errors import TacoError
+from .methods import METHODS
 from .report_files import number as finite
 
 if TYPE_CHECKING:
@@ -278,7 +280,8 @@ def _origin(record: Mapping[str, Any]) -> str:
 
 def _everywhere(record: Mapping[str, Any]) -> bool:
     """Whether no layer in particular was compressed: taco's way, unless it was told which."""
-    return bool(record["origin"]["method"] == "taco" and record["importance"].get("measure") != "given")
+    whole = METHODS[record["origin"]["method"]].whole_model
+    return whole and bool(record["importance"].get("measure") != "given")
 
 
 def _with_error(value: Any, error: Any, form: str) -> str:
@@ -301,11 +304,8 @@ def write_page(record: Mapping[str, Any], out: str | Path) -> None:
     """Writes the page beside its place and moves it there when it is whole."""
     out = Path(out)
     page = render(record)
-    partial = out.with_name(f".{out.name}.partial")
     try:
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(out)
+        with whole_file(out) as partial:
+            partial.write_text(page, encoding="utf-8")
     except OSError as error:
         raise TacoError(f"{out} cannot be written: {error.strerror}.") from error
-    finally:
-        partial.unlink(missing_ok=True)

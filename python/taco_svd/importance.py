@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from .architectures import Architecture
-from .forwards import forward_replaced
+from .forwards import bypassed
 from .suffix import SuffixRunner
 from .team import Team
 from .walk import Walk, layers_return_tuples
@@ -94,27 +91,13 @@ def _streams(
         hidden = leaving
 
 
-@contextmanager
-def bypassed(architecture: Architecture, layers: set[int], returns_tuple: bool) -> Iterator[None]:
-    """While open, the given layers hand their input through, as if they had been removed.
-
-    `returns_tuple`: the model takes the hidden states out of what its layers return (`layers_return_tuples`).
-    """
-
-    def identity(*args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return (hidden,) if returns_tuple else hidden
-
-    with forward_replaced([architecture.layers[index] for index in sorted(layers)], lambda forward: identity):
-        yield
-
-
 def greedy_removal(runner: SuffixRunner, count: int, progress: Progress | None = None) -> tuple[list[int], list[float]]:
     """Takes out one layer after another, each time the one whose loss on the calibration set rises least (SLEB).
 
     Returns the layers in the order of removal, and for every layer the loss that it costs (see `LayerImportance`).
     """
-    depth = len(runner.architecture.layers)
+    layers = runner.architecture.layers
+    depth = len(layers)
     returns_tuple = layers_return_tuples(runner.architecture, runner.batches[0][:1, :2])
     removed: list[int] = []
     scores = [0.0] * depth
@@ -126,7 +109,7 @@ def greedy_removal(runner: SuffixRunner, count: int, progress: Progress | None =
         for layer in range(depth):
             if layer in removed:
                 continue
-            with bypassed(runner.architecture, {*removed, layer}, returns_tuple):
+            with bypassed([layers[index] for index in (*removed, layer)], returns_tuple):
                 trials[layer] = runner.mean_loss()
             done += 1
             if progress is not None:

@@ -16,6 +16,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from .bench_runner import PHASES
+from .calibration import context_length
 from .devices import on_device, waits_for
 from .errors import TacoError
 from .intervals import Ratio, bootstrap, percentiles
@@ -86,8 +87,6 @@ def check_lengths(model: PreTrainedModel, batch: int, prompt: int, decode_steps:
     Raises:
         TacoError: a number below 1, or prompt and decode steps do not fit the model's context.
     """
-    from .calibration import context_length
-
     limit = context_length(model)
     if prompt < 1 or decode_steps < 1 or batch < 1 or rounds < 1:
         raise TacoError("Batch, prompt, decode steps and rounds must be at least 1.")

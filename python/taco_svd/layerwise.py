@@ -12,10 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
 
 import torch
-from torch import nn
 
 from .architectures import Architecture, LinearSite
 from .calibration import embedding_weight
@@ -27,7 +25,9 @@ from .suffix import (
     CPU_BATCH_TOKENS,
     GPU_BATCH_TOKENS,
     SiteCallback,
-    require_all_seen,
+    gradient_scale,
+    gradients_watched,
+    unscaled,
     without_parameter_gradients,
 )
 from .walk import Walk
@@ -98,8 +98,7 @@ class LayerwisePass:
         if lowest is None:
             lowest = min(site.layer for site in sites)
         model = self.architecture.model
-        # a float16 gradient of the mean over all tokens would be subnormal; what is handed out has the factor taken out
-        scale = float(self._samples * self.tokens.shape[1]) if model.dtype == torch.float16 else 1.0
+        scale = gradient_scale(model, self._samples * self.tokens.shape[1])
         total = (self.depth - lowest) * 2
         tell = report or (lambda done, of: None)
         with without_parameter_gradients(model), ExitStack() as stack:
@@ -162,32 +161,18 @@ class LayerwisePass:
         scale: float,
     ) -> list[torch.Tensor]:
         """Gradients at the hidden states that enter the layer, from those that leave it."""
-
-        def unscaled(gradient: torch.Tensor) -> torch.Tensor:
-            return gradient.detach() if scale == 1 else gradient.detach().float() / scale
-
         module = self.architecture.layers[layer]
-        seen: set[LinearSite] = set()
         entering = []
-        with ExitStack() as stack, torch.enable_grad():
-            for site in sites:
-
-                def watch(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor, site: LinearSite = site) -> None:
-                    x = args[0].detach()
-                    seen.add(site)
-                    output.register_hook(lambda gradient: callback(site, x, unscaled(gradient)))
-
-                stack.callback(self.architecture.module(site).register_forward_hook(watch).remove)
+        with gradients_watched(self.architecture, sites, callback, scale), torch.enable_grad():
             for batch, hidden in enumerate(self._load("hidden", layer)):
                 if residual_callback is not None:
-                    residual_callback(layer, unscaled(gradients[batch]))
+                    residual_callback(layer, unscaled(gradients[batch], scale))
                 h = hidden.requires_grad_(True)
                 with self.walk.attention(batch):
                     out = self.walk.call(module, layer, batch, h)
                     (gradient,) = torch.autograd.grad(out, h, gradients[batch].to(out.dtype))
                 entering.append(gradient)
         self.walk.let_go(module)
-        require_all_seen(sites, seen)
         return entering
 
     # -- what is kept between layers --------------------------------------------------------------------------------

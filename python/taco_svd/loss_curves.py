@@ -21,12 +21,12 @@ from .calibration import embedding_weight
 from .decomposition import Decomposition, WeightedMap
 from .divergence import kl_per_token
 from .experts import kind_of
-from .factorise import put_factors
 from .memory import release
 from .predictions import Predictions
 from .progress import Report
 from .run_bridges import LENGTHS, Run, bridge_rank, bridged, fit_run_bridges
 from .store import Store
+from .surgery import put_factors
 from .team import Team
 from .walk import Walk
 
@@ -302,7 +302,7 @@ class CurveMeasurement:
             try:
                 for site in unit:
                     directions = torch.arange(rank, device=parts[site].sigma.device)
-                    put_factors(self.architecture, site, parts[site], directions)
+                    put_factors(self.architecture, site, *parts[site].factors(directions))
                 module = self.architecture.layers[layer]
                 hidden = [self.walk.run(module, layer, batch, h) for batch, h in enumerate(stream)]
             finally:

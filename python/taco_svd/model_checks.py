@@ -12,12 +12,10 @@ from .experts import names_experts, opened
 from .factorise import check_ranks
 from .gathering import is_scattered
 from .mapped import WeightSums, first_not_finite, weight_sums
+from .methods import METHODS
 from .modeling import CompressedModel
 from .plan import Plan
 from .suffix import SuffixRunner
-
-# What factorises single experts; published methods leave them whole.
-OPENING = ("taco", "paper", "svd")
 
 
 def check_model(model: PreTrainedModel) -> Architecture:
@@ -69,7 +67,7 @@ def factorisable(architecture: Architecture, method: str, experts: str, timed: b
     Raises:
         TacoError: single experts cannot be timed.
     """
-    if method not in OPENING or experts == "whole" or architecture.experts_block is None:
+    if not METHODS[method].opens_experts or experts == "whole" or architecture.experts_block is None:
         return architecture
     if timed:
         raise TacoError(

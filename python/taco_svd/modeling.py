@@ -28,8 +28,9 @@ from .errors import TacoError, first_line
 from .int8_linear import SCALES, Int8LowRankLinear
 from .model_card import write_card
 from .plan import PLAN_FILE, Plan
-from .replacement import LowRankBridge, LowRankLinear, NarrowLinear, install, pivot_is_permutation
+from .replacement import LowRankBridge, LowRankLinear, NarrowLinear, pivot_is_permutation
 from .structure import MAX_LAYERS, Structure
+from .surgery import install
 from .untrusted import check_config, check_depth, check_labels, check_size, check_weights, refuse_foreign_code
 
 MODEL_TYPE = "taco_svd"

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .allocation import low_rank_structure
 from .architectures import Architecture
 from .attributed import Attributed
+from .budget import low_rank_structure
+from .forwards import hidden_argument, hidden_output
 from .importance import LayerImportance, block_influence, by_influence, lost_direction
-from .suffix import SuffixRunner, _hidden_argument, _hidden_output
+from .suffix import SuffixRunner
 
 # The guess: a share of the windows, at least one.
 GUESS_SHARE = 1 / 16
@@ -47,7 +48,7 @@ def importance_and_attribution(
     sums = [0.0] * len(architecture.layers)
 
     def watch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, layer: int) -> None:
-        sums[layer] += lost_direction(_hidden_argument(args, kwargs).detach(), _hidden_output(output).detach())
+        sums[layer] += lost_direction(hidden_argument(args, kwargs).detach(), hidden_output(output).detach())
 
     with ExitStack() as stack:
         for layer, module in enumerate(architecture.layers):

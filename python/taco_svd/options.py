@@ -9,16 +9,16 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .allocation import Sizes, layers_and_ratio
 from .architectures import Architecture
 from .arguments import fraction_or_none, given_layers, whole_or_none
-from .baselines import BASELINES, everywhere, uniform_budget
-from .checkpoint import parameter_count, weight_bytes
+from .baselines import everywhere, uniform_budget
+from .budget import Sizes, layers_and_ratio
 from .errors import TacoError
 from .experts import EXPERTS
 from .importance import MEASURES
+from .methods import METHODS
 from .model_checks import factorisable
-from .plan import METHODS
+from .model_size import parameter_count, weight_bytes
 
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -102,21 +102,21 @@ class CompressionOptions:
         method, importance = self.method, self.importance
         if method not in METHODS:
             raise TacoError(f"--method must be one of {', '.join(METHODS)}, got {method!r}.")
+        facts = METHODS[method]
         if importance not in MEASURES:
             raise TacoError(f"--importance must be one of {', '.join(MEASURES)}, got {importance!r}.")
         if self.experts not in EXPERTS:
             raise TacoError(f"--experts must be one of {', '.join(EXPERTS)}, got {self.experts!r}.")
-        if self.bridge_rank is not None and method != "bridge":
+        if self.bridge_rank is not None and not facts.bridges:
             raise TacoError("--bridge-rank goes with --method bridge.")
-        if self.one_shot and method != "paper":
+        if self.one_shot and not facts.attributes:
             raise TacoError("--one-shot goes with --method paper (the other methods need one pass at most anyway).")
-        if not self.consistency and method not in ("taco", "bridge"):
+        if not self.consistency and not facts.refits:
             raise TacoError("--no-consistency goes with --method taco or bridge; the others re-fit nothing.")
         if importance != MEASURES[0]:
             if isinstance(self.layers, list):
                 raise TacoError("--importance finds redundant layers, and these are named.")
-            baseline = BASELINES.get(method)
-            own = method == "replaceme" or (baseline is not None and baseline.importance is not None)
+            own = facts.importance is not None
             if own or self.sizes_itself or everywhere(method, None if self.keep is None else 1.0):
                 what = "has its own way to find redundant layers" if own else "compresses all layers here"
                 raise TacoError(f"--importance has nothing to decide: --method {method} {what}.")
@@ -125,7 +125,7 @@ class CompressionOptions:
         if self.keep is not None:
             parse_keep(self.keep)
         if self.max_overhead is not None:
-            if self.method != "bridge":
+            if not METHODS[self.method].bridges:
                 raise TacoError(
                     "--max-overhead goes with --method bridge; --method taco takes --max-latency, or a --keep."
                 )
@@ -136,7 +136,7 @@ class CompressionOptions:
         for name, value in (("--max-latency", self.max_latency), ("--max-kl", self.max_kl)):
             if value is None:
                 continue
-            if self.method != "taco":
+            if not METHODS[self.method].whole_model:
                 raise TacoError(f"{name} goes with --method taco.")
             if self.keep is not None or self.layers is not None:
                 raise TacoError(f"{name} is a budget of its own: leave out --keep and --layers.")

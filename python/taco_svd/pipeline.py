@@ -23,7 +23,6 @@ from .calibration import (
     load_calibration,
     recognised,
 )
-from .checkpoint import OF_THE_MODEL, parameter_count, weight_bytes
 from .decomposition import numerical_errors_named
 from .errors import TacoError
 from .experts import EXPERTS, set_idle
@@ -31,19 +30,22 @@ from .factorise import factorise
 from .gathering import gathered, is_scattered
 from .loss_curves import divergence_between
 from .mapped import not_finite, weight_sums
+from .methods import METHODS
 from .model_checks import check_structure, check_weights, fitting, refuse_compressed
+from .model_size import parameter_count, weight_bytes
 from .modeling import as_compressed
+from .module_tree import structural_copy
 from .options import CompressionOptions, resolve
-from .plan import Plan, versions
+from .plan import OF_THE_MODEL, Plan, versions
 from .plan_calibration import drawn_as_planned
 from .planning import analysis, config_of, decide, describe_source
 from .progress import Progress, Silent
 from .quantisation import quantise
-from .replacement import drop_layers, structural_copy
 from .sequential import held_out_windows
 from .shapes import skeleton
 from .store import Store
 from .suffix import SuffixRunner, evaluating
+from .surgery import drop_layers
 from .taco import build_upwards
 from .team import Team
 from .texts import rows_digest
@@ -52,8 +54,6 @@ from .work_directory import check_work_directory, open_run, weights_digest
 
 # Calibration windows where nothing else is asked for.
 SAMPLES = 64
-# What several processes can do together.
-TEAM_METHODS = ("taco", "bridge", "removal")
 
 
 def _calibration_name(calibration: CalibrationSource) -> str:
@@ -99,7 +99,7 @@ def _carry_out(
     baseline = BASELINES.get(plan.method)
     if baseline is not None and baseline.carry_out is not None:
         baseline.carry_out(workspace, architecture, plan, progress)
-    elif plan.method in ("taco", "bridge"):
+    elif METHODS[plan.method].refits:
         record = build_upwards(
             model, architecture, plan, calibration, progress, analysis(workspace, model, calibration)
         )
@@ -293,7 +293,7 @@ def compress(
             store.put("plan", {}, plan.to_dict())
     compressed, record = _carry_out(model, plan, windows, progress, workspace)
     held_out = held_out_windows(windows.tokens)
-    if plan.method in ("taco", "bridge") and len(held_out) and "measured_loss" not in record:
+    if METHODS[plan.method].refits and len(held_out) and "measured_loss" not in record:
         with progress.step("measuring the loss on held-out windows"):
             record["measured_loss"] = divergence_between(model, compressed, held_out)
     plan = dataclasses.replace(
@@ -334,8 +334,9 @@ def _check_team(team: Team, plan: Plan | None, options: CompressionOptions) -> N
             "A budget of time is measured by one process that has the machine to itself: start one, or give --keep."
         )
     method = options.method if plan is None else plan.method
-    if method not in TEAM_METHODS:
-        raise TacoError(f"Several processes work on --method {', '.join(TEAM_METHODS)} only; start one for {method}.")
+    if not METHODS[method].several_processes:
+        able = ", ".join(name for name, facts in METHODS.items() if facts.several_processes)
+        raise TacoError(f"Several processes work on --method {able} only; start one for {method}.")
 
 
 def _calibrated(

@@ -10,37 +10,39 @@ import dataclasses
 import json
 import math
 import os
+import platform
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 import taco_kernels
 
 from .errors import TacoError
 from .json_values import without_infinities
+from .methods import METHODS
+from .model_size import parameter_count, weight_bytes
 from .structure import Structure
 from .untrusted import check_contained, read_json
 
 PLAN_FILE = "taco_plan.json"
-# Ours and the paper's first, then published methods to compare with (`baselines`).
-METHODS = (
-    "taco", "paper", "removal", "svd", "bridge",
-    "sleb", "fwsvd", "asvd", "svd-llm", "zs-svd", "kfac", "modegpt", "replaceme",
-)  # fmt: skip
-# Methods that take layers out whole: no compression ratio applies to them.
-REMOVING_METHODS = ("removal", "bridge", "sleb", "replaceme")
+# What a plan's result tells of the model that was made from it; another model, made again from it, has its own.
+OF_THE_MODEL = ("consistency", "drift", "measured_loss", "healing")
+# ... and what, with it, was of the factors as they were made, and is not of what became of them.
+OF_THE_FACTORS = (*OF_THE_MODEL, "predicted_loss", "cost_budget")
 
 
-def versions() -> dict[str, str]:
-    """What computes here: this package, torch and transformers."""
-    return {
+def versions(python: bool = False) -> dict[str, str]:
+    """What computes here: this package, torch and transformers; and Python, where it is asked for."""
+    found = {
         "taco_kernels": taco_kernels.__version__,
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
     }
+    return found | {"python": platform.python_version()} if python else found
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Plan:
     """Which layers are redundant, what stands in their place, and how the factors are found.
 
     Attributes:
-        method: one of `METHODS`.
+        method: one of `methods.METHODS`.
         structure: kept layers, ranks, bridges.
         redundant: source indices of the redundant layers (removed or factorised), ascending.
         compression_ratio: the paper's c, where ranks came from it.
@@ -146,6 +148,21 @@ class Plan:
     def diff(self, other: Plan) -> dict[str, tuple[Any, Any]]:
         """What differs: dotted field name -> (here, there). Empty when the plans are the same."""
         return dict(_differences("", self.to_dict(), other.to_dict()))
+
+
+def changed_plan(plan: Plan, structure: Structure, model: PreTrainedModel, **more: Any) -> Plan:
+    """The plan that stands beside `model`, whose factors are no longer those that `plan` made: its sizes, and nothing
+    that was measured before.
+
+    Args:
+        more: goes into the plan's result.
+    """
+    parameters = parameter_count(model)
+    result = {key: value for key, value in plan.result.items() if key not in OF_THE_FACTORS}
+    result |= {"parameters": parameters, "bytes": weight_bytes(model), **more}
+    if plan.source.get("parameters"):
+        result["share"] = parameters / plan.source["parameters"]
+    return dataclasses.replace(plan, structure=structure, result=result)
 
 
 def _is_integer(value: Any) -> bool:

@@ -10,17 +10,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .allocation import Sizes, bridge_structure, low_rank_structure, removal_structure, structure_parameters
+from .allocation import ByteCosts, Costs, allocate, allocate_within
 from .baselines import BASELINES, Workspace, choose_run, everywhere, make_budget
-from .budget import ByteCosts, Costs, allocate, allocate_within
+from .budget import Sizes, bridge_structure, low_rank_structure, removal_structure, structure_parameters
 from .calibration import Calibration
-from .checkpoint import parameter_count, weight_bytes
 from .cost_budget import LatencyCosts, bridges_within
 from .decomposition import numerical_errors_named
 from .experts import open_modules
 from .importance import LayerImportance, rank_layers
 from .mapped import is_mapped
+from .methods import METHODS
 from .model_checks import check_model
+from .model_size import parameter_count, weight_bytes
 from .one_shot import importance_and_attribution
 from .options import CompressionOptions, Resolved, resolve
 from .plan import Plan, versions
@@ -97,11 +98,11 @@ def _redundant_layers(
         return sorted(resolved.layers), {"measure": "given"}
     if everywhere(options.method, resolved.share) or options.sizes_itself:
         return list(range(len(architecture.layers))), {"measure": "all layers"}
-    if options.method == "replaceme":
+    own = METHODS[options.method].importance
+    if own == "runs":
         redundant, distances = choose_run(workspace, count, progress)
         return redundant, {"measure": "cosine distance of runs", "scores": distances}
-    baseline = BASELINES.get(options.method)
-    importance = (baseline and baseline.importance) or options.importance
+    importance = own or options.importance
     calibration = workspace.calibration
     tokens = workspace.team.windows(calibration.tokens)
     if importance == "greedy":  # one loss decides after the other: every process finds the same
@@ -137,13 +138,11 @@ class _Replacement:
 def _replacement(
     resolved: Resolved, redundant: list[int], options: CompressionOptions, workspace: Workspace, progress: Progress
 ) -> _Replacement:
-    architecture, method = resolved.architecture, options.method
-    baseline = BASELINES.get(method)
-    if method == "taco":
+    architecture, facts = resolved.architecture, METHODS[options.method]
+    baseline = BASELINES.get(options.method)
+    if facts.whole_model:
         return _taco(resolved, redundant, options, workspace, progress)
-    if method == "removal" or (baseline is not None and baseline.removes):
-        return _Replacement(removal_structure(architecture, redundant))
-    if method == "bridge":
+    if facts.bridges:
         found = _Replacement(
             bridge_structure(architecture, redundant, options.bridge_rank),
             {"gradient_damping": BRIDGE_GRADIENT_DAMPING, "consistency": options.consistency},
@@ -152,11 +151,13 @@ def _replacement(
             within = bridges_within(architecture.model, redundant, options.max_overhead, progress=progress)
             found.structure, found.result = within.structure, {"cost_budget": within.record}
         return found
+    if facts.removes:
+        return _Replacement(removal_structure(architecture, redundant))
     if baseline is not None and baseline.allocate is not None:
         # entries of an index are int64, whatever the weights are
         itemsize = architecture.model.dtype.itemsize
         index_size = 1.0 if options.keep_bytes is None else torch.int64.itemsize / itemsize
-        budget = make_budget(architecture, method, resolved.share, redundant, resolved.ratio, index_size)
+        budget = make_budget(architecture, options.method, resolved.share, redundant, resolved.ratio, index_size)
         decision = baseline.allocate(workspace, budget, progress)
         return _Replacement(decision.structure, decision.options)
     assert resolved.ratio is not None

@@ -13,11 +13,12 @@ import torch
 from transformers import PreTrainedModel
 
 from .architectures import Architecture
-from .checkpoint import changed_plan
 from .errors import TacoError
 from .int8_linear import Int8LowRankLinear
 from .modeling import CompressedModel, set_structure
-from .replacement import LowRankLinear, structural_copy
+from .module_tree import structural_copy
+from .plan import changed_plan
+from .replacement import LowRankLinear
 
 
 @torch.no_grad()

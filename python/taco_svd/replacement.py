@@ -1,26 +1,21 @@
-"""The modules that stand in for what was taken out, and how they are put into a model.
+"""The modules that stand in for what was taken out of a model (`surgery` puts them in).
 
 They call `taco_kernels` and nothing else: which kernel runs is decided there.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 import taco_kernels
 
-from .architectures import Architecture, LinearSite, dense_weight, linear_shape
-from .errors import TacoError
-from .experts import names_experts, open_experts
 from .int8_linear import Int8LowRankLinear
-from .structure import NarrowSpec, Structure
+from .structure import NarrowSpec
 
 
 def pivot_is_permutation(module: LowRankLinear | Int8LowRankLinear) -> bool:
@@ -103,14 +98,6 @@ def in_floats(module: Int8LowRankLinear, dtype: torch.dtype) -> LowRankLinear:
         made.bias = nn.Parameter(module.bias.detach().to(dtype, copy=True))
     made.pivot = None if module.pivot is None else module.pivot.clone()
     return made.train(module.training)
-
-
-def empty_factors(dense: nn.Module, rank: int, pivoted: bool) -> LowRankLinear:
-    """What stands for a dense map in two factors, its tensors without data (meta): the caller makes and fills them."""
-    out_features, in_features = linear_shape(dense)
-    bias = getattr(dense, "bias", None) is not None
-    made = LowRankLinear(in_features, out_features, rank, bias, "meta", dense_weight(dense).dtype, pivoted)
-    return made.train(dense.training)
 
 
 class NarrowLinear(nn.Module):
@@ -283,104 +270,3 @@ def attach_bridge(layer: nn.Module, bridge: LowRankBridge) -> None:
     if not isinstance(layer, _BridgedMixin):
         layer.__class__ = bridged_class(type(layer))
     layer.bridge = bridge
-
-
-def structural_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the module tree that shares every parameter and buffer with `model`.
-
-    Modules of the copy can be replaced and layers taken out while the original stays whole, for no memory.
-    """
-    memo: dict[int, Any] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        memo[id(tensor)] = tensor
-    copied = copy.deepcopy(model, memo)
-    if len({parameter.device for parameter in model.parameters()}) == 1:
-        _take_hooks_off(copied)
-    return copied
-
-
-def _take_hooks_off(model: nn.Module) -> None:
-    """Takes accelerate's hooks off a model that lies on one device, where they have nothing to do.
-
-    They replace a module's `forward` by one that is bound to that module: a layer that is given a bridge, or a map that
-    is given a weight, would go on as before.
-    """
-    if not any(hasattr(module, "_hf_hook") for module in model.modules()):
-        return
-    from accelerate.hooks import remove_hook_from_module
-
-    remove_hook_from_module(model, recurse=True)
-    for module in model.modules():
-        own = module.__dict__.get("forward")
-        if getattr(own, "__func__", None) is type(module).forward:  # what it has been set back to
-            del module.forward
-
-
-def drop_layers(architecture: Architecture, keep: tuple[int, ...] | list[int]) -> None:
-    """Takes out all layers but `keep` (ascending) from the module list and renumbers the attention blocks.
-
-    The caller replaces the config (`architectures.slice_config`); without that the key/value cache breaks.
-    """
-    stack = architecture.layers
-    architecture.put_layers([stack[index] for index in keep])
-
-
-def install(model: PreTrainedModel, structure: Structure) -> None:
-    """Puts empty replacement modules into a model that already has only the kept layers.
-
-    Raises:
-        TacoError: when the structure names a module that the model does not have, or more layers than it has.
-    """
-    # a quantiser replaces the dense maps after this, and leaves the modules that are put in here alone
-    if names_experts(structure):
-        open_experts(model)
-    architecture = Architecture(model, quantised=True)
-    if len(architecture.layers) != len(structure.kept):
-        raise TacoError(
-            f"The checkpoint's structure keeps {len(structure.kept)} layers, its config describes "
-            f"{len(architecture.layers)}."
-        )
-    for source_layer, ranks in structure.low_rank.items():
-        for path, rank in ranks.items():
-            site, (out_features, in_features), setting = _place(architecture, structure, source_layer, path)
-            if rank > min(out_features, in_features):
-                raise TacoError(f"layer {source_layer}, {path}: rank {rank} of a {out_features} x {in_features} map.")
-            pivoted = structure.is_pivoted(source_layer, path)
-            kind = Int8LowRankLinear if structure.is_int8(source_layer, path) else LowRankLinear
-            architecture.replace(site, kind(in_features, out_features, rank, pivoted=pivoted, **setting))
-    for source_layer, specs in structure.narrow.items():
-        for path, spec in specs.items():
-            site, (out_features, in_features), setting = _place(architecture, structure, source_layer, path)
-            if spec.rows > out_features or spec.columns > in_features:
-                raise TacoError(f"layer {source_layer}, {path}: {spec} of a {out_features} x {in_features} map.")
-            architecture.replace(site, NarrowLinear(in_features, out_features, spec, **setting))
-    hidden = model.config.hidden_size
-    for bridge in structure.bridges:
-        if bridge.rank > hidden:
-            raise TacoError(f"bridge after layer {bridge.after}: rank {bridge.rank} of a {hidden} x {hidden} map.")
-        layer = architecture.layers[structure.position(bridge.after)]
-        reference = next(layer.parameters())
-        attach_bridge(
-            layer,
-            LowRankBridge(hidden, bridge.rank, bridge.bias, bridge.eps, device=reference.device, dtype=reference.dtype),
-        )
-
-
-def _place(
-    architecture: Architecture, structure: Structure, source_layer: int, path: str
-) -> tuple[LinearSite, tuple[int, int], dict[str, Any]]:
-    """Where a map of a structure is in a model of the kept layers, its (out, in) features, and what a replacement
-    takes over from it.
-
-    Raises:
-        TacoError: the model has no such map.
-    """
-    if path not in architecture.paths:
-        name = type(architecture.model).__name__
-        raise TacoError(f"The checkpoint's structure names {path!r}, which {name} has not.")
-    site = architecture.site(structure.position(source_layer), path)
-    dense = architecture.module(site)
-    reference = dense.weight
-    assert isinstance(reference, torch.Tensor)
-    bias = getattr(dense, "bias", None) is not None
-    return site, linear_shape(dense), {"bias": bias, "device": reference.device, "dtype": reference.dtype}

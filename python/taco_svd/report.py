@@ -10,6 +10,7 @@ from rich.table import Table
 
 from .errors import TacoError
 from .experts import kind_of
+from .methods import METHODS
 
 # why an evaluation has no KL divergence, where that needs no telling
 NOT_ASKED = "not asked for"
@@ -142,7 +143,7 @@ def info_table(info: dict[str, Any]) -> Table:
     table.add_column("", overflow="fold")
     source, result, calibration = info["source"], info["result"], info["calibration"]
     table.add_row("source", f"{source.get('name')} ({source.get('architecture')}, {source.get('layers')} layers)")
-    whole = info["method"] == "taco"  # spends its budget everywhere; these are what removal would take out
+    whole = METHODS[info["method"]].whole_model  # these are what removal would take out
     redundant = "least important layers" if whole else "redundant layers"
     if not (whole and len(info["redundant_layers"]) == source.get("layers")):  # a budget of time looks at no order
         table.add_row(redundant, ", ".join(map(str, info["redundant_layers"])) or "none")

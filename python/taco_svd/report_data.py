@@ -8,22 +8,23 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .allocation import removal_structure
 from .architectures import Architecture, LinearSite, dense_weight, linear_shape
+from .budget import removal_structure
 from .calibration import Calibration, context_length
-from .checkpoint import load_model, parameter_count, weight_bytes
+from .checkpoint import load_model
 from .decomposition import singular_values
 from .divergence import divergence
 from .drift import measure_drift
 from .errors import TacoError
 from .evaluation import WindowBatches, perplexity, resolve_windows
-from .evaluation_run import evaluation_tokens, versions
+from .evaluation_run import evaluation_tokens
 from .experts import expert_number, kind_of, opened
 from .export import multiply_out
 from .int8_linear import Int8LowRankLinear
 from .latency import compare_latency
+from .model_size import parameter_count, weight_bytes
 from .pipeline import apply_plan
-from .plan import Plan
+from .plan import Plan, versions
 from .progress import Progress, Silent
 from .replacement import LowRankBridge, LowRankLinear, in_floats
 from .report_files import comparison_cut, comparison_note, comparison_rows, consistency, healing, number
@@ -133,7 +134,7 @@ def gather(
             "calibration": {key: value for key, value in plan.calibration.items() if key != "sha256"},
             "options": plan.options,
             "made with": plan.versions,
-            "this report": versions() | {"seed": str(seed), "device": str(model.device)},
+            "this report": versions(python=True) | {"seed": str(seed), "device": str(model.device)},
         },
     }
 

@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import torch
 
-from .allocation import BRIDGE_EPS
 from .architectures import Architecture
 from .bridging import BridgeMoments, fit_bridge
+from .budget import BRIDGE_EPS
 from .store import Store
 from .team import Team
 from .walk import Walk

@@ -24,14 +24,14 @@ from .decomposition import Decomposition, WeightedMap, damped
 from .divergence import kl_per_token
 from .errors import DiskFullError
 from .experts import MAPS, expert_number
-from .factorise import put_factors
 from .mapped import page_out_tensor
 from .memory import release
 from .progress import Report
-from .replacement import LowRankBridge, attach_bridge, empty_factors
+from .replacement import LowRankBridge, attach_bridge
 from .statistics import same_inputs
 from .store import Store
 from .structure import BridgeSpec, Structure
+from .surgery import empty_factors, put_factors
 from .team import Team
 from .walk import Walk, residual_writers, watching
 
@@ -289,7 +289,8 @@ class UpwardPass:
         parts: Decomposition = weighted.svd(rank)
         del weighted
         directions = torch.arange(rank, device=parts.sigma.device)
-        put_factors(self.working, site, parts, directions, self.structure.is_pivoted(site.layer, site.path))
+        pivoted = self.structure.is_pivoted(site.layer, site.path)
+        put_factors(self.working, site, *parts.factors(directions), pivoted)
 
     def _refit(
         self, writer: LinearSite, added: LinearSite | None, ours: list[torch.Tensor], target: list[torch.Tensor]

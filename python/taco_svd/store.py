@@ -6,12 +6,10 @@ is renamed after it. So whatever the index names was written whole, and what a c
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .atomic import disk_full_told, whole_file
 from .checksums import file_digest
 from .directory_lock import hold
 from .errors import DiskFullError, TacoError
@@ -79,19 +78,13 @@ class Store:
         # a shared storage would be written once per tensor that looks into it, a view with all of what it looks into
         plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         file = entry_file(name)
-        partial = self._folder() / f".{file}.{os.getpid()}.partial"
-        try:
-            with self._disk_full_told():
-                if plain:
-                    save_file(plain, partial)
-                else:
-                    partial.write_bytes(b"")
+        with self._disk_full_told(), whole_file(self._folder() / file) as partial:
+            if plain:
+                save_file(plain, partial)
+            else:
+                partial.write_bytes(b"")
             # no later process reads a temporary file
             digest = file_digest(partial) if self.lasting else ""
-            partial.replace(self._folder() / file)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
         self._index[name] = {"file": file, "sha256": digest, "note": note}
         self._checked.add(name)
         self._write_index()
@@ -200,14 +193,8 @@ class Store:
         return entries
 
     def _write_index(self) -> None:
-        partial = self._folder() / f".{INDEX}.{os.getpid()}.partial"
-        try:
-            with self._disk_full_told():
-                partial.write_text(json.dumps({"format": FORMAT, "entries": self._index}), encoding="utf-8")
-            partial.replace(self._folder() / INDEX)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        with self._disk_full_told(), whole_file(self._folder() / INDEX) as partial:
+            partial.write_text(json.dumps({"format": FORMAT, "entries": self._index}), encoding="utf-8")
 
     def _disk_full_told(self) -> AbstractContextManager[None]:
         return disk_full_told(
@@ -221,25 +208,3 @@ class Store:
 def entry_file(name: str) -> str:
     """The file of an entry."""
     return f"{name.replace('/', '-')}.safetensors"
-
-
-@contextmanager
-def disk_full_told(folder: str | Path, advice: str) -> Iterator[None]:
-    """Turns "no space left" inside the block into an error that says what to do.
-
-    Raises:
-        DiskFullError: in place of whatever said, inside, that there is no space left.
-    """
-    try:
-        yield
-    except Exception as error:
-        if disk_full(error):
-            raise DiskFullError(f"No space left on the disk of {folder}; {advice}") from error
-        raise
-
-
-def disk_full(error: BaseException) -> bool:
-    """Whether an error says that there is no space left."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    # safetensors wraps the system's error into its own type
-    return full or "No space left" in str(error) or "os error 28" in str(error)

@@ -7,7 +7,7 @@ architecture: the skipped layers are silenced in place, the first of them handin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
@@ -15,11 +15,12 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from .architectures import Architecture, LinearSite, linear_shape
 from .calibration import embedding_weight
-from .checkpoint import weight_bytes
-from .forwards import forward_replaced
+from .forwards import Enough, bypassed, forward_replaced, hidden_argument, hidden_output
+from .model_size import weight_bytes
 from .predictions import windows_loss
 from .wide_products import needs_wide_products
 
@@ -101,9 +102,9 @@ class SuffixRunner:
             def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], layer: int) -> None:
                 if layer == self._starts[0]:
                     captured.append({})
-                captured[-1][layer] = _hidden_argument(args, kwargs).detach()
+                captured[-1][layer] = hidden_argument(args, kwargs).detach()
                 if layer == self._starts[-1]:
-                    raise _Enough
+                    raise Enough
 
             def after(_: nn.Module, __: Any, output: Any) -> None:
                 self._returns_tuple = isinstance(output, tuple)
@@ -119,7 +120,7 @@ class SuffixRunner:
                     try:
                         with torch.no_grad():
                             self.architecture.model(input_ids=batch.to(self.device), use_cache=False)
-                    except _Enough:
+                    except Enough:
                         pass
             self._hidden = captured
         return self._hidden
@@ -131,11 +132,7 @@ class SuffixRunner:
             yield
             return
         hidden = self._capture()[index][start]
-
-        def passing(*args: Any, **kwargs: Any) -> Any:
-            return (hidden,) if self._returns_tuple else hidden
-
-        with forward_replaced(self.architecture.layers[:start], lambda forward: passing):
+        with bypassed(self.architecture.layers[:start], self._returns_tuple, hidden):
             yield
 
     @contextmanager
@@ -195,13 +192,13 @@ class SuffixRunner:
                 if layer < len(stack_modules):
 
                     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], layer: int = layer) -> None:
-                        found[layer] = _hidden_argument(args, kwargs).detach()
+                        found[layer] = hidden_argument(args, kwargs).detach()
 
                     hook = stack_modules[layer].register_forward_pre_hook(before, with_kwargs=True)
                 else:
 
                     def after(_: nn.Module, __: Any, output: Any, layer: int = layer) -> None:
-                        found[layer] = _hidden_output(output).detach()
+                        found[layer] = hidden_output(output).detach()
 
                     hook = stack_modules[-1].register_forward_hook(after)
                 stack.callback(hook.remove)
@@ -213,28 +210,19 @@ class SuffixRunner:
         sites: Sequence[LinearSite],
         callback: SiteCallback,
         progress: Callable[[int, int], None] | None = None,
-        residual_callback: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
-        residual_layers: Sequence[int] = (),
     ) -> float:
         """One forward and backward pass over the set; hands every site's input and output gradient to `callback`.
 
         One pass serves all sites. The graph begins at the lowest layer among them; no parameter gets a gradient.
-        `residual_callback(layer, hidden, gradient)` is called likewise for the hidden states that leave each of
-        `residual_layers`. Returns the mean loss (nats per token) over the set.
+        Returns the mean loss (nats per token) over the set.
 
         Raises:
             RuntimeError: when a site was not run by the model's forward (its statistics would be silently empty).
         """
         model = self.architecture.model
-        lowest = min([site.layer for site in sites] + list(residual_layers))
+        lowest = min(site.layer for site in sites)
         start = max((layer for layer in self._starts if layer <= lowest), default=self.first_layer)
-        # a float16 gradient of the mean over all tokens would be subnormal; hooks take the factor out again
-        scale = float(self.samples * self.seq_len) if model.dtype == torch.float16 else 1.0
-
-        def unscaled(gradient: torch.Tensor) -> torch.Tensor:
-            return gradient.detach() if scale == 1 else gradient.detach().float() / scale
-
-        seen: set[LinearSite] = set()
+        scale = gradient_scale(model, self.samples * self.seq_len)
         total = 0.0
         with without_parameter_gradients(model), ExitStack() as stack, torch.enable_grad():
             stack.callback(
@@ -242,25 +230,7 @@ class SuffixRunner:
                 .register_forward_pre_hook(_require_grad, with_kwargs=True, prepend=True)
                 .remove
             )
-            for site in sites:
-
-                def watch(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor, site: LinearSite = site) -> None:
-                    if not output.requires_grad:  # the first of two runs: `_recomputed` comes back later
-                        return
-                    x = args[0].detach()
-                    seen.add(site)
-                    output.register_hook(lambda gradient: callback(site, x, unscaled(gradient)))
-
-                stack.callback(self.architecture.module(site).register_forward_hook(watch).remove)
-            for layer in residual_layers:
-
-                def watch_residual(_: nn.Module, __: Any, output: Any, layer: int = layer) -> None:
-                    hidden = _hidden_output(output)
-                    kept = hidden.detach()
-                    assert residual_callback is not None
-                    hidden.register_hook(lambda gradient: residual_callback(layer, kept, unscaled(gradient)))
-
-                stack.callback(self.architecture.layers[layer].register_forward_hook(watch_residual).remove)
+            stack.enter_context(gradients_watched(self.architecture, sites, callback, scale))
             stack.enter_context(self._recomputing(lowest))
             stack.enter_context(self._attention())  # the backward pass may run layers again
             for index in range(len(self.batches)):
@@ -269,12 +239,42 @@ class SuffixRunner:
                 total += float(loss.detach()) / scale
                 if progress is not None:
                     progress(index + 1, len(self.batches))
-        require_all_seen(sites, seen)
         return total
 
 
-def require_all_seen(sites: Iterable[LinearSite], seen: set[LinearSite]) -> None:
-    """Raises a RuntimeError where a forward pass left a site out: its statistics would be silently empty."""
+def gradient_scale(model: PreTrainedModel, tokens: int) -> float:
+    """What a loss is multiplied by before its backward pass: a float16 gradient of the mean over so many tokens would
+    be subnormal. Whoever is handed gradients gets them `unscaled`."""
+    return float(tokens) if model.dtype == torch.float16 else 1.0
+
+
+def unscaled(gradient: torch.Tensor, scale: float) -> torch.Tensor:
+    """A gradient with the factor of its loss taken out, then in float32; detached."""
+    return gradient.detach() if scale == 1 else gradient.detach().float() / scale
+
+
+@contextmanager
+def gradients_watched(
+    architecture: Architecture, sites: Sequence[LinearSite], callback: SiteCallback, scale: float
+) -> Iterator[None]:
+    """While open, backward passes hand every site's input and output gradient (`unscaled`) to `callback`.
+
+    Raises:
+        RuntimeError: in the end, when a site was not run (its statistics would be silently empty).
+    """
+    seen: set[LinearSite] = set()
+    with ExitStack() as stack:
+        for site in sites:
+
+            def watch(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor, site: LinearSite = site) -> None:
+                if not output.requires_grad:  # the first of two runs: `_recomputed` comes back later
+                    return
+                x = args[0].detach()
+                seen.add(site)
+                output.register_hook(lambda gradient: callback(site, x, unscaled(gradient, scale)))
+
+            stack.callback(architecture.module(site).register_forward_hook(watch).remove)
+        yield
     missed = [site.name for site in sites if site not in seen]
     if missed:
         raise RuntimeError(f"the model's forward never called {', '.join(missed)}; no statistics for them")
@@ -366,26 +366,11 @@ def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return checkpoint(named, kwargs["hidden_states"], use_reentrant=True, preserve_rng_state=False)
 
 
-class _Enough(Exception):
-    """Ends a forward pass once what was wanted has been seen."""
-
-
-def _hidden_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    hidden: torch.Tensor = args[0] if args else kwargs["hidden_states"]
-    return hidden
-
-
-def _hidden_output(output: Any) -> torch.Tensor:
-    """Of a decoder layer: older transformers give a tuple."""
-    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
-
-
 def _require_grad(
     _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Starts the graph at this layer's input, since no parameter requires a gradient."""
-    hidden = _hidden_argument(args, kwargs).detach().requires_grad_(True)
+    hidden = hidden_argument(args, kwargs).detach().requires_grad_(True)
     if args:
         return (hidden, *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": hidden}

@@ -8,19 +8,20 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .allocation import runs
 from .architectures import Architecture, LinearSite, dense_weight
+from .budget import runs
 from .calibration import Calibration, embedding_weight
-from .checkpoint import weight_bytes
 from .decomposition import WeightedMap, damped
 from .experts import expert_number, kind_of
 from .layerwise import LayerwisePass
 from .loss_curves import CurveMeasurement, LossCurves
 from .mapped import is_mapped
 from .memory import host_room, release
+from .methods import METHODS
+from .model_size import weight_bytes
+from .module_tree import structural_copy
 from .plan import Plan
 from .progress import Progress
-from .replacement import structural_copy
 from .sequential import UpwardPass
 from .statistics import SecondMoments
 from .store import Store
@@ -268,6 +269,6 @@ def _bridge_gradients(
             passes.backward([], lambda site, x, gradient: None, min(ends), collect, finished, report)
     # in taco mode the option is that of the factorised maps
     own = plan.options.get("gradient_damping", BRIDGE_GRADIENT_DAMPING)
-    damping = float(own) if plan.method == "bridge" else BRIDGE_GRADIENT_DAMPING
+    damping = float(own) if METHODS[plan.method].bridges else BRIDGE_GRADIENT_DAMPING
     device = next(model.parameters()).device
     return {layer: damped(store.get(f"bridge-gradients/{layer}")["moment"].to(device), damping) for layer in ends}

@@ -17,9 +17,9 @@ from torch import nn
 from .architectures import Architecture, LinearSite, linear_shape
 from .calibration import embedding_weight
 from .experts import expert_number
-from .forwards import forward_replaced
+from .forwards import Enough, bypassed, hidden_argument, hidden_output
 from .mapped import held, is_mapped, page_out
-from .suffix import _Enough, _hidden_argument, _hidden_output, explicit_attention
+from .suffix import explicit_attention
 
 # of a linear map: its input [batch, tokens, in], its output [batch, tokens, out]
 Watch = Callable[[torch.Tensor, torch.Tensor], None]
@@ -58,31 +58,20 @@ class Walk:
                 calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = calls,
             ) -> None:
                 if not calls:
-                    self.entering.append(_hidden_argument(args, kwargs).detach())
+                    self.entering.append(hidden_argument(args, kwargs).detach())
                 rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
                 calls.append((args[1:], rest))
                 if len(calls) == len(architecture.layers):
-                    raise _Enough
+                    raise Enough
 
-            with ExitStack() as stack, torch.no_grad(), suppress(_Enough):
+            with ExitStack() as stack, torch.no_grad(), suppress(Enough):
                 for layer in architecture.layers:
                     stack.callback(layer.register_forward_pre_hook(record, with_kwargs=True).remove)
                 # what a layer is called with does not depend on what the layers below made of it
-                stack.enter_context(self._passing(None))
+                stack.enter_context(bypassed(architecture.layers, self._returns_tuple))
                 stack.enter_context(self.attention(number))
                 architecture.model(input_ids=batch.to(self._device), use_cache=False)
             self._calls.append(calls)
-
-    @contextmanager
-    def _passing(self, handed_out: torch.Tensor | None) -> Iterator[None]:
-        """While open, the layers hand through what they get, or `handed_out`."""
-
-        def passing(*args: Any, **kwargs: Any) -> Any:
-            hidden = _hidden_argument(args, kwargs) if handed_out is None else handed_out
-            return (hidden,) if self._returns_tuple else hidden
-
-        with forward_replaced(self.architecture.layers, lambda forward: passing):
-            yield
 
     @contextmanager
     def attention(self, batch: int) -> Iterator[None]:
@@ -105,7 +94,7 @@ class Walk:
         args, kwargs = self._calls[batch][index]
         with held():  # whoever walks runs the layer for every batch
             output: Any = layer(hidden, *args, **kwargs)
-        return _hidden_output(output)
+        return hidden_output(output)
 
     def through(
         self, layer: int, stream: Sequence[torch.Tensor], architecture: Architecture | None = None
@@ -135,7 +124,7 @@ class Walk:
 
     def output(self, batch: int, hidden: torch.Tensor, rows: slice = slice(None)) -> Any:
         """The output of the model's forward on hidden states that leave the last layer."""
-        with self._passing(hidden[rows]):
+        with bypassed(self.architecture.layers, self._returns_tuple, hidden[rows]):
             return self.architecture.model(input_ids=self.batches[batch][rows].to(self._device), use_cache=False)
 
 
@@ -145,11 +134,11 @@ def layers_return_tuples(architecture: Architecture, tokens: torch.Tensor) -> bo
 
     def after(_: nn.Module, __: Any, output: Any) -> None:
         seen.append(isinstance(output, tuple))
-        raise _Enough
+        raise Enough
 
     handle = architecture.layers[0].register_forward_hook(after)
     try:
-        with torch.no_grad(), suppress(_Enough):
+        with torch.no_grad(), suppress(Enough):
             device = embedding_weight(architecture.model).device
             architecture.model(input_ids=tokens.to(device), use_cache=False)
     finally:

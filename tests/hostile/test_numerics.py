@@ -22,7 +22,7 @@ from taco_kernels import (
 from taco_svd import Plan, TacoError, compress, save_compressed
 from taco_svd.calibration import Calibration
 from taco_svd.decomposition import damped
-from taco_svd.plan import METHODS
+from taco_svd.methods import METHODS
 
 EVERYWHERE = ("fwsvd", "asvd", "svd-llm", "zs-svd", "kfac", "modegpt")
 

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from taco_svd import TacoError, adapter_hook, compress, save_compressed, with_lora_support
-from taco_svd.checkpoint import parameter_count
+from taco_svd.model_size import parameter_count
 from taco_svd.modeling import CompressedConfig
 from taco_svd.plan import Plan
 from taco_svd.quantisation import quantise

@@ -20,12 +20,12 @@ from transformers import DynamicCache, StaticCache
 
 from taco_kernels.env import build_digest
 from taco_svd import TacoError, bench_memory, bench_runner, checkpoint, compress, intervals, latency, save_compressed
-from taco_svd.allocation import Sizes, structure_parameters
 from taco_svd.architectures import Architecture
 from taco_svd.bench import BenchSettings, compare_pair, run_bench, weight_bytes_of, with_peak, work
 from taco_svd.bench_memory import cache_bytes, check_memory
 from taco_svd.bench_models import BenchModels, from_checkpoint, from_shape, redundant_layers, shape_structure
 from taco_svd.bench_runner import Runner
+from taco_svd.budget import Sizes, structure_parameters
 from taco_svd.calibration import context_length
 from taco_svd.devices import make_current, on_device, waits_for
 from taco_svd.energy import energy_counter

@@ -33,7 +33,8 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from taco_svd import Plan, Structure, TacoError, compress, save_compressed
-from taco_svd.checkpoint import check_output, describe, load_model, write_whole
+from taco_svd.checkpoint import describe, load_model
+from taco_svd.output_directory import check_output, write_whole
 from taco_svd.untrusted import check_size
 
 from .conftest import Compressed

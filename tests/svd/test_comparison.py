@@ -15,11 +15,11 @@ from taco_svd import cli_compare, cli_shared, comparison, compress, evaluation_r
 from taco_svd.baselines import BASELINES, Workspace
 from taco_svd.baselines.workspace import Moments
 from taco_svd.calibration import Calibration
-from taco_svd.checkpoint import parameter_count
 from taco_svd.cli_shared import save_json
 from taco_svd.comparison import Measure, Setting, method_names, run_comparison
 from taco_svd.errors import TacoError
-from taco_svd.plan import METHODS
+from taco_svd.methods import METHODS
+from taco_svd.model_size import parameter_count
 from taco_svd.report import compare_plot
 
 from .test_calibration import tokenizer as word_tokenizer

@@ -15,14 +15,14 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 import taco_kernels
 from taco_svd import Plan, TacoError, bench_runner, compress, device_costs
 from taco_svd import cost_budget as module
-from taco_svd.allocation import Sizes
+from taco_svd.allocation import ByteCosts, ParameterCosts, allocate, factor_parameters, map_options
 from taco_svd.architectures import Architecture, linear_shape
-from taco_svd.budget import ByteCosts, ParameterCosts, allocate, factor_parameters, map_options
-from taco_svd.checkpoint import weight_bytes
+from taco_svd.budget import Sizes
 from taco_svd.cost_budget import LatencyCosts, bridges_within, without_layers
 from taco_svd.device_costs import DeviceCosts
 from taco_svd.experts import Expert, OpenExperts
 from taco_svd.loss_curves import LossCurves, tail_energies
+from taco_svd.model_size import weight_bytes
 from taco_svd.options import parse_keep, parse_latency
 from taco_svd.replacement import LowRankBridge
 
@@ -338,7 +338,7 @@ def test_the_largest_rank_within_the_overhead_is_taken() -> None:
         assert found.predicted["decode"] == pytest.approx(cost[0] / (0.02 * 25))
         assert found.record["predicted_overhead"] == found.predicted
     # a bridge is never larger than without the option, however much is allowed
-    from taco_svd.allocation import bridge_structure
+    from taco_svd.budget import bridge_structure
 
     widest = bridge_structure(Architecture(model), redundant, None).bridges[0].rank
     assert bridges_within(model, redundant, 0.5, costs_by_bytes(), seconds_by_layers).rank == widest

@@ -26,7 +26,8 @@ from taco_svd.healing import (
 )
 from taco_svd.healing_files import HealingFiles
 from taco_svd.healing_run import heal_checkpoint
-from taco_svd.replacement import LowRankBridge, LowRankLinear, structural_copy
+from taco_svd.module_tree import structural_copy
+from taco_svd.replacement import LowRankBridge, LowRankLinear
 
 from .tiny_models import VOCABULARY, tiny_model
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -42,9 +44,16 @@ def test_equals_the_whole_models_backward_pass(
     layerwise: Seen = {}
     residual: dict[int, list[torch.Tensor]] = {}
     expected: dict[int, list[torch.Tensor]] = {}
-    SuffixRunner(architecture, calibration_tokens, 0, 24).backward(
-        sites, collected(whole), None, lambda layer, _, g: expected.setdefault(layer, []).append(g.clone()), [1, 2, 3]
-    )
+
+    def keep_gradient(layer: int, _: object, __: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+        leaving = output[0] if isinstance(output, tuple) else output
+        leaving.register_hook(lambda g: expected.setdefault(layer, []).append(g.clone()))
+
+    with ExitStack() as stack:
+        for layer in (1, 2, 3):
+            hook = architecture.layers[layer].register_forward_hook(partial(keep_gradient, layer))
+            stack.callback(hook.remove)
+        SuffixRunner(architecture, calibration_tokens, 0, 24).backward(sites, collected(whole))
     store = store_for(kind, tmp_path)
     LayerwisePass(architecture, calibration_tokens, store, batch_tokens=24).backward(
         sites, collected(layerwise), residual_callback=lambda layer, g: residual.setdefault(layer, []).append(g.clone())

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from taco_svd.checkpoint import DEFAULT_MODEL, load_model
 from taco_svd.errors import TacoError
 from taco_svd.mapped import is_mapped, load_mapped, page_out
-from taco_svd.replacement import structural_copy
+from taco_svd.module_tree import structural_copy
 
 from .tiny_models import VOCABULARY, tiny_model
 

@@ -19,10 +19,11 @@ from taco_svd.bench_memory import cache_bytes
 from taco_svd.bench_models import BenchModels
 from taco_svd.bench_runner import Runner
 from taco_svd.calibration import Calibration
-from taco_svd.checkpoint import load_model, parameter_count, weight_bytes
+from taco_svd.checkpoint import load_model
 from taco_svd.experts import Expert, OpenExperts, expert_number, kind_of, names_experts, opened, stacked
 from taco_svd.export import to_dense, with_layers_removed
-from taco_svd.model_checks import OPENING
+from taco_svd.methods import METHODS as FACTS
+from taco_svd.model_size import parameter_count, weight_bytes
 
 from .tiny_models import VOCABULARY
 
@@ -51,7 +52,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     ),
 }  # fmt: skip
 WHOLE = ("bridge", "removal", "svd-llm")
-METHODS = (*OPENING, *WHOLE)
+METHODS = (*(name for name, facts in FACTS.items() if facts.opens_experts), *WHOLE)
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -94,7 +95,7 @@ def test_compress_save_reload_generate(
     for position, source in enumerate(plan.structure.kept):
         ours, theirs = small.model.layers[position].mlp, dense.model.layers[source].mlp
         assert torch.equal(ours.gate.weight, theirs.gate.weight)
-        if method in OPENING and experts == "factorised":
+        if FACTS[method].opens_experts and experts == "factorised":
             assert names_experts(plan.structure) and isinstance(ours.experts, OpenExperts)
             assert not ours.experts.run_idle
             continue

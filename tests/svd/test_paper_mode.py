@@ -9,9 +9,9 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from taco_svd import compress
-from taco_svd.allocation import paper_rank
 from taco_svd.architectures import Architecture, LinearSite, dense_weight
 from taco_svd.attribution import SigmaGradients, top_directions
+from taco_svd.budget import paper_rank
 from taco_svd.decomposition import plain_svd
 from taco_svd.loss import next_token_loss
 from taco_svd.replacement import LowRankLinear

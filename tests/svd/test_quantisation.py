@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import taco_kernels
 from taco_kernels.low_rank_linear_int8 import low_rank_linear_int8_reference
 from taco_svd import TacoError, compress, save_compressed, with_lora_support
-from taco_svd.checkpoint import weight_bytes
 from taco_svd.export import to_dense
 from taco_svd.int8_linear import SCALES, Int8LowRankLinear
+from taco_svd.model_size import weight_bytes
 from taco_svd.modeling import CompressedModel
 from taco_svd.plan import Plan
 from taco_svd.quantisation import quantise

@@ -88,7 +88,7 @@ def test_an_interrupted_write_leaves_the_old_entry(step: str, tmp_path: Path, mo
         if step == "save_file":
             patch.setattr(store_module, "save_file", stop)
         else:
-            patch.setattr(Path, "replace", stop)
+            patch.setattr("os.replace", stop)
         with pytest.raises(KeyboardInterrupt):
             store.put("x", {"a": torch.ones(3)})
     assert torch.equal(Store(tmp_path).get("x")["a"], torch.zeros(3))

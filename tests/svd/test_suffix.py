@@ -50,16 +50,13 @@ def test_loss_in_half_precision_rounds_the_gradient_once() -> None:
 
 
 def everything(runner: SuffixRunner, layers: list[int]) -> tuple[float, Seen]:
-    """Mean loss, and inputs and gradients of all maps of `layers` and of their outputs, batches concatenated."""
+    """Mean loss, and inputs and gradients of all maps of `layers`, batches concatenated."""
     pieces: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def site(at: LinearSite, x: torch.Tensor, gradient: torch.Tensor) -> None:
         pieces.setdefault(at.name, []).append((x.clone(), gradient.clone()))
 
-    def residual(layer: int, hidden: torch.Tensor, gradient: torch.Tensor) -> None:
-        pieces.setdefault(f"h{layer}", []).append((hidden.clone(), gradient.clone()))
-
-    value = runner.backward(runner.architecture.sites(layers), site, None, residual, [LAYERS - 2])
+    value = runner.backward(runner.architecture.sites(layers), site)
     joined = {
         key: (torch.cat([x for x, _ in parts]), torch.cat([gradient for _, gradient in parts]))
         for key, parts in pieces.items()

@@ -18,8 +18,6 @@ SVD = Baseline("svd", "Eckart and Young 1936: the best approximation of each wei
 SLEB = Baseline(
     "sleb",
     "SLEB: streamlining LLMs through redundancy verification and elimination of transformer blocks, arXiv 2402.09025",
-    removes=True,
-    importance="greedy",
 )
 
 BASELINES: dict[str, Baseline] = {

@@ -1,4 +1,4 @@
-"""What a baseline is: a name, a paper, how it spends a budget, and how it carries that out."""
+"""A baseline: a name, a paper, how it spends a budget, and how it carries that out (`methods` has its facts)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ..architectures import Architecture, LinearSite, dense_weight
 from ..decomposition import Decomposition
 from ..plan import Plan
 from ..progress import Progress
-from ..replacement import LowRankLinear
 from ..structure import Structure
+from ..surgery import put_factors
 from .budget import Budget
 from .workspace import Workspace
 
@@ -36,18 +36,14 @@ class Baseline:
     Attributes:
         name: on the command line.
         paper: title and arXiv number.
-        allocate: turns a budget into a structure; None where layers are removed whole (see `removes`).
+        allocate: turns a budget into a structure; None where layers are removed whole.
         carry_out: fills a structural copy of the dense model, in place; None where the pipeline's own step does.
-        removes: whether it takes layers out instead of factorising them.
-        importance: how its redundant layers are found, where it has its own way.
     """
 
     name: str
     paper: str
     allocate: Allocate | None = None
     carry_out: CarryOut | None = None
-    removes: bool = False
-    importance: str | None = None
 
 
 def uniform(workspace: Workspace, budget: Budget, progress: Progress) -> Decision:
@@ -60,24 +56,6 @@ def low_rank(workspace: Workspace, ranks: dict[int, dict[str, int]]) -> Structur
     """All layers stay; the named linear maps are factorised."""
     depth = len(workspace.architecture.layers)
     return Structure(depth, tuple(range(depth)), {layer: paths for layer, paths in sorted(ranks.items()) if paths})
-
-
-def put_factors(architecture: Architecture, site: LinearSite, u: torch.Tensor, v: torch.Tensor) -> LowRankLinear:
-    """Puts ``u v`` in the place of a dense linear map, its bias kept; u [out, rank], v [rank, in]."""
-    dense = architecture.module(site)
-    weight = dense_weight(dense)
-    bias = getattr(dense, "bias", None)
-    module = LowRankLinear(
-        weight.shape[1], weight.shape[0], u.shape[1], bias is not None, device="meta", dtype=weight.dtype
-    ).to_empty(device=weight.device)
-    with torch.no_grad():
-        module.u.copy_(u)
-        module.v.copy_(v)
-        if module.bias is not None and isinstance(bias, torch.Tensor):
-            module.bias.copy_(bias)
-    module.train(dense.training)
-    architecture.replace(site, module)
-    return module
 
 
 def truncating(

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from ..allocation import DEFAULT_COMPRESSION_RATIO, Sizes, paper_rank
 from ..architectures import Architecture, linear_shape
+from ..budget import DEFAULT_COMPRESSION_RATIO, Sizes, paper_rank
 from ..errors import TacoError
 
 

@@ -28,10 +28,11 @@ from ..architectures import Architecture, LinearSite, dense_weight
 from ..decomposition import Decomposition, damped, weighted_svd
 from ..errors import TacoError
 from ..loss_curves import tail_energies
+from ..module_tree import structural_copy
 from ..progress import Progress
-from ..replacement import structural_copy
 from ..suffix import SuffixRunner
-from .base import Baseline, Decision, low_rank, put_factors, truncating
+from ..surgery import put_factors
+from .base import Baseline, Decision, low_rank, truncating
 from .budget import Budget
 from .workspace import Workspace
 

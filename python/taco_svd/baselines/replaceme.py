@@ -130,5 +130,4 @@ REPLACEME = Baseline(
     "replaceme",
     "ReplaceMe: network simplification via depth pruning and transformer block linearization, arXiv 2505.02819",
     carry_out=_carry_out,
-    removes=True,
 )

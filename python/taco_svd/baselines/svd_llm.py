@@ -17,8 +17,9 @@ import torch
 from ..architectures import Architecture, dense_weight
 from ..plan import Plan
 from ..progress import Progress
+from ..surgery import put_factors
 from ..walk import Walk, watching
-from .base import Baseline, put_factors, uniform
+from .base import Baseline, uniform
 from .whitening import whitened
 from .workspace import Workspace
 
