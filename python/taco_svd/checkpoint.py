@@ -29,6 +29,13 @@ MAPPED_SHARE = 0.4
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
+def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, directory: Path) -> None:
+    """Writes a model and its tokenizer, where there is one, into a directory (see `output_directory.write_whole`)."""
+    model.save_pretrained(directory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+
+
 def save_compressed(
     model: PreTrainedModel,
     plan: Plan,
@@ -46,7 +53,7 @@ def save_compressed(
             its files 1 GB, since one shard is in memory at a time.
 
     Raises:
-        TacoError: see `write_whole`; or the model is not a compressed one.
+        TacoError: see `output_directory.write_whole`; or the model is not a compressed one.
     """
     if not isinstance(model, CompressedModel):
         raise TacoError(f"{type(model).__name__} is not a compressed model; use its own save_pretrained.")
@@ -63,13 +70,6 @@ def save_compressed(
         plan.save(directory / PLAN_FILE)
 
     write_whole(out, write, force)
-
-
-def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, directory: Path) -> None:
-    """Writes a model and its tokenizer, where there is one, into a directory (see `write_whole`)."""
-    model.save_pretrained(directory)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
 
 
 def _about_gguf(path: Path) -> str:
