@@ -264,6 +264,26 @@ def test_batch_invariance_is_refused_where_it_would_not_hold(
         Served(vllm_config=config)
 
 
+def test_what_vllm_is_told_of_layouts_reaches_the_layers() -> None:
+    class Base:
+        def __init__(self, vllm_config: Any, **kwargs: Any) -> None:
+            told.append(vllm_config.quant_config.choice)
+            raise LookupError
+
+    class Served(ServedModel, Base):  # type: ignore[misc]
+        pass
+
+    told: list[str] = []
+    hf_config = SimpleNamespace(taco_svd=Structure(source_layers=2, kept=(0,)).to_dict())
+    for additional in ({}, {"taco_tensor_parallel": "split"}, {"taco_tensor_parallel": "halves"}):
+        config = SimpleNamespace(
+            model_config=SimpleNamespace(hf_config=hf_config), quant_config=None, additional_config=additional
+        )
+        with pytest.raises(TacoError if "halves" in additional.values() else LookupError):
+            Served(vllm_config=config)
+    assert told == ["auto", "split"]
+
+
 def test_the_layers_are_found() -> None:
     def block() -> nn.Module:
         return nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))

@@ -24,6 +24,7 @@ from ..structure import Structure
 from .bridges import attach
 from .factors import FactorsConfig
 from .registration import CLASSIFIER, PREFIX
+from .shards import chosen_layout
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 
@@ -56,7 +57,8 @@ class ServedModel:
                 "VLLM_BATCH_INVARIANT asks for results that do not depend on the batch, and those of low-rank maps do: "
                 f"different kernels compute few rows and many, and round at different places. Unset it{export}."
             )
-        factors = FactorsConfig(structure, vllm_config.quant_config)
+        choice = chosen_layout(getattr(vllm_config, "additional_config", None))
+        factors = FactorsConfig(structure, vllm_config.quant_config, choice)
         factors.packed_modules_mapping = dict(getattr(self, "packed_modules_mapping", None) or {})
         # for the time of building only: a draft model that is built from the same config is none of ours
         given, vllm_config.quant_config = vllm_config.quant_config, factors
