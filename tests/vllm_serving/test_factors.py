@@ -192,8 +192,11 @@ CHOSEN = ["split", "replicate"]
 
 
 def chosen(layer: Any, choice: str, ranks: int) -> None:
-    """The layer is laid out as it was asked to be."""
+    """The layer is laid out as it was asked to be. What nothing is loaded to is what memory may hold at worst."""
     assert isinstance(layer.quant_method, FactorsMethod)
+    for name, worst in (("v", float("nan")), ("u", float("nan")), ("pivot", 2**30)):
+        if hasattr(layer, name):
+            getattr(layer, name).data.fill_(worst)
     assert (layer.quant_method.layout is Layout.REPLICATED) == (choice == "replicate" or ranks == 1)
 
 
@@ -451,7 +454,7 @@ def test_weights_that_come_later_take_the_place_of_the_first(
         for name, (parameter, place) in places.items():
             assert layer.get_parameter(name) is parameter and parameter.data_ptr() == place
 
-        chosen(layer, choice, ranks)
+        assert (layer.quant_method.layout is Layout.REPLICATED) == (choice != "split")
         layers.append(layer)
     parts = Team(monkeypatch, layers)(list(x.chunk(ranks, dim=1)) if row else [x] * ranks)
     found = torch.stack(parts).sum(0) if row else whole_of(parts, QKV_ROWS)
