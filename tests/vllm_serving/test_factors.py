@@ -493,6 +493,36 @@ def test_files_of_each_rank_load_as_they_were_saved(
 
 @pytest.mark.parametrize("kind", ["column", "row"])
 @pytest.mark.parametrize("pivoted", [False, True])
+def test_files_of_each_rank_of_another_layout_are_refused(
+    pivoted: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM copies a smaller tensor to the beginning of a larger one."""
+    on_rank(monkeypatch, 0, 2)
+    one = Map(HIDDEN, WIDE, 30, pivoted)
+    made = {"column": linear.ColumnParallelLinear, "row": linear.RowParallelLinear}[kind]
+
+    def built(choice: str) -> Any:
+        config = config_for({"mlp.down_proj": one}, choice)
+        return made(WIDE, HIDDEN, bias=False, quant_config=config, prefix="0.mlp.down_proj")
+
+    first = built("split")
+    load(first, one.stored)
+    saved = finished(first).state_dict()
+    with set_current_vllm_config(VllmConfig(load_config=LoadConfig(load_format="sharded_state"))):
+        for choice, refused in (("split", False), ("replicate", True)):
+            again = built(choice)
+            for name, tensor in again.state_dict().items():
+                size = min(len(tensor), len(saved[name]))
+                tensor[:size].copy_(saved[name][:size])
+            if refused:
+                with pytest.raises(TacoError, match="another layout"):
+                    finished(again)
+            else:
+                finished(again)
+
+
+@pytest.mark.parametrize("kind", ["column", "row"])
+@pytest.mark.parametrize("pivoted", [False, True])
 @pytest.mark.parametrize("choice", CHOSEN)
 def test_single_elements_that_come_later_are_written_where_they_belong(
     choice: str, pivoted: bool, kind: str, monkeypatch: pytest.MonkeyPatch

@@ -205,6 +205,11 @@ class FactorsMethod(LinearMethodBase):
         v = self._register(layer, "v", torch.empty(sum(self.stored_v.sizes), dtype=params_dtype), loader)
         self._register(layer, "u", torch.empty(sum(self.u.sizes), dtype=params_dtype), loader)
         set_weight_attrs(v, {"written_out": per_rank and self.writes_out})
+        self.marked = per_rank
+        if self.marked:
+            # What a smaller tensor is loaded to, vLLM leaves as it was: see `_check_filled`.
+            for kind in ("v", "u"):
+                getattr(layer, kind).data.fill_(math.nan)
         # LoRA asks where a layer's weight lies, by the names of vLLM's own methods. No second name of a parameter.
         layer.__dict__["weight_packed"] = layer.u
         if any(self.pivot.sizes):  # an index that nothing fills (--load-format dummy) must still be one
@@ -373,8 +378,10 @@ class FactorsMethod(LinearMethodBase):
         """Turns the loaded parameters into what `apply` reads.
 
         Raises:
-            TacoError: a pivot is no permutation: it was left out where weights were loaded a second time.
+            TacoError: a pivot is no permutation: it was left out where weights were loaded a second time. Files of each
+                rank were written with another layout.
         """
+        self._check_filled(layer)
         if self.layout is not Layout.REPLICATED:
             self._clear_padding(layer)
         for share, member, pivot in self._pivots(layer):
@@ -402,6 +409,15 @@ class FactorsMethod(LinearMethodBase):
             return []
         pieces = zip(self.shares, self.factorised, self.pivot.of(layer.pivot.data), strict=True)
         return [piece for piece in pieces if piece[1].pivoted]
+
+    def _check_filled(self, layer: Any) -> None:
+        """Refuses ranks' files (--load-format sharded_state) of another layout: vLLM loads them with a mere warning."""
+        if self.marked and any(bool(tensor.data[-1:].isnan().any()) for tensor in (layer.v, layer.u)):
+            raise TacoError(
+                f"{self.name}: the files of this rank hold fewer numbers than it needs; they were written with another "
+                "layout of factors. Serve with the taco_tensor_parallel that they were written with, or write them "
+                "again."
+            )
 
     def _clear_padding(self, layer: Any) -> None:
         """Makes padding count for nothing: no checkpoint holds it, so that it is whatever was in memory."""
