@@ -28,6 +28,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
+from taco_kernels.low_rank_linear_int8 import quantise_rows
 from taco_svd import Structure, TacoError
 from taco_svd.vllm import factors
 from taco_svd.vllm.factors import FactorsConfig, FactorsMethod
@@ -55,8 +56,16 @@ def _one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 class Map:
     """A random map of the checkpoint: stored tensors by name, and what it computes in float64."""
 
-    def __init__(self, outputs: int, inputs: int, rank: int | None, pivoted: bool = False, bias: bool = False) -> None:
-        self.rank, self.pivoted = rank, pivoted
+    def __init__(
+        self,
+        outputs: int,
+        inputs: int,
+        rank: int | None,
+        pivoted: bool = False,
+        bias: bool = False,
+        int8: bool = False,
+    ) -> None:
+        self.rank, self.pivoted, self.int8 = rank, pivoted, int8
         self.stored: dict[str, torch.Tensor] = {}
         if rank is None:
             self.stored["weight"] = torch.randn(outputs, inputs)
@@ -64,12 +73,18 @@ class Map:
         else:
             self.stored["v"] = torch.randn(rank, inputs - rank if pivoted else inputs)
             self.stored["u"] = torch.randn(outputs, rank)
-            v = self.stored["v"].double()
+            v, u = self.stored["v"].double(), self.stored["u"].double()
+            if int8:
+                for name, rows in (("v", v), ("u", u.T)):
+                    integers, self.stored[f"{name}_step"] = quantise_rows(rows)
+                    self.stored[name] = (integers if name == "v" else integers.T).contiguous()
+                v = self.stored["v"].double() * self.stored["v_step"].double()[:, None]
+                u = self.stored["u"].double() * self.stored["u_step"].double()
             if pivoted:
                 pivot = torch.randperm(inputs)
                 self.stored["pivot"] = pivot.to(torch.int32)
                 v = torch.cat([torch.eye(rank, dtype=torch.float64), v], 1)[:, pivot.argsort()]
-            self.weight = self.stored["u"].double() @ v
+            self.weight = u @ v
         self.bias = torch.randn(outputs) if bias else None
         if self.bias is not None:
             self.stored["bias"] = self.bias
@@ -85,6 +100,7 @@ def config_for(maps: dict[str, Map], choice: str = "auto") -> FactorsConfig:
         kept=(0,),
         low_rank={0: {path: m.rank for path, m in maps.items() if m.rank is not None}},
         pivoted={0: tuple(path for path, m in maps.items() if m.pivoted)},
+        int8={0: tuple(path for path, m in maps.items() if m.int8)},
     )
     config = FactorsConfig(structure, None, choice)
     config.packed_modules_mapping = dict(PACKED)
@@ -117,7 +133,10 @@ def on_rank(monkeypatch: pytest.MonkeyPatch, rank: int, ranks: int) -> None:
 
 
 class Team:
-    """Calls the ranks' layers at the same time, a thread each, with collectives among them.
+    """Calls the ranks' layers, a thread each, with collectives among them.
+
+    Only one of the threads computes at a time: ranks are processes, and vLLM's products on a CPU share their workspace
+    within a process.
 
     Attributes:
         collectives: names of those that one rank has taken part in, in order.
@@ -125,7 +144,8 @@ class Team:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, layers: list[Any]) -> None:
         self.layers, self.collectives = layers, list[str]()
-        self._meeting = threading.Barrier(len(layers), timeout=60)
+        self._meeting = threading.Barrier(len(layers), timeout=300)
+        self._turn = threading.Lock()
         self._place = threading.local()
         self._given: list[torch.Tensor] = [torch.empty(0)] * len(layers)
         monkeypatch.setattr(factors, "tensor_model_parallel_all_gather", self._all_gather)
@@ -137,7 +157,7 @@ class Team:
 
     def _run(self, rank: int, x: torch.Tensor) -> torch.Tensor:
         self._place.rank = rank
-        with torch.inference_mode():
+        with self._turn, torch.inference_mode():
             return self.layers[rank](x)[0].double()
 
     def _all(self, name: str, tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -145,9 +165,13 @@ class Team:
         if self._place.rank == 0:
             self.collectives.append(name)
         self._given[self._place.rank] = tensor
-        self._meeting.wait()
-        found = list(self._given)
-        self._meeting.wait()
+        self._turn.release()
+        try:
+            self._meeting.wait()
+            found = list(self._given)
+            self._meeting.wait()
+        finally:
+            self._turn.acquire()
         return found
 
     def _all_gather(self, tensor: torch.Tensor, dim: int = -1) -> torch.Tensor:
@@ -231,6 +255,72 @@ def test_qkv(kind: str, bias: bool, choice: str, ranks: int, monkeypatch: pytest
     found = whole_of(team([x] * ranks), QKV_ROWS, [1] + [max(ranks // KV_HEADS, 1)] * 2)
     close(found, torch.cat([one(x) for one in maps.values()], 1), HIDDEN, 29)
     assert team.collectives == (["gather"] if choice == "split" and ranks > 1 else [])  # one for all maps
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("rows", [5, 200])  # by a kernel for 8-bit factors, and by factors that are written out
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", list(QKV_KINDS))
+def test_8_bit_factors(kind: str, bias: bool, rows: int, backwards: bool) -> None:
+    names = ("q_proj", "k_proj", "v_proj")
+
+    def made() -> dict[str, Map]:
+        return {
+            f"self_attn.{name}": Map(SIZES[name], HIDDEN, rank, pivoted, bias, int8=rank is not None)
+            for name, (rank, pivoted) in zip(names, QKV_KINDS[kind], strict=True)
+        }
+
+    first, second = made(), made()
+    layer: Any = linear.QKVParallelLinear(
+        HIDDEN,
+        HEAD,
+        HEADS,
+        KV_HEADS,
+        bias=bias,
+        quant_config=config_for(first),
+        prefix="model.layers.0.self_attn.qkv_proj",
+    )
+    assert layer.v.dtype is layer.u.dtype is torch.int8 and layer.v_step.dtype is layer.u_step.dtype is torch.float32
+    model = torch.nn.Sequential(layer)
+    record_metadata_for_reloading(model)
+    for shard, one in zip(("q", "k", "v"), first.values(), strict=True):
+        load(layer, one.stored, shard)
+    x = torch.randn(rows, HIDDEN)
+    # the integers' scales bring factors back to unit variance
+    close(finished(layer)(x)[0], torch.cat([one(x) for one in first.values()], 1), HIDDEN, 29)
+
+    initialize_layerwise_reload(model)
+    coming = [
+        (shard, *item)
+        for shard, one in zip(("q", "k", "v"), second.values(), strict=True)
+        for item in one.stored.items()
+    ][:: -1 if backwards else 1]
+    for shard, name, tensor in coming:
+        assert get_layerwise_info(layer).can_load(), "finished before the last tensor came"
+        load(layer, {name: tensor}, shard)
+    finalize_layerwise_reload(model, None)
+    close(layer(x)[0], torch.cat([one(x) for one in second.values()], 1), HIDDEN, 29)
+
+
+def test_8_bit_factors_in_part_or_on_several_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = {"mlp.gate_proj": Map(WIDE, HIDDEN, 6, int8=True), "mlp.up_proj": Map(WIDE, HIDDEN, 6)}
+
+    def built(maps: dict[str, Map]) -> Any:
+        return linear.MergedColumnParallelLinear(
+            HIDDEN, [WIDE, WIDE], bias=False, quant_config=config_for(maps), prefix="0.mlp.gate_up_proj"
+        )
+
+    with pytest.raises(TacoError, match="quantise all"):
+        built(maps)
+    on_rank(monkeypatch, 0, 2)
+    maps["mlp.up_proj"] = Map(WIDE, HIDDEN, None)
+    with pytest.raises(TacoError, match="tensor parallelism"):
+        built(maps)
+    on_rank(monkeypatch, 0, 1)
+    layer = built(maps)
+    for name, wrong in (("v", maps["mlp.gate_proj"].stored["v"].float()), ("v_step", torch.ones(6).to(torch.int8))):
+        with pytest.raises(TacoError, match="damaged"):
+            load(layer, {name: wrong}, 0)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -586,17 +676,18 @@ def test_a_factor_that_is_written_out_takes_no_other_in_its_place(monkeypatch: p
     assert torch.equal(finished(layer).v, before)  # nothing is written out twice
 
 
+@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("pivoted", [False, True])
-def test_parameters_that_move_are_read_where_they_are(pivoted: bool) -> None:
+def test_parameters_that_move_are_read_where_they_are(pivoted: bool, int8: bool) -> None:
     """Offloading points parameters to other memory, or has copies stand in for them."""
-    layer, one = down_proj(pivoted)
+    layer, one = down_proj(pivoted, int8=int8)
     load(layer, one.stored)
     x = torch.randn(2, WIDE)
     expected, _ = finished(layer)(x)
     for parameter in layer.parameters():
         first, parameter.data = parameter.data, parameter.data.clone()
         first.zero_()
-    assert torch.equal(layer(x)[0], expected)
+        assert torch.equal(layer(x)[0], expected)
     copies = {name: parameter.data.clone() for name, parameter in layer.named_parameters()}
     held = [weakref.ref(copy) for copy in copies.values()]
     layer.u.data.zero_()
@@ -650,8 +741,8 @@ def test_the_given_quantisation_gets_the_dense_layers() -> None:
     assert config.online_quantization_config is online
 
 
-def down_proj(pivoted: bool = False, choice: str = "auto") -> tuple[Any, Map]:
-    one = Map(HIDDEN, WIDE, 6, pivoted)
+def down_proj(pivoted: bool = False, choice: str = "auto", int8: bool = False) -> tuple[Any, Map]:
+    one = Map(HIDDEN, WIDE, 6, pivoted, int8=int8)
     config = config_for({"mlp.down_proj": one}, choice)
     layer: Any = linear.RowParallelLinear(
         WIDE, HIDDEN, bias=False, quant_config=config, prefix="model.layers.0.mlp.down_proj"

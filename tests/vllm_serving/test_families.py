@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
 
+from taco_svd.quantisation import quantise
+
 from .engine import MAX_LENGTH, agreement, bind_ranks, prompts, vllm_answers
 from .random_checkpoints import VOCABULARY, random_model, write_checkpoint
 
@@ -56,6 +58,17 @@ def test_vllm_decodes_as_transformers_does(name: str, tmp_path: Path) -> None:
     share, worst = agreement(directory, asked, answers)
     assert share == 1.0
     assert worst < {"gemma2": CAPPED_TOLERANCE, "bloom": GELU_TOLERANCE}.get(name, LOGPROB_TOLERANCE)
+
+
+@pytest.mark.parametrize("name, compiled", [("llama_biased", True), ("bloom", False), ("gpt_neox", False)])
+def test_8_bit_factors_decode_as_transformers_does(name: str, compiled: bool, tmp_path: Path) -> None:
+    """By models of vLLM's that sort a fused map's rows, or none, and by its Transformers backend."""
+    quantise(random_model(name)).save_pretrained(tmp_path)
+    asked = prompts(16, VOCABULARY)
+    answers = vllm_answers(tmp_path, asked, TOKENS, enforce_eager=not compiled)
+    share, worst = agreement(tmp_path, asked, answers)
+    assert share == 1.0
+    assert worst < {"bloom": GELU_TOLERANCE}.get(name, LOGPROB_TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "helium"])  # the second one is in vLLM's registry under no name at all

@@ -16,6 +16,7 @@ if importlib.util.find_spec("vllm") is None:
 from transformers import AutoModelForCausalLM
 
 from taco_svd.checkpoint import DEFAULT_MODEL
+from taco_svd.quantisation import quantise
 from taco_svd.replacement import LowRankLinear
 from taco_svd.vllm.shards import ALIGNED
 
@@ -37,6 +38,22 @@ def test_greedy_tokens_equal_those_of_transformers(method: str, compressed: Call
     share, worst = agreement(directory, asked, answers, tie=LOGPROB_TOLERANCE)
     assert share == 1.0
     assert worst < LOGPROB_TOLERANCE
+
+
+@pytest.mark.parametrize("method", ["taco", "paper"])
+def test_8_bit_factors_give_the_tokens_of_transformers(
+    method: str, compressed: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Pivoted ones and plain ones, as `taco-svd quantize` writes them."""
+    small = quantise(AutoModelForCausalLM.from_pretrained(compressed(method)))
+    small.save_pretrained(tmp_path)
+    asked = prompts(32, VOCABULARY)
+    answers = vllm_answers(tmp_path, asked, TOKENS)
+    share, worst = agreement(tmp_path, asked, answers, tie=LOGPROB_TOLERANCE)
+    assert share == 1.0
+    assert worst < LOGPROB_TOLERANCE
+    # these are 8-bit factors: the ones that they were made from give other numbers
+    assert agreement(compressed(method), asked, answers)[1] > 10 * worst
 
 
 @pytest.mark.parametrize("method", ["taco", "paper"])

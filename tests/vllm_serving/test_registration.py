@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import pickle
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -108,14 +107,6 @@ def test_what_is_no_language_model_is_a_classifier_or_refused() -> None:
     for name in ("TacoLlamaModel", "TacoHeliumForSequenceClassification"):
         with pytest.raises(TacoError, match=name):
             served_name(name)
-
-
-def test_8_bit_factors_are_refused() -> None:
-    config: Any = random_model("llama").config
-    layer, ranks = next(iter(config.structure.low_rank.items()))
-    config.taco_svd = replace(config.structure, int8={layer: tuple(ranks)}).to_dict()
-    with pytest.raises(TacoError, match="8-bit integers"):
-        as_vllm_expects(config)
 
 
 def test_windows_of_gpt_oss_must_alternate_still() -> None:

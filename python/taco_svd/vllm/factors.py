@@ -57,6 +57,10 @@ logger = init_logger("vllm.taco_svd")  # below vLLM's own, so that it is shown a
 
 PER_RANK_FORMATS = ("sharded_state", "runai_streamer_sharded")
 
+# The scales of 8-bit factors: what our checkpoints call them, and we in vLLM. Its loaders take any name that ends in
+# ".v_scale" for a scale of the key/value cache, and lose it.
+SCALES = {"v_scale": "v_step", "u_scale": "u_step"}
+
 # vLLM may compute a mixture's shared experts on a stream of their own, and has no collectives there: ours could meet
 # others, which use the same memory. Their second factor stays on every rank.
 BESIDE_EXPERTS = "shared_expert"
@@ -142,9 +146,10 @@ class FactorsMethod(LinearMethodBase):
     """What a linear layer of vLLM holds and computes when some or all of its maps are factorised.
 
     The layer has parameters with the checkpoint's names: `v`, `u`, `pivot` hold the factors of all its maps one after
-    the other, `weight` the dense maps' rows. They stay its parameters after loading, and `apply` reads views of them.
-    vLLM counts on that: it copies weights that come later (sleep mode, reinforcement learning) to where captured graphs
-    read the first ones, and points parameters elsewhere to offload them.
+    the other, `weight` the dense maps' rows, `v_step` and `u_step` the scales of 8-bit factors. They stay its
+    parameters after loading, and `apply` reads views of them. vLLM counts on that: it copies weights that come later
+    (sleep mode, reinforcement learning) to where captured graphs read the first ones, and points parameters elsewhere
+    to offload them.
 
     With several ranks a layer holds its part of both factors, or all of one where that is small (`shards.Layout`).
     What is split by outputs or inputs is sliced by vLLM's own weight loader of the layer, so that every kind of layer
@@ -156,6 +161,12 @@ class FactorsMethod(LinearMethodBase):
         self.factorised = [member for member in members if member.rank is not None]
         self.dense = [member for member in members if member.rank is None]
         self.dense_method = UnquantizedLinearMethod() if self.dense else None
+        self.int8 = self.factorised[0].int8
+        if any(member.int8 != self.int8 for member in self.factorised):
+            raise TacoError(
+                f"{name}: vLLM computes maps with 8-bit factors and with others in this layer, which is not supported; "
+                "quantise all of a checkpoint's factors (taco-svd quantize)."
+            )
 
     # -- loading ---------------------------------------------------------------------------------------------
 
@@ -172,7 +183,7 @@ class FactorsMethod(LinearMethodBase):
         """Allocates what the checkpoint will fill; see `LinearMethodBase.create_weights`.
 
         Raises:
-            TacoError: a rank that is larger than its map.
+            TacoError: a rank that is larger than its map; 8-bit factors and several ranks.
         """
         self.partitions = list(output_partition_sizes)
         self.inputs, self.local_inputs = input_size, input_size_per_partition
@@ -185,6 +196,11 @@ class FactorsMethod(LinearMethodBase):
             if member.rank > min(input_size, sum(sizes[member.first : member.last])):
                 raise TacoError(f"{self.name}: rank {member.rank} of a {sum(sizes)} x {input_size} map.")
         ranks = self._ranks(layer)
+        if self.int8 and ranks > 1:
+            raise TacoError(
+                f"{self.name}: 8-bit factors (taco-svd quantize) are not supported with tensor parallelism; serve with "
+                "one rank, or the checkpoint that this one was made from."
+            )
         dense = sum(self.partitions) * self.local_inputs
         shapes = [(m.rank or 0, m.pivoted, m.rows(self.partitions)) for m in self.factorised]
         self.layout = layout_of(self.choice, shapes, input_size, self.local_inputs, ranks, dense)
@@ -202,10 +218,14 @@ class FactorsMethod(LinearMethodBase):
             self.stored_v = Pieces([(m.rank or 0, self._stored_columns(m)) for m in self.factorised])
         self.gathers = any(self.pivot.sizes) and self.layout is Layout.REPLICATED and not self.split_inputs
         self._warn_of_size(ranks)
-        v = self._register(layer, "v", torch.empty(sum(self.stored_v.sizes), dtype=params_dtype), loader)
-        self._register(layer, "u", torch.empty(sum(self.u.sizes), dtype=params_dtype), loader)
+        dtype = torch.int8 if self.int8 else params_dtype
+        v = self._register(layer, "v", torch.empty(sum(self.stored_v.sizes), dtype=dtype), loader)
+        self._register(layer, "u", torch.empty(sum(self.u.sizes), dtype=dtype), loader)
+        self.steps = Pieces([(m.rank or 0,) for m in self.factorised])
+        for kind in SCALES.values() if self.int8 else ():
+            self._register(layer, kind, torch.empty(sum(self.steps.sizes), dtype=torch.float32), loader)
         set_weight_attrs(v, {"written_out": per_rank and self.writes_out})
-        self.marked = per_rank
+        self.marked = per_rank and not self.int8
         if self.marked:
             # What a smaller tensor is loaded to, vLLM leaves as it was: see `_check_filled`.
             for kind in ("v", "u"):
@@ -312,6 +332,11 @@ class FactorsMethod(LinearMethodBase):
     def _load_factor(
         self, kind: str, index: int, loader: Callable[..., None], param: nn.Parameter, loaded: torch.Tensor, shard: Any
     ) -> None:
+        if loaded.is_floating_point() != param.is_floating_point():
+            raise TacoError(
+                f"{self.name}: {kind} of {self.factorised[index].path} has {loaded.dtype} numbers, {param.dtype} is "
+                "needed; the checkpoint is damaged."
+            )
         member, share = self.factorised[index], self.shares[index]
         if kind == "u" and not self._splits_columns():
             self._local_rows(loader, loaded, shard, member, self.u.of(param.data)[index])
@@ -321,12 +346,13 @@ class FactorsMethod(LinearMethodBase):
                 f"{self.name}: this rank holds its part of the pivoted map, written out; weights that come later must "
                 "come through vLLM's reload_weights or update_weights, not load_weights."
             )
-        target = {"v": self.stored_v, "u": self.u, "pivot": self.pivot}[kind].of(param.data)[index]
+        pieces = {"v": self.stored_v, "u": self.u, "pivot": self.pivot}.get(kind, self.steps)
+        target = pieces.of(param.data)[index]
         expected: tuple[int, ...] = {
             "v": (share.rank, self._stored_columns(member)),
             "u": (sum(self.partitions), share.rank),
             "pivot": (self.inputs,),
-        }[kind]
+        }.get(kind, (share.rank,))
         if tuple(loaded.shape) != expected:
             raise TacoError(
                 f"{self.name}: {kind} of {member.path} is {tuple(loaded.shape)}, {expected} is needed; "
@@ -432,10 +458,15 @@ class FactorsMethod(LinearMethodBase):
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``x`` [..., in on this rank] through all maps of the layer: [..., sum of its partitions on this rank]."""
-        vs, us, pivots = map(list, zip(*self._factors(layer), strict=True))
+        vs, us, pivots, *steps = map(list, zip(*self._factors(layer), strict=True))
         biases = [self._bias(bias, member) for member in self.factorised]
         if self.layout is not Layout.REPLICATED:
             found = self._split(layer, x, vs, us, biases)
+            if len(found) == len(self.members) == 1:
+                return found[0]
+        elif self.int8:
+            each = zip(vs, steps[0], us, steps[1], biases, pivots, strict=True)
+            found = [taco_kernels.low_rank_linear_int8(x, *one) for one in each]
             if len(found) == len(self.members) == 1:
                 return found[0]
         elif self.dense_method is None:
@@ -508,20 +539,33 @@ class FactorsMethod(LinearMethodBase):
                 found.append(F.linear(rows, v))
         return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
 
-    def _factors(self, layer: Any) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-        """(v, u, pivot where inputs are gathered) of each factorised map: views of the layer's parameters."""
+    def _factors(self, layer: Any) -> list[tuple[Any, ...]]:
+        """(v, u, pivot where inputs are gathered, scales of 8-bit factors) of each factorised map.
+
+        Views of the layer's parameters.
+        """
         flat = [layer.v, layer.u, layer.pivot] if self.gathers else [layer.v, layer.u]
+        steps = [getattr(layer, kind) for kind in SCALES.values()] if self.int8 else []
+        flat += steps
         # Cutting takes as long as a small map does. It is done once where kernels are called one by one, and again when
         # the parameters have moved. Copies that stand in for offloaded parameters are not held on to.
         once = not torch.compiler.is_compiling() and all(isinstance(tensor, nn.Parameter) for tensor in flat)
         if once:
             places = [tensor.data_ptr() for tensor in flat]
-            before, factors = layer.__dict__.get("_taco_factors", (None, []))
+            before, known = layer.__dict__.get("_taco_factors", (None, []))
             if before == places:
-                return factors
+                return known
         pivots = [p if p.numel() else None for p in self.pivot.of(layer.pivot)] if self.gathers else []
-        cut = zip(self.held_v.of(layer.v), self.u.of(layer.u), pivots or [None] * len(self.factorised), strict=True)
-        factors = list(cut)
+        scales = [self.steps.of(tensor) for tensor in steps]
+        factors: list[tuple[Any, ...]] = list(
+            zip(
+                self.held_v.of(layer.v),
+                self.u.of(layer.u),
+                pivots or [None] * len(self.factorised),
+                *scales,
+                strict=True,
+            )
+        )
         if once:
             layer.__dict__["_taco_factors"] = (places, factors)
         return factors

@@ -33,6 +33,7 @@ class Member:
             0, 1, 2), `last` excluded. A map that the checkpoint has fused itself computes several.
         rank: its rank; None for a dense map.
         pivoted: whether its right factor is the identity on `rank` of the inputs.
+        int8: whether its factors are 8-bit integers.
     """
 
     path: str
@@ -40,6 +41,7 @@ class Member:
     last: int
     rank: int | None
     pivoted: bool = False
+    int8: bool = False
 
     def offset(self, partitions: Sequence[int]) -> int:
         """Where its outputs start among the layer's, given the sizes of the layer's partitions on this rank."""
@@ -97,7 +99,7 @@ def members_of(
     else:
         return []
     return [
-        Member(part, first, last, ranks.get(part), structure.is_pivoted(source, part))
+        Member(part, first, last, ranks.get(part), structure.is_pivoted(source, part), structure.is_int8(source, part))
         for part, (first, last) in zip(paths, spans, strict=True)
     ]
 
