@@ -73,6 +73,8 @@ def install(model: PreTrainedModel, structure: Structure) -> None:
             f"The checkpoint's structure keeps {len(structure.kept)} layers, its config describes "
             f"{len(architecture.layers)}."
         )
+    # before 8-bit factors take the first parameter's place
+    references = [next(layer.parameters()) for layer in architecture.layers]
     for source_layer, ranks in structure.low_rank.items():
         for path, rank in ranks.items():
             site, (out_features, in_features), setting = _place(architecture, structure, source_layer, path)
@@ -91,10 +93,10 @@ def install(model: PreTrainedModel, structure: Structure) -> None:
     for bridge in structure.bridges:
         if bridge.rank > hidden:
             raise TacoError(f"bridge after layer {bridge.after}: rank {bridge.rank} of a {hidden} x {hidden} map.")
-        layer = architecture.layers[structure.position(bridge.after)]
-        reference = next(layer.parameters())
+        position = structure.position(bridge.after)
+        reference = references[position]
         attach_bridge(
-            layer,
+            architecture.layers[position],
             LowRankBridge(hidden, bridge.rank, bridge.bias, bridge.eps, device=reference.device, dtype=reference.dtype),
         )
 

@@ -17,11 +17,11 @@ from taco_svd import TacoError, compress, save_compressed, with_lora_support
 from taco_svd.export import to_dense
 from taco_svd.int8_linear import SCALES, Int8LowRankLinear
 from taco_svd.model_size import weight_bytes
-from taco_svd.modeling import CompressedModel
+from taco_svd.modeling import CompressedModel, compressed_config_class
 from taco_svd.plan import Plan
 from taco_svd.quantisation import quantise
-from taco_svd.replacement import LowRankLinear, in_floats
-from taco_svd.structure import Structure
+from taco_svd.replacement import LowRankBridge, LowRankLinear, in_floats
+from taco_svd.structure import BridgeSpec, Structure
 
 from .conftest import needs
 from .tiny_models import VOCABULARY, tiny_model
@@ -45,6 +45,21 @@ def saved(compressed_tiny: Callable, tmp_path_factory: pytest.TempPathFactory) -
 
 def maps(model: torch.nn.Module) -> dict[str, Int8LowRankLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Int8LowRankLinear)}
+
+
+@torch.no_grad()
+def test_a_layer_with_8_bit_factors_and_a_bridge_is_read_again(tmp_path: Path, ids: torch.Tensor) -> None:
+    """The bridge has the model's dtype, not that of the layer's first parameter."""
+    structure = Structure(4, (0, 1), {0: {"self_attn.q_proj": 5}}, bridges=(BridgeSpec(0, 3),))
+    base = tiny_model("llama").config
+    base.num_hidden_layers = 2
+    config = compressed_config_class(type(base)).from_dict({**base.to_dict(), "taco_svd": structure.to_dict()})
+    model = quantise(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval())
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    bridges = [module for module in again.modules() if isinstance(module, LowRankBridge)]
+    assert [bridge.v.dtype for bridge in bridges] == [torch.bfloat16] and len(maps(again)) == 1
+    assert torch.equal(again(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("method", ["taco", "paper"])

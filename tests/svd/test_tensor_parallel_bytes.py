@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from taco_svd.vllm.shards import right_factor
+from taco_svd.vllm.shards import Share, right_factor
 
 
 @pytest.fixture
@@ -28,25 +28,54 @@ def size(*tensors: torch.Tensor) -> int:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("choice", ["split", "replicate"])
 @pytest.mark.parametrize("row_parallel", [False, True])
 @pytest.mark.parametrize("pivoted", [False, True])
-def test_bytes_of_a_factorised_layer(script: ModuleType, pivoted: bool, row_parallel: bool, ranks: int) -> None:
+def test_bytes_of_a_factorised_layer(
+    script: ModuleType, pivoted: bool, row_parallel: bool, choice: str, ranks: int
+) -> None:
     out_features, in_features, rank = 24, 40, 7
     u, v = torch.zeros(out_features, rank).bfloat16(), torch.zeros(rank, in_features).bfloat16()
     pivot = torch.randperm(in_features, dtype=torch.int32)
     held = [pivot] if pivoted else []
     stored = v[:, rank:] if pivoted else v
-    if row_parallel and ranks > 1:
-        columns = in_features // ranks
+    columns, rows = in_features // ranks, out_features // ranks
+    if choice == "split" and ranks > 1:
+        width = 8  # of seven directions' shares, padded
+        narrow = torch.zeros(out_features, width).bfloat16()
+        if row_parallel and not pivoted:
+            held = [narrow, torch.zeros(ranks * width, columns).bfloat16()]
+        else:
+            held = [narrow if row_parallel else u[:rows], torch.zeros(width, stored.shape[1]).bfloat16()]
+            held += [Share(rank, ranks, 0).inputs(pivot)] if pivoted else []
+    elif row_parallel and ranks > 1:
         held += [u, right_factor(stored, pivot, 0, columns) if pivoted else v[:, :columns]]
     else:
-        held += [u if row_parallel else u[: out_features // ranks], stored]
-    assert script.linear_bytes(out_features, in_features, rank, pivoted, row_parallel, ranks) == size(*held)
+        held += [u if row_parallel else u[:rows], stored]
+    one = script.Map(out_features, in_features, rank, pivoted, ranks)
+    assert script.linear_bytes([one], row_parallel, ranks, choice=choice) == size(*held)
+
+
+def test_bytes_of_a_fused_layer(script: ModuleType) -> None:
+    """Dense and factorised maps; with more ranks than key heads, two ranks hold the same ones."""
+    inputs, ranks, rank = 64, 4, 32
+    maps = [script.Map(64, inputs, rank, False, ranks), script.Map(32, inputs, None, False, 2)]
+    dense, (width, rows) = 32 // 2 * inputs, (rank // ranks, 64 // ranks)
+    assert script.linear_bytes(maps, False, ranks) == 2 * (dense + width * inputs + rows * rank)
+    assert script.linear_bytes(maps, False, ranks, choice="replicate") == 2 * (dense + rank * inputs + rows * rank)
 
 
 def tiny(name: str) -> transformers.PreTrainedConfig:
     return transformers.LlamaConfig(
         vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=8, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+
+
+def wide(name: str) -> transformers.PreTrainedConfig:
+    """Wide enough for pivots and padding not to count."""
+    return transformers.LlamaConfig(
+        vocab_size=64, hidden_size=512, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2,
     )  # fmt: skip
 
@@ -61,7 +90,9 @@ def test_one_rank_holds_the_model_and_two_hold_half_of_a_dense_one(
         half = script.layer_bytes(model, 2) / script.layer_bytes(model, 1)
         if name == "dense" or name.startswith("removal"):
             assert half == 0.5
-        else:  # one factor, or the whole bridge, is on both ranks
+        elif name.startswith("factors"):  # both are split; pivots are not, and slices are padded
+            assert 0.5 < half < script.layer_bytes(model, 2, "replicate") / script.layer_bytes(model, 1) < 1
+        else:  # the whole bridge is on both ranks
             assert 0.5 < half < 1
 
 
@@ -82,4 +113,16 @@ def test_the_table_has_a_row_for_each_model(script: ModuleType, monkeypatch: pyt
     assert len(rows) == 2 * 4 and {len(row) for row in rows} == {4}
     factors = next(row for row in rows if row[0] == "all weights" and row[1].startswith("factors"))
     one, two = (float(cell.partition("(")[2].rstrip(")")) for cell in factors[2:])
-    assert abs(one - 0.8) < 0.02 < two - one
+    assert abs(one - 0.8) < 0.02 < two - one  # padding
+
+
+def test_factors_save_each_rank_what_they_save_one(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "shape_config", wide)
+    shares = {}
+    for choice in ("auto", "replicate"):
+        table = script.table("wide", 0.8, 0.5, [1, 2, 4], choice)
+        row = next(line.split("|") for line in table.splitlines() if line.startswith("| linear layers | factors"))
+        shares[choice] = [float(cell.partition("(")[2].strip(" )")) for cell in row[3:6]]
+    one, *more = shares["auto"]
+    assert all(abs(share - one) < 0.05 for share in more)
+    assert shares["replicate"][0] == one and shares["replicate"][1] > one + 0.1 < shares["replicate"][2] - 0.1

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -28,6 +29,25 @@ class Answer:
 
     tokens: list[int]
     logprobs: list[float]
+
+
+def bind_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives each of two ranks a core."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip(f"tensor parallelism binds each rank to a core of its own; there is {len(cores)}")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[1]}")
+
+
+def factor_elements(model: Any) -> int:
+    """How many numbers of factors a rank's model holds."""
+    return sum(
+        parameter.numel()
+        for module in model.modules()
+        if type(getattr(module, "quant_method", None)).__name__ == "FactorsMethod"
+        for name, parameter in module.named_parameters(recurse=False)
+        if name in ("u", "v")
+    )
 
 
 def prompts(count: int, vocabulary: int, seed: int = 0) -> list[list[int]]:

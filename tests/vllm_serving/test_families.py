@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
 
-from .engine import MAX_LENGTH, agreement, prompts, vllm_answers
+from taco_svd.quantisation import quantise
+
+from .engine import MAX_LENGTH, agreement, bind_ranks, prompts, vllm_answers
 from .random_checkpoints import VOCABULARY, random_model, write_checkpoint
 
 TOKENS = 24
@@ -29,14 +30,6 @@ LOGPROB_TOLERANCE = 10 * 300 * 6e-8 / 10
 CAPPED_TOLERANCE = 5e-3
 # vLLM computes Bloom's gelu where transformers approximates it by tanh.
 GELU_TOLERANCE = 2e-3
-
-
-def bind_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gives each of two ranks a core."""
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < 2:
-        pytest.skip(f"tensor parallelism binds each rank to a core of its own; there is {len(cores)}")
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[1]}")
 
 
 @pytest.mark.parametrize(
@@ -67,6 +60,17 @@ def test_vllm_decodes_as_transformers_does(name: str, tmp_path: Path) -> None:
     assert worst < {"gemma2": CAPPED_TOLERANCE, "bloom": GELU_TOLERANCE}.get(name, LOGPROB_TOLERANCE)
 
 
+@pytest.mark.parametrize("name, compiled", [("llama_biased", True), ("bloom", False), ("gpt_neox", False)])
+def test_8_bit_factors_decode_as_transformers_does(name: str, compiled: bool, tmp_path: Path) -> None:
+    """By models of vLLM's that sort a fused map's rows, or none, and by its Transformers backend."""
+    quantise(random_model(name)).save_pretrained(tmp_path)
+    asked = prompts(16, VOCABULARY)
+    answers = vllm_answers(tmp_path, asked, TOKENS, enforce_eager=not compiled)
+    share, worst = agreement(tmp_path, asked, answers)
+    assert share == 1.0
+    assert worst < {"bloom": GELU_TOLERANCE}.get(name, LOGPROB_TOLERANCE)
+
+
 @pytest.mark.parametrize("name", ["gpt_neox", "helium"])  # the second one is in vLLM's registry under no name at all
 def test_an_architecture_that_vllm_has_not_runs_by_its_transformers_backend(name: str, tmp_path: Path) -> None:
     directory = write_checkpoint(name, tmp_path / name)
@@ -75,12 +79,31 @@ def test_an_architecture_that_vllm_has_not_runs_by_its_transformers_backend(name
     assert share == 1.0 and worst < LOGPROB_TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["llama", "phi3"])
-def test_two_ranks_decode_as_one(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name, choice, compiled",
+    [
+        ("llama_biased", "split", False),
+        ("llama", "replicate", False),
+        ("llama", "auto", True),
+        ("phi3", "auto", False),
+        ("falcon", "split", False),
+        ("gpt_neox", "split", False),
+    ],
+)
+def test_two_ranks_decode_as_one(
+    name: str, choice: str, compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bind_ranks(monkeypatch)
     directory = write_checkpoint(name, tmp_path / name)
     asked = prompts(16, VOCABULARY)
-    answers = vllm_answers(directory, asked, TOKENS, tensor_parallel_size=2)
+    answers = vllm_answers(
+        directory,
+        asked,
+        TOKENS,
+        tensor_parallel_size=2,
+        enforce_eager=not compiled,
+        additional_config={"taco_tensor_parallel": choice},
+    )
     share, worst = agreement(directory, asked, answers)
     assert share == 1.0 and worst < LOGPROB_TOLERANCE
 
@@ -106,7 +129,10 @@ def test_weights_that_are_loaded_again_decode_as_transformers_does(
     assert share == 1.0 and worst < LOGPROB_TOLERANCE
 
 
-def test_a_lora_adapter_decodes_as_its_definition_says(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_lora_adapter_decodes_as_its_definition_says(
+    ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On every map, factorised or dense: what transformers computes, and B A x beside it."""
     from vllm.lora.request import LoRARequest
 
@@ -133,7 +159,17 @@ def test_a_lora_adapter_decodes_as_its_definition_says(tmp_path: Path) -> None:
 
     asked = prompts(16, VOCABULARY)
     request = LoRARequest("adapter", 1, str(adapter))
-    answers = vllm_answers(directory, asked, TOKENS, first=lambda engine: request, enable_lora=True, max_lora_rank=8)
+    if ranks > 1:
+        bind_ranks(monkeypatch)
+    answers = vllm_answers(
+        directory,
+        asked,
+        TOKENS,
+        first=lambda engine: request,
+        enable_lora=True,
+        max_lora_rank=8,
+        tensor_parallel_size=ranks,
+    )
     share, worst = agreement(directory, asked, answers, change=adapted)
     assert share == 1.0 and worst < LOGPROB_TOLERANCE
     assert agreement(directory, asked, answers)[0] < 0.9, "the adapter changes nothing"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import pickle
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -108,14 +107,6 @@ def test_what_is_no_language_model_is_a_classifier_or_refused() -> None:
     for name in ("TacoLlamaModel", "TacoHeliumForSequenceClassification"):
         with pytest.raises(TacoError, match=name):
             served_name(name)
-
-
-def test_8_bit_factors_are_refused() -> None:
-    config: Any = random_model("llama").config
-    layer, ranks = next(iter(config.structure.low_rank.items()))
-    config.taco_svd = replace(config.structure, int8={layer: tuple(ranks)}).to_dict()
-    with pytest.raises(TacoError, match="8-bit integers"):
-        as_vllm_expects(config)
 
 
 def test_windows_of_gpt_oss_must_alternate_still() -> None:
@@ -262,6 +253,26 @@ def test_batch_invariance_is_refused_where_it_would_not_hold(
     refusal = pytest.raises(TacoError, match="BATCH_INVARIANT") if bridges or low_rank else pytest.raises(Built)
     with refusal:
         Served(vllm_config=config)
+
+
+def test_what_vllm_is_told_of_layouts_reaches_the_layers() -> None:
+    class Base:
+        def __init__(self, vllm_config: Any, **kwargs: Any) -> None:
+            told.append(vllm_config.quant_config.choice)
+            raise LookupError
+
+    class Served(ServedModel, Base):  # type: ignore[misc]
+        pass
+
+    told: list[str] = []
+    hf_config = SimpleNamespace(taco_svd=Structure(source_layers=2, kept=(0,)).to_dict())
+    for additional in ({}, {"taco_tensor_parallel": "split"}, {"taco_tensor_parallel": "halves"}):
+        config = SimpleNamespace(
+            model_config=SimpleNamespace(hf_config=hf_config), quant_config=None, additional_config=additional
+        )
+        with pytest.raises(TacoError if "halves" in additional.values() else LookupError):
+            Served(vllm_config=config)
+    assert told == ["auto", "split"]
 
 
 def test_the_layers_are_found() -> None:

@@ -22,8 +22,9 @@ from ..experts import expert_number
 from ..modeling import compressed_config_class
 from ..structure import Structure
 from .bridges import attach
-from .factors import FactorsConfig
+from .factors import SCALES, FactorsConfig
 from .registration import CLASSIFIER, PREFIX
+from .shards import chosen_layout
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 
@@ -56,7 +57,8 @@ class ServedModel:
                 "VLLM_BATCH_INVARIANT asks for results that do not depend on the batch, and those of low-rank maps do: "
                 f"different kernels compute few rows and many, and round at different places. Unset it{export}."
             )
-        factors = FactorsConfig(structure, vllm_config.quant_config)
+        choice = chosen_layout(getattr(vllm_config, "additional_config", None))
+        factors = FactorsConfig(structure, vllm_config.quant_config, choice)
         factors.packed_modules_mapping = dict(getattr(self, "packed_modules_mapping", None) or {})
         # for the time of building only: a draft model that is built from the same config is none of ours
         given, vllm_config.quant_config = vllm_config.quant_config, factors
@@ -100,6 +102,9 @@ class ServedModel:
                 shape = missing.pop(name, None)
                 if shape is not None and shape != tuple(weight.shape):
                     raise TacoError(f"{name} is {tuple(weight.shape)}, {shape} is needed; the checkpoint is damaged.")
+                if shape is not None and name.endswith(tuple(SCALES)):
+                    stem, _, kind = name.rpartition(".")
+                    name = f"{stem}.{SCALES[kind]}"
                 for ours, theirs in renamed.items():
                     name = name.replace(ours, theirs)
                 yield name, weight
@@ -130,11 +135,11 @@ class ServedModel:
 
 
 def passing_factors(sort: Callable[[Weights], Weights]) -> Callable[[Weights], Weights]:
-    """`sort`, a generator over a checkpoint's weights, for all but right factors and pivots, which pass as they are."""
+    """`sort`, a generator over a checkpoint's weights, for all that has rows of outputs; the rest passes as it is."""
 
     def sorted_rows(weights: Weights) -> Weights:
         for name, weight in weights:
-            if name.endswith((".v", ".pivot")):
+            if name.endswith((".v", ".pivot", *(f".{scale}" for scale in SCALES.values()))):
                 yield name, weight
             else:
                 yield from sort([(name, weight)])

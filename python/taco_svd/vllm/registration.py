@@ -80,11 +80,6 @@ def as_vllm_expects(config: Any) -> Any:
     """
     if not isinstance(config, CompressedConfig):
         return config
-    if config.structure.int8:
-        raise TacoError(
-            "This checkpoint's factors are 8-bit integers (taco-svd quantize), which are not supported in vLLM yet; "
-            "serve the one that it was made from."
-        )
     if config.structure.narrow:
         raise TacoError(
             "This checkpoint has narrowed maps (--method modegpt), which are not supported in vLLM. Export it as an "
