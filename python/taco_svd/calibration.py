@@ -74,13 +74,15 @@ class Calibration:
             raise TacoError(
                 "Calibration labels must be an int64 tensor of the tokens' shape, with the token or -100 everywhere."
             )
+        if labels is not None:
+            check_counted(labels, "calibration")
 
     @property
     def digest(self) -> str:
         digest = hashlib.sha256()
-        for windows in (self.tokens, self.labels):
-            if windows is not None:
-                digest.update(windows.cpu().to(torch.int64).contiguous().numpy().tobytes())
+        digest.update(_bytes_of(self.tokens))
+        if self.labels is not None:
+            digest.update(b"labels" + _bytes_of(self.labels))
         return digest.hexdigest()
 
     def describe(self) -> dict[str, Any]:
@@ -95,6 +97,10 @@ class Calibration:
             "seed": self.seed,
             "sha256": self.digest,
         }
+
+
+def _bytes_of(windows: torch.Tensor) -> bytes:
+    return windows.cpu().to(torch.int64).contiguous().numpy().tobytes()
 
 
 # What calibration is drawn from, see `load_calibration`.
@@ -199,8 +205,9 @@ def tokenize(
 ) -> torch.Tensor:
     """All tokens of a text, without special tokens: int64 [tokens].
 
-    Where `completions` (`texts.Text`) are given, a token that does not begin inside one comes as its complement
-    ``~token``, which is negative, so that it stays told apart however the tokens are cut; see `unmarked`.
+    Where `completions` (`texts.Text`) are given, a token that does not end inside one comes as its complement
+    ``~token``, which is negative, so that it stays told apart however the tokens are cut; see `unmarked`. (One that
+    begins before and ends inside is a word with the space that the prompt ended with: the model is to write it.)
 
     Raises:
         TacoError: completions are given, and the tokenizer cannot tell where its tokens begin.
@@ -220,10 +227,10 @@ def tokenize(
     tokens = torch.tensor(found["input_ids"], dtype=torch.int64)
     if not len(tokens) or not completions:
         return ~tokens
-    begins = torch.tensor([start for start, _ in found["offset_mapping"]], dtype=torch.int64)
+    last = torch.tensor([end - 1 for _, end in found["offset_mapping"]], dtype=torch.int64)
     starts, ends = torch.tensor(completions, dtype=torch.int64).T.contiguous()
-    at = torch.searchsorted(starts, begins, right=True) - 1
-    inside = (at >= 0) & (begins < ends[at.clamp(min=0)])
+    at = torch.searchsorted(starts, last, right=True) - 1
+    inside = (at >= 0) & (last < ends[at.clamp(min=0)])
     return tokens.where(inside, ~tokens)
 
 
@@ -511,7 +518,6 @@ def load_calibration(
     windows, labels = text_windows(text, tokenizer, samples, seq_len, seed, name, begin), None
     if completions_only:
         windows, labels = unmarked(windows)
-        check_counted(labels, "calibration")
     check_vocabulary(windows, model)
     return Calibration(windows, name, seed, labels)
 

@@ -108,7 +108,7 @@ def compress(
     completions_only: Annotated[
         bool,
         typer.Option(
-            "--completions-only",
+            "--completions-only/--no-completions-only",
             help="Of conversations (messages), or prompt and completion: only what the model is to write counts in the "
             "loss that decides what is kept.",
         ),

@@ -48,7 +48,7 @@ def evaluate(
     completions_only: Annotated[
         bool,
         typer.Option(
-            "--completions-only",
+            "--completions-only/--no-completions-only",
             help="Of a .jsonl text with messages, or prompt and completion: only what the model is to write counts.",
         ),
     ] = False,

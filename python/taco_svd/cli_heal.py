@@ -47,7 +47,7 @@ def heal(
     completions_only: Annotated[
         bool,
         typer.Option(
-            "--completions-only",
+            "--completions-only/--no-completions-only",
             help="Of a .jsonl text with messages, or prompt and completion: only what the model is to write counts "
             "(objective logits).",
         ),
@@ -105,7 +105,8 @@ def heal(
     else:
         before, after = record["before"], record["after"]
         out_console().print(
-            f"KL to the dense model on held-out text: {before['kl']:.4f} -> {after['kl']:.4f} nats per token; "
+            f"KL to the dense model on held-out {'completions' if completions_only else 'text'}: "
+            f"{before['kl']:.4f} -> {after['kl']:.4f} nats per token; "
             f"loss {before['nll']:.4f} -> {after['nll']:.4f}. Kept: the factors after {after['tokens']:,} tokens. "
             f"Saved to {out}."
         )

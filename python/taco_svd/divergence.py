@@ -70,6 +70,14 @@ def _kl(dense_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     return functional.kl_div(found, target, log_target=True, reduction="none").sum(-1)
 
 
+def mean_of_counted(found: torch.Tensor, counted: torch.Tensor | None) -> tuple[float, int]:
+    """(mean of a window's values [1, seq_len] that count, by what it weighs): all windows alike where all count."""
+    if counted is None:
+        return float(found.double().mean()), 1
+    chosen = found[:, counted.to(found.device)].double()
+    return (float(chosen.mean()), chosen.numel()) if chosen.numel() else (0.0, 0)
+
+
 @torch.no_grad()
 @in_wide_products
 def divergence(

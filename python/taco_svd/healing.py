@@ -109,7 +109,8 @@ class HealingOptions:
         return {round(i * self.steps / self.evaluations) for i in range(self.evaluations + 1)}
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        # runs and plans from before there was a choice say nothing of it
+        return {key: value for key, value in asdict(self).items() if key != "completions_only" or value}
 
 
 # -- what is trained -----------------------------------------------------------------------------------------

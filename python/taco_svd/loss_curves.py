@@ -14,12 +14,13 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from .architectures import Architecture, LinearSite, linear_shape
-from .calibration import embedding_weight
+from .calibration import embedding_weight, held_out_count, needed_begin_token
 from .decomposition import Decomposition, WeightedMap
-from .divergence import kl_per_token
+from .divergence import kl_per_token, mean_of_counted
 from .experts import kind_of
 from .loss import counted_positions
 from .memory import release
@@ -157,12 +158,14 @@ class CurveMeasurement:
         vocabulary = embedding_weight(architecture.model).shape[0]
         most = max(2, min(MEASURED_TOKENS, REFERENCE_BYTES // (4 * vocabulary)))
         length = min(tokens.shape[1], most)
+        count, shortened = max(1, most // length), tokens[:, :length]
         self.counted: torch.Tensor | None = None
         if labels is not None:
-            positions = counted_positions(labels[:, :length])
-            order = positions.sum(dim=1).argsort(descending=True, stable=True)
-            tokens, self.counted = tokens[order], positions[order][: max(1, most // length)].flatten()
-        self.tokens = tokens[: max(1, most // length), :length]
+            tokens, shortened, counted = _where_most_counts(
+                tokens, labels, length, needed_begin_token(architecture.model)
+            )
+            self.counted = counted[:count].flatten()
+        self.tokens = shortened[:count]
         # what is measured must not have been fitted on the same windows
         self.unused = tokens[len(self.tokens) :]
         self._bridged: list[Run] = []
@@ -343,6 +346,31 @@ class CurveMeasurement:
         return float(found[self.counted.to(found.device)].double().mean())
 
 
+def _where_most_counts(
+    tokens: torch.Tensor, labels: torch.Tensor, length: int, begin: int | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The windows in another order: those first in whose best `length` tokens most predictions count.
+
+    Windows that are held out from the fits stay behind the others. A model that needs its begin-of-text token (`begin`)
+    has it before each part.
+
+    Returns:
+        (all windows [samples, seq_len], of each its best part [samples, length], which positions of that count).
+    """
+    positions = counted_positions(labels)
+    fitted = len(tokens) - held_out_count(len(tokens))
+    sums = functional.pad(positions.cumsum(dim=1), (1, 0))
+    found = sums[:, length:] - sums[:, :-length]  # in the `length` tokens from each place on
+    most, starts = found.max(dim=1)
+    order = most[:fitted].argsort(descending=True, stable=True)
+    order = torch.cat([order, torch.arange(fitted, len(tokens))])
+    places = starts[order, None] + torch.arange(length)
+    parts, counted = tokens[order].gather(1, places), positions[order].gather(1, places)
+    if begin is not None:
+        parts[:, 0] = begin
+    return tokens[order], parts, counted
+
+
 def _of_layer(sites: Sequence[LinearSite], layer: int) -> list[LinearSite]:
     return [site for site in sites if site.layer == layer]
 
@@ -411,12 +439,13 @@ def divergence_between(
 
     `labels` as for `Calibration`: which predictions count; default: all.
     """
-    total = 0.0
+    total, weight = 0.0, 0
     device = embedding_weight(dense).device
-    counted = torch.ones_like(tokens, dtype=torch.bool) if labels is None else counted_positions(labels)
-    for window, positions in zip(tokens.split(1), counted.split(1), strict=True):
+    counted = None if labels is None else counted_positions(labels)
+    for number, window in enumerate(tokens.split(1)):
         batch = window.to(device)
         truth = dense(input_ids=batch, use_cache=False).logits
         ours = other(input_ids=batch, use_cache=False).logits
-        total += float(kl_per_token(truth, ours).double()[positions.to(device)].sum())
-    return total / max(1, int(counted.sum()))
+        mean, share = mean_of_counted(kl_per_token(truth, ours), None if counted is None else counted[number])
+        total, weight = total + mean * share, weight + share
+    return total / max(1, weight)

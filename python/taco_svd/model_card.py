@@ -95,7 +95,8 @@ def _facts(structure: Structure, plan: Plan | None) -> dict[str, str]:
         windows = "{samples} windows of {seq_len} tokens".format_map(
             {"samples": "?", "seq_len": "?", **plan.calibration}
         )
-        facts["Calibrated on"] = f"{_code(str(plan.calibration['source']))}, {windows}"
+        only = ", of which completions alone count" if plan.calibration.get("completions_only") else ""
+        facts["Calibrated on"] = f"{_code(str(plan.calibration['source']))}, {windows}{only}"
     return facts
 
 

@@ -39,7 +39,7 @@ from .module_tree import structural_copy
 from .options import CompressionOptions, resolve
 from .plan import OF_THE_MODEL, Plan, versions
 from .plan_calibration import drawn_as_planned
-from .planning import analysis, config_of, decide, describe_source
+from .planning import analysis, check_counts_completions, config_of, decide, describe_source
 from .progress import Progress, Silent
 from .quantisation import quantise
 from .sequential import held_out_windows
@@ -91,6 +91,8 @@ def _carry_out(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The compressed model, and what its making has to say for the plan's result."""
     record: dict[str, Any] = {}
+    if calibration.labels is not None:
+        check_counts_completions(plan.method, str(plan.importance.get("measure")))
     int8 = plan.structure.int8
     if int8:  # these are made of floating factors, like all others
         plan = dataclasses.replace(plan, structure=dataclasses.replace(plan.structure, int8={}))
@@ -198,7 +200,7 @@ def compress(
         experts: of a mixture: "factorised" (methods taco, paper and svd: each expert's maps like any other) or "whole".
         completions_only: only what the model is to write counts in the loss that decides (and in the divergence that is
             measured): an assistant's turns in ``messages``, or ``completion``. All tokens are read, and the re-fits are
-            to the hidden states of all. Default: no, and with `plan` as the plan was made.
+            to the hidden states of all. Default: no; with `plan` and no `calibration`, as the plan was made.
 
     Returns:
         (compressed model, plan); save with `taco_svd.save_compressed` or the model's `save_pretrained`. Of methods
@@ -246,7 +248,12 @@ def compress(
             completions_only = drawn.get("completions_only", completions_only)
     if not isinstance(calibration, (str, Path)) or (team.rank == 0 and not resume):  # see where it is loaded
         calibration = recognised(calibration)
-    completions_only = _checked_completions(calibration, completions_only, method if plan is None else plan.method)
+    completions_only = _checked_completions(
+        calibration,
+        completions_only,
+        method if plan is None else plan.method,
+        importance if plan is None else str(plan.importance.get("measure", importance)),
+    )
     _check_team(team, plan, options)
     if work_dir is not None:
         check_work_directory(work_dir, resume)
@@ -284,7 +291,7 @@ def compress(
             "samples": samples,
             "seq_len": seq_len,
             "seed": seed,
-            "completions_only": completions_only,
+            **({"completions_only": True} if completions_only else {}),
             "plan": None if plan is None else hashlib.sha256(json.dumps(plan.to_dict()).encode()).hexdigest(),
         }
         digest = hashlib.sha256(json.dumps(config_of(model), sort_keys=True).encode()).hexdigest()
@@ -339,7 +346,7 @@ def _check_given_plan(plan: Any, options: CompressionOptions) -> None:
         )
 
 
-def _checked_completions(calibration: Any, completions_only: bool | None, method: str) -> bool:
+def _checked_completions(calibration: Any, completions_only: bool | None, method: str, importance: str) -> bool:
     """Whether only completions count.
 
     Raises:
@@ -351,8 +358,8 @@ def _checked_completions(calibration: Any, completions_only: bool | None, method
     wanted = labelled if completions_only is None else bool(completions_only)
     if labelled and not wanted:
         raise TacoError("The calibration has labels, which say what counts; leave out completions_only=False.")
-    if wanted and method in BASELINES:
-        raise TacoError(f"--completions-only: the published method {method} counts all tokens; leave it out.")
+    if wanted:
+        check_counts_completions(method, importance)
     check_completions_only(calibration, wanted)
     return wanted
 

@@ -16,6 +16,7 @@ from .budget import Sizes, bridge_structure, low_rank_structure, removal_structu
 from .calibration import Calibration
 from .cost_budget import LatencyCosts, bridges_within
 from .decomposition import numerical_errors_named
+from .errors import TacoError
 from .experts import open_modules
 from .importance import LayerImportance, rank_layers
 from .loss import NOTHING
@@ -73,6 +74,8 @@ def make_plan(
 def decide(resolved: Resolved, options: CompressionOptions, workspace: Workspace, progress: Progress) -> Plan:
     """As `make_plan`, of a model that was checked and options that were held against it."""
     architecture, model = resolved.architecture, resolved.architecture.model
+    if workspace.calibration.labels is not None:
+        check_counts_completions(options.method, options.importance)
     redundant, measured = _redundant_layers(resolved, options, workspace, progress)
     decision = _replacement(resolved, redundant, options, workspace, progress)
     parameters = decision.result.pop("parameters", None) or structure_parameters(architecture, decision.structure)
@@ -88,6 +91,20 @@ def decide(resolved: Resolved, options: CompressionOptions, workspace: Workspace
         result={"parameters": parameters, "share": parameters / parameter_count(model), **decision.result},
         versions=versions(),
     )
+
+
+def check_counts_completions(method: str, importance: str) -> None:
+    """Refuses methods that a loss of completions alone would not change, or that are to be as published.
+
+    Raises:
+        TacoError: naming which.
+    """
+    if method in BASELINES:
+        raise TacoError(f"--completions-only: the published method {method} counts all tokens; leave it out.")
+    if METHODS[method].removes and not METHODS[method].bridges and importance != "greedy":
+        raise TacoError(
+            f"--completions-only: with --method {method} no loss decides, unless by --importance greedy; leave it out."
+        )
 
 
 def _redundant_layers(
@@ -110,7 +127,7 @@ def _redundant_layers(
     if importance == "greedy":  # one loss decides after the other: every process finds the same
         tokens, labels = calibration.tokens, calibration.labels
         if labels is not None:  # those windows in which most counts
-            order = labels.ne(NOTHING).sum(dim=1).argsort(descending=True, stable=True)
+            order = labels[:, 1:].ne(NOTHING).sum(dim=1).argsort(descending=True, stable=True)
             tokens, labels = tokens[order], labels[order][:GREEDY_SAMPLES]
         tokens = tokens[:GREEDY_SAMPLES]
     # a streamed model's layers are read one by one; passes over the whole model would read it once per batch

@@ -168,7 +168,7 @@ def info_table(info: dict[str, Any]) -> Table:
     table.add_row(
         "calibration",
         f"{calibration.get('source')}: {calibration.get('samples')} windows of {calibration.get('seq_len')} tokens, "
-        f"seed {calibration.get('seed')}",
+        f"seed {calibration.get('seed')}{_counted(calibration)}",
     )
     kinds = ("predicted", "measured")
     losses = [f"{name} {result[f'{name}_loss']:.4f}" for name in kinds if result.get(f"{name}_loss") is not None]
@@ -186,6 +186,11 @@ def info_table(info: dict[str, Any]) -> Table:
     return table
 
 
+def _counted(calibration: Any) -> str:
+    """What of the calibration counted, where that was not all."""
+    return f"; {calibration.get('counted')} tokens of completions count" if calibration.get("completions_only") else ""
+
+
 def _healed(record: Any) -> str | None:
     """What healing did, None where a plan does not tell (it may hold anything)."""
     try:
@@ -201,7 +206,8 @@ def evaluation_lines(values: dict[str, Any]) -> list[str]:
     if "perplexity" in values:
         lines.append(
             f"perplexity {values['perplexity']:.3f} ± {values['standard_error']:.3f} on {values['text']}: "
-            f"{values['tokens']:,} tokens in {values['windows']} windows of {values['window']}, "
+            f"{values['tokens']:,} tokens{' of completions' if values.get('completions_only') else ''} in "
+            f"{values['windows']} windows of {values['window']}, "
             f"stride {values['stride']}"
         )
     if "divergence" in values:

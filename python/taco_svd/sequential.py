@@ -21,7 +21,7 @@ from .built import own_tensors, restore_layer, save_layer, with_own_parameters
 from .calibration import held_out_count
 from .consistency import FitMoments, HeldOutMoments, refit
 from .decomposition import Decomposition, WeightedMap, damped
-from .divergence import kl_per_token
+from .divergence import kl_per_token, mean_of_counted
 from .errors import DiskFullError
 from .experts import MAPS, expert_number
 from .loss import counted_positions
@@ -178,19 +178,16 @@ class UpwardPass:
     def held_out_loss(self) -> float | None:
         """Mean KL(dense || compressed) of the next token over the held-out windows; None where there are none."""
         truth, ours = self.final
-        total, positions, number = 0.0, 0, 0
+        total, weight, number = 0.0, 0, 0
         for batch in self.held_batches:
             for window in range(len(truth[batch])):
                 part = slice(window, window + 1)
                 dense, compressed = (self.walk.logits(batch, stream[batch], part) for stream in (truth, ours))
-                found = kl_per_token(dense, compressed).double()
-                if self.counted is not None:
-                    found = found[self.counted[number : number + 1].to(found.device)]
-                total += float(found.sum())
-                positions += found.numel()
-                number += 1
-        total, positions = self.team.sum(total), round(self.team.sum(positions))
-        return total / positions if positions else None
+                counted = None if self.counted is None else self.counted[number]
+                mean, share = mean_of_counted(kl_per_token(dense, compressed), counted)
+                total, weight, number = total + mean * share, weight + share, number + 1
+        total, weight = self.team.sum(total), round(self.team.sum(weight))
+        return total / weight if weight else None
 
     # -- one layer ---------------------------------------------------------------------------------------------
 

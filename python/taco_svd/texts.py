@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ def named_for_completions(source: str | Path) -> None:
     if Path(source).suffix.lower() not in LINES_SUFFIXES:
         raise TacoError(
             f"--completions-only: {source} is plain text, which does not say what a model is to write; give a .jsonl "
-            'file with "messages", or "prompt" and "completion".'
+            'file with "messages", or "prompt" and "completion" (or --no-completions-only, where a plan asks for it).'
         )
 
 
@@ -233,8 +234,8 @@ def documents_text(
 
     Raises:
         TacoError: a document is none of these, the tokenizer has no chat template or it refuses the messages, there
-            is nothing but white space, or too much; a document without a completion where they are asked for, or a
-            template that does not tell which they are.
+            is nothing but white space, or too much; where completions are asked for, a plain text, a template that does
+            not tell which they are, or none in all documents.
     """
     pieces: list[str] = []
     spans: list[tuple[int, int]] = []
@@ -256,6 +257,11 @@ def documents_text(
     whole = "".join(pieces)
     if not whole.strip():
         raise TacoError(f"{name} is empty.")
+    if completions and not spans:
+        raise TacoError(
+            f'{name}: --completions-only, and nothing in it is a completion: no turn with the role "assistant" follows '
+            "another one."
+        )
     return Text(whole, tuple(spans) if completions else None)
 
 
@@ -293,38 +299,72 @@ def _document(
     raise TacoError(f"{place}: expected {ACCEPTED_KEYS}, with texts in them, found {what[:200]}.")
 
 
+# Beyond this a conversation is none: each answer is looked for by applying the template to all turns before it.
+MOST_TURNS = 512
+
+
 def _answers(
     turns: list[Any], first: int, text: str, tools: Any, tokenizer: PreTrainedTokenizerBase, place: str
 ) -> list[tuple[int, int]]:
     """(start, end) in `text` of what the assistant says in the turns from `first` on, with the mark that ends it.
 
     Found as a server and its model would take turns: an answer begins where the turns before it, and the template's
-    request for an answer, end. White space behind the last mark belongs to the template.
+    request for an answer, end. What nobody has asked for, because no turn is before it, is no answer. White space
+    behind the mark belongs to the template.
     """
+    if len(turns) > MOST_TURNS:
+        raise TacoError(f"{place} has {len(turns)} turns; --completions-only takes at most {MOST_TURNS} in a document.")
     spans = []
-    for number in range(first, len(turns)):
-        if turns[number]["role"] != "assistant":
+    for number in range(max(first, 1), len(turns)):
+        turn = turns[number]
+        if turn["role"] != "assistant":
             continue
-        start = 0
-        if number:
-            start = len(_beginning(turns[:number], True, text, tools, tokenizer, place))
-        said = _beginning(turns[: number + 1], False, text, tools, tokenizer, place)
-        spans.append((start, max(start, len(said.rstrip()))))
+        asked = _templated(turns[:number], tools, tokenizer, place, True)
+        said = _templated(turns[: number + 1], tools, tokenizer, place)
+        content = (turn.get("content") or "").strip()
+        end = _end_of_answer(turns[: number + 1], text, said, len(asked), content, tools, tokenizer, place)
+        if end is None or not text.startswith(asked) or content not in text[len(asked) : end]:
+            raise TacoError(
+                f"{place}: the tokenizer's chat template does not tell which part of the text is the assistant's: the "
+                f"first {number + 1} turns alone read otherwise than the whole begins, or without what the assistant "
+                'says. Give the documents as "prompt" and "completion", two texts, for --completions-only.'
+            )
+        spans.append((len(asked), end))
     return spans
 
 
-def _beginning(
-    turns: list[Any], asking: bool, text: str, tools: Any, tokenizer: PreTrainedTokenizerBase, place: str
-) -> str:
-    """These turns by the template: what `text`, of all turns, begins with."""
-    found = _templated(turns, tools, tokenizer, place, asking)
-    if not text.startswith(found):
-        raise TacoError(
-            f"{place}: the tokenizer's chat template does not tell which part of the text is the assistant's: the "
-            f"first {len(turns)} turns alone read otherwise than the whole begins. Give the documents as "
-            '"prompt" and "completion", two texts, for --completions-only.'
-        )
-    return found
+def _end_of_answer(
+    turns: list[Any],
+    text: str,
+    said: str,
+    start: int,
+    content: str,
+    tools: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    place: str,
+) -> int | None:
+    """Where the answer that is the last of `turns` ends in `text`, of these turns and perhaps more; None: not found.
+
+    Args:
+        said: what the template makes of `turns`.
+        start, content: where the answer begins in `text`, and what it says.
+    """
+    mark = tokenizer.eos_token
+    shorter = said.rstrip().removesuffix(mark) if isinstance(mark, str) and mark else said
+    if shorter != said and shorter.strip():
+        # a mark that ends the whole text, not the answer: it is gone where another turn follows
+        with suppress(TacoError):
+            more = _templated([*turns, {"role": "user", "content": "?"}], tools, tokenizer, place)
+            if not more.startswith(said.rstrip()) and more.startswith(shorter.rstrip()):
+                said = shorter
+    if text.startswith(said.rstrip()):
+        return max(start, len(said.rstrip()))
+    # A template that writes the last answer otherwise than earlier ones: the words, and the mark behind them.
+    at, last = text.find(content, start), said.rfind(content)
+    ending = said[last + len(content) :].rstrip()
+    if content and at >= 0 and last >= 0 and text.startswith(ending, at + len(content)):
+        return at + len(content) + len(ending)
+    return None
 
 
 def _are_messages(value: Any) -> bool:

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
+from transformers import PreTrainedTokenizerFast
 
-from taco_svd import Plan, TacoError, compress
+from taco_svd import CompressionOptions, Plan, TacoError, compress, make_plan
 from taco_svd.architectures import Architecture, LinearSite
 from taco_svd.calibration import Calibration, load_calibration, tokenize, unmarked
 from taco_svd.divergence import divergence, kl_per_token
@@ -20,7 +22,7 @@ from taco_svd.evaluation import perplexity
 from taco_svd.healing import Objective
 from taco_svd.layerwise import LayerwisePass
 from taco_svd.loss import NOTHING, counted_labels, counted_positions, next_token_loss
-from taco_svd.loss_curves import CurveMeasurement, divergence_between
+from taco_svd.loss_curves import CurveMeasurement, _where_most_counts, divergence_between
 from taco_svd.model_size import parameter_count
 from taco_svd.store import Store
 from taco_svd.suffix import SuffixRunner
@@ -112,11 +114,62 @@ def test_documents_that_do_not_say_what_is_to_be_written(row: Any, template: str
         documents_text(numbered([row]), chatting(template), "rows", completions=True)
 
 
-def test_an_answer_that_begins_a_conversation_counts() -> None:
-    turns = [{"role": "assistant", "content": "w60 w61"}, {"role": "user", "content": "w9"}]
-    text = documents_text(numbered([{"messages": turns}]), chatting(), "rows", completions=True)
+SYSTEM = "{% if messages[0].role != 'system' %}w4 w4 <2> {% endif %}" + TEMPLATE.removeprefix("{{ bos_token }}")
+ENDED = TEMPLATE.replace("{% if add", "{% if not add_generation_prompt %}<9>{% endif %}{% if add")
+# writes a thought before the last answer only, as reasoning models' templates do
+THINKING = TEMPLATE.replace(
+    "{{ turn.content }}", "{{ 'w8 ' if loop.last and turn.role != 'user' else '' }}{{ turn.content }}"
+)
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, SYSTEM, ENDED, THINKING])
+def test_answers_in_templates_of_several_kinds(template: str) -> None:
+    """A greeting that nobody asked for does not count, a mark that ends the whole text is not the answer's."""
+    turns = [
+        {"role": role, "content": content}
+        for role, content in [
+            ("assistant", "w60"), ("user", "w9"), ("assistant", "w61 w62"), ("user", "w10"), ("assistant", " w63 "),
+        ]
+    ]  # fmt: skip
+    made = chatting(template)
+    made.eos_token = "<9>" if template == ENDED else made.eos_token
+    text = documents_text(numbered([{"messages": turns}]), made, "rows", completions=True)
     assert text.completions is not None
-    assert [text.text[start:end] for start, end in text.completions] == ["w3  w60 w61 <2>"]
+    found = [text.text[start:end].split() for start, end in text.completions]
+    last = ["w8", "w63", "<2>"] if template == THINKING else ["w63", "<2>"]
+    assert found == [["w61", "w62", "<2>"], last]
+
+
+def test_templates_that_leave_the_answer_out_are_refused() -> None:
+    turns = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w60"}]
+    silent = TEMPLATE.replace("{{ turn.content }}", "{{ turn.content if turn.role == 'user' else '' }}")
+    with pytest.raises(TacoError, match="without what the assistant says"):
+        documents_text(numbered([{"messages": turns}]), chatting(silent), "rows", completions=True)
+
+
+def test_documents_without_any_completion_are_refused() -> None:
+    turns = [{"role": "user", "content": "w5"}, {"role": "model", "content": "w60"}]
+    with pytest.raises(TacoError, match='no turn with the role "assistant"'):
+        documents_text(numbered([{"messages": turns}] * 3), chatting(), "rows", completions=True)
+
+
+def test_a_word_counts_with_the_space_that_the_prompt_ends_with() -> None:
+    """Byte-level tokens hold the space before a word, so the first of a completion may begin in the prompt."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    made.train_from_iterator(["Is it? yes", "Is it? no", "It is, yes", "d\u00e9j\u00e0 vu \U0001f600"] * 20, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=made)
+    given = [
+        {"prompt": "Is it? ", "completion": "yes"},
+        {"prompt": "Is it?", "completion": " no \U0001f600"},
+    ]
+    for row in given:
+        text = documents_text(numbered([row]), fast, "rows", completions=True)
+        tokens, labels = unmarked(tokenize(text.text, fast, text.completions)[None])
+        counted = labels[0] != NOTHING
+        assert fast.decode(tokens[0][counted]).strip() == row["completion"].strip()
+        assert not counted.all()
 
 
 def test_slow_tokenizers_are_refused() -> None:
@@ -150,6 +203,16 @@ def test_windows_without_enough_to_judge_by_are_refused() -> None:
     given = [{"prompt": "w5 " * 4000, "completion": "w60"}]
     with pytest.raises(TacoError, match="too little of the completions"):
         load_calibration(given, tiny_model("llama"), chatting(), 4, 16, completions_only=True)
+
+
+def test_labels_must_hold_something() -> None:
+    tokens = torch.full((8, 6), 5)
+    nothing = torch.full_like(tokens, NOTHING)
+    fitted, held = nothing.clone(), nothing.clone()
+    fitted[0, 3], held[-1, 3] = 5, 5
+    for labels in (nothing, fitted, held):
+        with pytest.raises(TacoError, match="too little of the completions"):
+            Calibration(tokens, "tokens", 0, labels)
 
 
 @pytest.mark.parametrize(
@@ -274,7 +337,9 @@ def test_loss_curves_are_of_what_counts(calibration_tokens: torch.Tensor) -> Non
     analysis = Analysis(model, calibration)
     analysis.prepare(analysis.architecture.sites(), _Silent())
     measurement = CurveMeasurement(analysis.architecture, calibration_tokens, _never, labels=labels)
-    order = counted_positions(labels).sum(dim=1).argsort(descending=True, stable=True)
+    # the last window is held out from the fits, and stays last
+    order = counted_positions(labels)[:-1].sum(dim=1).argsort(descending=True, stable=True)
+    order = torch.cat([order, torch.tensor([len(labels) - 1])])
     assert torch.equal(measurement.tokens, calibration_tokens[order])
     stream = measurement._climb(0, measurement.depth, measurement.walk.entering)
     reference = list(measurement._logits(stream))
@@ -283,6 +348,29 @@ def test_loss_curves_are_of_what_counts(calibration_tokens: torch.Tensor) -> Non
     rows = [torch.cat(list(measurement._logits(side))).double() for side in (stream, moved)]
     exact = kl_per_token(*rows)[counted_positions(labels)[order].flatten()].mean()
     assert found == pytest.approx(float(exact), rel=1e-4)
+
+
+@pytest.mark.parametrize("begin", [None, 1])
+def test_curves_are_measured_where_most_counts(begin: int | None) -> None:
+    """Also where nothing counts in what a window begins with: answers stand at the end of long questions."""
+    tokens = torch.arange(5 * 20).view(5, 20)
+    labels = torch.full_like(tokens, NOTHING)
+    labels[0, 15], labels[1, 12:18], labels[2, 3:5], labels[4, 8:20] = (
+        15,
+        tokens[1, 12:18],
+        tokens[2, 3:5],
+        tokens[4, 8:],
+    )
+    windows, parts, counted = _where_most_counts(tokens, labels, 6, begin)
+    assert windows[:, 0].tolist() == [20, 40, 0, 60, 80]  # the fifth is held out from the fits
+    assert counted.sum(dim=1).tolist() == [6, 2, 1, 0, 6]
+    for window, part, positions in zip(windows, parts, counted, strict=True):
+        body = part[begin is not None :]
+        start = int(body[0]) - int(window[0]) - (begin is not None)
+        assert torch.equal(body, window[start + (begin is not None) : start + 6])
+        assert begin is None or int(part[0]) == begin
+        whole = counted_positions(labels[int(window[0]) // 20][None])[0]
+        assert torch.equal(positions, whole[start : start + 6])
 
 
 class _Silent:
@@ -388,6 +476,15 @@ def test_published_methods_count_everything() -> None:
         compress(tiny_model("llama"), method="svd-llm", keep=0.8, calibration=labelled)
 
 
+@pytest.mark.parametrize("method", ["removal", "svd-llm"])
+def test_plans_are_not_made_by_what_would_not_count(method: str) -> None:
+    tokens = torch.randint(3, VOCABULARY, (4, 12))
+    labelled = Calibration(tokens, "tokens", 0, tokens.clone())
+    how = {"layers": 1} if method == "removal" else {"keep": 0.8}
+    with pytest.raises(TacoError, match="--completions-only"):
+        make_plan(tiny_model("llama"), labelled, CompressionOptions(method=method, **how))
+
+
 @pytest.mark.parametrize("given", ["self", "text.txt", torch.full((4, 12), 5)])
 def test_calibration_that_does_not_say_what_is_to_be_written(given: Any, tmp_path: Path) -> None:
     if given == "text.txt" if isinstance(given, str) else False:
@@ -437,6 +534,15 @@ def test_from_the_command_line_to_a_plan_and_back(tmp_path: Path, invoke: Callab
     assert plan.calibration == again.calibration and plan.calibration["completions_only"] is True
     files = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in ("small", "all", "again")}
     assert files["small"] == files["again"] != files["all"]
+    shown = run("info", tmp_path / "small")
+    assert f"{plan.calibration['counted']} tokens of completions count" in " ".join(shown.split())
+    assert "completions alone count" in (tmp_path / "small" / "README.md").read_text()
+    plain = tmp_path / "text.txt"
+    plain.write_text("w5 w6 " * 200)
+    again_on = ["compress", dense, "--out", tmp_path / "off", "--plan", tmp_path / "small", "--calibration", plain]
+    code, _, stderr = invoke(*again_on)
+    assert code == 2 and "--no-completions-only" in " ".join(stderr.split())
+    run(*again_on, "--no-completions-only")
     values = json.loads(
         run("eval", tmp_path / "small", "--text", data, "--window", "16", "--completions-only", "--json")
     )
