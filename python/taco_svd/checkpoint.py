@@ -74,7 +74,9 @@ def save_compressed(
 
 def _about_gguf(path: Path) -> str:
     """What to do with a GGUF file, where `path` is one or a directory of them."""
-    if not (path.suffix == ".gguf" or any(path.glob("*.gguf"))):
+    # a name that no file can have is no directory either
+    names = [path.name, *(os.listdir(path) if os.path.isdir(path) else [])]
+    if not any(name.endswith(".gguf") for name in names):
         return ""
     return (
         " GGUF files are not read: load one by transformers (AutoModelForCausalLM.from_pretrained(directory, "
