@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,9 @@ def save_compressed(
 
 def _about_gguf(path: Path) -> str:
     """What to do with a GGUF file, where `path` is one or a directory of them."""
-    # a name that no file can have is no directory either
-    names = [path.name, *(os.listdir(path) if os.path.isdir(path) else [])]
+    names = [path.name]
+    with suppress(OSError, ValueError):  # no such directory, none that may be read, a name that none can have
+        names += os.listdir(path)
     if not any(name.endswith(".gguf") for name in names):
         return ""
     return (
