@@ -1,6 +1,8 @@
 """Writes the table of `taco-svd compare --save FILE` over several sizes and texts into a document.
 
-Usage: python benchmarks/compare_table.py benchmarks/results/cpu-zen4/compare-smollm2-135m.json
+Several files are runs of the same comparison with other methods: same calibration windows, same texts.
+
+Usage: python benchmarks/compare_table.py benchmarks/results/cpu-zen4/compare-smollm2-135m*.json
 """
 
 from __future__ import annotations
@@ -49,8 +51,23 @@ def markdown(values: dict) -> str:
     return "\n".join(lines)
 
 
+def together(runs: list[dict]) -> dict:
+    """One comparison of several: the first one's dense model, all other rows by size, smallest loss last."""
+    first = runs[0]
+    dense = first["models"][0]
+    for run in runs[1:]:
+        if run["calibration"] != first["calibration"]:
+            raise SystemExit("The runs were calibrated on other windows.")
+        if scores_of(run["models"][0], run["text"]) != scores_of(dense, first["text"]):
+            raise SystemExit("The runs measured the dense model otherwise.")
+    rows = [row for run in runs for row in run["models"][1:]]
+    rows.sort(key=lambda row: (-row["setting"]["keep"], -row["perplexity"]["perplexity"]))
+    return {**first, "models": [dense, *rows]}
+
+
 def main() -> None:
-    write_docs(markdown(json.loads(Path(sys.argv[1]).read_text())), DOCUMENT, BEGIN, END)
+    runs = [json.loads(Path(file).read_text()) for file in sys.argv[1:]]
+    write_docs(markdown(together(runs)), DOCUMENT, BEGIN, END)
 
 
 if __name__ == "__main__":
