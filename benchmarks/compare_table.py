@@ -11,6 +11,7 @@ import json
 import sys
 from pathlib import Path
 
+from fidelity import scores_of
 from whole_models import write_docs
 
 from taco_svd.report import over_dense_cell
@@ -27,10 +28,6 @@ def cell(score: dict, dense: dict) -> str:
         return f"over {USELESS} times dense"
     change = over_dense_cell(score)
     return f"{value:.2f}" if change == "-" else f"{value:.2f} ({change})"
-
-
-def scores_of(row: dict, text: str) -> dict[str, dict]:
-    return {text: row["perplexity"], **row.get("perplexity_on", {})}
 
 
 def markdown(values: dict) -> str:

@@ -55,6 +55,11 @@ def main(
     show(summary)
 
 
+def scores_of(row: dict, text: str) -> dict[str, dict]:
+    """A model's perplexities by text; `text` is the run's first."""
+    return {text: row["perplexity"], **row.get("perplexity_on", {})}
+
+
 def summarise(runs: list[dict]) -> dict:
     """Per setting, method and text: perplexities of all seeds, their mean and standard deviation."""
     found: dict[tuple[str, str, str], list[float]] = {}
@@ -65,7 +70,7 @@ def summarise(runs: list[dict]) -> dict:
             # removal has no ratio of its own, but stands in the table of the others' setting
             setting = "layers 4, compression_ratio 0.7" if setting == "layers 4" else setting
             shares[setting, row["model"]] = row["share"]
-            for text, score in {run["text"]: row["perplexity"], **row.get("perplexity_on", {})}.items():
+            for text, score in scores_of(row, run["text"]).items():
                 found.setdefault((setting, row["model"], text), []).append(score["perplexity"])
     rows = [
         {

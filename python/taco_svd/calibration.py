@@ -75,7 +75,7 @@ class Calibration:
                 "Calibration labels must be an int64 tensor of the tokens' shape, with the token or -100 everywhere."
             )
         if labels is not None:
-            check_counted(labels, "calibration")
+            check_counted(labels)
 
     @property
     def digest(self) -> str:
@@ -544,7 +544,7 @@ def check_completions_only(given: Any, completions_only: bool) -> None:
         named_for_completions(given)
 
 
-def check_counted(labels: torch.Tensor, what: str) -> None:
+def check_counted(labels: torch.Tensor) -> None:
     """Refuses windows in which too little counts to judge by.
 
     Raises:
@@ -554,6 +554,6 @@ def check_counted(labels: torch.Tensor, what: str) -> None:
     parts = [part for part in (labels[: len(labels) - held], labels[len(labels) - held :]) if len(part)]
     if not all(counted_labels(part) for part in parts):
         raise TacoError(
-            f"--completions-only: the {len(labels)} {what} windows of {labels.shape[1]} tokens hold too little of the "
-            "completions; pass a longer text, more --samples or longer windows (--seq-len)."
+            f"--completions-only: the {len(labels)} calibration windows of {labels.shape[1]} tokens hold too little of "
+            "the completions; pass a longer text, more --samples or longer windows (--seq-len)."
         )

@@ -197,7 +197,7 @@ def compress(
     from .plan_calibration import DRAWN_BY, drawn_as_planned, draws_differ
     from .report import info_table
     from .team import Team, local_device
-    from .texts import check_text_name, named_for_completions
+    from .texts import check_text_name
     from .work_directory import check_apart, check_work_directory, finished_steps_kept
 
     check_output(out, force)
@@ -230,9 +230,7 @@ def compress(
         given = [name for name in DRAWN_BY if on_command_line(context, name)]
         windows |= drawn_as_planned(loaded_plan, given, look=reads_text)
     if reads_text:
-        check_text_name(windows["calibration"])
-        if windows["completions_only"]:
-            named_for_completions(windows["calibration"])
+        check_text_name(windows["calibration"], windows["completions_only"])
     bars = Bars(as_json, silent=team.rank > 0)
     dense, tokenizer = _load(model, dtype, local_device(device), stream, bars)
     check_output(out, force, needed_bytes=int(1.05 * weight_bytes(dense)))

@@ -21,7 +21,7 @@ from .plan import Plan, versions
 from .progress import Progress, Silent
 from .report import NOT_ASKED
 from .source_model import check_source, source_path
-from .texts import check_text_name, named_for_completions, named_text, recorded_name
+from .texts import check_text_name, named_text, recorded_name
 
 DEFAULT_TEXT = "wikitext2"
 # `self` for evaluation draws from another seed than calibration does: text that calibration never saw.
@@ -130,9 +130,7 @@ def evaluate_model(
         "versions": versions(python=True),
     }
     if text is not None:
-        check_text_name(text)
-        if completions_only:
-            named_for_completions(text)
+        check_text_name(text, completions_only)
         window, stride = resolve_windows(model, window, stride, max_windows)
         dense, origin = _dense(model, name, against)
         tokens, text_name = evaluation_tokens(text, model, tokenizer, seed, progress, window, completions_only)

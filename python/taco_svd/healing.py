@@ -275,7 +275,7 @@ class Objective:
             target, found = self._predictions(rows)
             counted, count = self._counted(rows)
             counted_in_all += count
-            labels = functional.pad(unmarked(rows)[1][:, 1:], (0, 1), value=NOTHING).flatten().to(self.device)
+            labels = found.labels.where(counted, NOTHING)
             for piece in found.pieces:
                 with self._autocast():
                     logits = found.logits(piece)

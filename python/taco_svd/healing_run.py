@@ -16,7 +16,7 @@ from .output_directory import check_output, write_whole
 from .plan import PLAN_FILE, Plan, versions
 from .progress import Progress, Silent
 from .source_model import load_source
-from .texts import check_text_name, named_for_completions
+from .texts import check_text_name
 from .work_directory import check_apart, check_can_be_made
 
 CURVE_FILE = "healing.json"
@@ -60,9 +60,7 @@ def heal_checkpoint(
     work = Path(work) if work else out.with_name(out.name + ".healing")
     check_apart(work, out, "--work")
     check_can_be_made(work, "--work")
-    check_text_name(text)
-    if options.completions_only:
-        named_for_completions(text)
+    check_text_name(text, options.completions_only)
     plan = Plan.load(directory)
     student, tokenizer = load_model(directory, dtype, device)
     limit = context_length(student)

@@ -81,6 +81,8 @@ def apply_plan(
         UnsupportedModelError: its structure.
         TacoError: the plan is for another kind of model, or the model is compressed already or not all here.
     """
+    if calibration.labels is not None:
+        check_counts_completions(plan.method, str(plan.importance.get("measure")))
     check_structure(model)  # of weights elsewhere hooks would bring, and run, the layers that are to be replaced
     return _carry_out(model, plan, calibration, progress or Silent(), workspace or Workspace(model, calibration))[0]
 
@@ -91,8 +93,6 @@ def _carry_out(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The compressed model, and what its making has to say for the plan's result."""
     record: dict[str, Any] = {}
-    if calibration.labels is not None:
-        check_counts_completions(plan.method, str(plan.importance.get("measure")))
     int8 = plan.structure.int8
     if int8:  # these are made of floating factors, like all others
         plan = dataclasses.replace(plan, structure=dataclasses.replace(plan.structure, int8={}))

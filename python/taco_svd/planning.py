@@ -63,6 +63,8 @@ def make_plan(
         TacoError: the model is compressed already, not all here or damaged; or the options do not fit it.
     """
     options = options or CompressionOptions()
+    if calibration.labels is not None:
+        check_counts_completions(options.method, options.importance)
     return decide(
         resolve(options, check_model(model)),
         options,
@@ -74,8 +76,6 @@ def make_plan(
 def decide(resolved: Resolved, options: CompressionOptions, workspace: Workspace, progress: Progress) -> Plan:
     """As `make_plan`, of a model that was checked and options that were held against it."""
     architecture, model = resolved.architecture, resolved.architecture.model
-    if workspace.calibration.labels is not None:
-        check_counts_completions(options.method, options.importance)
     redundant, measured = _redundant_layers(resolved, options, workspace, progress)
     decision = _replacement(resolved, redundant, options, workspace, progress)
     parameters = decision.result.pop("parameters", None) or structure_parameters(architecture, decision.structure)

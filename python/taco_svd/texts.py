@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,16 +60,19 @@ class Text:
     completions: tuple[tuple[int, int], ...] | None = None
 
 
-def check_text_name(name: str | Path) -> None:
+def check_text_name(name: str | Path, completions: bool = False) -> None:
     """Refuses what is neither a file nor the name of a text, before a model is loaded or run for it.
+
+    Args:
+        completions: it must also say which parts of it are completions (`named_for_completions`).
 
     Raises:
         TacoError: naming what there is.
     """
     text = str(name)
     if text == "self" or text in NAMED_CORPORA:
-        return
-    if os.path.exists(text):
+        pass
+    elif os.path.exists(text):
         check_regular(Path(text), "text file")
     elif "\n" in text or len(text) > LONGEST_NAME:
         raise TacoError(
@@ -78,6 +81,8 @@ def check_text_name(name: str | Path) -> None:
         )
     else:
         raise TacoError(f"No such text file: {text} (known texts without a file: self, {', '.join(NAMED_CORPORA)}).")
+    if completions:
+        named_for_completions(name)
 
 
 def recorded_name(source: str | Path) -> str:
@@ -101,10 +106,7 @@ def named_text(
         TacoError: see `corpus_text`, `read_text`, `documents_text`; or a text without completions where they are asked
             for.
     """
-    if str(source) not in NAMED_CORPORA:
-        check_text_name(source)
-    if completions:
-        named_for_completions(source)
+    check_text_name(source, completions)
     if str(source) in NAMED_CORPORA:
         return Text(corpus_text(str(source), test=test))
     text = read_text(source)
@@ -312,6 +314,10 @@ def _answers(
     request for an answer, end. What nobody has asked for, because no turn is before it, is no answer. White space
     behind the mark belongs to the template.
     """
+
+    def by_template(some: list[Any], asking: bool = False) -> str:
+        return _templated(some, tools, tokenizer, place, asking)
+
     if len(turns) > MOST_TURNS:
         raise TacoError(f"{place} has {len(turns)} turns; --completions-only takes at most {MOST_TURNS} in a document.")
     spans = []
@@ -319,10 +325,9 @@ def _answers(
         turn = turns[number]
         if turn["role"] != "assistant":
             continue
-        asked = _templated(turns[:number], tools, tokenizer, place, True)
-        said = _templated(turns[: number + 1], tools, tokenizer, place)
+        asked = by_template(turns[:number], asking=True)
         content = (turn.get("content") or "").strip()
-        end = _end_of_answer(turns[: number + 1], text, said, len(asked), content, tools, tokenizer, place)
+        end = _end_of_answer(by_template, turns[: number + 1], text, len(asked), content, tokenizer.eos_token)
         if end is None or not text.startswith(asked) or content not in text[len(asked) : end]:
             raise TacoError(
                 f"{place}: the tokenizer's chat template does not tell which part of the text is the assistant's: the "
@@ -334,27 +339,21 @@ def _answers(
 
 
 def _end_of_answer(
-    turns: list[Any],
-    text: str,
-    said: str,
-    start: int,
-    content: str,
-    tools: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    place: str,
+    by_template: Callable[[list[Any]], str], turns: list[Any], text: str, start: int, content: str, mark: Any
 ) -> int | None:
     """Where the answer that is the last of `turns` ends in `text`, of these turns and perhaps more; None: not found.
 
     Args:
-        said: what the template makes of `turns`.
+        by_template: what the template makes of some turns.
         start, content: where the answer begins in `text`, and what it says.
+        mark: the tokenizer's end-of-text token, where it has one.
     """
-    mark = tokenizer.eos_token
+    said = by_template(turns)
     shorter = said.rstrip().removesuffix(mark) if isinstance(mark, str) and mark else said
     if shorter != said and shorter.strip():
         # a mark that ends the whole text, not the answer: it is gone where another turn follows
         with suppress(TacoError):
-            more = _templated([*turns, {"role": "user", "content": "?"}], tools, tokenizer, place)
+            more = by_template([*turns, {"role": "user", "content": "?"}])
             if not more.startswith(said.rstrip()) and more.startswith(shorter.rstrip()):
                 said = shorter
     if text.startswith(said.rstrip()):

@@ -24,6 +24,7 @@ from taco_svd.layerwise import LayerwisePass
 from taco_svd.loss import NOTHING, counted_labels, counted_positions, next_token_loss
 from taco_svd.loss_curves import CurveMeasurement, _where_most_counts, divergence_between
 from taco_svd.model_size import parameter_count
+from taco_svd.progress import Silent
 from taco_svd.store import Store
 from taco_svd.suffix import SuffixRunner
 from taco_svd.taco import Analysis, calibration_pass
@@ -76,7 +77,7 @@ def rows(kind: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
     return found
 
 
-def tokens_that_count(tokens: torch.Tensor, kind: str) -> torch.Tensor:
+def tokens_that_count(tokens: torch.Tensor) -> torch.Tensor:
     """By the words alone; an answer's end mark counts as well, which the tests below look at separately."""
     return tokens >= FIRST
 
@@ -87,7 +88,7 @@ def test_what_a_model_is_to_write_counts_and_nothing_else(kind: str) -> None:
     text = documents_text(numbered(rows(kind, 40)), made, "rows", completions=True)
     tokens, labels = unmarked(tokenize(text.text, made, text.completions)[None])
     assert torch.equal(tokens[0], tokenize(text.text, made))
-    inside = tokens_that_count(tokens, kind)
+    inside = tokens_that_count(tokens)
     counted = labels != NOTHING
     ends = tokens == END
     assert torch.equal(counted & ~ends, inside)
@@ -191,7 +192,7 @@ def test_windows_keep_what_counts(kind: str, count: int) -> None:
     assert torch.equal(found.tokens, plain.tokens) and plain.labels is None and found.labels is not None
     counted = found.labels != NOTHING
     # a window's first token is not predicted
-    assert torch.equal((counted & (found.tokens != END))[:, 1:], tokens_that_count(found.tokens, kind)[:, 1:])
+    assert torch.equal((counted & (found.tokens != END))[:, 1:], tokens_that_count(found.tokens)[:, 1:])
     assert torch.equal(found.labels[counted], found.tokens[counted])
     assert found.digest != plain.digest
     described = found.describe()
@@ -335,7 +336,7 @@ def test_loss_curves_are_of_what_counts(calibration_tokens: torch.Tensor) -> Non
     labels = some_labels(calibration_tokens)
     calibration = Calibration(calibration_tokens, "tokens", 0, labels)
     analysis = Analysis(model, calibration)
-    analysis.prepare(analysis.architecture.sites(), _Silent())
+    analysis.prepare(analysis.architecture.sites(), Silent())
     measurement = CurveMeasurement(analysis.architecture, calibration_tokens, _never, labels=labels)
     # the last window is held out from the fits, and stays last
     order = counted_positions(labels)[:-1].sum(dim=1).argsort(descending=True, stable=True)
@@ -371,13 +372,6 @@ def test_curves_are_measured_where_most_counts(begin: int | None) -> None:
         assert begin is None or int(part[0]) == begin
         whole = counted_positions(labels[int(window[0]) // 20][None])[0]
         assert torch.equal(positions, whole[start : start + 6])
-
-
-class _Silent:
-    def step(self, _: str) -> Any:
-        from contextlib import nullcontext
-
-        return nullcontext(lambda done, of: None)
 
 
 def _never(site: LinearSite) -> Any:

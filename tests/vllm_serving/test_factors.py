@@ -224,6 +224,11 @@ def chosen(layer: Any, choice: str, ranks: int) -> None:
     assert (layer.quant_method.layout is Layout.REPLICATED) == (choice == "replicate" or ranks == 1)
 
 
+def qkv_layer(config: FactorsConfig, bias: bool) -> Any:
+    prefix = "model.layers.0.self_attn.qkv_proj"
+    return linear.QKVParallelLinear(HIDDEN, HEAD, HEADS, KV_HEADS, bias=bias, quant_config=config, prefix=prefix)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])  # with 4, each of the two key heads is on two ranks
 @pytest.mark.parametrize("choice", CHOSEN)
 @pytest.mark.parametrize("bias", [False, True])
@@ -238,15 +243,7 @@ def test_qkv(kind: str, bias: bool, choice: str, ranks: int, monkeypatch: pytest
     layers = []
     for rank in range(ranks):
         on_rank(monkeypatch, rank, ranks)
-        layer: Any = linear.QKVParallelLinear(
-            HIDDEN,
-            HEAD,
-            HEADS,
-            KV_HEADS,
-            bias=bias,
-            quant_config=config_for(maps, choice),
-            prefix="model.layers.0.self_attn.qkv_proj",
-        )
+        layer = qkv_layer(config_for(maps, choice), bias)
         chosen(layer, choice, ranks)
         for shard, one in zip(("q", "k", "v"), maps.values(), strict=True):
             load(layer, one.stored, shard)
@@ -271,15 +268,7 @@ def test_8_bit_factors(kind: str, bias: bool, rows: int, backwards: bool) -> Non
         }
 
     first, second = made(), made()
-    layer: Any = linear.QKVParallelLinear(
-        HIDDEN,
-        HEAD,
-        HEADS,
-        KV_HEADS,
-        bias=bias,
-        quant_config=config_for(first),
-        prefix="model.layers.0.self_attn.qkv_proj",
-    )
+    layer = qkv_layer(config_for(first), bias)
     assert layer.v.dtype is layer.u.dtype is torch.int8 and layer.v_step.dtype is layer.u_step.dtype is torch.float32
     model = torch.nn.Sequential(layer)
     record_metadata_for_reloading(model)
@@ -363,9 +352,7 @@ def test_maps_that_the_checkpoint_has_fused(
         on_rank(monkeypatch, rank, ranks)
         config = config_for(maps, choice)
         config.packed_modules_mapping = {"qkv_proj": ["qkv_proj"]}
-        layer: Any = linear.QKVParallelLinear(
-            HIDDEN, HEAD, HEADS, KV_HEADS, bias=False, quant_config=config, prefix="model.layers.0.self_attn.qkv_proj"
-        )
+        layer = qkv_layer(config, bias=False)
         chosen(layer, choice, ranks)
         load(layer, maps["self_attn.qkv_proj"].stored)
         layers.append(finished(layer))
