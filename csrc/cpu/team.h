@@ -34,11 +34,15 @@ inline void meet() {
   TACO_BARRIER
 }
 
-// A thread's share of packing, in whole vectors of places.
-inline void pack_share(const ManyRows& many, const Packing& p, int index, int members) {
-  const std::int64_t places = (p.columns + many.width - 1) / many.width, vectors = (places + kGroup - 1) / kGroup;
+// A thread's share of packing columns of which `width` share a place, in whole vectors of places.
+inline void pack_share(void (*pack)(const Packing&, std::int64_t, std::int64_t), int width, const Packing& p, int index,
+                       int members) {
+  const std::int64_t places = (p.columns + width - 1) / width, vectors = (places + kGroup - 1) / kGroup;
   const std::int64_t end = vectors * (index + 1) / members * kGroup;
-  many.pack(p, vectors * index / members * kGroup, end < places ? end : places);
+  pack(p, vectors * index / members * kGroup, end < places ? end : places);
+}
+inline void pack_share(const ManyRows& many, const Packing& p, int index, int members) {
+  pack_share(many.pack, many.width, p, index, members);
 }
 
 }  // namespace taco
