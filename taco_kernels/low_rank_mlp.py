@@ -100,7 +100,7 @@ if dispatch.isa == "avx2":  # one number of rows, whatever the dtype
 
 
 def _composes(dtype: torch.dtype) -> bool:
-    packs = dtype == torch.float32 and dispatch.isa in ("avx512", "avx512bf16")
+    packs = dtype == torch.float32 and dispatch.isa.startswith("avx512")
     return packs or dispatch.multiplies_many_rows(dtype)
 
 

@@ -25,8 +25,8 @@ namespace {
 
 const CpuKernels kAvx512Kernels = {
     "avx512",
-    {{first_product_any<float, Converted<float>, BroadcastF32>, second_product_any<float, BroadcastF32>, sum_of_squares<float>, gating<float>,
-      attribution<float>, kInt8<float>, true, 5, nullptr, pack_places<float>},
+    {{first_product_any<float, Converted<float>, BroadcastF32>, second_product_any<float, BroadcastF32>,
+      sum_of_squares<float>, gating<float>, attribution<float>, kInt8<float>, true, 5, nullptr, pack_places<float>},
      {first_product<Converted<F16>, F16>, second_product_any<F16>, sum_of_squares<F16>, gating<F16>,
       attribution<F16>, kInt8<F16>, true},
      {first_product<Converted<BF16>, BF16>, second_product_any<BF16>, sum_of_squares<BF16>, gating<BF16>,

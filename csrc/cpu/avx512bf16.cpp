@@ -62,12 +62,12 @@ struct BroadcastBf16 {  // see BroadcastF32
 
 const CpuKernels kAvx512Bf16Kernels = {
     "avx512bf16",
-    {{first_product_any<float, Converted<float>, BroadcastF32>, second_product_any<float, BroadcastF32>, sum_of_squares<float>, gating<float>,
-      attribution<float>, kInt8<float>, true, 5, nullptr, pack_places<float>},
+    {{first_product_any<float, Converted<float>, BroadcastF32>, second_product_any<float, BroadcastF32>,
+      sum_of_squares<float>, gating<float>, attribution<float>, kInt8<float>, true, 5, nullptr, pack_places<float>},
      {first_product<Converted<F16>, F16>, second_product_any<F16>, sum_of_squares<F16>, gating<F16>,
       attribution<F16>, kInt8<F16>, true},
-     {first_product_any<BF16, DotBf16, BroadcastBf16>, second_product_any<BF16, BroadcastBf16>, sum_of_squares<BF16>, gating<BF16>,
-      attribution<BF16>, kInt8<BF16>, true, 5, &kManyRowsBf16, pack_places<BF16>}},
+     {first_product_any<BF16, DotBf16, BroadcastBf16>, second_product_any<BF16, BroadcastBf16>,
+      sum_of_squares<BF16>, gating<BF16>, attribution<BF16>, kInt8<BF16>, true, 5, &kManyRowsBf16, pack_places<BF16>}},
     split_rows<std::uint16_t>,
     split_rows<std::uint32_t>};
 

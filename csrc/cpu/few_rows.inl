@@ -41,8 +41,7 @@ inline std::int64_t few_ahead(std::int64_t stride) {
   return (kFewAheadBytes + bytes - 1) / bytes * half_tile;
 }
 
-// sums[i] = products with weight row i of a vector in places. Weights `ahead` elements
-// further on are asked for.
+// sums[i] = products with weight row i of a vector in places. Weights `ahead` elements further on are asked for.
 template <class Ops, int kFold>
 inline void few_products(const typename Ops::T* t, const typename Ops::T* const (&w)[kFewHalf], std::int64_t columns,
                          std::int64_t ahead, typename Arch::Vec* sums) {
@@ -112,14 +111,11 @@ template <class Ops, int kFold>
 inline void few_first(const FirstProduct& p, std::int64_t begin, std::int64_t end) {
   using T = typename Ops::T;
   few_sweep<Ops, kFold>(p.v, p.v_stride, begin, end, p.x, p.in, [&](std::int64_t m, int count, auto& sums) {
-    Arch::transpose(sums);
-    for (std::int64_t r = 0; r < p.rows; ++r) {
-      Arch::Vec row = sums[r * kFold];
-      if constexpr (kFold == 2) row = Arch::add(row, sums[r * kFold + 1]);
+    each_row<kFold>(sums, p.rows, [&](int r, Arch::Vec row) {
       alignas(64) float values[kFewOutputs];
       Arch::store16(values, row);
       keep<T>(p, r, m, values, count);
-    }
+    });
   });
 }
 

@@ -220,7 +220,7 @@ struct DtypeKernels {
   bool groups = false;
   std::int64_t places = 0;
   const ManyRows* many = nullptr;  // where the instruction set has something better for many rows than the others above
-  // x into kPlaces, places [begin, end); null where `first` does not know them
+  // x into kPlaces, for `first`: places [begin, end). There where `places` is not 0.
   void (*pack)(const Packing&, std::int64_t begin, std::int64_t end) = nullptr;
 };
 

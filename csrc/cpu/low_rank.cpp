@@ -73,11 +73,17 @@ std::atomic<const CpuKernels*>& active() {
 // 64 and 12 rows, 40% more at rank 512).
 constexpr std::int64_t kGroupedRows = 17, kGroupedRowsOfSmallRanks = 11, kSmallRank = 128;
 
+// Lanes of vectors in places (Layout::kPlaces) for a call of so many rows; 0 where they are not for it.
+std::int64_t lanes_for(std::int64_t rows, const DtypeKernels& kernels) {
+  if (!kernels.places || rows < kernels.places || rows > Layout::kLanes) return 0;
+  return rows <= Layout::kHalfLanes ? Layout::kHalfLanes : Layout::kLanes;
+}
+
 // By all rows of the call, not by those of a block: a row's bits must not depend on where it stands.
 Layout layout_for(std::int64_t rank, std::int64_t rows, const DtypeKernels& kernels, bool may_round = true) {
   const std::int64_t stride = whole_steps(rank);
-  if (may_round && kernels.places && rows >= kernels.places && rows <= Layout::kLanes)
-    return {stride, Layout::kPlaces, rows <= Layout::kHalfLanes ? Layout::kHalfLanes : Layout::kLanes};
+  const std::int64_t lanes = may_round ? lanes_for(rows, kernels) : 0;
+  if (lanes) return {stride, Layout::kPlaces, lanes};
   const bool groups = kernels.groups && rows >= (rank < kSmallRank ? kGroupedRowsOfSmallRanks : kGroupedRows);
   return {stride, groups ? Layout::kGroups : Layout::kRows};
 }
@@ -92,9 +98,8 @@ class PackedInput {
  public:
   PackedInput(const LowRankInput& input, const LowRankMap* maps, int count, const DtypeKernels& kernels)
       : kernels_(kernels), input_(input), width_(static_cast<int>(4 / size_of(input.dtype))) {
-    const bool few = kernels.pack && input.rows >= kernels.places && input.rows <= Layout::kLanes;
     const bool any = std::any_of(maps, maps + count, [](const LowRankMap& map) { return map.rank >= kPackedRank; });
-    if (few && any) lanes_ = input.rows <= Layout::kHalfLanes ? Layout::kHalfLanes : Layout::kLanes;
+    if (any) lanes_ = lanes_for(input.rows, kernels);
   }
   std::int64_t floats() const { return lanes_ * ((input_.in + width_ * kGroup - 1) / (width_ * kGroup) * kGroup); }
   // Tells a product that x is at `places`, if that is how it wants it.
