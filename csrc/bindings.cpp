@@ -260,6 +260,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isas", &taco::cpu_isas, "instruction sets usable here, best first");
   m.def("compiled_cpu_isas", &taco::compiled_cpu_isas, "instruction sets in this binary, best first");
   m.def("cpu_isa", &taco::cpu_isa, "the instruction set in use");
+  m.def("cpu_is_amd", &taco::cpu_is_amd, "whether AMD made this CPU, for which torch's MKL has slower kernels");
   m.def("set_cpu_isa", &set_cpu_isa, "chooses an instruction set, for tests; \"auto\" is the best");
   m.def(
       "cpu_many_rows_from",

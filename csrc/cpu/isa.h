@@ -198,6 +198,9 @@ struct ManyRows {
   void (*pack)(const Packing&, std::int64_t begin, std::int64_t end);  // places [begin, end)
   void (*first)(const ManyFirst&, std::int64_t begin, std::int64_t end);
   void (*second)(const ManySecond&, std::int64_t begin, std::int64_t end);
+  // Where packed columns come in whole vectors of kGroup: how many of them go through together in a call of one group of rows,
+  // all in one order whatever their number. Else 0.
+  std::int64_t group_columns = 0;
 };
 
 // For factors of 8-bit integers and vectors of a dtype; see int8.inl.

@@ -324,6 +324,15 @@ std::vector<std::string> compiled_cpu_isas() {
 
 std::string cpu_isa() { return active().load()->name; }
 
+bool cpu_is_amd() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 std::int64_t many_rows_from(Dtype dtype) {
   return rows_from(active_kernels().by_dtype[static_cast<int>(dtype)].many);
 }

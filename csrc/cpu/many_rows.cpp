@@ -25,8 +25,11 @@ struct ManyCall {
   const Gatherer* gatherer;
 
   std::int64_t element() const { return size_of(input.dtype); }
-  std::int64_t columns() const { return kernels.many->columns; }
+  std::int64_t columns() const {
+    return kernels.many->group_columns && input.rows <= kGroup ? kernels.many->group_columns : kernels.many->columns;
+  }
   std::int64_t places_of(std::int64_t columns) const {
+    if (kernels.many->group_columns) return (columns + kGroup - 1) / kGroup * kGroup;
     return (columns + kernels.many->width - 1) / kernels.many->width;
   }
   std::int64_t width() const { return input.in + (gatherer ? maps[0].rank : 0); }

@@ -118,6 +118,7 @@ std::vector<std::string> cpu_isas();
 // All that were compiled, best first.
 std::vector<std::string> compiled_cpu_isas();
 std::string cpu_isa();
+bool cpu_is_amd();
 // Chooses one of cpu_isas(), or the best for "auto". False if it is not among them.
 bool set_cpu_isa(const std::string& name);
 // From how many rows on the instruction set in use has kernels for many rows of a dtype; the largest number there is where

@@ -166,7 +166,7 @@ def test_a_row_does_not_depend_on_its_batch(isa, dtype):
     # On AVX-512 the order of the additions changes with the number of rows at these places at most; elsewhere there is
     # one. Where there are kernels for many rows, those are handled in a way of their own.
     many = native.module.cpu_many_rows_from(dispatch.CPP_DTYPES[dtype])
-    assert many > 12
+    assert many > 10
     kinds = [(4, (1, 2, 3)), (8, (5, 6, 7)), (10, (9,))]
     kinds += [(most, fewer) for most, fewer in ((16, (11, 13)), (150, (17, 64, 65, 129))) if most < many]
     if many <= 150:
