@@ -48,10 +48,11 @@ bool singular_attribution(const SingularAttribution& p, int threads) {
   const int team = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, steps_of(p.directions))));
   // of a block of rows: both inputs packed, both products, and the sums of columns that wait for others
   const std::int64_t most = std::min(kRowBlock, (p.rows + kGroup - 1) / kGroup * kGroup);
-  const std::int64_t packed = many ? most * (p.in + p.out) : 0, products = most * p.directions;
+  const std::int64_t packed_x = many ? most * many->places_of(p.in) : 0;
+  const std::int64_t packed = many ? packed_x + most * many->places_of(p.out) : 0, products = most * p.directions;
   const std::unique_ptr<float[]> work(new float[static_cast<std::size_t>(packed + 3 * products)]);
   std::uint32_t* const x = reinterpret_cast<std::uint32_t*>(work.get());
-  std::uint32_t* const g = x + most * p.in;
+  std::uint32_t* const g = x + packed_x;
   float* const a = work.get() + packed;
   float* const b = a + products;
   float* const waiting = b + products;

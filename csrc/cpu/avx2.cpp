@@ -1,6 +1,7 @@
 // AVX2 + FMA + F16C: every x86-64 server and desktop since 2013 (Haswell) and 2017 (Zen).
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "isa.h"
@@ -37,6 +38,26 @@ struct Arch {
     const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16)),
             _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000u))))};
+  }
+  // The halves of load(), for few_rows_float.inl. The mask lies in memory, as far as the compiler knows: kept in a register it
+  // would push a sum out of there.
+  struct Odd {
+    const __m256i* mask;
+    Odd() {
+      alignas(32) static const std::uint32_t masks[8] = {0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u,
+                                                         0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u};
+      mask = reinterpret_cast<const __m256i*>(masks);
+      __asm__("" : "+r"(mask));
+    }
+  };
+  static inline Vec first(const float* p) { return _mm256_loadu_ps(p); }
+  static inline Vec second(const float* p, Odd) { return _mm256_loadu_ps(p + 8); }
+  static inline Vec first(const F16* p) { return load8(p); }
+  static inline Vec second(const F16* p, Odd) { return load8(p + 8); }
+  static inline Vec first(const BF16* p) { return load(p).a; }
+  static inline Vec second(const BF16* p, const Odd& odd) {
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_load_si256(odd.mask)));
   }
   static inline Vec widen_int8(__m128i eight) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight)); }
   static inline Pair load(const std::int8_t* p) {
@@ -106,16 +127,17 @@ struct Arch {
 #include "attribution.inl"
 #include "int8.inl"
 #include "many_rows_float.inl"
+#include "few_rows_float.inl"
 
 }  // namespace
 
 const CpuKernels kAvx2Kernels = {
     "avx2",
     {{first_product<Converted<float>, float>, second_product<float>, sum_of_squares<float>, gating<float>,
-      attribution<float>, kInt8<float>, false, 0, &kManyRowsFloat<float>},
+      attribution<float>, kInt8<float>, false, 0, &kRowsFloat<float>},
      {first_product<Converted<F16>, F16>, second_product<F16>, sum_of_squares<F16>, gating<F16>,
-      attribution<F16>, kInt8<F16>, false, 0, &kManyRowsFloat<F16>},
+      attribution<F16>, kInt8<F16>, false, 0, &kRowsFloat<F16>},
      {first_product<Converted<BF16>, BF16>, second_product<BF16>, sum_of_squares<BF16>, gating<BF16>,
-      attribution<BF16>, kInt8<BF16>, false, 0, &kManyRowsFloat<BF16>}}};
+      attribution<BF16>, kInt8<BF16>, false, 0, &kRowsFloat<BF16>}}};
 
 }  // namespace taco

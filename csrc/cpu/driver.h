@@ -161,11 +161,7 @@ void each_panel(const DtypeKernels& kernels, const void* weights, std::int64_t s
 // As low_rank, by kernels for many rows. With a gatherer input.x holds rows of input.in + rank columns, to be gathered into
 // what the one map adds to its intermediate and into what it multiplies.
 class Gatherer;
-void low_rank_many(const DtypeKernels& kernels, const LowRankInput& input, const LowRankMap* maps, int count, int threads,
+void low_rank_many(const DtypeKernels& kernels, const ManyRows& many, const LowRankInput& input, const LowRankMap* maps, int count, int threads,
                    const Gatherer* gatherer = nullptr);
-
-inline std::int64_t rows_from(const ManyRows* many) {
-  return many == nullptr ? std::numeric_limits<std::int64_t>::max() : many->few + 1;
-}
 
 }  // namespace taco

@@ -198,10 +198,26 @@ struct ManyRows {
   void (*pack)(const Packing&, std::int64_t begin, std::int64_t end);  // places [begin, end)
   void (*first)(const ManyFirst&, std::int64_t begin, std::int64_t end);
   void (*second)(const ManySecond&, std::int64_t begin, std::int64_t end);
-  // Where packed columns come in whole vectors of kGroup: how many of them go through together in a call of one group of rows,
-  // all in one order whatever their number. Else 0.
+  // How many columns go through together in a call of one group of rows, all in one order whatever their number; 0: `columns`
   std::int64_t group_columns = 0;
+  std::int64_t group = kGroup;  // lanes are a multiple of it
+  // Where packed columns come in whole vectors of kGroup: places beside those of each lane; else -1
+  std::int64_t beside = -1;
+  const ManyRows* fewer = nullptr;  // for the next fewer rows
+  std::int64_t least_rank = 0;  // of the largest map of a call. With less, DtypeKernels' own, whose sums must be the same.
+
+  // Places of each lane for so many columns
+  std::int64_t places_of(std::int64_t columns) const {
+    if (beside >= 0) return (columns + kGroup - 1) / kGroup * kGroup + beside;
+    return (columns + width - 1) / width;
+  }
 };
+
+// Those for a call of so many rows, whose largest map has such a rank; or null
+inline const ManyRows* many_rows(const ManyRows* many, std::int64_t rows, std::int64_t rank) {
+  while (many && (rows <= many->few || rank < many->least_rank)) many = many->fewer;
+  return many;
+}
 
 // For factors of 8-bit integers and vectors of a dtype; see int8.inl.
 struct Int8Kernels {

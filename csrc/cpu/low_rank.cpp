@@ -182,8 +182,10 @@ void low_rank(const LowRankInput& input, const LowRankMap* maps, int count, int 
   if (input.rows <= 0 || count <= 0) return;
   const CpuKernels* isa = active().load(std::memory_order_relaxed);
   const DtypeKernels* kernels = &isa->by_dtype[static_cast<int>(input.dtype)];
-  if (input.rows >= rows_from(kernels->many)) {
-    low_rank_many(*kernels, input, maps, count, threads);
+  std::int64_t largest = 0;
+  for (int i = 0; i < count; ++i) largest = std::max(largest, maps[i].rank);
+  if (const ManyRows* many = many_rows(kernels->many, input.rows, largest)) {
+    low_rank_many(*kernels, *many, input, maps, count, threads);
     return;
   }
   const std::int64_t element = size_of(input.dtype), most = std::min(input.rows, kRowBlock);
@@ -334,7 +336,9 @@ bool cpu_is_amd() {
 }
 
 std::int64_t many_rows_from(Dtype dtype) {
-  return rows_from(active_kernels().by_dtype[static_cast<int>(dtype)].many);
+  const ManyRows* many = active_kernels().by_dtype[static_cast<int>(dtype)].many;
+  while (many && many->fewer) many = many->fewer;
+  return many ? many->few + 1 : std::numeric_limits<std::int64_t>::max();
 }
 
 bool set_cpu_isa(const std::string& name) {

@@ -19,19 +19,15 @@ constexpr std::int64_t kGroupsAlone[2] = {2, 8};
 
 struct ManyCall {
   const DtypeKernels& kernels;
+  const ManyRows& many;
   const LowRankInput& input;
   const LowRankMap* maps;
   int count;
   const Gatherer* gatherer;
 
   std::int64_t element() const { return size_of(input.dtype); }
-  std::int64_t columns() const {
-    return kernels.many->group_columns && input.rows <= kGroup ? kernels.many->group_columns : kernels.many->columns;
-  }
-  std::int64_t places_of(std::int64_t columns) const {
-    if (kernels.many->group_columns) return (columns + kGroup - 1) / kGroup * kGroup;
-    return (columns + kernels.many->width - 1) / kernels.many->width;
-  }
+  std::int64_t columns() const { return many.group_columns && input.rows <= kGroup ? many.group_columns : many.columns; }
+  std::int64_t places_of(std::int64_t columns) const { return many.places_of(columns); }
   std::int64_t width() const { return input.in + (gatherer ? maps[0].rank : 0); }
 
   // Places of x that are packed at once.
@@ -41,21 +37,20 @@ struct ManyCall {
 
   // Floats of work space for a block of so many lanes, whole lines of the cache.
   std::int64_t floats(std::int64_t lanes, int members) const {
-    std::int64_t per_lane = 1 + places_at_once(members);
+    std::int64_t per_lane = places_at_once(members);
     for (int i = 0; i < count; ++i) per_lane += places_of(maps[i].rank) + waiting_first(i) + waiting_second(i);
     const std::int64_t gathered = gatherer ? (lanes * width() * element() + 3) / 4 : 0;
-    return (lanes * per_lane + gathered + kGroup - 1) / kGroup * kGroup;
+    return scales(lanes) + (lanes * per_lane + gathered + kGroup - 1) / kGroup * kGroup;
   }
 
   // Rows [start, end) by `members` threads, of which this is one; `work` is theirs in common, `panel` its own.
   void block(std::int64_t start, std::int64_t end, float* work, char* panel, int index, int members) const {
-    const ManyRows& many = *kernels.many;
     const std::int64_t rows = std::min(end, input.rows) - start, lanes = end - start;
     const auto together = [&] {
       if (members > 1) meet();
     };
     float* const scale = input.normalise && input.in > 0 ? work : nullptr;
-    std::uint32_t* const packed = reinterpret_cast<std::uint32_t*>(work + lanes);
+    std::uint32_t* const packed = reinterpret_cast<std::uint32_t*>(work + scales(lanes));
     std::uint32_t* const behind = packed + lanes * places_at_once(members);  // the intermediates
     std::int64_t places = 0, waits = 0;
     for (int i = 0; i < count; ++i) {
@@ -93,7 +88,7 @@ struct ManyCall {
     const std::int64_t chunk = columns();
     const auto chunk_of_x = [&](std::int64_t at) {
       return Packing{offset(x, at, element()), x_stride, rows, std::min(chunk, input.in - at),
-                     packed + (members > 1 ? lanes * places_of(at) : 0), lanes};
+                     packed + (members > 1 && at ? lanes * places_of(at) : 0), lanes};
     };
     if (members > 1) {
       for (std::int64_t at = 0; at < input.in; at += chunk) pack_share(many, chunk_of_x(at), index, members);
@@ -134,6 +129,8 @@ struct ManyCall {
   }
 
  private:
+  // Floats of the norms' scales: whole lines of the cache, so that vectors of what lies behind them are aligned
+  static std::int64_t scales(std::int64_t lanes) { return (lanes + kGroup - 1) / kGroup * kGroup; }
   // Columns of sums that wait: those of one map at a time, but threads need not work on the same one.
   std::int64_t waiting_first(int i) const { return input.in > columns() ? maps[i].rank : 0; }
   std::int64_t waiting_second(int i) const { return maps[i].rank > columns() ? maps[i].out : 0; }
@@ -141,26 +138,25 @@ struct ManyCall {
 
 }  // namespace
 
-void low_rank_many(const DtypeKernels& kernels, const LowRankInput& input, const LowRankMap* maps, int count, int threads,
+void low_rank_many(const DtypeKernels& kernels, const ManyRows& many, const LowRankInput& input, const LowRankMap* maps, int count, int threads,
                    const Gatherer* gatherer) {
-  const ManyCall call = {kernels, input, maps, count, gatherer};
+  const ManyCall call = {kernels, many, input, maps, count, gatherer};
   std::int64_t weights = 0;
   for (int i = 0; i < count; ++i) weights += maps[i].rank * (input.in + maps[i].out);
   const int team = threads_for(weights, input, threads);
-  const std::int64_t groups = (input.rows + kGroup - 1) / kGroup;
+  const std::int64_t group = many.group, groups = (input.rows + group - 1) / group;
   const std::int64_t most_groups = (groups + team - 1) / team;  // of a thread, on its own
   const double filled = static_cast<double>(groups) / static_cast<double>(team * most_groups);
   const std::int64_t least = kGroupsAlone[input.dtype == Dtype::kF32];
-  const bool alone = groups >= least * team && filled >= (team > 2 ? kFilledByMore : kFilledByTwo);
+  const bool alone = group == kGroup && groups >= least * team && filled >= (team > 2 ? kFilledByMore : kFilledByTwo);
   // Blocks of at most kRowBlock rows, of as equal numbers of groups as can be: a lone group costs nearly as much as two.
-  std::int64_t blocks = (groups * kGroup + kRowBlock - 1) / kRowBlock;
+  std::int64_t blocks = (groups * group + kRowBlock - 1) / kRowBlock;
   if (alone) blocks = (blocks + team - 1) / team * team;
-  const std::int64_t floats = call.floats((groups + blocks - 1) / blocks * kGroup, alone ? 1 : team);
+  const std::int64_t floats = call.floats((groups + blocks - 1) / blocks * group, alone ? 1 : team);
   float* const work = scratch.get(static_cast<std::size_t>(floats * (alone ? team : 1)));
   const Panels panels = panels_for(maps, count, std::min(input.in, call.columns()), call.element(), team);
   const auto block = [&](std::int64_t number, float* own, char* panel, int index, int members) {
-    call.block(groups * number / blocks * kGroup, groups * (number + 1) / blocks * kGroup, own, panel, index,
-               members);
+    call.block(groups * number / blocks * group, groups * (number + 1) / blocks * group, own, panel, index, members);
   };
   if (alone) {
     on_team(team, [&](int index, int members) {
@@ -180,8 +176,8 @@ void pivoted_low_rank(const LowRankInput& input, const void* pivot, bool long_in
   LowRankInput behind = input;
   behind.in = width - map.rank;
   const DtypeKernels& kernels = active_kernels().by_dtype[static_cast<int>(input.dtype)];
-  if (input.rows >= rows_from(kernels.many)) {
-    low_rank_many(kernels, behind, &map, 1, threads, &gatherer);
+  if (const ManyRows* many = many_rows(kernels.many, input.rows, map.rank)) {
+    low_rank_many(kernels, *many, behind, &map, 1, threads, &gatherer);
     return;
   }
   const std::unique_ptr<char[]> gathered(new char[static_cast<std::size_t>(input.rows * width * element)]);

@@ -276,12 +276,3 @@ void second_float(const ManySecond& p, std::int64_t begin, std::int64_t end) {
                       [&](std::int64_t k, Arch::Vec row) { leave<T>(to, r + k, m + i, count - i, row); });
   });
 }
-
-// Up to how many rows panel.inl is faster: a panel costs as much whether its rows are there or not. (A Zen 2 core, rank 1024 of
-// 4096 x 4096: bf16 at 12 rows 7% slower, at 14 7% faster; fp32 at 10 rows 2% slower, at 12 11% faster.)
-template <class T>
-constexpr std::int64_t kFewRowsFloat = sizeof(T) == 4 ? 10 : 12;
-
-template <class T>
-constexpr ManyRows kManyRowsFloat = {1, kFloatColumns, kFewRowsFloat<T>, pack_float<T>, first_float<T>, second_float<T>,
-                                     kFloatColumnsOfGroup};
