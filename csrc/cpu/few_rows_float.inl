@@ -48,24 +48,40 @@ __attribute__((always_inline)) inline void dot_step(const T* w0, const T* w1, co
   }
 }
 
-// sums [kDotWeights, kDotRows] of vectors += products of weight rows with rows of x, over `columns`, whole steps.
-template <class T>
+// to[m * apart + r * kTile]: the sum of sums[m][r], a vector
+template <class Sums>
+inline void dot_reduce(Sums sums, float* to, std::int64_t apart) {
+#pragma GCC unroll 3
+  for (int m = 0; m < kDotWeights; ++m) {
+    float four[kDotRows];
+    Arch::quad_store(four, Arch::reduce4(sums(m, 0), sums(m, 1), sums(m, 2), sums(m, 3)));
+    for (int r = 0; r < kDotRows; ++r) to[m * apart + r * kTile] = four[r];
+  }
+}
+
+// Products of weight rows with rows of x, over `columns`, whole steps: `to` [kDotWeights, kDotRows] of vectors += them; or, where
+// these are all (kAll), reduced to where dot_reduce puts them.
+template <class T, bool kAll>
 __attribute__((noinline)) void dot_tile(const DotWeights<T>& weights, const float* x, std::int64_t x_stride,
-                                        std::int64_t columns, float* sums) {
+                                        std::int64_t columns, float* to, std::int64_t apart) {
   Arch::Vec sum[kDotWeights][kDotRows];
 #pragma GCC unroll 3
   for (int m = 0; m < kDotWeights; ++m)
 #pragma GCC unroll 4
-    for (int r = 0; r < kDotRows; ++r) sum[m][r] = Arch::load8(sums + (m * kDotRows + r) * 8);
+    for (int r = 0; r < kDotRows; ++r) sum[m][r] = kAll ? Arch::zero() : Arch::load8(to + (m * kDotRows + r) * 8);
   const float *x0 = x, *x1 = x + x_stride, *x2 = x + 2 * x_stride, *x3 = x + 3 * x_stride;
   const T *w0 = weights.rows[0], *w1 = weights.rows[1], *w2 = weights.rows[2];
   const Arch::Odd odd;
   for (std::int64_t j = 0; j < columns; j += kStepColumns)
     dot_step(w0 + j, w1 + j, w2 + j, x0 + j, x1 + j, x2 + j, x3 + j, odd, sum);
+  if constexpr (kAll) {
+    dot_reduce([&](int m, int r) { return sum[m][r]; }, to, apart);
+    return;
+  }
 #pragma GCC unroll 3
   for (int m = 0; m < kDotWeights; ++m)
 #pragma GCC unroll 4
-    for (int r = 0; r < kDotRows; ++r) Arch::store(sums + (m * kDotRows + r) * 8, sum[m][r]);
+    for (int r = 0; r < kDotRows; ++r) Arch::store(to + (m * kDotRows + r) * 8, sum[m][r]);
 }
 
 // emit(r, m, values, count): products of packed row r with weight rows m to m + count
@@ -74,12 +90,18 @@ void dot_sweep(const void* weights, std::int64_t stride, std::int64_t begin, std
                std::int64_t columns, Emit emit) {
   alignas(64) float out[kDotWeights][kDotMostRows][kTile];
   const std::int64_t x_stride = dot_stride(columns), whole = columns / kStepColumns * kStepColumns;
+  constexpr std::int64_t kApart = kDotMostRows * kTile;
   const auto tile = [&](const DotWeights<T>& w, int j) {
+    if (columns == whole && columns <= kDotColumns) {
+      for (std::int64_t r = 0; r < lanes; r += kDotRows)
+        dot_tile<T, true>(w, x + r * x_stride, x_stride, columns, &out[0][r][j], kApart);
+      return;
+    }
     alignas(64) float sums[kDotMostRows / kDotRows][kDotWeights * kDotRows * 8];
     __builtin_memset(sums, 0, sizeof(float) * static_cast<std::size_t>(lanes * kDotWeights * 8));
     const auto all_rows = [&](const DotWeights<T>& some, std::int64_t from, std::int64_t count) {
       for (std::int64_t r = 0; r < lanes; r += kDotRows)
-        dot_tile<T>(some, x + r * x_stride + from, x_stride, count, sums[r / kDotRows]);
+        dot_tile<T, false>(some, x + r * x_stride + from, x_stride, count, sums[r / kDotRows], 0);
     };
     for (std::int64_t from = 0; from < whole; from += kDotColumns)
       all_rows({{w.rows[0] + from, w.rows[1] + from, w.rows[2] + from}}, from, std::min(kDotColumns, whole - from));
@@ -88,13 +110,10 @@ void dot_sweep(const void* weights, std::int64_t stride, std::int64_t begin, std
       for (int m = 0; m < kDotWeights; ++m) std::copy(w.rows[m] + whole, w.rows[m] + columns, last[m]);
       all_rows({{last[0], last[1], last[2]}}, whole, kStepColumns);
     }
-    for (std::int64_t r = 0; r < lanes; r += kDotRows)
-      for (int m = 0; m < kDotWeights; ++m) {
-        const float* const of = sums[r / kDotRows] + m * kDotRows * 8;
-        float four[kDotRows];
-        Arch::quad_store(four, Arch::reduce4(Arch::load8(of), Arch::load8(of + 8), Arch::load8(of + 16), Arch::load8(of + 24)));
-        for (int k = 0; k < kDotRows; ++k) out[m][r + k][j] = four[k];
-      }
+    for (std::int64_t r = 0; r < lanes; r += kDotRows) {
+      const float* const of = sums[r / kDotRows];
+      dot_reduce([&](int m, int k) { return Arch::load8(of + (m * kDotRows + k) * 8); }, &out[0][r][j], kApart);
+    }
   };
   const std::int64_t third = (end - begin) / kDotWeights;
   for (std::int64_t i = 0; i < third; i += kTile) {
