@@ -66,7 +66,7 @@ CPU_MAX_ROWS = {
 # rows enough to take blocks of them on its own, there is no upper limit. Matrix units (AMX) are several times faster
 # than any of this, and the library's.
 MANY_ROWS: dict[str, RowLimits] = {"avx512bf16": ((768, 256, 48), (192, 128, 48), (128, 128, ANY), (0, 64, ANY))}
-# With AVX2 alone they win for float32 too, on AMD's cores, where MKL reaches 60% of what they could do (two Zen 2
+# With AVX2 alone they win for float32 too, on AMD's cores, where MKL reaches two thirds of the FMA rate (two Zen 2
 # cores, 64 to 2048 rows: x1.02 to x2.3 from rank 128 on, x0.87 to x1.2 at rank 64). On other makers' not measured.
 if native.module is not None and native.module.cpu_is_amd():
     MANY_ROWS["avx2"] = ((128, ANY, ANY),)
