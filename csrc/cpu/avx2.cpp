@@ -1,7 +1,6 @@
 // AVX2 + FMA + F16C: every x86-64 server and desktop since 2013 (Haswell) and 2017 (Zen).
 #include <immintrin.h>
 
-#include <algorithm>
 #include <cstdint>
 
 #include "isa.h"

@@ -104,10 +104,11 @@ void dot_sweep(const void* weights, std::int64_t stride, std::int64_t begin, std
         dot_tile<T, false>(some, x + r * x_stride + from, x_stride, count, sums[r / kDotRows], 0);
     };
     for (std::int64_t from = 0; from < whole; from += kDotColumns)
-      all_rows({{w.rows[0] + from, w.rows[1] + from, w.rows[2] + from}}, from, std::min(kDotColumns, whole - from));
+      all_rows({{w.rows[0] + from, w.rows[1] + from, w.rows[2] + from}}, from, whole - from < kDotColumns ? whole - from : kDotColumns);
     if (whole < columns) {
       T last[kDotWeights][kStepColumns] = {};
-      for (int m = 0; m < kDotWeights; ++m) std::copy(w.rows[m] + whole, w.rows[m] + columns, last[m]);
+      for (int m = 0; m < kDotWeights; ++m)
+        for (std::int64_t k = whole; k < columns; ++k) last[m][k - whole] = w.rows[m][k];
       all_rows({{last[0], last[1], last[2]}}, whole, kStepColumns);
     }
     for (std::int64_t r = 0; r < lanes; r += kDotRows) {

@@ -158,7 +158,9 @@ struct AttributionBlock {
 // to whole groups of kGroup. Rows that are not there are zero. ManyRows::width says how many columns share a place:
 //   2: two neighbouring 16-bit columns (the lower half comes first); place j of all rows lies together,
 //      places[j * lanes + row]. The second half of an odd last pair is zero.
-//   1: one column, widened to fp32; a group's rows lie together, places[group * columns * kGroup + j * kGroup + row].
+//   1: one column, widened to fp32, in an order of the instruction set's own, up to whole vectors of kGroup (filled with zeros).
+//      A group's rows lie together, places[group * (columns, rounded up) * kGroup + j * kGroup + row]; or, where lanes are no
+//      groups of kGroup (ManyRows::group), each row is by itself.
 // Or for a few rows (Layout::kPlaces): `lanes` may be kHalfGroup then, and places 2 j and 2 j + 1 of a row are neighbours.
 constexpr int kGroup = 16, kHalfGroup = 8;
 struct Packing {
