@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
-#include <limits>
 #include <new>
 #include <vector>
 
@@ -161,7 +160,7 @@ void each_panel(const DtypeKernels& kernels, const void* weights, std::int64_t s
 // As low_rank, by kernels for many rows. With a gatherer input.x holds rows of input.in + rank columns, to be gathered into
 // what the one map adds to its intermediate and into what it multiplies.
 class Gatherer;
-void low_rank_many(const DtypeKernels& kernels, const ManyRows& many, const LowRankInput& input, const LowRankMap* maps, int count, int threads,
-                   const Gatherer* gatherer = nullptr);
+void low_rank_many(const DtypeKernels& kernels, const ManyRows& many, const LowRankInput& input, const LowRankMap* maps,
+                   int count, int threads, const Gatherer* gatherer = nullptr);
 
 }  // namespace taco

@@ -15,9 +15,7 @@ constexpr std::int64_t kDotMostRows = 12;
 constexpr std::int64_t kDotColumns = 1024;
 constexpr std::int64_t kBesideRow = 16;  // so that rows of x do not fall into one set of the cache
 
-inline std::int64_t dot_stride(std::int64_t columns) {
-  return (columns + kStepColumns - 1) / kStepColumns * kStepColumns + kBesideRow;
-}
+inline std::int64_t dot_stride(std::int64_t columns) { return in_steps(columns) + kBesideRow; }
 
 // What was loaded is loaded anew behind this: to keep it would take registers that are not there.
 inline void forget_loads() { __asm__ volatile("" ::: "memory"); }
@@ -136,18 +134,12 @@ void dot_sweep(const void* weights, std::int64_t stride, std::int64_t begin, std
   }
 }
 
-// Places [begin, end) of all rows, begin a multiple of kStepColumns. Columns and rows that are not there are zero.
+// Places [begin, end) of all rows, begin a multiple of kStepColumns
 template <class T>
 void dot_pack(const Packing& p, std::int64_t begin, std::int64_t end) {
   for (std::int64_t r = 0; r < p.lanes; ++r) {
     float* const to = reinterpret_cast<float*>(p.places) + r * dot_stride(p.columns);
-    const T* const row = static_cast<const T*>(p.x) + r * p.x_stride;
-    for (std::int64_t j = begin; j < end; j += kStepColumns) {
-      if (r >= p.rows)
-        store_step({Arch::zero(), Arch::zero()}, to + j);
-      else
-        store_step(p.columns - j >= kStepColumns ? Arch::load(row + j) : Arch::load_tail(row + j, p.columns - j), to + j);
-    }
+    for (std::int64_t j = begin; j < end; j += kStepColumns) store_step(step_of<T>(p, r, j), to + j);
   }
 }
 

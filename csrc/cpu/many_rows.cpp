@@ -138,8 +138,8 @@ struct ManyCall {
 
 }  // namespace
 
-void low_rank_many(const DtypeKernels& kernels, const ManyRows& many, const LowRankInput& input, const LowRankMap* maps, int count, int threads,
-                   const Gatherer* gatherer) {
+void low_rank_many(const DtypeKernels& kernels, const ManyRows& many, const LowRankInput& input, const LowRankMap* maps,
+                   int count, int threads, const Gatherer* gatherer) {
   const ManyCall call = {kernels, many, input, maps, count, gatherer};
   std::int64_t weights = 0;
   for (int i = 0; i < count; ++i) weights += maps[i].rank * (input.in + maps[i].out);

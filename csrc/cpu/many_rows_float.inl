@@ -25,6 +25,9 @@ constexpr std::int64_t kAsked = 2;
 // 512 KiB.
 constexpr std::int64_t kFloatColumns = 1024, kFloatColumnsOfGroup = 4096;
 
+// Columns, up to whole steps
+inline std::int64_t in_steps(std::int64_t columns) { return (columns + kStepColumns - 1) / kStepColumns * kStepColumns; }
+
 inline void store_step(const Arch::Pair& step, float* to) {
   Arch::store(to, step.a);
   Arch::store(to + 8, step.b);
@@ -96,9 +99,7 @@ inline void widen_piece(const T* w, std::int64_t stride, int rows, std::int64_t 
   }
 }
 
-inline std::int64_t panel_floats(std::int64_t columns) {
-  return (columns + kStepColumns - 1) / kStepColumns * kStepColumns * kGroup;
-}
+inline std::int64_t panel_floats(std::int64_t columns) { return in_steps(columns) * kGroup; }
 
 // Panels of x side by side, `apart` floats from one to the next
 struct PanelsOfX {
@@ -114,7 +115,7 @@ class FloatRun {
   FloatRun(std::int64_t stride, std::int64_t columns, PanelsOfX panels) : stride_(stride), columns_(columns), panels_(panels) {
     const std::int64_t pieces = (columns + kDepth - 1) / kDepth;
     // as equal as can be: a piece is widened beside another only where both are as long
-    if (pieces) depth_ = ((columns + pieces - 1) / pieces + kStepColumns - 1) / kStepColumns * kStepColumns;
+    if (pieces) depth_ = in_steps((columns + pieces - 1) / pieces);
   }
 
   // sums [panels, kRun, 16] += products with `rows` weight rows, at most kRun, behind which there are `more`
@@ -148,7 +149,7 @@ class FloatRun {
     for (int g = 0; g < panels_.count; ++g, panel += panels_.apart, sums += kGroup * kRun) {
       if (ready_ && g == 0)
         tile_products<T, false, true>(panel, widened, 0, columns, {w + (next ? next : behind), stride_, widened_[at_]},
-                                             ask, stride_, sums);
+                                      ask, stride_, sums);
       else
         tile_products<T, false, false>(panel, widened, 0, columns, {}, ask, stride_, sums);
     }
@@ -203,21 +204,24 @@ inline void rows_of_panel(const float* sums, std::int64_t rows, Emit emit) {
   }
 }
 
-// Places [begin, end) of x, begin a multiple of kStepColumns. Columns and rows that are not there are zero.
+// 16 columns of row r of x, from j on, widened. Columns and rows that are not there are zero.
+template <class T>
+inline Arch::Pair step_of(const Packing& p, std::int64_t r, std::int64_t j) {
+  if (r >= p.rows) return {Arch::zero(), Arch::zero()};
+  const T* const at = static_cast<const T*>(p.x) + r * p.x_stride + j;
+  return p.columns - j >= kStepColumns ? Arch::load(at) : Arch::load_tail(at, p.columns - j);
+}
+
+// Places [begin, end) of x, begin a multiple of kStepColumns
 template <class T>
 void pack_float(const Packing& p, std::int64_t begin, std::int64_t end) {
-  const auto step = [&](std::int64_t r, std::int64_t j) -> Arch::Pair {
-    if (r >= p.rows) return {Arch::zero(), Arch::zero()};
-    const T* const row = static_cast<const T*>(p.x) + r * p.x_stride + j;
-    return p.columns - j >= kStepColumns ? Arch::load(row) : Arch::load_tail(row, p.columns - j);
-  };
   float* panel = reinterpret_cast<float*>(p.places);
   for (std::int64_t r = 0; r < p.lanes; r += kGroup, panel += panel_floats(p.columns))
     for (std::int64_t j = begin; j < end; j += kStepColumns)
       for (int half = 0; half < kGroup; half += 8) {
         Arch::Vec a[8], b[8];
         for (int i = 0; i < 8; ++i) {
-          const Arch::Pair pair = step(r + half + i, j);
+          const Arch::Pair pair = step_of<T>(p, r + half + i, j);
           a[i] = pair.a, b[i] = pair.b;
         }
         Arch::transpose(a);
